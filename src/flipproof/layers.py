@@ -1,0 +1,298 @@
+"""The faulty linear layer: ``Y = flip(X) · flip(W + s·B·A)ᵀ + bias``.
+
+``FaultyLinear`` is an ``nn.Linear`` with the same parameter names, plus ``lora_A`` (r, in) and ``lora_B`` (out, r) where r > 0.
+
+**Forward** is one matrix product on the merged, flipped weight; there is no separate LoRA branch.
+
+**Backward** draws the flips again, since a draw is a function of its key: what is kept between forward and backward
+is X, W, A and B, as for a clean LoRA layer. Write X̃ and W̃ for the operands after flip and guard, dY for the
+incoming gradient and ⊙ keep for zeroing what the guard zeroed. Then
+
+    dX = (dY · W̃) ⊙ keep_x        dW = (dYᵀ · X̃) ⊙ keep_w        dA = s · Bᵀ · dW        dB = s · dW · Aᵀ
+
+Where W is frozen, the (out, in) matrix dYᵀ·X̃ is not formed: dA = s·(dY·B)ᵀ·X̃ and dB = s·dYᵀ·(X̃·Aᵀ), and what the few
+positions (o, i) zeroed by the guard contributed, g = Σ dY[:, o]·X̃[:, i], is taken back: s·B[o]·g from dA[:, i], and
+s·A[:, i]·g from dB[o]. The result is exact.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from flipproof.ops.philox import derive_key
+from flipproof.ops.parity import kept
+from flipproof.spec import Fault, LoraSpec
+
+
+class FaultState:
+    """What the faulty layers of one model share: the tick of the current forward pass and which faults are on.
+
+    ``tick`` is an int64 tensor made anew for each forward pass of the root module and never written again, so the
+    backward of an earlier pass keeps its own.
+    """
+
+    def __init__(self, base_seed: int) -> None:
+        self.seed = base_seed
+        self.flips = True
+        """Whether bits flip; False leaves the guard."""
+        self.guard = True
+        self.adapters = True
+        """Whether LoRA adapters are part of the weight."""
+        self.rank = 0
+        """Which slice of the global micro-batch this process holds; its rows follow those of lower ranks."""
+        self.hooks: tuple[RemovableHandle, ...] = ()
+        """The root module's two hooks that call the methods below."""
+        self._next = torch.zeros((), dtype=torch.int64)
+        self.tick = self._next.clone()
+
+    def set_tick(self, tick: int) -> None:
+        """The next forward pass of the root module has this tick; the one after it the next, and so on."""
+        self._next = torch.full((), tick, dtype=torch.int64, device=self._next.device)
+        self.tick = self._next.clone()
+
+    def before_forward(self, root: nn.Module, _args: Any) -> None:
+        """Forward pre-hook of the root module: take the next tick. Device-side, so a CUDA graph may hold it."""
+        device = next((parameter.device for parameter in root.parameters()), self._next.device)
+        if self._next.device != device:
+            self._next = self._next.to(device)
+        self.tick = self._next.clone()
+        self._next.add_(1)
+
+    def after_forward(self, _root: nn.Module, _args: Any, output: Any) -> Any:
+        """Forward hook of the root module: make backward bring this pass's tick back before it recomputes anything."""
+        if not torch.is_grad_enabled():
+            return output
+        return torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: _RestoreTick.apply(t, self, self.tick) if t.requires_grad else t, output
+        )
+
+    def effective(self, fault: Fault) -> Fault:
+        """``fault`` as far as it is on."""
+        if not self.flips:
+            fault = fault.guard_only()
+        return fault if self.guard else fault._replace(zero_out_t=None)
+
+
+class _RestoreTick(torch.autograd.Function):
+    """Identity. In backward it sets the tick of its own forward pass, for layers that a checkpoint recomputes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: FaultState, tick: Tensor) -> Tensor:
+        ctx.state, ctx.tick = state, tick
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.state.tick = ctx.tick
+        return grads[0], None, None
+
+
+class FaultyLinear(nn.Linear):
+    """``nn.Linear`` whose input and weight suffer bit flips at every forward pass.
+
+    Made by ``flipproof.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(
+        self, linear: nn.Linear, site: str, x_fault: Fault, w_fault: Fault, lora: LoraSpec, state: FaultState
+    ) -> None:
+        nn.Module.__init__(self)  # the parameters come from ``linear``: nothing is allocated twice
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+        self.site, self.x_fault, self.w_fault = site, x_fault, w_fault
+        self.lora, self.state = lora, state
+        if lora.r:
+            # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
+            device = self.weight.device
+            self.lora_A = nn.Parameter(torch.empty(lora.r, self.in_features, dtype=torch.float32, device=device))
+            self.lora_B = nn.Parameter(torch.empty(self.out_features, lora.r, dtype=torch.float32, device=device))
+            self.reset_lora_parameters()
+        else:
+            self.register_parameter("lora_A", None)
+            self.register_parameter("lora_B", None)
+        self.refresh_keys()
+
+    def reset_lora_parameters(self) -> None:
+        """A uniform in ±1/√in (what ``nn.Linear`` and PEFT use), B zero. A is a function of the site alone, so
+        the order of the layers and their placement do not matter. On the meta device: call again once materialised.
+        """
+        if self.lora_A is None or self.lora_B is None or self.lora_A.device.type == "meta":
+            return
+        generator = torch.Generator().manual_seed(derive_key(0, f"{self.site}/lora_A"))
+        bound = self.in_features**-0.5
+        with torch.no_grad():
+            self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            self.lora_B.zero_()
+
+    def refresh_keys(self) -> None:
+        """Derive the Philox keys from the state's seed, on the weight's device."""
+        device = self.weight.device
+        if device.type == "meta":  # forward cannot run there
+            device = torch.device("cpu")
+        self.x_key, self.w_key = (
+            torch.full((), derive_key(self.state.seed, f"{self.site}/{operand}"), dtype=torch.int64, device=device)
+            for operand in "xw"
+        )
+        self.no_tick = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FaultyLinear":
+        # .to(), .cuda(), .to_empty(): keys are derived anew rather than moved, so that nothing can lose them.
+        super()._apply(fn, recurse)
+        self.refresh_keys()
+        return self
+
+    def merged_weight(self) -> Tensor:
+        """W + s·B·A in W's dtype, computed in the adapters'; W itself where there are no adapters."""
+        return _merge(self.weight, self.lora_A, self.lora_B, self.lora.scaling)
+
+    def _draw(self, fault: Fault, key: Tensor, device: torch.device, offset: int) -> tuple[Any, ...]:
+        """The operator arguments (key, tick, offset) for one operand."""
+        tick = self.no_tick if fault.persistent else self.state.tick
+        return key.to(device), tick.to(device), offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.state
+        x_fault, w_fault = state.effective(self.x_fault), state.effective(self.w_fault)
+        lora_A, lora_B = (self.lora_A, self.lora_B) if state.adapters else (None, None)
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            # Bits flip in the dtype that is computed with.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if not (x_fault.active or w_fault.active):
+            return F.linear(x, _merge(weight, lora_A, lora_B, self.lora.scaling), bias)
+        y: Tensor = _FaultyMatmul.apply(
+            x,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            self.lora.scaling,
+            (x_fault, *self._draw(x_fault, self.x_key, x.device, state.rank * x.numel())),
+            (w_fault, *self._draw(w_fault, self.w_key, x.device, 0)),
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        lora = f", r={self.lora.r}, lora_alpha={self.lora.lora_alpha}" if self.lora.r else ""
+        return f"{super().extra_repr()}, x={_fault_repr(self.x_fault)}, w={_fault_repr(self.w_fault)}{lora}"
+
+
+def _fault_repr(fault: Fault) -> str:
+    if not fault.active:
+        return "clean"
+    kind = ", persistent" if fault.persistent else ""
+    return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{kind})"
+
+
+def _merge(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
+    if lora_A is None or lora_B is None:
+        return weight
+    return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
+
+
+def _flip(x: Tensor, fault: Fault, key: Tensor, tick: Tensor, offset: int, owned: bool = False) -> Tensor:
+    """flip(x) by the operator; in place where the caller owns ``x``."""
+    if not fault.active:
+        return x
+    arguments = (fault.p_exp, fault.p_frac, fault.zero_out_t, key, tick, offset)
+    if owned:
+        torch.ops.flipproof.flip_(x, *arguments)
+        return x
+    return torch.ops.flipproof.flip(x, *arguments)
+
+
+def _flip_and_keep(
+    x: Tensor, fault: Fault, key: Tensor, tick: Tensor, offset: int, owned: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(flip(x), where the guard kept it); the second is None where there is no guard."""
+    flipped = _flip(x, fault._replace(zero_out_t=None), key, tick, offset, owned)
+    if fault.zero_out_t is None:
+        return flipped, None
+    keep = kept(flipped, fault.zero_out_t)
+    if bool(keep.all()):
+        return flipped, None
+    return torch.where(keep, flipped, 0), keep
+
+
+class _FaultyMatmul(torch.autograd.Function):
+    """flip(X) · flip(W + s·B·A)ᵀ + bias. A draw is (fault, key, tick, offset)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., in)
+        weight: Tensor,  # (out, in)
+        bias: Tensor | None,
+        lora_A: Tensor | None,  # (r, in)
+        lora_B: Tensor | None,  # (out, r)
+        scaling: float,
+        x_draw: tuple[Any, ...],
+        w_draw: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
+        ctx.scaling, ctx.x_draw, ctx.w_draw = scaling, x_draw, w_draw
+        flipped_w = _flip(_merge(weight, lora_A, lora_B, scaling), *w_draw, owned=lora_A is not None)
+        return F.linear(_flip(x, *x_draw), flipped_w, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
+        grad_x = grad_w = grad_bias = grad_A = grad_B = None
+
+        flipped_w, keep_w = _flip_and_keep(
+            _merge(weight, lora_A, lora_B, ctx.scaling), *ctx.w_draw, owned=lora_A is not None
+        )
+        flipped_x, keep_x = _flip_and_keep(x, *ctx.x_draw)
+        if need_x:
+            grad_x = (grad_y @ flipped_w).view(x.shape)
+            if keep_x is not None:
+                grad_x.masked_fill_(~keep_x, 0)
+        del flipped_w
+        if need_bias:
+            grad_bias = grad_y.sum(0)
+
+        flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
+        if need_w or (keep_w is not None and _many(keep_w)):
+            full = grad_y.T @ flipped_x
+            if keep_w is not None:
+                full.masked_fill_(~keep_w, 0)
+            grad_w = full if need_w else None
+            if lora_A is not None:
+                full = full.to(lora_A.dtype)
+                grad_A = ctx.scaling * (lora_B.T @ full) if need_A else None
+                grad_B = ctx.scaling * (full @ lora_A.T) if need_B else None
+        elif need_A or need_B:
+            grad_A, grad_B = _lora_grads(grad_y, flipped_x, lora_A, lora_B, ctx.scaling, keep_w)
+        return grad_x, grad_w, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _many(keep: Tensor) -> bool:
+    """Whether so many weights are zeroed that correcting them one by one costs more than the full gradient."""
+    return int((~keep).sum()) > 8 * (keep.shape[0] + keep.shape[1])
+
+
+def _lora_grads(
+    grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, keep_w: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dA and dB in the adapters' dtype without the (out, in) gradient, corrected for what the guard zeroed."""
+    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    grad_A = ((grad_y @ b).T @ x).to(lora_A.dtype)  # (r, in)
+    grad_B = (grad_y.T @ (x @ a.T)).to(lora_B.dtype)  # (out, r)
+    if keep_w is not None:
+        out, column = (~keep_w).nonzero(as_tuple=True)
+        for o, i in zip(out.split(256), column.split(256), strict=True):  # the gathered columns stay small
+            g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).to(lora_A.dtype)  # (zeroed,)
+            grad_A.index_add_(1, i, lora_B[o].T * -g)
+            grad_B.index_add_(0, o, lora_A[:, i].T * -g[:, None])
+    return grad_A * scaling, grad_B * scaling

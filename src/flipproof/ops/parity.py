@@ -1,0 +1,161 @@
+"""Poisson parity: independent Bernoulli(p) flips at a cost that grows with the flips, not with the bits.
+
+Throw K ~ Poisson(λ) balls uniformly over m bits and invert a bit once per ball that hits it. The count on each bit
+is an independent Poisson(λ/m), which is odd with probability (1 − e^(−2λ/m)) / 2. So λ = −(m/2)·ln(1 − 2p) gives
+*exactly* independent Bernoulli(p) flips for any p < 1/2. Two balls on one bit cancel; that is the point, not a
+collision to avoid. Two independent flips combine by the same rule: inverting with probability q and then with
+probability r inverts with q + r − 2qr.
+
+**Sparse.** The tensor is cut into blocks of 8192 elements of the whole tensor. Each block has two fields, the mantissa
+bits and the sign-and-exponent bits, each with its own p. One Philox call (purpose COUNTS) gives two 63-bit
+uniforms, one per field; K is the number of entries of an integer Poisson CDF table that are not above the uniform.
+The call (BALLS, i) gives four words: words 0 and 1 place the i-th ball of the exponent field, words 2 and 3 that of
+the mantissa field. The top 13 bits of the first word are the element, and (second word · bits of the field) >> 32 is
+the bit, counted from the field's lowest.
+
+**Dense.** Beyond p = 2⁻⁷ balls are dearer than random bits. There p is split: q, the first k binary digits of p,
+is drawn densely, and the rest r = (p − q) / (1 − 2q) sparsely on top; k is the smallest that leaves r ≤ 2⁻⁷, so
+p = 0.3 takes 6 digits and p = 1/2 takes one and no balls. One bit with probability q = 0.d1 d2 … dk is made from k
+random bits u by going from the last digit to the first: b ← majority(u, b, d), which is u OR b where the digit is 1
+and u AND b where it is 0. All lanes of a 32-bit word work at once, with the digits of both fields side by side in
+one mask per digit. The call (DIGITS, i << 16 | g) gives digit i (0 is the first after the point) of four words; word
+c of group g holds, in its h-th lane from the bottom, element (c · lanes + h) · G + g of the block, where lanes is 32 /
+bits of an element and G = 8192 / (4 · lanes). That order lets a GPU thread read consecutive elements in each lane.
+
+**How exact.** The CDF table is made with correctly rounded decimal arithmetic, the same on every platform, and
+truncated to 63 bits. So the rate of a block of 8192 elements is off by at most 2⁻⁶³ per table entry, and the choice of
+the bit within a field by at most 2⁻²⁹ of its rate. There is no rounding of p itself.
+"""
+
+import decimal
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+BLOCK = 8192
+BLOCK_LOG2 = 13
+MAX_SPARSE_P = Fraction(1, 128)
+"""Largest p drawn by balls alone. Part of the definition: changing it changes every draw at a larger p."""
+
+_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+DTYPES = tuple(_MANTISSA_BITS)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A run of neighbouring bits with one flip probability."""
+
+    first_bit: int
+    bits: int
+    cdf: np.ndarray | None
+    """int64, ascending: the block's K is how many entries are not above a 63-bit uniform. None: no balls."""
+
+
+@dataclass(frozen=True)
+class FlipPlan:
+    """What a backend needs to draw the flips of one dtype at (p_exp, p_frac)."""
+
+    element_bits: int
+    exponent: Field
+    mantissa: Field
+    digits: tuple[int, ...]
+    """32-bit lane masks of the dense digits, most significant first; empty where all is sparse."""
+
+    @property
+    def lanes(self) -> int:
+        """Elements per 32-bit word."""
+        return 32 // self.element_bits
+
+    @property
+    def sparse(self) -> bool:
+        return self.exponent.cdf is not None or self.mantissa.cdf is not None
+
+
+def split(p: float) -> tuple[int, int, Fraction]:
+    """(k, j, r): p is a dense draw at j / 2^k combined with a sparse one at r ≤ 2⁻⁷, exactly."""
+    exact = Fraction(p)
+    k = 0
+    while True:
+        q = Fraction(exact * 2**k // 1, 2**k)
+        rest = Fraction(0) if exact == q else (exact - q) / (1 - 2 * q)
+        if rest <= MAX_SPARSE_P:
+            return k, int(q * 2**k), rest
+        k += 1
+
+
+@lru_cache(maxsize=256)
+def poisson_cdf(p: Fraction, bits: int) -> np.ndarray | None:
+    """int64 table of floor(2^63 · P(K ≤ j)), K the number of balls for one field of one block; None for p = 0."""
+    if p == 0:
+        return None
+    # Decimal's exp and ln are correctly rounded, so every machine makes the same table.
+    with decimal.localcontext() as context:
+        context.prec = 100
+        rest = 1 - 2 * decimal.Decimal(p.numerator) / decimal.Decimal(p.denominator)
+        lam = -decimal.Decimal(BLOCK * bits) / 2 * rest.ln()
+        scale = decimal.Decimal(2**63)
+        mass = total = (-lam).exp()
+        table = [int(total * scale)]
+        while (1 - total) * scale >= 1:
+            mass = mass * lam / len(table)
+            total += mass
+            table.append(int(total * scale))
+    return np.minimum(np.array(table, dtype=np.uint64), np.uint64(2**63 - 1)).astype(np.int64)
+
+
+@lru_cache(maxsize=256)
+def flip_plan(dtype: torch.dtype, p_exp: float, p_frac: float) -> FlipPlan:
+    """The plan of a dtype (bfloat16, float16 or float32) at two valid probabilities."""
+    bits = dtype.itemsize * 8
+    mantissa_bits = _MANTISSA_BITS[dtype]
+    exponent_bits = bits - mantissa_bits
+    k_exp, j_exp, rest_exp = split(p_exp)
+    k_frac, j_frac, rest_frac = split(p_frac)
+
+    lane_masks = []
+    for i in range(max(k_exp, k_frac)):
+        lane = 0
+        if i < k_exp and j_exp >> (k_exp - 1 - i) & 1:
+            lane |= (2**exponent_bits - 1) << mantissa_bits
+        if i < k_frac and j_frac >> (k_frac - 1 - i) & 1:
+            lane |= 2**mantissa_bits - 1
+        lane_masks.append(lane if bits == 32 else lane << 16 | lane)
+    return FlipPlan(
+        element_bits=bits,
+        exponent=Field(mantissa_bits, exponent_bits, poisson_cdf(rest_exp, exponent_bits)),
+        mantissa=Field(0, mantissa_bits, poisson_cdf(rest_frac, mantissa_bits)),
+        digits=tuple(lane_masks),
+    )
+
+
+@lru_cache(maxsize=256)
+def guard_bits(dtype: torch.dtype, zero_out_t: float) -> int:
+    """The bit pattern of the smallest value of ``dtype`` that is not below ``zero_out_t``.
+
+    Magnitudes of IEEE floats are ordered as their bit patterns are, and infinity and NaN come last, so
+    ``|v| < zero_out_t`` in exact arithmetic is ``bits(|v|) < guard_bits`` on every backend.
+    """
+    low, high = 0, int(torch.tensor(float("inf"), dtype=dtype).view(_INTEGER[dtype]).item())
+    while low < high:
+        middle = (low + high) // 2
+        if torch.tensor(middle, dtype=_INTEGER[dtype]).view(dtype).item() >= zero_out_t:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+_INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def magnitude_bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of |x| as integers of the same size; order-preserving, NaN above infinity."""
+    return x.view(_INTEGER[x.dtype]) & (2 ** (x.dtype.itemsize * 8 - 1) - 1)
+
+
+def kept(x: torch.Tensor, zero_out_t: float) -> torch.Tensor:
+    """Boolean, shape of ``x``: true where the guard keeps the value, i.e. where |x| < zero_out_t is true."""
+    return magnitude_bits(x) < guard_bits(x.dtype, zero_out_t)

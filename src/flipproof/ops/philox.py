@@ -1,0 +1,76 @@
+"""Philox4x32-10, the counter RNG behind every draw, and how a draw's key and counter are laid out.
+
+A counter RNG is a function from (key, counter) to 128 random bits. Nothing is stored and nothing advances, so any
+backend can compute any part of a draw, in any order, on any rank, and get the same bits. Philox is a bijection of
+its counter for each key, so two different counters never collide (Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC'11, whose known answers are the test).
+
+**Key** (64 bits): BLAKE2b-64 of (seed, site), made once per layer and operand on the host. ``site`` names the layer
+and the operand, "model.layers.0.self_attn.q_proj/w".
+
+**Counter** (four 32-bit words)::
+
+    c0   purpose (4 bits) | index within the block (28 bits)
+    c1   block number, low 32 bits
+    c2   block number, high 16 bits | tick, high 16 bits << 16
+    c3   tick, low 32 bits
+
+The *block* is the element's index in the whole tensor divided by 8192, so a slice of the tensor asks for the same
+numbers as the whole. The *tick* counts forward passes. It sits in the counter, not in the key, so that a GPU kernel
+can read it from device memory: ticks advance without recompilation and under CUDA graphs, while the key stays a
+constant of the layer. Purposes: how many flips a block gets (0), where the i-th of them falls (1), and the digit
+planes of dense draws (2); ``parity.py`` says what each is for.
+"""
+
+import hashlib
+
+import numpy as np
+
+COUNTS, BALLS, DIGITS = 0, 1, 2
+"""Purposes, the top four bits of c0."""
+
+MAX_TICK = 2**48
+MAX_BLOCK = 2**48
+
+_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_LOW_32 = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+ROUNDS = 10
+
+Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def derive_key(seed: int, site: str) -> int:
+    """The 64-bit Philox key of one operand of one layer, as a signed integer (what an int64 tensor holds)."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + site.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def counter(purpose: int, index: np.ndarray, block: np.ndarray, tick: int) -> Words:
+    """The four counter words, uint64 arrays with values below 2^32 that broadcast against each other.
+
+    ``index`` must be below 2^28, ``block`` and ``tick`` below 2^48.
+    """
+    block = block.astype(np.uint64)
+    return (
+        index.astype(np.uint64) | np.uint64(purpose << 28),
+        block & _LOW_32,
+        (block >> _32) | np.uint64(tick >> 32 << 16),
+        np.uint64(tick & 0xFFFFFFFF) + np.zeros_like(block),
+    )
+
+
+def philox(c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, key: int) -> Words:
+    """Philox4x32-10 of broadcastable uint64 arrays (values below 2^32): four arrays of uniform 32-bit words."""
+    k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    for _ in range(ROUNDS):
+        product_0, product_1 = _MULTIPLIER_0 * c0, _MULTIPLIER_1 * c2
+        c0, c1, c2, c3 = (
+            product_1 >> _32 ^ c1 ^ np.uint64(k0),
+            product_1 & _LOW_32,
+            product_0 >> _32 ^ c3 ^ np.uint64(k1),
+            product_0 & _LOW_32,
+        )
+        k0, k1 = k0 + _WEYL_0 & 0xFFFFFFFF, k1 + _WEYL_1 & 0xFFFFFFFF
+    return c0, c1, c2, c3
