@@ -1,6 +1,6 @@
-"""flipproof: measure what random hardware bit flips do to language models, and train models that survive them."""
+"""What random hardware bit flips do to language models, and how to train models that survive them."""
 
-from flipproof.inject import Coverage, faults, faulty_layers, inject, merge, remove, set_seed, set_tick
+from flipproof.inject import Coverage, faults, faulty_layers, inject, merge, remove, set_faults, set_seed, set_tick
 from flipproof.layers import FaultyLinear
 from flipproof.ops.flip import flip, flip_
 from flipproof.spec import BitFlipSpec, Fault, LoraSpec
@@ -20,6 +20,7 @@ __all__ = [
     "inject",
     "merge",
     "remove",
+    "set_faults",
     "set_seed",
     "set_tick",
 ]

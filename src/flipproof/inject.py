@@ -15,7 +15,7 @@ from torch import nn
 
 from flipproof.layers import FaultState, FaultyLinear
 from flipproof.ops.philox import MAX_TICK
-from flipproof.spec import BitFlipSpec, LoraSpec, check_seed
+from flipproof.spec import BitFlipSpec, Fault, LoraSpec, check_seed
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
@@ -64,7 +64,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
         ValueError: where no layer matches, naming the patterns; or where the model is injected already.
     """
     lora = lora or LoraSpec()
-    if any(isinstance(module, FaultyLinear) for module in model.modules()):
+    if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
     state = FaultState(spec.base_seed)
     head = _output_head(model)
@@ -141,9 +141,19 @@ def _coverage(model: nn.Module, covered: list[str], skipped: dict[str, str]) -> 
     return Coverage(tuple(covered), skipped, uncovered, inside / total)
 
 
+def iter_faulty(model: nn.Module) -> Iterator[tuple[str, FaultyLinear]]:
+    """(module name, layer) of each faulty layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, FaultyLinear))
+
+
+def is_faulty(model: nn.Module) -> bool:
+    """Whether any layer of the model is faulty."""
+    return any(True for _ in iter_faulty(model))
+
+
 def faulty_layers(model: nn.Module) -> dict[str, FaultyLinear]:
     """Module name -> faulty layer. Raises ValueError where there is none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FaultyLinear)}
+    layers = dict(iter_faulty(model))
     if not layers:
         raise ValueError("this model has no faulty layers; flipproof.inject(model, spec) makes them")
     return layers
@@ -169,9 +179,25 @@ def set_seed(model: nn.Module, seed: int) -> None:
     set_tick(model, 0)
 
 
+def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
+    """Give the faulty layers other faults, adapters unchanged; layers that ``spec`` leaves alone become clean.
+
+    The seed is ``spec.base_seed``, from tick 0.
+    """
+    for layer in faulty_layers(model).values():
+        layer_spec = spec.for_layer(layer.site)
+        layer.x_fault, layer.w_fault = (layer_spec.x, layer_spec.w) if layer_spec else (Fault(), Fault())
+    set_seed(model, spec.base_seed)
+
+
 @contextmanager
 def faults(
-    model: nn.Module, *, flips: bool = True, guard: bool = True, adapters: bool = True, seed: int | None = None
+    model: nn.Module,
+    *,
+    flips: bool = True,
+    guard: bool = True,
+    adapters: bool = True,
+    seed: int | None = None,
 ) -> Iterator[None]:
     """Within the block, with flips, guard and adapters on or off and, where given, another fault seed from tick 0.
 

@@ -15,15 +15,15 @@ positions (o, i) zeroed by the guard contributed, g = Σ dY[:, o]·X̃[:, i], is
 s·A[:, i]·g from dB[o]. The result is exact.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flipproof.ops.philox import derive_key
 from flipproof.ops.parity import kept
+from flipproof.ops.philox import derive_key
 from flipproof.spec import Fault, LoraSpec
 
 
@@ -152,16 +152,16 @@ class FaultyLinear(nn.Linear):
         """W + s·B·A in W's dtype, computed in the adapters'; W itself where there are no adapters."""
         return _merge(self.weight, self.lora_A, self.lora_B, self.lora.scaling)
 
-    def _draw(self, fault: Fault, key: Tensor, device: torch.device, offset: int) -> tuple[Any, ...]:
-        """The operator arguments (key, tick, offset) for one operand."""
+    def _draw(self, fault: Fault, key: Tensor, device: torch.device, offset: int) -> "Draw":
         tick = self.no_tick if fault.persistent else self.state.tick
-        return key.to(device), tick.to(device), offset
+        return Draw(fault, key.to(device), tick.to(device), offset)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
         x_fault, w_fault = state.effective(self.x_fault), state.effective(self.w_fault)
         lora_A, lora_B = (self.lora_A, self.lora_B) if state.adapters else (None, None)
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             # Bits flip in the dtype that is computed with.
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -176,8 +176,8 @@ class FaultyLinear(nn.Linear):
             lora_A,
             lora_B,
             self.lora.scaling,
-            (x_fault, *self._draw(x_fault, self.x_key, x.device, state.rank * x.numel())),
-            (w_fault, *self._draw(w_fault, self.w_key, x.device, 0)),
+            self._draw(x_fault, self.x_key, x.device, state.rank * x.numel()),
+            self._draw(w_fault, self.w_key, x.device, 0),
         )
         return y
 
@@ -199,32 +199,41 @@ def _merge(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling
     return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
 
 
-def _flip(x: Tensor, fault: Fault, key: Tensor, tick: Tensor, offset: int, owned: bool = False) -> Tensor:
+class Draw(NamedTuple):
+    """The flips of one operand in one forward pass: all that the operator needs beside the tensor."""
+
+    fault: Fault
+    key: Tensor
+    tick: Tensor
+    offset: int
+
+
+def _flip(x: Tensor, draw: Draw, owned: bool = False) -> Tensor:
     """flip(x) by the operator; in place where the caller owns ``x``."""
+    fault = draw.fault
     if not fault.active:
         return x
-    arguments = (fault.p_exp, fault.p_frac, fault.zero_out_t, key, tick, offset)
+    arguments = (fault.p_exp, fault.p_frac, fault.zero_out_t, draw.key, draw.tick, draw.offset)
     if owned:
         torch.ops.flipproof.flip_(x, *arguments)
         return x
     return torch.ops.flipproof.flip(x, *arguments)
 
 
-def _flip_and_keep(
-    x: Tensor, fault: Fault, key: Tensor, tick: Tensor, offset: int, owned: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """(flip(x), where the guard kept it); the second is None where there is no guard."""
-    flipped = _flip(x, fault._replace(zero_out_t=None), key, tick, offset, owned)
-    if fault.zero_out_t is None:
+def _flip_and_keep(x: Tensor, draw: Draw, owned: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(flip(x), where the guard kept it); the second is None where the guard zeroed nothing."""
+    t = draw.fault.zero_out_t
+    flipped = _flip(x, draw._replace(fault=draw.fault._replace(zero_out_t=None)), owned)
+    if t is None:
         return flipped, None
-    keep = kept(flipped, fault.zero_out_t)
+    keep = kept(flipped, t)
     if bool(keep.all()):
         return flipped, None
     return torch.where(keep, flipped, 0), keep
 
 
 class _FaultyMatmul(torch.autograd.Function):
-    """flip(X) · flip(W + s·B·A)ᵀ + bias. A draw is (fault, key, tick, offset)."""
+    """flip(X) · flip(W + s·B·A)ᵀ + bias."""
 
     @staticmethod
     def forward(
@@ -235,13 +244,13 @@ class _FaultyMatmul(torch.autograd.Function):
         lora_A: Tensor | None,  # (r, in)
         lora_B: Tensor | None,  # (out, r)
         scaling: float,
-        x_draw: tuple[Any, ...],
-        w_draw: tuple[Any, ...],
+        x_draw: Draw,
+        w_draw: Draw,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.scaling, ctx.x_draw, ctx.w_draw = scaling, x_draw, w_draw
-        flipped_w = _flip(_merge(weight, lora_A, lora_B, scaling), *w_draw, owned=lora_A is not None)
-        return F.linear(_flip(x, *x_draw), flipped_w, bias)
+        flipped_w = _flip(_merge(weight, lora_A, lora_B, scaling), w_draw, owned=lora_A is not None)
+        return F.linear(_flip(x, x_draw), flipped_w, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -251,9 +260,9 @@ class _FaultyMatmul(torch.autograd.Function):
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
 
         flipped_w, keep_w = _flip_and_keep(
-            _merge(weight, lora_A, lora_B, ctx.scaling), *ctx.w_draw, owned=lora_A is not None
+            _merge(weight, lora_A, lora_B, ctx.scaling), ctx.w_draw, owned=lora_A is not None
         )
-        flipped_x, keep_x = _flip_and_keep(x, *ctx.x_draw)
+        flipped_x, keep_x = _flip_and_keep(x, ctx.x_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
             if keep_x is not None:

@@ -77,6 +77,10 @@ def _layer_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
     return [problem for problem in problems if problem]
 
 
+def _false_as_none(value: Any) -> Any:
+    return None if value is False else value
+
+
 @dataclass(frozen=True)
 class BitFlipSpec:
     """Which bits flip, how often, and in which layers (the ``[bitflip]`` table).
@@ -107,14 +111,21 @@ class BitFlipSpec:
     """Substrings of module names: where given, only layers that contain one of them are touched."""
     skip_patterns: tuple[str, ...] = ()
     """Substrings of module names to leave alone, on top of the output head."""
-    layer_name_to_config: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
-    """Per-layer overrides: regular expression for the whole module name -> the keys to change, or null to leave
-    the layer alone. The first expression that matches counts."""
+    layer_name_to_config: Mapping[str, Mapping[str, Any] | bool | None] = field(default_factory=dict)
+    """Per-layer overrides: regular expression for the whole module name -> the keys to change, or null (in TOML: false)
+    to leave the layer alone. The first expression that matches counts."""
 
     def __post_init__(self) -> None:
         # TOML and the command line bring lists; a frozen value wants tuples.
         for name in ("include_patterns", "skip_patterns"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        layers = {
+            pattern: {key: _false_as_none(value) for key, value in override.items()}
+            if isinstance(override, Mapping)
+            else _false_as_none(override)
+            for pattern, override in self.layer_name_to_config.items()
+        }
+        object.__setattr__(self, "layer_name_to_config", layers)
         if problems := self.problems():
             raise ValueError("; ".join(problems))
 
@@ -127,7 +138,9 @@ class BitFlipSpec:
                 re.compile(pattern)
             except re.error as error:
                 problems.append(f"layer_name_to_config {pattern!r}: not a regular expression ({error})")
-            if override is not None:
+            if override is True:
+                problems.append(f"layer_name_to_config {pattern!r} = true: a table of keys, or false, is allowed")
+            elif isinstance(override, Mapping):
                 problems += _layer_problems(override, f"layer_name_to_config {pattern!r}.")
         return problems
 
@@ -139,8 +152,13 @@ class BitFlipSpec:
             return None
         for pattern, override in self.layer_name_to_config.items():
             if re.fullmatch(pattern, name):
-                return None if override is None else replace(self, **override)
+                return replace(self, **override) if isinstance(override, Mapping) else None
         return self
+
+    @property
+    def any_fault(self) -> bool:
+        """Whether any layer flips bits or has a guard."""
+        return self.x.active or self.w.active or any(self.layer_name_to_config.values())
 
     @property
     def x(self) -> Fault:

@@ -128,7 +128,14 @@ def _draw(
     # full, unlike tensor, makes no host-to-device copy
     key = torch.full((), derive_key(check_seed(seed), site), dtype=torch.int64, device=x.device)
     ticks = torch.full((), tick, dtype=torch.int64, device=x.device)
-    return float(p_exp or 0), float(p_frac or 0), None if zero_out_t is None else float(zero_out_t), key, ticks, offset
+    return (
+        float(p_exp or 0),
+        float(p_frac or 0),
+        None if zero_out_t is None else float(zero_out_t),
+        key,
+        ticks,
+        offset,
+    )
 
 
 def flip(

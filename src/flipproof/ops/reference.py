@@ -85,9 +85,7 @@ def ball_counts(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> tupl
     return counts[0], counts[1]
 
 
-def _apply_sparse(
-    bits: np.ndarray, plan: FlipPlan, blocks: np.ndarray, key: int, tick: int, offset: int
-) -> None:
+def _apply_sparse(bits: np.ndarray, plan: FlipPlan, blocks: np.ndarray, key: int, tick: int, offset: int) -> None:
     """Throw the balls of ``blocks``, dropping those that fall outside ``bits``."""
     exponent_counts, mantissa_counts = ball_counts(plan, blocks, key, tick)
     throws = np.maximum(exponent_counts, mantissa_counts)

@@ -1,0 +1,183 @@
+"""The command line: ``flipproof VERB``. Each verb imports what it needs when it runs.
+
+Whatever the user can get wrong ends in one clear line per problem on stderr and exit code 2, with nothing written.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from flipproof.config import (
+    ConfigError,
+    RunConfig,
+    add_overrides,
+    load_config,
+    preset_names,
+    preset_text,
+    split_overrides,
+)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Errors as one line that names what was wrong, with the nearest known flag where there is one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        if unknown := re.search(r"(?i)unrecognized arguments?: (--[^\s=]+)", text):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown.group(1), flags, n=1)
+            text = f"{unknown.group(1)}: unknown flag" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise ConfigError([text])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb == "--version":
+        from flipproof import __version__
+
+        print(f"flipproof {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(VERBS)}"
+        print(f"flipproof: error: {verb}: unknown verb; {hint}", file=sys.stderr)
+        return 2
+    from flipproof.runlog import set_up_logging
+
+    set_up_logging()
+    try:
+        VERBS[verb][0](_Parser(prog=f"flipproof {verb}", description=VERBS[verb][1]), rest)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"flipproof {verb}: error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"flipproof {verb}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:<8} {what}" for name, (_, what) in VERBS.items())
+    return f"usage: flipproof VERB [options]\n\n{verbs}\n\nflipproof VERB --help says more."
+
+
+def _train(parser: _Parser, argv: list[str]) -> None:
+    _add_config_arguments(parser)
+    parser.add_argument("--steps", type=int, help="Optimizer steps; the same as --training.steps.")
+    parser.add_argument("--dry-run", action="store_true", help="Validate, print the resolved config and stop.")
+    parser.add_argument("--resume", action="store_true", help="Continue from the run directory's last checkpoint.")
+    overrides, rest = split_overrides(argv)
+    args = parser.parse_args(rest, defaults=False)
+    config = _config(args, overrides)
+    if args.get("dry_run"):
+        print(config.to_toml(), end="")
+        return
+    from flipproof.train import train
+
+    print(train(config, resume=bool(args.get("resume"))))
+
+
+def _eval(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument(
+        "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
+    )
+    _add_config_arguments(parser)
+    parser.add_argument("--adapter", type=str, help="A PEFT adapter; adds the arms recovered and recovered_clean.")
+    parser.add_argument("--num-samples", type=int, help="Held-out sequences; the same as --eval.num_samples.")
+    parser.add_argument("--trials", type=int, help="Fault seeds; the same as --eval.trials.")
+    parser.add_argument("--to", type=str, help="Directory to write results.json into.")
+    overrides, rest = split_overrides(argv)
+    args = parser.parse_args(rest, defaults=False)
+    config = _config(args, overrides)
+    from flipproof.evaluate import arms_table, evaluate
+
+    adapter, to = (Path(path) if (path := args.get(name)) else None for name in ("adapter", "to"))
+    print(arms_table(evaluate(config, adapter, to)))
+
+
+def _export(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument("run", help="A run's directory.")
+    parser.add_argument("--to", type=str, required=True, help="Directory to write, which must not exist.")
+    parser.add_argument(
+        "--format",
+        choices=["model", "adapter"],
+        default="model",
+        help="model: Hugging Face model with the adapters merged. adapter: PEFT.",
+    )
+    args = parser.parse_args(argv)
+    from flipproof.export import export
+
+    print(export(Path(args.run), Path(args.to), args.format))
+
+
+def _config_verb(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument("name", nargs="?", help="A preset's name.")
+    parser.add_argument("--list", action="store_true", help="Print the names of the presets.")
+    args = parser.parse_args(argv)
+    if args.list or args.name is None:
+        print("\n".join(preset_names()))
+    else:
+        print(preset_text(args.name), end="")
+
+
+def _demo(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument("--run-dir", type=str, default="runs/demo", help="Directory to write, which must not exist.")
+    args = parser.parse_args(argv)
+    from flipproof.demo import demo
+
+    demo(Path(args.run_dir))
+
+
+def _doctor(parser: _Parser, argv: list[str]) -> None:
+    parser.parse_args(argv)
+    from flipproof.doctor import doctor
+
+    report, healthy = doctor()
+    print(report)
+    if not healthy:
+        raise ConfigError(["this machine draws other flips than the definition; see above"])
+
+
+def _add_config_arguments(parser: _Parser) -> None:
+    parser.add_argument(
+        "--config",
+        action="append",
+        type=str,
+        help="A TOML or YAML file, or a preset's name; may be repeated, later ones count.",
+    )
+    add_overrides(parser)
+
+
+def _config(args: jsonargparse.Namespace, overrides: dict[str, dict[str, Any]]) -> RunConfig:
+    """Config files and flags together; a short flag is another name for a key."""
+    shorthands = {
+        "steps": ("training", "steps"),
+        "model_path": ("model", "hf_model_path"),
+        "num_samples": ("eval", "num_samples"),
+        "trials": ("eval", "trials"),
+    }
+    for flag, (section, key) in shorthands.items():
+        if (value := args.get(flag)) is not None:
+            overrides.setdefault(section, {})[key] = value
+    return load_config(args.get("config") or [], overrides)
+
+
+VERBS: dict[str, tuple[Callable[[_Parser, list[str]], None], str]] = {
+    "demo": (_demo, "The whole story on a small model made here: minutes on two cores, no network."),
+    "train": (_train, "Train with bit flips: LoRA adapters, the whole model, or from scratch."),
+    "eval": (_eval, "Perplexity with and without faults, guard and training, side by side."),
+    "export": (_export, "Write a run's result as a Hugging Face model or a PEFT adapter."),
+    "config": (_config_verb, "Print a preset config, or list them."),
+    "doctor": (_doctor, "What this machine can run, and why not."),
+}

@@ -1,0 +1,159 @@
+"""The whole story on a small model made here: damage it with bit flips, train it to survive, show it.
+
+Everything goes through the public path that a user's own model takes: ``train`` makes a small Llama from the standard
+library's source, ``train`` again gives it adapters that learn under faults, ``export`` writes what other tools open. Around
+that, a table, a plot of perplexity against the flip probability, and a sample of text.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from flipproof import runlog
+from flipproof.checkpoint import load_adapter
+from flipproof.config import RunConfig, load_config
+from flipproof.data import PackedText, load_held_out
+from flipproof.evaluate import Arm, arms_table, fault_seeds, gap_closed, measure_arms
+from flipproof.export import export
+from flipproof.inject import faults, inject, set_faults
+from flipproof.model import load_model, load_tokenizer
+from flipproof.runlog import check_run_dir, logger
+from flipproof.train import train
+
+_SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)
+"""Flip probabilities of the plot, as multiples of the one trained with."""
+_SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 16
+_PROMPT = "def read_lines(path):\n    "
+
+
+def demo(run_dir: Path) -> None:
+    """Run the demo into ``run_dir``, which must not hold a run. Raises ConfigError where it does."""
+    check_run_dir(run_dir, resume=False)
+    check_run_dir(run_dir / "base", resume=False)
+    started = time.perf_counter()
+
+    logger.info("1. A small Llama from scratch on the Python standard library's source, without faults")
+    train(load_config(["demo-base"], {"logging": {"run_dir": str(run_dir / "base")}}))
+
+    logger.info("2. The same model under bit flips; then adapters that train with them")
+    base = str(run_dir / "base" / "model")
+    config = load_config(["demo"], {"logging": {"run_dir": str(run_dir)}, "model": {"hf_model_path": base}})
+    train(config)
+    export(run_dir, run_dir / "model")
+
+    logger.info("3. Perplexity against the flip probability, and a sample of text")
+    tokenizer = load_tokenizer(config.model)
+    text = load_held_out(config.data, tokenizer, config.training.seq_len)
+    model = load_model(config.model, tokenizer, config.training.dtype, config.training.seed)
+    inject(model, config.bitflip, config.lora)
+    load_adapter(model, run_dir / "adapter")
+    points = sweep_p(config, model, text)
+    arms = {
+        name: Arm.from_dict(arm) for name, arm in json.loads((run_dir / runlog.RESULTS).read_text())["arms"].items()
+    }
+    plot_sweep(points, arms, config, run_dir / "perplexity_vs_p.png")
+    samples = sample_texts(model, tokenizer, seed=fault_seeds(config.bitflip.base_seed, 1)[0])
+    (run_dir / "samples.txt").write_text("\n\n".join(f"[{name}]\n{sample}" for name, sample in samples.items()) + "\n")
+
+    print(f"\n{arms_table(arms)}\n")
+    closed = gap_closed(arms)
+    if closed is not None:
+        print(f"Training with flips won back {closed:.0%} of the log-perplexity that they cost.\n")
+    for name, sample in samples.items():
+        print(f"--- {name} ---\n{sample}\n")
+    print(f"{run_dir}: results.json, perplexity_vs_p.png, samples.txt, adapter/ (PEFT), model/ (Hugging Face)")
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """Perplexity with faults at one flip probability, before and after training."""
+
+    p: float
+    flipped: Arm
+    recovered: Arm
+
+
+def sweep_p(config: RunConfig, model: nn.Module, text: PackedText) -> list[SweepPoint]:
+    """Measure the model at multiples of the config's flip probabilities, all else equal."""
+    points = []
+    for factor in _SWEEP_FACTORS:
+        scaled = {
+            name: p * factor
+            for name in ("w_p_exp", "w_p_frac", "x_p_exp", "x_p_frac")
+            if (p := getattr(config.bitflip, name)) is not None
+        }
+        set_faults(model, replace(config.bitflip, **scaled))
+        arms = measure_arms(
+            model,
+            ("flipped", "recovered"),
+            text,
+            seeds=fault_seeds(config.bitflip.base_seed, _SWEEP_TRIALS),
+            num_samples=_SWEEP_SAMPLES,
+            batch_size=config.training.local_batch_size,
+        )
+        points.append(SweepPoint(max(scaled.values()), arms["flipped"], arms["recovered"]))
+    set_faults(model, config.bitflip)
+    return points
+
+
+def plot_sweep(points: list[SweepPoint], arms: dict[str, Arm], config: RunConfig, path: Path) -> None:
+    """Perplexity against p on logarithmic axes, with 95% intervals, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    p = np.array([point.p for point in points])
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
+    for name, label, colour in (
+        ("flipped", "flipped, not trained", "#c0392b"),
+        ("recovered", "flipped, adapters trained with flips", "#2471a3"),
+    ):
+        measured: list[Arm] = [getattr(point, name) for point in points]
+        middle = np.array([arm.perplexity for arm in measured])
+        bounds = np.array([arm.perplexity_interval or (arm.perplexity,) * 2 for arm in measured])
+        axes.errorbar(
+            p, middle, yerr=np.abs(bounds.T - middle), label=label, color=colour, marker="o", ms=4, lw=1.5, capsize=3
+        )
+    axes.axhline(arms["clean"].perplexity, color="#555555", ls="--", lw=1, label="clean")
+    trained_at = max(value for value in (config.bitflip.w_p_exp, config.bitflip.x_p_exp) if value)
+    axes.axvline(trained_at, color="#999999", ls=":", lw=1, label=f"trained at p = 2$^{{{np.log2(trained_at):.0f}}}$")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.set_xlabel("flip probability p per bit, weights and activations")
+    axes.set_ylabel("perplexity per byte, held-out text")
+    axes.set_title("Bit flips in every Linear layer (95% intervals over fault seeds)", fontsize=10)
+    axes.grid(alpha=0.25, which="major")
+    axes.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def sample_texts(model: Any, tokenizer: Any, seed: int, new_tokens: int = 160) -> dict[str, str]:
+    """Greedy continuations of one prompt: clean, with flips, and with flips after training."""
+    ids = tokenizer(_PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    model.eval()
+    samples = {}
+    for name, on in (
+        ("clean", {"flips": False, "guard": False, "adapters": False}),
+        ("flipped", {"adapters": False}),
+        ("recovered", {}),
+    ):
+        with faults(model, seed=seed, **on):
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        samples[name] = tokenizer.decode(output[0], skip_special_tokens=True)
+    return samples

@@ -1,0 +1,86 @@
+"""What a run says while it runs: log lines for people, ``metrics.jsonl`` for programs, and the run directory itself."""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from flipproof.config import ConfigError
+
+logger = logging.getLogger("flipproof")
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.toml"
+RESULTS = "results.json"
+
+
+def set_up_logging() -> None:
+    """Log lines to stderr, from rank 0 alone."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.propagate = False
+
+
+def check_run_dir(run_dir: Path, resume: bool) -> None:
+    """Raises ConfigError where the directory holds a run already and this one does not resume it."""
+    held = [name for name in (CONFIG, METRICS, RESULTS, "checkpoints") if (run_dir / name).exists()]
+    if held and not resume:
+        raise ConfigError(
+            [
+                f"{run_dir} holds a run already ({', '.join(held)}); resume it with --resume, or name another "
+                "directory with --logging.run_dir"
+            ]
+        )
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError([f"logging.run_dir = {str(run_dir)!r} is not a directory"])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically. Infinity and NaN, which JSON does not have, become null."""
+    write_atomically(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+class Metrics:
+    """``metrics.jsonl``, one line per logged step; lines after ``step`` are dropped when a run resumes there."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.path = run_dir / METRICS
+        kept = []
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            # the last line of a killed run may be half written
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def peak_memory_gib() -> float:
+    """Peak resident memory of this process in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
