@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flipproof.ops.parity import kept
+from flipproof.ops.parity import zeroed
 from flipproof.ops.philox import derive_key
 from flipproof.spec import Fault, LoraSpec
 
@@ -220,16 +220,16 @@ def _flip(x: Tensor, draw: Draw, owned: bool = False) -> Tensor:
     return torch.ops.flipproof.flip(x, *arguments)
 
 
-def _flip_and_keep(x: Tensor, draw: Draw, owned: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(flip(x), where the guard kept it); the second is None where the guard zeroed nothing."""
+def _flip_and_zeroed(x: Tensor, draw: Draw, owned: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(flip(x), true where the guard zeroed it); the second is None where there is no guard."""
     t = draw.fault.zero_out_t
-    flipped = _flip(x, draw._replace(fault=draw.fault._replace(zero_out_t=None)), owned)
     if t is None:
-        return flipped, None
-    keep = kept(flipped, t)
-    if bool(keep.all()):
-        return flipped, None
-    return torch.where(keep, flipped, 0), keep
+        return _flip(x, draw, owned), None
+    unguarded = draw._replace(fault=draw.fault._replace(zero_out_t=None))
+    # without flips, the guard still needs a tensor of its own to write to
+    flipped = _flip(x, unguarded, owned) if draw.fault.flips else x.clone()
+    zero = zeroed(flipped, t)
+    return flipped.masked_fill_(zero, 0), zero
 
 
 class _FaultyMatmul(torch.autograd.Function):
@@ -259,47 +259,47 @@ class _FaultyMatmul(torch.autograd.Function):
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
 
-        flipped_w, keep_w = _flip_and_keep(
+        flipped_w, zero_w = _flip_and_zeroed(
             _merge(weight, lora_A, lora_B, ctx.scaling), ctx.w_draw, owned=lora_A is not None
         )
-        flipped_x, keep_x = _flip_and_keep(x, ctx.x_draw)
+        flipped_x, zero_x = _flip_and_zeroed(x, ctx.x_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
-            if keep_x is not None:
-                grad_x.masked_fill_(~keep_x, 0)
+            if zero_x is not None:
+                grad_x.masked_fill_(zero_x, 0)
         del flipped_w
         if need_bias:
             grad_bias = grad_y.sum(0)
 
         flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
-        if need_w or (keep_w is not None and _many(keep_w)):
+        if need_w or (zero_w is not None and _many(zero_w)):
             full = grad_y.T @ flipped_x
-            if keep_w is not None:
-                full.masked_fill_(~keep_w, 0)
+            if zero_w is not None:
+                full.masked_fill_(zero_w, 0)
             grad_w = full if need_w else None
             if lora_A is not None:
                 full = full.to(lora_A.dtype)
                 grad_A = ctx.scaling * (lora_B.T @ full) if need_A else None
                 grad_B = ctx.scaling * (full @ lora_A.T) if need_B else None
         elif need_A or need_B:
-            grad_A, grad_B = _lora_grads(grad_y, flipped_x, lora_A, lora_B, ctx.scaling, keep_w)
+            grad_A, grad_B = _lora_grads(grad_y, flipped_x, lora_A, lora_B, ctx.scaling, zero_w)
         return grad_x, grad_w, grad_bias, grad_A, grad_B, None, None, None
 
 
-def _many(keep: Tensor) -> bool:
+def _many(zero: Tensor) -> bool:
     """Whether so many weights are zeroed that correcting them one by one costs more than the full gradient."""
-    return int((~keep).sum()) > 8 * (keep.shape[0] + keep.shape[1])
+    return int(zero.sum()) > (zero.shape[0] + zero.shape[1]) // 4
 
 
 def _lora_grads(
-    grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, keep_w: Tensor | None
+    grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, zero_w: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """dA and dB in the adapters' dtype without the (out, in) gradient, corrected for what the guard zeroed."""
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
     grad_A = ((grad_y @ b).T @ x).to(lora_A.dtype)  # (r, in)
     grad_B = (grad_y.T @ (x @ a.T)).to(lora_B.dtype)  # (out, r)
-    if keep_w is not None:
-        out, column = (~keep_w).nonzero(as_tuple=True)
+    if zero_w is not None:
+        out, column = zero_w.nonzero(as_tuple=True)
         for o, i in zip(out.split(256), column.split(256), strict=True):  # the gathered columns stay small
             g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).to(lora_A.dtype)  # (zeroed,)
             grad_A.index_add_(1, i, lora_B[o].T * -g)

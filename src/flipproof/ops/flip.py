@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flipproof.ops import reference
-from flipproof.ops.parity import DTYPES, kept
+from flipproof.ops.parity import DTYPES, zeroed
 from flipproof.ops.philox import MAX_TICK, derive_key
 from flipproof.spec import check_seed, probability_problem, threshold_problem
 
@@ -66,7 +66,7 @@ def _flip_backward_cpu(
     if zero_out_t is None:
         return grad.clone()
     v = _flip_cpu(x, p_exp, p_frac, None, key, tick, offset)
-    return grad.masked_fill(~kept(v, zero_out_t), 0)
+    return grad.masked_fill(zeroed(v, zero_out_t), 0)
 
 
 @torch.library.register_fake("flipproof::flip")

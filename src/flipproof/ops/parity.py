@@ -156,6 +156,6 @@ def magnitude_bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(_INTEGER[x.dtype]) & (2 ** (x.dtype.itemsize * 8 - 1) - 1)
 
 
-def kept(x: torch.Tensor, zero_out_t: float) -> torch.Tensor:
-    """Boolean, shape of ``x``: true where the guard keeps the value, i.e. where |x| < zero_out_t is true."""
-    return magnitude_bits(x) < guard_bits(x.dtype, zero_out_t)
+def zeroed(x: torch.Tensor, zero_out_t: float) -> torch.Tensor:
+    """Boolean, shape of ``x``: true where the guard zeroes the value, i.e. where |x| < zero_out_t is not true."""
+    return magnitude_bits(x) >= guard_bits(x.dtype, zero_out_t)

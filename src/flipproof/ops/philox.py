@@ -32,8 +32,8 @@ COUNTS, BALLS, DIGITS = 0, 1, 2
 MAX_TICK = 2**48
 MAX_BLOCK = 2**48
 
-_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 ROUNDS = 10
@@ -63,14 +63,21 @@ def counter(purpose: int, index: np.ndarray, block: np.ndarray, tick: int) -> Wo
 
 def philox(c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, key: int) -> Words:
     """Philox4x32-10 of broadcastable uint64 arrays (values below 2^32): four arrays of uniform 32-bit words."""
+    shape = np.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    # Two words a row, so that each step of a round is one NumPy call; the calls, not the arithmetic, cost most.
+    even, odd, product = (np.empty((2, *shape), dtype=np.uint64) for _ in range(3))
+    even[0], even[1], odd[0], odd[1] = c0, c2, c1, c3
+    column = (2,) + (1,) * len(shape)
+    multipliers = _MULTIPLIERS.reshape(column)
+    keys = np.empty(column, dtype=np.uint64)
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(ROUNDS):
-        product_0, product_1 = _MULTIPLIER_0 * c0, _MULTIPLIER_1 * c2
-        c0, c1, c2, c3 = (
-            product_1 >> _32 ^ c1 ^ np.uint64(k0),
-            product_1 & _LOW_32,
-            product_0 >> _32 ^ c3 ^ np.uint64(k1),
-            product_0 & _LOW_32,
-        )
-        k0, k1 = k0 + _WEYL_0 & 0xFFFFFFFF, k1 + _WEYL_1 & 0xFFFFFFFF
-    return c0, c1, c2, c3
+        # c0, c1, c2, c3 <- high(M1·c2) ^ c1 ^ k0, low(M1·c2), high(M0·c0) ^ c3 ^ k1, low(M0·c0)
+        np.multiply(multipliers, even, out=product)
+        np.right_shift(product, _32, out=even)
+        odd ^= even[::-1]
+        keys[0], keys[1] = k0, k1
+        np.bitwise_xor(odd, keys, out=even)
+        np.bitwise_and(product[::-1], _LOW_32, out=odd)
+        k0, k1 = k0 + _WEYL[0] & 0xFFFFFFFF, k1 + _WEYL[1] & 0xFFFFFFFF
+    return even[0], odd[0], even[1], odd[1]

@@ -11,7 +11,7 @@ from flipproof.ops.parity import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan, guard_b
 from flipproof.ops.philox import BALLS, COUNTS, DIGITS, MAX_BLOCK, MAX_TICK, counter, philox
 
 _CHUNK_BLOCKS = 16384  # counts of one chunk: a few MB of temporaries
-_CHUNK_BALLS = 1 << 17
+_CHUNK_BALLS = 1 << 14  # so do sparse ones
 _CHUNK_DENSE_BLOCKS = 32  # dense temporaries of one chunk stay in the cache
 _CHUNK_GUARD = 1 << 18
 
@@ -115,5 +115,5 @@ def guard_(x: torch.Tensor, zero_out_t: float) -> None:
     # Chunks stay in the cache, and where nothing is out of range, one reduction is all that it takes.
     for chunk in x.detach().view(-1).split(_CHUNK_GUARD):
         magnitudes = magnitude_bits(chunk)
-        if magnitudes.max() >= limit:
+        if len(chunk) and magnitudes.max() >= limit:
             chunk.masked_fill_(magnitudes >= limit, 0)

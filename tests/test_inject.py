@@ -1,0 +1,195 @@
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import flipproof
+from flipproof import BitFlipSpec, LoraSpec
+
+FLIPS = BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, x_p_exp=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
+
+
+def test_every_linear_but_the_head_is_swapped_and_keeps_its_parameters(tiny_llama):
+    model = tiny_llama()
+    before = {name: p for name, p in model.named_parameters()}
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    coverage = flipproof.inject(model, FLIPS)
+    assert set(coverage.covered) == linears - {"lm_head"}
+    assert coverage.skipped == {"lm_head": "the output head"}
+    assert all(before[name] is p for name, p in model.named_parameters())
+    covered = sum(model.get_submodule(name).weight.numel() for name in coverage.covered)
+    assert coverage.flops_share == covered / (covered + model.lm_head.weight.numel())
+    assert "14 faulty linear layers" in str(coverage)
+
+
+def test_a_head_by_another_name_is_left_alone():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "output": nn.Linear(4, 9)})
+    assert flipproof.inject(model, FLIPS).covered == ("body",)
+
+
+def test_patterns_overrides_and_skips(tiny_llama):
+    spec = BitFlipSpec(
+        w_p_exp=0.01,
+        x_zero_out_t=4.0,
+        include_patterns=["self_attn", "mlp.up"],
+        skip_patterns=["layers.1.self_attn"],
+        layer_name_to_config={
+            r"model\.layers\.0\.self_attn\.q_proj": {"w_p_exp": 0.25, "x_zero_out_t": None},
+            r".*v_proj": None,
+        },
+    )
+    model = tiny_llama()
+    coverage = flipproof.inject(model, spec)
+    attention = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "o_proj")]
+    assert set(coverage.covered) == {*attention, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
+    layers = flipproof.faulty_layers(model)
+    assert layers[attention[0]].w_fault.p_exp == 0.25
+    assert layers[attention[0]].x_fault.zero_out_t is None
+    assert layers[attention[1]].w_fault.p_exp == 0.01
+    assert layers[attention[1]].x_fault.zero_out_t == 4.0
+
+
+def test_nothing_matched_is_an_error_that_echoes_the_patterns(tiny_llama):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"no layer matched include_patterns = \['q_prj'\].*q_proj"):
+        flipproof.inject(model, BitFlipSpec(w_p_exp=0.1, include_patterns=["q_prj"]))
+    with pytest.raises(ValueError, match="no nn.Linear"):
+        flipproof.inject(nn.Sequential(nn.ReLU()), FLIPS)
+    with pytest.raises(ValueError, match="already"):
+        flipproof.inject(model, FLIPS)
+        flipproof.inject(model, FLIPS)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_what_no_linear_swap_sees_is_reported():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64, n_positions=32))
+    with pytest.raises(ValueError, match="no layer matched"):
+        flipproof.inject(model, FLIPS)  # Conv1D throughout
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(10, 10, bias=False)
+            self.experts = nn.ParameterDict({"w": nn.Parameter(torch.zeros(3, 10, 10))})
+
+    coverage = flipproof.inject(Mixed(), FLIPS)
+    assert coverage.uncovered == {"experts": "ParameterDict is not an nn.Linear"}
+    assert coverage.flops_share == 0.25
+    assert "out of reach" in str(coverage)
+
+
+def test_with_adapters_only_they_train(tiny_llama):
+    model = tiny_llama()
+    flipproof.inject(model, FLIPS, LoraSpec(r=4))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 28
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in trainable)
+    model = tiny_llama()
+    flipproof.inject(model, FLIPS)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_ticks_advance_by_themselves_and_can_be_set(tiny_llama, token_ids):
+    model = tiny_llama().eval()
+    flipproof.inject(model, FLIPS)
+    with torch.no_grad():
+        first, second = model(token_ids).logits, model(token_ids).logits
+        assert not torch.equal(first, second)
+        flipproof.set_tick(model, 1)
+        assert torch.equal(model(token_ids).logits, second)
+        flipproof.set_tick(model, 0)
+        assert torch.equal(model(token_ids).logits, first)
+    with pytest.raises(ValueError, match="tick = -1"):
+        flipproof.set_tick(model, -1)
+
+
+def test_persistent_draws_repeat_and_transient_ones_do_not(tiny_llama, token_ids):
+    for kind, repeats in (("persistent", True), ("transient", False)):
+        model = tiny_llama().eval()
+        flipproof.inject(model, BitFlipSpec(w_p_frac=0.1, w_faults=kind, x_p_frac=0.1, x_faults=kind))
+        with torch.no_grad():
+            assert torch.equal(model(token_ids).logits, model(token_ids).logits) is repeats
+    # another seed is another chip
+    persistent = BitFlipSpec(w_p_frac=0.1, w_faults="persistent")
+    model = tiny_llama().eval()
+    flipproof.inject(model, persistent)
+    one = model(token_ids).logits
+    flipproof.set_seed(model, 1)
+    assert not torch.equal(model(token_ids).logits, one)
+    flipproof.set_seed(model, 0)
+    assert torch.equal(model(token_ids).logits, one)
+
+
+def test_equal_layers_do_not_share_masks(tiny_llama):
+    model = tiny_llama()
+    flipproof.inject(model, FLIPS)
+    keys = [int(key) for layer in flipproof.faulty_layers(model).values() for key in (layer.x_key, layer.w_key)]
+    assert len(set(keys)) == len(keys) == 28
+
+
+def test_generate_flips_anew_for_each_token(tiny_llama):
+    model = tiny_llama().eval()
+    flipproof.inject(model, FLIPS)
+    ticks = []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, _i, _o: ticks.append(int(m.state.tick)))
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert ticks == [0, 1, 2, 3, 4]
+
+
+def test_faults_switches_and_restores(tiny_llama, token_ids):
+    model = tiny_llama().eval()
+    clean = model(token_ids).logits
+    flipproof.inject(model, FLIPS, LoraSpec(r=2))
+    for layer in flipproof.faulty_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    with torch.no_grad():
+        model(token_ids)
+        expected_next = model(token_ids).logits
+        flipproof.set_tick(model, 1)
+        with flipproof.faults(model, flips=False, guard=False, adapters=False):
+            assert torch.equal(model(token_ids).logits, clean)
+        with flipproof.faults(model, seed=5):
+            one = model(token_ids).logits
+        with flipproof.faults(model, seed=5):
+            assert torch.equal(model(token_ids).logits, one)
+        assert torch.equal(model(token_ids).logits, expected_next)
+
+
+def test_merge_and_remove_give_plain_layers_back(tiny_llama, token_ids):
+    for restore in (flipproof.merge, flipproof.remove):
+        model = tiny_llama().eval()
+        clean = model(token_ids).logits
+        flipproof.inject(model, FLIPS, LoraSpec(r=2, lora_alpha=6))
+        layer = model.model.layers[0].mlp.up_proj
+        nn.init.normal_(layer.lora_B)
+        expected = layer.weight + 3.0 * layer.lora_B @ layer.lora_A
+        restore(model)
+        assert not any(isinstance(m, flipproof.FaultyLinear) for m in model.modules())
+        assert all(type(m) is nn.Linear for n, m in model.named_modules() if n.endswith("_proj"))
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
+        if restore is flipproof.merge:
+            torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, expected)
+        else:
+            assert torch.equal(model(token_ids).logits, clean)
+        flipproof.inject(model, FLIPS)
+
+
+def test_set_faults_changes_rates_in_place(tiny_llama, token_ids):
+    other = BitFlipSpec(w_p_frac=0.3, base_seed=4)
+    one, two = tiny_llama().eval(), tiny_llama().eval()
+    flipproof.inject(one, FLIPS)
+    one(token_ids)
+    flipproof.set_faults(one, other)
+    flipproof.inject(two, other)
+    assert torch.equal(one(token_ids).logits, two(token_ids).logits)
+
+
+def test_a_layer_used_twice_is_one_faulty_layer():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    coverage = flipproof.inject(model, FLIPS)
+    assert model["a"] is model["b"]
+    assert coverage.covered == ("a", "c")
+    flipproof.remove(model)
+    assert model["a"] is model["b"]

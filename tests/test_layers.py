@@ -1,0 +1,252 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flipproof
+from flipproof import BitFlipSpec, LoraSpec
+from flipproof.ops.parity import zeroed
+
+FRACTION = {"w_p_frac": 0.05, "x_p_frac": 0.05}  # without a guard, exponent flips reach infinity
+GUARDED = FRACTION | {"w_p_exp": 0.02, "x_p_exp": 0.02, "w_zero_out_t": 0.25, "x_zero_out_t": 2.0}
+
+
+class Root(nn.Module):
+    def __init__(self, features=48, out=40, bias=True):
+        super().__init__()
+        self.linear = nn.Linear(features, out, bias=bias)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def make(spec, r=0, dtype=torch.float32, **changes):
+    """A root with one faulty layer whose adapters are not zero."""
+    torch.manual_seed(0)
+    root = Root(**changes).to(dtype)
+    flipproof.inject(root, BitFlipSpec(**spec), LoraSpec(r=r, lora_alpha=2 * r or 1))
+    if r:
+        with torch.no_grad():
+            root.linear.lora_B.normal_(std=0.1)
+    return root, root.linear
+
+
+def operands(layer, x, tick):
+    """(flipped x, kept, flipped w, kept) by the public flip, drawn as the layer names its sites."""
+    out = []
+    for operand, value, fault in (("x", x, layer.x_fault), ("w", layer.merged_weight(), layer.w_fault)):
+        flipped = flipproof.flip(
+            value.detach(), p_exp=fault.p_exp, p_frac=fault.p_frac, seed=0, site=f"linear/{operand}", tick=tick
+        )
+        keep = torch.ones_like(flipped, dtype=torch.bool)
+        if fault.zero_out_t is not None:
+            keep = ~zeroed(flipped, fault.zero_out_t)
+        out += [torch.where(keep, flipped, 0), keep]
+    return out
+
+
+@pytest.mark.parametrize("r", [0, 4])
+@pytest.mark.parametrize("spec", [FRACTION, GUARDED, {"w_p_frac": 0.02}, {"x_zero_out_t": 1.0}])
+@pytest.mark.parametrize("trainable_weight", [False, True])
+def test_gradients_equal_autograd_through_an_explicit_where_in_float64(r, spec, trainable_weight):
+    root, layer = make(spec, r)
+    layer.weight.requires_grad_(trainable_weight or not r)
+    layer.bias.requires_grad_(True)
+    x = torch.randn(5, 7, 48, requires_grad=True)
+    flipproof.set_tick(root, 3)
+    y = root(x)
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()
+
+    # The same function in float64: value by the flips, gradient by `where` and autograd alone.
+    flipped_x, keep_x, flipped_w, keep_w = operands(layer, x, tick=3)
+    leaves = {
+        name: tensor.detach().double().requires_grad_()
+        for name, tensor in [("x", x), *layer.named_parameters(recurse=False)]
+    }
+    merged = leaves["weight"] + (layer.lora.scaling * leaves["lora_B"] @ leaves["lora_A"] if r else 0)
+
+    def straight_through(clean, flipped, keep):
+        return torch.where(keep, clean + (flipped.double() - clean).detach(), 0.0)
+
+    expected = (
+        straight_through(leaves["x"], flipped_x, keep_x) @ straight_through(merged, flipped_w, keep_w).T
+        + leaves["bias"]
+    )
+    (expected * weights.double()).sum().backward()
+
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+    for name, parameter in [("x", x), *layer.named_parameters(recurse=False)]:
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+            continue
+        exact = leaves[name].grad
+        torch.testing.assert_close(
+            parameter.grad.double(), exact, rtol=0, atol=2e-6 * float(exact.norm()), msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if "w_zero_out_t" in spec:
+        assert 0 < int((~keep_w).sum()) < keep_w.numel()
+    if "x_zero_out_t" in spec:
+        assert 0 < int((~keep_x).sum()) < keep_x.numel()
+
+
+@pytest.mark.parametrize("t", [0.35, 0.06])  # a few weights zeroed: one by one; most of them: the full gradient
+def test_both_ways_to_correct_for_zeroed_weights_agree_with_float64(t, monkeypatch):
+    import flipproof.layers as layers
+
+    grads = {}
+    for way in (True, False):
+        monkeypatch.setattr(layers, "_many", lambda keep, way=way: way)
+        root, layer = make(GUARDED | {"w_zero_out_t": t}, r=4)
+        x = torch.randn(64, 48, generator=torch.Generator().manual_seed(5))
+        root(x).square().sum().backward()
+        grads[way] = layer.lora_A.grad.clone(), layer.lora_B.grad.clone()
+    for one, other in zip(grads[True], grads[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_forward_is_the_product_of_the_flipped_operands(dtype):
+    root, layer = make(GUARDED, r=4, dtype=dtype)
+    assert layer.lora_A.dtype == torch.float32
+    x = torch.randn(9, 48).to(dtype)
+    flipped_x, _, flipped_w, _ = operands(layer, x, tick=0)
+    assert torch.equal(root(x), nn.functional.linear(flipped_x, flipped_w, layer.bias))
+
+
+def test_without_faults_it_is_the_layer_it_was():
+    root, layer = make(GUARDED)
+    x = torch.randn(6, 48)
+    with flipproof.faults(root, flips=False, guard=False):
+        assert torch.equal(root(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_guard_alone_zeroes_and_flips_nothing():
+    root, layer = make(GUARDED)
+    x = torch.randn(6, 48)
+    with flipproof.faults(root, flips=False):
+        clipped_x = torch.where(x.abs() < 2.0, x, 0)
+        clipped_w = torch.where(layer.weight.abs() < 0.25, layer.weight, 0)
+        torch.testing.assert_close(root(x), nn.functional.linear(clipped_x, clipped_w, layer.bias), rtol=0, atol=0)
+
+
+def test_autocast_flips_in_the_compute_dtype():
+    root, layer = make(FRACTION)
+    x = torch.randn(6, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = root(x)
+    where = {"p_frac": 0.05, "seed": 0, "tick": 0}
+    flip_x = flipproof.flip(x.bfloat16(), site="linear/x", **where)
+    flip_w = flipproof.flip(layer.weight.detach().bfloat16(), site="linear/w", **where)
+    assert torch.equal(y, nn.functional.linear(flip_x, flip_w, layer.bias.bfloat16()))
+
+
+def test_backward_keeps_no_more_than_the_inputs():
+    root, layer = make(GUARDED, r=4)
+    x = torch.randn(6, 48, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        root(x)
+    allowed = {t.data_ptr() for t in (x, layer.weight, layer.lora_A, layer.lora_B)}
+    assert {t.data_ptr() for t in saved if t.numel() > 1} <= allowed
+
+
+def test_nothing_is_added_to_the_state_dict_but_adapters():
+    root, _ = make(GUARDED)
+    assert set(root.state_dict()) == {"linear.weight", "linear.bias"}
+    root, _ = make(GUARDED, r=2)
+    assert set(root.state_dict()) == {"linear.weight", "linear.bias", "linear.lora_A", "linear.lora_B"}
+
+
+def test_adapters_start_as_nothing_and_do_not_depend_on_global_state():
+    torch.manual_seed(0)
+    first = Root()
+    flipproof.inject(first, BitFlipSpec(), LoraSpec(r=4))
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    second = Root()
+    after_root = torch.get_rng_state()
+    flipproof.inject(second, BitFlipSpec(), LoraSpec(r=4))
+    assert torch.equal(torch.get_rng_state(), after_root)
+    assert not torch.equal(before, after_root)
+    assert torch.equal(first.linear.lora_A, second.linear.lora_A)
+    assert torch.equal(first.linear.merged_weight(), first.linear.weight)
+    assert float(first.linear.lora_A.detach().abs().max()) <= 48**-0.5
+
+
+def test_moving_and_materialising_keep_the_draw():
+    spec = BitFlipSpec(**GUARDED)
+    root, _ = make(GUARDED)
+    x = torch.randn(3, 48)
+    expected = root(x)
+    with torch.device("meta"):
+        skeleton = Root()
+    flipproof.inject(skeleton, spec, LoraSpec(r=2))
+    skeleton.to_empty(device="cpu")
+    for layer in flipproof.faulty_layers(skeleton).values():
+        layer.reset_lora_parameters()
+    skeleton.load_state_dict(root.state_dict(), strict=False)
+    assert torch.equal(skeleton(x), expected)
+
+
+def test_a_deep_copy_is_independent_and_draws_alike():
+    root, _ = make(GUARDED)
+    x = torch.randn(3, 48)
+    root(x)
+    twin = copy.deepcopy(root)
+    assert torch.equal(twin(x), root(x))
+    flipproof.set_tick(twin, 0)
+    assert not torch.equal(twin(x), root(x))
+    flipproof.remove(twin)
+    assert isinstance(root.linear, flipproof.FaultyLinear)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_recompute_draws_the_same_flips_even_after_later_forwards(use_reentrant):
+    """Gradients are bitwise those without checkpointing, also where another forward pass ran in between."""
+
+    class Deep(nn.Module):
+        def __init__(self, checkpointed):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+            self.checkpointed = checkpointed
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = (
+                    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+                    if self.checkpointed
+                    else layer(x)
+                ).tanh()
+            return {"out": x}
+
+    grads, x = [], torch.randn(4, 32, requires_grad=True)
+    for checkpointed in (False, True):
+        model = Deep(checkpointed)
+        flipproof.inject(model, BitFlipSpec(**GUARDED), LoraSpec(r=2))
+        losses = [model(x)["out"].sum() for _ in range(3)]
+        assert len({loss.item() for loss in losses}) == 3
+        for i in (1, 0, 2):
+            losses[i].backward()
+        model(x)  # the tick goes on from the last forward, not from the last backward
+        assert int(model.layers[0].state.tick) == 3
+        grads.append([p.grad for p in model.parameters() if p.grad is not None] + [x.grad])
+        x.grad = None
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+@torch.no_grad()
+def test_inference_compiles_without_graph_breaks_and_without_recompiling_for_ticks():
+    root, _ = make(GUARDED, r=4)
+    x = torch.randn(5, 48)
+    expected = [root(x) for _ in range(4)]
+    flipproof.set_tick(root, 0)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    root.linear.compile(backend=counter, fullgraph=True)
+    got = [root(x) for _ in range(4)]
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
