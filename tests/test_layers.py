@@ -6,7 +6,6 @@ from torch import nn
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.ops.parity import zeroed
 
 FRACTION = {"w_p_frac": 0.05, "x_p_frac": 0.05}  # without a guard, exponent flips reach infinity
 GUARDED = FRACTION | {"w_p_exp": 0.02, "x_p_exp": 0.02, "w_zero_out_t": 0.25, "x_zero_out_t": 2.0}
@@ -41,7 +40,7 @@ def operands(layer, x, tick):
         )
         keep = torch.ones_like(flipped, dtype=torch.bool)
         if fault.zero_out_t is not None:
-            keep = ~zeroed(flipped, fault.zero_out_t)
+            keep = flipped.double().abs() < fault.zero_out_t
         out += [torch.where(keep, flipped, 0), keep]
     return out
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flipproof.ops.parity import zeroed
 from flipproof.ops.philox import derive_key
 from flipproof.spec import Fault, LoraSpec
 
@@ -167,8 +166,8 @@ class FaultyLinear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        if not (x_fault.active or w_fault.active):
-            return F.linear(x, _merge(weight, lora_A, lora_B, self.lora.scaling), bias)
+        if not (x_fault.active or w_fault.active or lora_A is not None):
+            return F.linear(x, weight, bias)
         y: Tensor = _FaultyMatmul.apply(
             x,
             weight,
@@ -208,28 +207,26 @@ class Draw(NamedTuple):
     offset: int
 
 
+def _arguments(draw: Draw) -> tuple[Any, ...]:
+    fault = draw.fault
+    return fault.p_exp, fault.p_frac, fault.zero_out_t, draw.key, draw.tick, draw.offset
+
+
 def _flip(x: Tensor, draw: Draw, owned: bool = False) -> Tensor:
     """flip(x) by the operator; in place where the caller owns ``x``."""
-    fault = draw.fault
-    if not fault.active:
+    if not draw.fault.active:
         return x
-    arguments = (fault.p_exp, fault.p_frac, fault.zero_out_t, draw.key, draw.tick, draw.offset)
     if owned:
-        torch.ops.flipproof.flip_(x, *arguments)
+        torch.ops.flipproof.flip_(x, *_arguments(draw))
         return x
-    return torch.ops.flipproof.flip(x, *arguments)
+    return torch.ops.flipproof.flip(x, *_arguments(draw))
 
 
-def _flip_and_zeroed(x: Tensor, draw: Draw, owned: bool = False) -> tuple[Tensor, Tensor | None]:
+def _flip_zeroed(x: Tensor, draw: Draw) -> tuple[Tensor, Tensor | None]:
     """(flip(x), true where the guard zeroed it); the second is None where there is no guard."""
-    t = draw.fault.zero_out_t
-    if t is None:
-        return _flip(x, draw, owned), None
-    unguarded = draw._replace(fault=draw.fault._replace(zero_out_t=None))
-    # without flips, the guard still needs a tensor of its own to write to
-    flipped = _flip(x, unguarded, owned) if draw.fault.flips else x.clone()
-    zero = zeroed(flipped, t)
-    return flipped.masked_fill_(zero, 0), zero
+    if draw.fault.zero_out_t is None:
+        return _flip(x, draw), None
+    return torch.ops.flipproof.flip_zeroed(x, *_arguments(draw))
 
 
 class _FaultyMatmul(torch.autograd.Function):
@@ -259,10 +256,8 @@ class _FaultyMatmul(torch.autograd.Function):
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
 
-        flipped_w, zero_w = _flip_and_zeroed(
-            _merge(weight, lora_A, lora_B, ctx.scaling), ctx.w_draw, owned=lora_A is not None
-        )
-        flipped_x, zero_x = _flip_and_zeroed(x, ctx.x_draw)
+        flipped_w, zero_w = _flip_zeroed(_merge(weight, lora_A, lora_B, ctx.scaling), ctx.w_draw)
+        flipped_x, zero_x = _flip_zeroed(x, ctx.x_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
             if zero_x is not None:

@@ -24,7 +24,7 @@ def test_flip_is_the_reference_then_the_guard(dtype, shape):
     x = sample(shape, dtype)
     y = flipproof.flip(x, p_exp=0.02, p_frac=0.01, zero_out_t=1.5, **WHERE)
     expected = x.clone()
-    reference.flip_(expected, 0.02, 0.01, derive_key(3, "a/x"), 9, 0)
+    reference.flip_(expected, 0.02, 0.01, None, derive_key(3, "a/x"), 9, 0)
     expected = torch.where(expected.double().abs() < 1.5, expected, torch.zeros((), dtype=dtype))
     assert torch.equal(bits_of(y), bits_of(expected))
     assert y.dtype == dtype
@@ -64,6 +64,28 @@ def test_rows_of_ranks_make_up_the_whole():
         for i, rows in enumerate(x.split(2))
     ]
     assert torch.equal(bits_of(torch.cat(parts)), bits_of(whole))
+
+
+@pytest.mark.parametrize("p", [2**-9, 0.1])
+@pytest.mark.parametrize("t", [100.0, 1.0])  # the guard sees flipped values alone out of range, and clean ones too
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_guard_zeroes_exactly_what_is_out_of_range_after_the_flip(dtype, t, p):
+    x = sample((30_000,), dtype)
+    x[5] = t  # not below the threshold itself
+    key, tick = torch.tensor(derive_key(3, "a/x")), torch.tensor(9)
+    unguarded = flipproof.flip(x, p_exp=p, p_frac=p, **WHERE)
+    out = ~(unguarded.double().abs() < t)
+    y, zeroed = torch.ops.flipproof.flip_zeroed(x, p, p, t, key, tick, 0)
+    assert torch.equal(zeroed, out)
+    assert torch.equal(bits_of(y), bits_of(unguarded.masked_fill(out, 0)))
+    assert torch.equal(bits_of(y), bits_of(flipproof.flip(x, p_exp=p, p_frac=p, zero_out_t=t, **WHERE)))
+    assert 0 < int(out.sum()) < len(x)
+
+
+def test_clean_values_that_are_not_numbers_do_not_pass_the_guard():
+    x = torch.tensor([1.0, float("nan"), 2.0, float("inf"), -float("inf")])
+    y = flipproof.flip(x, p_exp=1e-9, zero_out_t=5.0, **WHERE)
+    assert y.tolist() == [1.0, 0.0, 2.0, 0.0, 0.0]
 
 
 def test_off_is_a_copy():
@@ -109,7 +131,7 @@ def test_the_operators_pass_torchs_own_checks():
         torch.library.opcheck(torch.ops.flipproof.flip.default, (x, 0.01, 0.3, 1.5, key, tick, 7))
     plain = sample((30, 40), torch.bfloat16)
     torch.library.opcheck(torch.ops.flipproof.flip_.default, (plain, 0.01, 0.01, None, key, tick, 0))
-    torch.library.opcheck(torch.ops.flipproof.flip_backward.default, (plain, plain, 0.01, 0.01, 1.0, key, tick, 0))
+    torch.library.opcheck(torch.ops.flipproof.flip_zeroed.default, (plain, 0.01, 0.01, 1.0, key, tick, 0))
 
 
 def test_meta_tensors_give_meta_tensors():

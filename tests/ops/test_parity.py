@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from flipproof.ops.parity import BLOCK, DTYPES, MAX_SPARSE_P, flip_plan, guard_bits, poisson_cdf, split, zeroed
+from flipproof.ops.parity import BLOCK, DTYPES, MAX_SPARSE_P, flip_plan, guard_bits, magnitude_bits, poisson_cdf, split
 
 PROBABILITIES = [0.5, 0.4999, 0.3, 0.1, 2**-4, 0.01, 2**-7, 2**-10, 1e-7, 2**-30, 0.5 - 2**-50]
 
@@ -49,14 +49,14 @@ def test_a_field_is_drawn_the_same_whatever_the_other_field_does():
 def test_the_guard_is_exact_on_every_16_bit_value(dtype, t):
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     expected = values.double().abs() < t  # float64 holds them exactly; NaN compares false
-    assert torch.equal(~zeroed(values, t), expected)
+    assert torch.equal(magnitude_bits(values) < guard_bits(dtype, t), expected)
 
 
 def test_the_guard_is_exact_around_a_float32_threshold():
     t = 0.1  # between two float32 values
     below = torch.tensor(t, dtype=torch.float32)
     values = torch.stack([below, torch.nextafter(below, torch.tensor(0.0)), torch.nextafter(below, torch.tensor(1.0))])
-    assert torch.equal(~zeroed(values, t), values.double() < t)
+    assert torch.equal(magnitude_bits(values) < guard_bits(torch.float32, t), values.double() < t)
     assert guard_bits(torch.float32, t) == min(int(v.view(torch.int32)) for v in values if v.double() >= t)
 
 

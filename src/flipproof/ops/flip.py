@@ -1,8 +1,8 @@
 """The flip as a PyTorch operator: dispatch, fake tensors, autograd; and the two functions that users import.
 
 Three operators live in the ``flipproof`` library namespace. ``flip`` returns a new tensor, ``flip_`` works in place, and
-``flip_backward`` passes a gradient where the guard kept the value and zero where it did not, by drawing the flips
-again: no mask is stored. Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither
+``flip_zeroed`` also returns where the guard zeroed, which is what a backward pass needs: it draws the flips again, so no
+mask is stored in between. Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither
 specialises on them nor waits for the device.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flipproof.ops import reference
-from flipproof.ops.parity import DTYPES, zeroed
+from flipproof.ops.parity import DTYPES
 from flipproof.ops.philox import MAX_TICK, derive_key
 from flipproof.spec import check_seed, probability_problem, threshold_problem
 
@@ -20,7 +20,7 @@ _DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, 
 _LIBRARY = torch.library.Library("flipproof", "DEF")
 _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
-_LIBRARY.define(f"flip_backward(Tensor grad, Tensor x, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"flip_zeroed(Tensor x, {_DRAW}) -> (Tensor, Tensor)")
 
 
 def _check_dtype(x: Tensor) -> None:
@@ -35,9 +35,7 @@ def _flip_cpu_(
 ) -> None:
     _check_dtype(x)
     target = x if x.is_contiguous() else x.contiguous()
-    reference.flip_(target, p_exp, p_frac, int(key), int(tick), offset)
-    if zero_out_t is not None:
-        reference.guard_(target, zero_out_t)
+    reference.flip_(target, p_exp, p_frac, zero_out_t, int(key), int(tick), offset)
     if target is not x:
         x.copy_(target)
 
@@ -46,27 +44,20 @@ def _flip_cpu_(
 def _flip_cpu(
     x: Tensor, p_exp: float, p_frac: float, zero_out_t: float | None, key: Tensor, tick: Tensor, offset: int
 ) -> Tensor:
-    _check_dtype(x)
     y = x.clone(memory_format=torch.contiguous_format)
     _flip_cpu_(y, p_exp, p_frac, zero_out_t, key, tick, offset)
     return y
 
 
-@torch.library.impl(_LIBRARY, "flip_backward", "CPU")
-def _flip_backward_cpu(
-    grad: Tensor,
-    x: Tensor,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-) -> Tensor:
-    if zero_out_t is None:
-        return grad.clone()
-    v = _flip_cpu(x, p_exp, p_frac, None, key, tick, offset)
-    return grad.masked_fill(zeroed(v, zero_out_t), 0)
+@torch.library.impl(_LIBRARY, "flip_zeroed", "CPU")
+def _flip_zeroed_cpu(
+    x: Tensor, p_exp: float, p_frac: float, zero_out_t: float | None, key: Tensor, tick: Tensor, offset: int
+) -> tuple[Tensor, Tensor]:
+    _check_dtype(x)
+    y = x.clone(memory_format=torch.contiguous_format)
+    zeroed = torch.zeros(x.shape, dtype=torch.bool)
+    reference.flip_(y, p_exp, p_frac, zero_out_t, int(key), int(tick), offset, zeroed)
+    return y, zeroed
 
 
 @torch.library.register_fake("flipproof::flip")
@@ -80,9 +71,9 @@ def _flip_fake_(x: Tensor, *_draw: Any) -> None:
     _check_dtype(x)
 
 
-@torch.library.register_fake("flipproof::flip_backward")
-def _flip_backward_fake(grad: Tensor, _x: Tensor, *_draw: Any) -> Tensor:
-    return torch.empty_like(grad)
+@torch.library.register_fake("flipproof::flip_zeroed")
+def _flip_zeroed_fake(x: Tensor, *_draw: Any) -> tuple[Tensor, Tensor]:
+    return _flip_fake(x), torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -95,7 +86,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.saved_tensors:
         x, key, tick = ctx.saved_tensors
-        grad = torch.ops.flipproof.flip_backward(grad, x, *ctx.fault, key, tick, ctx.offset)
+        _, zeroed = torch.ops.flipproof.flip_zeroed(x, *ctx.fault, key, tick, ctx.offset)
+        grad = grad.masked_fill(zeroed, 0)
     return grad, None, None, None, None, None, None
 
 

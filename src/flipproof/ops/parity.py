@@ -54,7 +54,7 @@ class Field:
     """int64, ascending: the block's K is how many entries are not above a 63-bit uniform. None: no balls."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FlipPlan:
     """What a backend needs to draw the flips of one dtype at (p_exp, p_frac)."""
 
@@ -68,6 +68,11 @@ class FlipPlan:
     def lanes(self) -> int:
         """Elements per 32-bit word."""
         return 32 // self.element_bits
+
+    @property
+    def unsigned(self) -> type[np.unsignedinteger]:
+        """NumPy's unsigned integer as wide as an element."""
+        return np.uint32 if self.element_bits == 32 else np.uint16
 
     @property
     def sparse(self) -> bool:
@@ -154,8 +159,3 @@ _INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float
 def magnitude_bits(x: torch.Tensor) -> torch.Tensor:
     """The bit patterns of |x| as integers of the same size; order-preserving, NaN above infinity."""
     return x.view(_INTEGER[x.dtype]) & (2 ** (x.dtype.itemsize * 8 - 1) - 1)
-
-
-def zeroed(x: torch.Tensor, zero_out_t: float) -> torch.Tensor:
-    """Boolean, shape of ``x``: true where the guard zeroes the value, i.e. where |x| < zero_out_t is not true."""
-    return magnitude_bits(x) >= guard_bits(x.dtype, zero_out_t)

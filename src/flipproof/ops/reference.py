@@ -4,6 +4,10 @@
 that temporary memory stays bounded whatever the size of the tensor.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -16,32 +20,73 @@ _CHUNK_DENSE_BLOCKS = 32  # dense temporaries of one chunk stay in the cache
 _CHUNK_GUARD = 1 << 18
 
 
-def flip_(x: torch.Tensor, p_exp: float, p_frac: float, key: int, tick: int, offset: int) -> None:
-    """Invert bits of a contiguous CPU tensor in place. ``offset`` is its first element's index in the whole tensor."""
-    if x.numel() == 0 or (p_exp == 0 and p_frac == 0):
-        return
+def flip_(
+    x: torch.Tensor,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: int,
+    tick: int,
+    offset: int,
+    zeroed: torch.Tensor | None = None,
+) -> None:
+    """Invert bits of a contiguous CPU tensor in place, then guard it.
+
+    ``offset`` is the index of its first element in the whole tensor. ``zeroed``, where given, is a boolean tensor of
+    the same shape, all false, that becomes true where the guard zeroed the value.
+    """
     if not 0 <= tick < MAX_TICK:
         raise ValueError(f"tick = {tick}: ticks run from 0 to 2^48 - 1")
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
+    if x.numel() == 0:
+        return
     plan = flip_plan(x.dtype, p_exp, p_frac)
-    integers = x.detach().view(torch.int32 if plan.element_bits == 32 else torch.int16)
-    bits = integers.numpy().reshape(-1).view(np.uint32 if plan.element_bits == 32 else np.uint16)
-    flip_bits_(bits, plan, key, tick, offset)
+    flat = x.detach().view(-1)
+    bits = flat.view(torch.int32 if plan.element_bits == 32 else torch.int16).numpy().view(plan.unsigned)
+    in_range = zero_out_t is not None and _all_below(flat, zero_out_t)
+    flipped = flip_bits_(bits, plan, key, tick, offset)
+    if zero_out_t is None:
+        return
+    flat_zeroed = None if zeroed is None else zeroed.view(-1)
+    if not in_range or plan.digits:
+        guard_(flat, zero_out_t, flat_zeroed)
+        return
+    # Nothing was out of range before, so only what was flipped can be now.
+    limit = guard_bits(x.dtype, zero_out_t)
+    magnitude = plan.unsigned(2 ** (plan.element_bits - 1) - 1)
+    for index in flipped:
+        out = index[(bits[index] & magnitude) >= limit]
+        bits[out] = 0
+        if flat_zeroed is not None:
+            flat_zeroed.numpy()[out] = True
 
 
-def flip_bits_(bits: np.ndarray, plan: FlipPlan, key: int, tick: int, offset: int) -> None:
-    """The same on the elements' bit patterns, a 1-D unsigned array."""
+def _all_below(x: torch.Tensor, t: float) -> bool:
+    low, high = torch.aminmax(x)  # NaN makes both NaN, which is below nothing
+    return -float(low) < t and float(high) < t
+
+
+def flip_bits_(bits: np.ndarray, plan: FlipPlan, key: int, tick: int, offset: int) -> list[np.ndarray]:
+    """Invert bits of the elements' bit patterns, a 1-D unsigned array; returns the indices that balls hit."""
     first = offset >> BLOCK_LOG2
     last = (offset + len(bits) - 1) >> BLOCK_LOG2
     if plan.digits:
         for start in range(first, last + 1, _CHUNK_DENSE_BLOCKS):
             blocks = np.arange(start, min(start + _CHUNK_DENSE_BLOCKS, last + 1))
             _apply_dense(bits, dense_masks(plan, blocks, key, tick), start, offset)
-    if plan.sparse:
-        for start in range(first, last + 1, _CHUNK_BLOCKS):
+    hit = []
+    for start in range(first, last + 1, _CHUNK_BLOCKS) if plan.sparse else ():
+        name = (plan, key, tick, offset, len(bits), start)
+        draw = _recent_draws.get(name)
+        if draw is None:
             blocks = np.arange(start, min(start + _CHUNK_BLOCKS, last + 1))
-            _apply_sparse(bits, plan, blocks, key, tick, offset)
+            draw = list(sparse_flips(plan, blocks, key, tick, offset, len(bits)))
+            _recent_draws.put(name, draw)
+        for index, mask in draw:
+            np.bitwise_xor.at(bits, index, mask)
+            hit.append(index)
+    return hit
 
 
 def _apply_dense(bits: np.ndarray, masks: np.ndarray, first_block: int, offset: int) -> None:
@@ -63,11 +108,10 @@ def dense_masks(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> np.n
         for c in range(4):
             # majority(u, b, d): u OR b where the digit is 1, u AND b where it is 0
             words[c] = uniform[c] & words[c] | digit & (uniform[c] | words[c])
-    width = np.uint32 if plan.element_bits == 32 else np.uint16
-    masks = np.empty((len(blocks), 4, lanes, len(groups)), dtype=width)
+    masks = np.empty((len(blocks), 4, lanes, len(groups)), dtype=plan.unsigned)
     for c in range(4):
         for h in range(lanes):
-            masks[:, c, h] = (words[c] >> np.uint64(h * plan.element_bits)).astype(width)
+            masks[:, c, h] = (words[c] >> np.uint64(h * plan.element_bits)).astype(plan.unsigned)
     return masks.reshape(len(blocks), BLOCK)
 
 
@@ -85,8 +129,11 @@ def ball_counts(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> tupl
     return counts[0], counts[1]
 
 
-def _apply_sparse(bits: np.ndarray, plan: FlipPlan, blocks: np.ndarray, key: int, tick: int, offset: int) -> None:
-    """Throw the balls of ``blocks``, dropping those that fall outside ``bits``."""
+def sparse_flips(
+    plan: FlipPlan, blocks: np.ndarray, key: int, tick: int, offset: int, length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(indices, one-bit masks) of the balls of ``blocks`` that fall into [offset, offset + length), counted from
+    offset. An index may come more than once."""
     exponent_counts, mantissa_counts = ball_counts(plan, blocks, key, tick)
     throws = np.maximum(exponent_counts, mantissa_counts)
     # Only blocks with balls, in chunks of about _CHUNK_BALLS.
@@ -104,16 +151,45 @@ def _apply_sparse(bits: np.ndarray, plan: FlipPlan, blocks: np.ndarray, key: int
         ):
             index = start + (where >> np.uint64(32 - BLOCK_LOG2)).astype(np.int64)
             bit = np.uint64(field.first_bit) + (what * np.uint64(field.bits) >> np.uint64(32))
-            thrown = (ball < counts[which]) & (index >= 0) & (index < len(bits))
-            flips = (np.uint64(1) << bit[thrown]).astype(bits.dtype)
-            np.bitwise_xor.at(bits, index[thrown], flips)
+            thrown = (ball < counts[which]) & (index >= 0) & (index < length)
+            yield index[thrown], (np.uint64(1) << bit[thrown]).astype(plan.unsigned)
 
 
-def guard_(x: torch.Tensor, zero_out_t: float) -> None:
-    """Zero, in place, every element of a contiguous ``x`` for which |v| < zero_out_t is not true."""
+class _RecentDraws:
+    """Sparse draws of late, up to a number of bytes. A draw is a function of its key, so this changes nothing but
+    time: backward finds the draw of its forward, and a persistent fault that of the pass before."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.size = capacity, 0
+        self.draws: OrderedDict[tuple[Any, ...], list[tuple[np.ndarray, np.ndarray]]] = OrderedDict()
+
+    def get(self, name: tuple[Any, ...]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        if name in self.draws:
+            self.draws.move_to_end(name)
+        return self.draws.get(name)
+
+    def put(self, name: tuple[Any, ...], draw: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        if (size := self._bytes(draw)) > self.capacity:
+            return
+        self.draws[name] = draw
+        self.size += size
+        while self.size > self.capacity:
+            self.size -= self._bytes(self.draws.popitem(last=False)[1])
+
+    @staticmethod
+    def _bytes(draw: list[tuple[np.ndarray, np.ndarray]]) -> int:
+        return sum(index.nbytes + mask.nbytes for index, mask in draw)
+
+
+_recent_draws = _RecentDraws(capacity=64 * 2**20)
+
+
+def guard_(x: torch.Tensor, zero_out_t: float, zeroed: torch.Tensor | None = None) -> None:
+    """Zero, in place, every element of a flat ``x`` for which |v| < zero_out_t is not true, and say so in ``zeroed``."""
     limit = guard_bits(x.dtype, zero_out_t)
-    # Chunks stay in the cache, and where nothing is out of range, one reduction is all that it takes.
-    for chunk in x.detach().view(-1).split(_CHUNK_GUARD):
-        magnitudes = magnitude_bits(chunk)
-        if len(chunk) and magnitudes.max() >= limit:
-            chunk.masked_fill_(magnitudes >= limit, 0)
+    for start in range(0, len(x), _CHUNK_GUARD):  # chunks stay in the cache
+        chunk = x[start : start + _CHUNK_GUARD]
+        out = magnitude_bits(chunk) >= limit
+        chunk.masked_fill_(out, 0)
+        if zeroed is not None:
+            zeroed[start : start + _CHUNK_GUARD] = out
