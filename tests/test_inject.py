@@ -11,7 +11,7 @@ FLIPS = BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, x_p_exp=0.01, x_p_frac=0.01, w_
 
 def test_every_linear_but_the_head_is_swapped_and_keeps_its_parameters(tiny_llama):
     model = tiny_llama()
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     coverage = flipproof.inject(model, FLIPS)
     assert set(coverage.covered) == linears - {"lm_head"}
@@ -53,10 +53,10 @@ def test_nothing_matched_is_an_error_that_echoes_the_patterns(tiny_llama):
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"no layer matched include_patterns = \['q_prj'\].*q_proj"):
         flipproof.inject(model, BitFlipSpec(w_p_exp=0.1, include_patterns=["q_prj"]))
-    with pytest.raises(ValueError, match="no nn.Linear"):
+    with pytest.raises(ValueError, match=r"no nn\.Linear"):
         flipproof.inject(nn.Sequential(nn.ReLU()), FLIPS)
+    flipproof.inject(model, FLIPS)
     with pytest.raises(ValueError, match="already"):
-        flipproof.inject(model, FLIPS)
         flipproof.inject(model, FLIPS)
     assert type(model.lm_head) is nn.Linear
 

@@ -1,8 +1,8 @@
 """What is written so that it can be read again: training checkpoints (DCP), PEFT adapters, Hugging Face models.
 
 A training checkpoint is a directory ``checkpoints/step-N`` that holds what training changes (trainable parameters,
-optimizer state, the global RNG for models with dropout) and a manifest with the size and hash of each file. It is written
-under another name and renamed when it is complete, so a crash while saving never costs the last good one.
+optimizer state, the global RNG for models with dropout) and a manifest with the size and hash of each file. It is
+written under another name and renamed when it is complete, so a crash while saving never costs the last good one.
 Everything else that a resumed run needs (learning rate, data order, ticks) is a function of the step.
 """
 

@@ -4,8 +4,8 @@ The tables and keys are those of the 70B tutorial's TOML, which runs verbatim. A
 command line. Reading collects every error of a file (unknown keys with the nearest known one, wrong types, values out
 of range) and reports them together.
 
-Two older dialects are read wherever ``[bitflip]`` is: ``transform_cfg.toml`` (``use_lora``, ``[fc]``, ``[lora]``), and the YAML
-``layer_name_to_config`` (regular expression -> fault, "default" for the rest, null = leave alone).
+Two older dialects are read wherever ``[bitflip]`` is: ``transform_cfg.toml`` (``use_lora``, ``[fc]``, ``[lora]``),
+and the YAML ``layer_name_to_config`` (regular expression -> fault, "default" for the rest, null = leave alone).
 """
 
 import dataclasses

@@ -1,11 +1,12 @@
 """Text to packed token sequences, and which sequences make up which batch.
 
-Every source ends as a ``datasets.Dataset`` with one text column: a file or folder (txt, jsonl, parquet), a Hub data set,
-or "stdlib", the source of the Python standard library on this machine, real text that is present everywhere. Texts are
-tokenised, each followed by the end-of-text token, concatenated and cut into sequences of ``seq_len``.
+Every source ends as a ``datasets.Dataset`` with one text column: a file or folder (txt, jsonl, parquet), a Hub data
+set, or "stdlib", the source of the Python standard library on this machine, real text that is present everywhere.
+Texts are tokenised, each followed by the end-of-text token, concatenated and cut into sequences of ``seq_len``.
 
-**Order without state.** The k-th sequence of a training run is a function of (seed, k): epoch k // n has a permutation of
-its own. Step s of a run needs sequences s·batch to (s+1)·batch, so resuming needs the step number and nothing else.
+**Order without state.** The k-th sequence of a training run is a function of (seed, k): epoch k // n has a
+permutation of its own. Step s of a run needs sequences s·batch to (s+1)·batch, so resuming needs the step number and
+nothing else.
 
 **Held out.** Unless evaluation text is given, documents are shuffled once by a fixed seed and the last share of the
 packed sequences is kept out of training, so a single long document is held out at its end.

@@ -1,8 +1,8 @@
 """The whole story on a small model made here: damage it with bit flips, train it to survive, show it.
 
 Everything goes through the public path that a user's own model takes: ``train`` makes a small Llama from the standard
-library's source, ``train`` again gives it adapters that learn under faults, ``export`` writes what other tools open. Around
-that, a table, a plot of perplexity against the flip probability, and a sample of text.
+library's source, ``train`` again gives it adapters that learn under faults, ``export`` writes what other tools open.
+Around that, a table, a plot of perplexity against the flip probability, and a sample of text.
 """
 
 import json

@@ -1,11 +1,12 @@
 """Perplexity by arms: the same held-out text with and without faults, guard and training, each with its interval.
 
-``clean`` is the model itself; ``guard`` has the range guard but no flips, so that what the threshold alone costs is seen;
-``flipped`` has both. After training the same model gives ``recovered`` (faults on) and ``recovered_clean`` (off).
+``clean`` is the model itself; ``guard`` has the range guard but no flips, so that what the threshold alone costs is
+seen; ``flipped`` has both. After training the same model gives ``recovered`` (faults on) and ``recovered_clean``
+(off).
 
-Faulty arms are measured once per fault seed, with seeds that training never uses. Perplexity is exp of the token-weighted
-mean cross-entropy; the 95% interval is Student's t over the fault seeds' losses, and says how far the mean would move with
-other faults on this text.
+Faulty arms are measured once per fault seed, with seeds that training never uses. Perplexity is exp of the
+token-weighted mean cross-entropy; the 95% interval is Student's t over the fault seeds' losses, and says how far the
+mean would move with other faults on this text.
 """
 
 import math
@@ -133,7 +134,8 @@ def measure_arms(
 
 
 def gap_closed(arms: dict[str, Arm]) -> float | None:
-    """Share of the log-perplexity that flips cost which training won back: (flipped − recovered) / (flipped − clean)."""
+    """Share of the log-perplexity that flips cost which training won back: (flipped − recovered) / (flipped −
+    clean)."""
     if not {"clean", "flipped", "recovered"} <= arms.keys():
         return None
     cost = arms["flipped"].loss - arms["clean"].loss
@@ -221,6 +223,7 @@ def arms_table(arms: dict[str, Arm]) -> str:
         low_high = arm.perplexity_interval
         interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else "-"
         lines.append(
-            f"{name:<16} {flipped:<11} {tuned:<11} {arm.perplexity:>10.4g}  {interval:<20} {arm.loss:>8.4f}  {arm.trials}"
+            f"{name:<16} {flipped:<11} {tuned:<11} {arm.perplexity:>10.4g}  {interval:<20} {arm.loss:>8.4f}  "
+            f"{arm.trials}"
         )
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """Swapping faulty layers into a model and out again, and saying what is covered.
 
-``inject`` replaces each matching ``nn.Linear`` by a ``FaultyLinear`` that holds the same parameters, in place, also on the
-meta device. The layers share one ``FaultState``, which two hooks on the root module advance: each forward pass gets
-the next tick, so that HF Trainer, ``generate`` and lm-eval need not cooperate, and backward restores the tick of its
-own pass before an activation checkpoint recomputes anything.
+``inject`` replaces each matching ``nn.Linear`` by a ``FaultyLinear`` that holds the same parameters, in place, also
+on the meta device. The layers share one ``FaultState``, which two hooks on the root module advance: each forward pass
+gets the next tick, so that HF Trainer, ``generate`` and lm-eval need not cooperate, and backward restores the tick of
+its own pass before an activation checkpoint recomputes anything.
 """
 
 from collections.abc import Iterator
@@ -109,7 +109,8 @@ def _nothing_matched(spec: BitFlipSpec, skipped: dict[str, str]) -> str:
         return "no layer matched: the model has no nn.Linear"
     reasons = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
     return (
-        f"no layer matched include_patterns = {list(spec.include_patterns)}, skip_patterns = {list(spec.skip_patterns)}, "
+        f"no layer matched include_patterns = {list(spec.include_patterns)}, "
+        f"skip_patterns = {list(spec.skip_patterns)}, "
         f"layer_name_to_config = {list(spec.layer_name_to_config)}; the model's linear layers are {reasons}"
         + (f" and {len(skipped) - 3} more" if len(skipped) > 3 else "")
     )

@@ -1,6 +1,7 @@
 """The faulty linear layer: ``Y = flip(X) · flip(W + s·B·A)ᵀ + bias``.
 
-``FaultyLinear`` is an ``nn.Linear`` with the same parameter names, plus ``lora_A`` (r, in) and ``lora_B`` (out, r) where r > 0.
+``FaultyLinear`` is an ``nn.Linear`` with the same parameter names, plus ``lora_A`` (r, in) and ``lora_B`` (out, r)
+where r > 0.
 
 **Forward** is one matrix product on the merged, flipped weight; there is no separate LoRA branch.
 

@@ -1,7 +1,7 @@
 """The vectorised definition against a scalar one, and its statistics.
 
-Statistical tests use fixed seeds, so they pass or fail for good. Each states a bound with a family-wise false-alarm rate
-below 1e-6 for a fresh seed: every comparison is an exact binomial test at 1e-6 over the number of comparisons.
+Statistical tests use fixed seeds, so they pass or fail for good. Each states a bound with a family-wise false-alarm
+rate below 1e-6 for a fresh seed: every comparison is an exact binomial test at 1e-6 over the number of comparisons.
 """
 
 from fractions import Fraction

@@ -1,9 +1,9 @@
 """The flip as a PyTorch operator: dispatch, fake tensors, autograd; and the two functions that users import.
 
-Three operators live in the ``flipproof`` library namespace. ``flip`` returns a new tensor, ``flip_`` works in place, and
-``flip_zeroed`` also returns where the guard zeroed, which is what a backward pass needs: it draws the flips again, so no
-mask is stored in between. Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither
-specialises on them nor waits for the device.
+Three operators live in the ``flipproof`` library namespace. ``flip`` returns a new tensor, ``flip_`` works in place,
+and ``flip_zeroed`` also returns where the guard zeroed, which is what a backward pass needs: it draws the flips
+again, so no mask is stored in between. Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA
+graph neither specialises on them nor waits for the device.
 """
 
 from typing import Any

@@ -185,7 +185,8 @@ _recent_draws = _RecentDraws(capacity=64 * 2**20)
 
 
 def guard_(x: torch.Tensor, zero_out_t: float, zeroed: torch.Tensor | None = None) -> None:
-    """Zero, in place, every element of a flat ``x`` for which |v| < zero_out_t is not true, and say so in ``zeroed``."""
+    """Zero, in place, every element of a flat ``x`` for which |v| < zero_out_t is not true, and say so in
+    ``zeroed``."""
     limit = guard_bits(x.dtype, zero_out_t)
     for start in range(0, len(x), _CHUNK_GUARD):  # chunks stay in the cache
         chunk = x[start : start + _CHUNK_GUARD]

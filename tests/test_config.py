@@ -1,0 +1,234 @@
+import tomllib
+
+import pytest
+import yaml
+
+from flipproof.config import ConfigError, RunConfig, load_config, preset_names, preset_text, split_overrides
+
+# The 70B tutorial's config, verbatim.
+TUTORIAL_70B = """
+[model]
+flavor = "70B"
+hf_model_path = "meta-llama/Meta-Llama-3-70B"
+
+[training]
+dtype = "bfloat16"
+mixed_precision_param = "bfloat16"
+mixed_precision_reduce = "float32"
+seq_len = 2048
+local_batch_size = 2
+gradient_accumulation_steps = 4
+steps = 20  # override with --steps for full run
+lr = 2e-4
+weight_decay = 0.01
+warmup_steps = 100
+max_norm = 1.0
+log_freq = 5
+save_freq = 500
+
+[parallelism]
+fsdp_degree = 4
+
+[lora]
+r = 32
+lora_alpha = 32
+
+[bitflip]
+w_p_exp      = 1.52587890625e-05   # 0.5^16
+w_p_frac     = 1.52587890625e-05   # 0.5^16
+w_zero_out_t = 256.0               # > profiled |w| max (126.5)
+x_p_exp      = 1.52587890625e-05   # 0.5^16
+x_p_frac     = 1.52587890625e-05   # 0.5^16
+x_zero_out_t = 8192.0              # > profiled |x| max (3680)
+base_seed    = 0
+skip_patterns = ["output"]         # lm_head is not perturbed
+"""
+
+TUTORIAL_8B = """
+use_lora = true
+[fc]
+w_p_exp = 1.52587890625e-05
+w_p_frac = 1.52587890625e-05
+w_zero_out_t = 1.25
+x_p_exp = 1.52587890625e-05
+x_p_frac = 1.52587890625e-05
+x_zero_out_t = 30.0
+[lora]
+r = 32
+lora_alpha = 32
+"""
+
+PRETRAIN_YAML = """
+layer_name_to_config:
+  default:
+    w_p_exp: 7.62939453125e-06
+    w_p_frac: 1e-05
+    w_seed_exp: 0
+    x_zero_out_t: 30.0
+  model.layers.0.*: null
+  "model.layers.1.*":
+    w_p_frac: 0.25
+transform_flavor: fc
+use_regex: true
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.toml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def problems(*arguments):
+    with pytest.raises(ConfigError) as error:
+        load_config(*arguments)
+    return error.value.problems
+
+
+def test_the_70b_tutorial_is_read_verbatim_key_by_key(write):
+    config = load_config([write(TUTORIAL_70B)])
+    for section, values in tomllib.loads(TUTORIAL_70B).items():
+        for key, value in values.items():
+            got = getattr(getattr(config, section), key)
+            assert (list(got) if isinstance(got, tuple) else got) == value, (section, key)
+    assert config.data.source == "Cheng98/fineweb-edu-1.25B"
+
+
+def test_the_shipped_70b_preset_is_the_tutorial(write):
+    assert tomllib.loads(preset_text("70b")) == tomllib.loads(TUTORIAL_70B)
+
+
+def test_transform_cfg_is_read_as_bitflip_and_lora(write):
+    config = load_config([write(TUTORIAL_8B)], {"model": {"hf_model_path": "m"}})
+    assert (config.bitflip.w_zero_out_t, config.bitflip.x_zero_out_t) == (1.25, 30.0)
+    assert config.bitflip.x_p_frac == 2**-16
+    assert config.lora.r == 32
+    without = TUTORIAL_8B.replace("use_lora = true", "use_lora = false")
+    assert load_config([write(without)], {"model": {"hf_model_path": "m"}}).lora.r == 0
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_yaml_dialect_is_read_as_overrides(write, bare):
+    text = yaml.safe_dump(yaml.safe_load(PRETRAIN_YAML)["layer_name_to_config"]) if bare else PRETRAIN_YAML
+    spec = load_config([write(text, "cfg.yaml")], {"model": {"hf_model_path": "m"}}).bitflip
+    assert spec.w_p_exp == 2**-17
+    assert spec.w_p_frac == 1e-5  # YAML 1.1 takes 1e-05 for text
+    assert spec.for_layer("model.layers.0.mlp.up_proj") is None
+    other = spec.for_layer("model.layers.1.mlp.up_proj")
+    assert (other.w.p_frac, other.w.p_exp, other.x.zero_out_t) == (0.25, 0.0, None)  # entries there are complete
+    assert spec.for_layer("model.layers.2.mlp.up_proj").x.zero_out_t == 30.0
+
+
+def test_the_yaml_dialect_by_exact_names(write):
+    text = PRETRAIN_YAML.replace("use_regex: true", "use_regex: false").replace("model.layers.1.*", "a.b")
+    spec = load_config([write(text, "cfg.yaml")], {"model": {"hf_model_path": "m"}}).bitflip
+    assert spec.for_layer("a.b").w.p_frac == 0.25
+    assert spec.for_layer("aXb").w.p_frac == 1e-5
+
+
+def test_later_files_and_overrides_count(write):
+    first, second = write(TUTORIAL_70B), write("[training]\nlr = 1.0\nsteps = 7", "b.toml")
+    config = load_config([first, second], {"training": {"lr": "1e-4"}})
+    assert (config.training.lr, config.training.steps, config.training.seq_len) == (1e-4, 7, 2048)
+    assert config.logging.run_dir == "runs/run"
+
+
+@pytest.mark.parametrize("text", [TUTORIAL_70B, PRETRAIN_YAML])
+def test_the_resolved_config_reads_back_as_itself(write, text):
+    path = write(text, "a.toml" if text is TUTORIAL_70B else "a.yaml")
+    config = load_config([path], {"model": {"hf_model_path": "m"}, "training": {"lr": "3e-5"}})
+    assert load_config([write(config.to_toml(), "resolved.toml")]) == config
+
+
+def test_all_errors_of_a_file_are_told_together_with_the_nearest_key(write):
+    text = """
+[model]
+flavr = "8B"
+hf_model_path = "m"
+[training]
+lr = "fast"
+stpes = 3
+r = 4
+local_batch_size = 0
+[bitflip]
+w_p_exp = 0.7
+x_zero_out_t = -1
+[bitflp]
+a = 1
+"""
+    found = "\n".join(problems([write(text)]))
+    for words in (
+        "model.flavr: unknown key; did you mean flavor?",
+        "training.lr = 'fast': float is allowed",
+        "training.stpes: unknown key; did you mean steps?",
+        "training.r: unknown key; did you mean lora.r?",
+        "training.local_batch_size = 0: at least 1 is allowed",
+        "bitflip.w_p_exp = 0.7: a flip probability is a number from 0 to 0.5",
+        "bitflip.x_zero_out_t = -1",
+        "[bitflp]: unknown table; did you mean bitflip?",
+    ):
+        assert words in found
+    assert len(found.splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("training", "steps", "2.5", "training.steps = '2.5': int is allowed"),
+        ("training", "dtype", "bf16", "bfloat16"),
+        ("training", "dtype", "float16", "loss scaling"),
+        ("training", "lr", "-1", "training.lr = -1.0"),
+        ("training", "seq_len", "1", "training.seq_len = 1"),
+        ("data", "eval_fraction", "1.5", "data.eval_fraction = 1.5"),
+        ("parallelism", "fsdp_degree", "0", "parallelism.fsdp_degree = 0"),
+        ("lora", "r", "-2", "lora.r = -2"),
+        ("bitflip", "w_faults", "never", "bitflip.w_faults"),
+        ("checkpoint", "keep_last", "0", "checkpoint.keep_last = 0"),
+        ("eval", "trials", "0", "eval.trials = 0"),
+    ],
+)
+def test_values_out_of_range_name_key_value_and_what_is_allowed(section, key, value, words):
+    found = problems([], {"model": {"hf_model_path": "m"}, section: {key: value}})
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_a_model_must_be_named():
+    assert "hf_model_path is not set" in problems()[0]
+    assert "set flavor" in problems([], {"model": {"init": "random"}})[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.toml", "[model\n", "a.toml"),
+        ("a.yaml", "a: [1\n", "a.yaml"),
+        ("a.yaml", "just text", "holds no tables"),
+        ("a.toml", "model = 3\n[x]", "a table is allowed"),
+    ],
+)
+def test_files_that_are_no_config(write, name, text, words):
+    assert any(words in problem for problem in problems([write(text, name)]))
+
+
+def test_a_missing_file_names_the_presets():
+    (problem,) = problems(["nowhere.toml"])
+    assert "nowhere.toml: No such file" in problem
+    assert "demo" in problem
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid(name):
+    assert isinstance(load_config([name]), RunConfig)
+
+
+def test_command_line_overrides_are_split_off():
+    overrides, rest = split_overrides(["--config", "a", "--training.lr", "1", "--lora.r=2", "--steps", "3"])
+    assert overrides == {"training": {"lr": "1"}, "lora": {"r": "2"}}
+    assert rest == ["--config", "a", "--steps", "3"]
+    for argv, words in ((["--training.lr"], "value is missing"), (["--trainin.lr", "1"], "did you mean training")):
+        with pytest.raises(ConfigError, match=words):
+            split_overrides(argv)
