@@ -182,7 +182,7 @@ a = 1
         ("training", "dtype", "float16", "loss scaling"),
         ("training", "lr", "-1", "training.lr = -1.0"),
         ("training", "seq_len", "1", "training.seq_len = 1"),
-        ("data", "eval_fraction", "1.5", "data.eval_fraction = 1.5"),
+        ("data", "held_out_tokens", "0", "data.held_out_tokens = 0"),
         ("parallelism", "fsdp_degree", "0", "parallelism.fsdp_degree = 0"),
         ("lora", "r", "-2", "lora.r = -2"),
         ("bitflip", "w_faults", "never", "bitflip.w_faults"),

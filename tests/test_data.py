@@ -42,11 +42,22 @@ def test_packing_loses_and_invents_nothing(sources):
     assert total - 64 < flat.size <= total
 
 
-def test_held_out_text_is_a_share_that_training_never_sees(sources):
-    train, held_out = load_text(DataConfig(source=str(sources["txt"]), eval_fraction=0.25), byte_tokenizer(), 64)
-    assert len(held_out) == round(0.25 * (len(train) + len(held_out)))
-    same = load_held_out(DataConfig(source=str(sources["txt"]), eval_fraction=0.25), byte_tokenizer(), 64)
-    np.testing.assert_array_equal(same.sequences, held_out.sequences)
+def test_held_out_text_does_not_depend_on_the_length_of_the_run(sources):
+    config = DataConfig(source=str(sources["txt"]), held_out_tokens=128)
+    train, held_out = load_text(config, byte_tokenizer(), 64)
+    assert len(held_out) == 2
+    for needed in (0, 1, 7, 1000):
+        part, same = load_text(config, byte_tokenizer(), 64, needed)
+        np.testing.assert_array_equal(same.sequences, held_out.sequences)
+        np.testing.assert_array_equal(part.sequences, train.sequences[: len(part)])
+        assert min(needed, len(train)) <= len(part)
+    assert len(load_text(config, byte_tokenizer(), 64, 30)[0]) == 30
+    np.testing.assert_array_equal(load_held_out(config, byte_tokenizer(), 64).sequences, held_out.sequences)
+
+
+def test_no_more_than_a_tenth_is_held_out(sources):
+    train, held_out = load_text(DataConfig(source=str(sources["txt"])), byte_tokenizer(), 64)
+    assert len(held_out) == (len(train) + len(held_out)) * 64 // 10 // 64
 
 
 def test_evaluation_text_of_its_own_leaves_the_source_whole(sources, tmp_path):

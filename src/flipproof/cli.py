@@ -74,7 +74,7 @@ def _usage() -> str:
 
 def _train(parser: _Parser, argv: list[str]) -> None:
     _add_config_arguments(parser)
-    parser.add_argument("--steps", type=int, help="Optimizer steps; the same as --training.steps.")
+    parser.add_argument("--steps", type=str, metavar="N", help="Optimizer steps; the same as --training.steps.")
     parser.add_argument("--dry-run", action="store_true", help="Validate, print the resolved config and stop.")
     parser.add_argument("--resume", action="store_true", help="Continue from the run directory's last checkpoint.")
     overrides, rest = split_overrides(argv)
@@ -94,8 +94,10 @@ def _eval(parser: _Parser, argv: list[str]) -> None:
     )
     _add_config_arguments(parser)
     parser.add_argument("--adapter", type=str, help="A PEFT adapter; adds the arms recovered and recovered_clean.")
-    parser.add_argument("--num-samples", type=int, help="Held-out sequences; the same as --eval.num_samples.")
-    parser.add_argument("--trials", type=int, help="Fault seeds; the same as --eval.trials.")
+    parser.add_argument(
+        "--num-samples", type=str, metavar="N", help="Held-out sequences; the same as --eval.num_samples."
+    )
+    parser.add_argument("--trials", type=str, metavar="N", help="Fault seeds; the same as --eval.trials.")
     parser.add_argument("--to", type=str, help="Directory to write results.json into.")
     overrides, rest = split_overrides(argv)
     args = parser.parse_args(rest, defaults=False)
@@ -160,7 +162,7 @@ def _add_config_arguments(parser: _Parser) -> None:
 
 
 def _config(args: jsonargparse.Namespace, overrides: dict[str, dict[str, Any]]) -> RunConfig:
-    """Config files and flags together; a short flag is another name for a key."""
+    """Config files and flags together; a short flag is another name for a key, whose value is checked with it."""
     shorthands = {
         "steps": ("training", "steps"),
         "model_path": ("model", "hf_model_path"),

@@ -133,18 +133,15 @@ class DataConfig:
     """A file or folder (txt, jsonl, parquet), a Hub data set, or "stdlib": Python's own standard library source."""
     eval_source: str | None = None
     """Held-out text, given as source is. Default: a part of source that is kept out of training."""
-    eval_fraction: float = 0.05
-    """How much of source is held out, where eval_source is not given."""
+    held_out_tokens: int = 262144
+    """How many tokens of source are held out, where eval_source is not given; never more than a tenth of it."""
     text_column: str = "text"
     """The column of jsonl, parquet and Hub data that holds the text."""
     max_tokens: int | None = None
-    """Use about this many tokens of source at most."""
+    """Use this many tokens of source at most."""
 
     def problems(self) -> list[str]:
-        problems = _at_least(self, 1, "max_tokens")
-        if not 0 < self.eval_fraction < 1:
-            problems.append(f"eval_fraction = {self.eval_fraction!r}: more than 0 and less than 1 is allowed")
-        return problems
+        return _at_least(self, 1, "max_tokens", "held_out_tokens")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ Texts are tokenised, each followed by the end-of-text token, concatenated and cu
 permutation of its own. Step s of a run needs sequences s·batch to (s+1)·batch, so resuming needs the step number and
 nothing else.
 
-**Held out.** Unless evaluation text is given, documents are shuffled once by a fixed seed and the last share of the
-packed sequences is kept out of training, so a single long document is held out at its end.
+**Held out.** Unless evaluation text is given, documents are shuffled once by a fixed seed and the first of the packed
+sequences are kept out of training: ``held_out_tokens``, or a tenth of a small source. Which ones does not depend on the
+length of the run, and no more of the source is read and tokenised than a run needs.
 """
 
 import sysconfig
@@ -55,18 +56,27 @@ def training_indices(n: int, seed: int, first: int, count: int) -> np.ndarray:
     return indices
 
 
-def load_text(config: DataConfig, tokenizer: Any, seq_len: int) -> tuple[PackedText, PackedText]:
+def load_text(
+    config: DataConfig, tokenizer: Any, seq_len: int, needed: int | None = None
+) -> tuple[PackedText, PackedText]:
     """(training text, held-out text), packed.
 
+    Args:
+        needed: how many training sequences are enough; None is the whole source.
+
     Raises:
-        ConfigError: for a source that cannot be read, has no such column, is empty, or is shorter than one sequence
-            of training and one of held-out text.
+        ConfigError: for a source that cannot be read, has no such column, is empty, or is shorter than one sequence of
+            training and one of held-out text.
     """
-    sequences = _pack(config.source, config, tokenizer, seq_len, config.max_tokens)
     if config.eval_source is not None:
-        held_out = _pack(config.eval_source, config, tokenizer, seq_len, config.max_tokens)
-        return PackedText(sequences, config.source), PackedText(held_out, config.eval_source)
-    held = max(1, round(len(sequences) * config.eval_fraction))
+        sequences = _pack(config.source, config, tokenizer, seq_len, None if needed is None else needed * seq_len)
+        return PackedText(sequences, config.source), load_held_out(config, tokenizer, seq_len)
+    enough = None
+    if needed is not None:
+        # ten times the held-out tokens, so that the tenth of a small source is known to be one
+        enough = max(10 * config.held_out_tokens, config.held_out_tokens + needed * seq_len)
+    sequences = _pack(config.source, config, tokenizer, seq_len, enough)
+    held = max(1, min(config.held_out_tokens, sequences.size // 10) // seq_len)
     if held >= len(sequences):
         raise ConfigError(
             [
@@ -74,18 +84,21 @@ def load_text(config: DataConfig, tokenizer: Any, seq_len: int) -> tuple[PackedT
                 "training and held-out text; give more text, a shorter training.seq_len, or data.eval_source"
             ]
         )
-    return PackedText(sequences[:-held], config.source), PackedText(sequences[-held:], f"held-out {config.source}")
+    return PackedText(sequences[held:], config.source), PackedText(sequences[:held], f"held-out {config.source}")
 
 
 def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedText:
-    """The held-out text alone; the whole of it where ``eval_source`` names it."""
+    """The held-out text alone."""
     if config.eval_source is not None:
-        sequences = _pack(config.eval_source, config, tokenizer, seq_len, config.max_tokens)
+        sequences = _pack(config.eval_source, config, tokenizer, seq_len, None)
         return PackedText(sequences, config.eval_source)
-    return load_text(config, tokenizer, seq_len)[1]
+    return load_text(config, tokenizer, seq_len, needed=0)[1]
 
 
-def _pack(source: str, config: DataConfig, tokenizer: Any, seq_len: int, max_tokens: int | None) -> np.ndarray:
+def _pack(source: str, config: DataConfig, tokenizer: Any, seq_len: int, enough: int | None) -> np.ndarray:
+    """Sequences of the first ``enough`` tokens of a source (None: all), and of no more than ``max_tokens``."""
+    limits = [limit for limit in (enough, config.max_tokens) if limit is not None]
+    max_tokens = min(limits, default=None)
     end = tokenizer.eos_token_id
     pieces: list[np.ndarray] = []
     total = 0

@@ -28,7 +28,7 @@ from flipproof.train import train
 
 _SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)
 """Flip probabilities of the plot, as multiples of the one trained with."""
-_SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 16
+_SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 64
 _PROMPT = "def read_lines(path):\n    "
 
 

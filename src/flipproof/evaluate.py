@@ -69,7 +69,7 @@ class Arm:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # beyond that a float has no exp; such a model is broken anyway
+    return math.exp(loss) if loss < 700 else math.inf  # a float holds no larger exponential
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:

@@ -58,7 +58,7 @@ FLAVORS: dict[str, dict[str, Any]] = {
             ("1.1B", 1536, 32, 24, 8),
         )
     },
-    "demo": _shape({"vocab_size": 258, "max_position_embeddings": 1024}, 192, 4, 4, 512),
+    "demo": _shape({"vocab_size": 258, "max_position_embeddings": 1024}, 128, 4, 4, 320),
 }
 """Llama shapes by name, as keyword arguments of ``transformers.LlamaConfig``."""
 

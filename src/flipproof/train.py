@@ -46,7 +46,8 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     training, run_dir = config.training, Path(config.logging.run_dir)
     runlog.check_run_dir(run_dir, resume)
     tokenizer = load_tokenizer(config.model)
-    text, held_out = load_text(config.data, tokenizer, training.seq_len)
+    needed = training.steps * training.gradient_accumulation_steps * training.local_batch_size
+    text, held_out = load_text(config.data, tokenizer, training.seq_len, needed)
     model = load_model(config.model, tokenizer, training.dtype, training.seed)
     faulty = bool(config.lora.r) or config.bitflip.any_fault
     if faulty:

@@ -30,7 +30,7 @@ the bit within a field by at most 2⁻²⁹ of its rate. There is no rounding of
 import decimal
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -73,6 +73,12 @@ class FlipPlan:
     def unsigned(self) -> type[np.unsignedinteger]:
         """NumPy's unsigned integer as wide as an element."""
         return np.uint32 if self.element_bits == 32 else np.uint16
+
+    @cached_property
+    def balls_per_block(self) -> float:
+        """About how many balls a block gets, both fields together."""
+        medians = (np.searchsorted(f.cdf, 2**62) for f in (self.exponent, self.mantissa) if f.cdf is not None)
+        return max(1e-3, float(sum(medians)))
 
     @property
     def sparse(self) -> bool:

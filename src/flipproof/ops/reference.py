@@ -5,7 +5,7 @@ that temporary memory stays bounded whatever the size of the tensor.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from flipproof.ops.parity import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan, guard_bits, magnitude_bits
 from flipproof.ops.philox import BALLS, COUNTS, DIGITS, MAX_BLOCK, MAX_TICK, counter, philox
 
-_CHUNK_BLOCKS = 16384  # counts of one chunk: a few MB of temporaries
-_CHUNK_BALLS = 1 << 14  # so do sparse ones
-_CHUNK_DENSE_BLOCKS = 32  # dense temporaries of one chunk stay in the cache
+_CHUNK_BLOCKS = 1 << 14  # temporaries of one chunk stay in the cache
+_CHUNK_BALLS = 1 << 14
+_CHUNK_DENSE_BLOCKS = 32
 _CHUNK_GUARD = 1 << 18
 
 
@@ -75,17 +75,20 @@ def flip_bits_(bits: np.ndarray, plan: FlipPlan, key: int, tick: int, offset: in
         for start in range(first, last + 1, _CHUNK_DENSE_BLOCKS):
             blocks = np.arange(start, min(start + _CHUNK_DENSE_BLOCKS, last + 1))
             _apply_dense(bits, dense_masks(plan, blocks, key, tick), start, offset)
+    if not plan.sparse:
+        return []
     hit = []
-    for start in range(first, last + 1, _CHUNK_BLOCKS) if plan.sparse else ():
+    step = min(_CHUNK_BLOCKS, max(1, int(_CHUNK_BALLS / plan.balls_per_block)))
+    for start in range(first, last + 1, step):
         name = (plan, key, tick, offset, len(bits), start)
         draw = _recent_draws.get(name)
         if draw is None:
-            blocks = np.arange(start, min(start + _CHUNK_BLOCKS, last + 1))
-            draw = list(sparse_flips(plan, blocks, key, tick, offset, len(bits)))
+            blocks = np.arange(start, min(start + step, last + 1))
+            draw = sparse_flips(plan, blocks, key, tick, offset, len(bits))
             _recent_draws.put(name, draw)
-        for index, mask in draw:
-            np.bitwise_xor.at(bits, index, mask)
-            hit.append(index)
+        index, mask = draw
+        np.bitwise_xor.at(bits, index, mask)
+        hit.append(index)
     return hit
 
 
@@ -131,54 +134,58 @@ def ball_counts(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> tupl
 
 def sparse_flips(
     plan: FlipPlan, blocks: np.ndarray, key: int, tick: int, offset: int, length: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """(indices, one-bit masks) of the balls of ``blocks`` that fall into [offset, offset + length), counted from
-    offset. An index may come more than once."""
+    offset.
+
+    An index may come more than once.
+    """
     exponent_counts, mantissa_counts = ball_counts(plan, blocks, key, tick)
     throws = np.maximum(exponent_counts, mantissa_counts)
-    # Only blocks with balls, in chunks of about _CHUNK_BALLS.
-    hit = np.flatnonzero(throws)
-    chunk_of_block = np.cumsum(throws[hit]) // _CHUNK_BALLS
-    for chunk in np.split(hit, np.flatnonzero(np.diff(chunk_of_block)) + 1):
-        n = throws[chunk]
-        which = np.repeat(chunk, n)
-        ball = np.arange(len(which)) - np.repeat(np.cumsum(n) - n, n)
-        words = philox(*counter(BALLS, ball, blocks[which], tick), key)
-        start = blocks[which] * BLOCK - offset
-        for field, counts, where, what in (
-            (plan.exponent, exponent_counts, words[0], words[1]),
-            (plan.mantissa, mantissa_counts, words[2], words[3]),
-        ):
-            index = start + (where >> np.uint64(32 - BLOCK_LOG2)).astype(np.int64)
-            bit = np.uint64(field.first_bit) + (what * np.uint64(field.bits) >> np.uint64(32))
-            thrown = (ball < counts[which]) & (index >= 0) & (index < length)
-            yield index[thrown], (np.uint64(1) << bit[thrown]).astype(plan.unsigned)
+    which = np.repeat(np.arange(len(blocks)), throws)
+    ball = np.arange(len(which)) - np.repeat(np.cumsum(throws) - throws, throws)
+    block = blocks[which]
+    words = philox(*counter(BALLS, ball, block, tick), key)
+    start = block * BLOCK - offset
+    indices, masks = [], []
+    for field, counts, where, what in (
+        (plan.exponent, exponent_counts, words[0], words[1]),
+        (plan.mantissa, mantissa_counts, words[2], words[3]),
+    ):
+        if field.cdf is None:
+            continue
+        index = start + (where >> np.uint64(32 - BLOCK_LOG2)).astype(np.int64)
+        bit = np.uint64(field.first_bit) + (what * np.uint64(field.bits) >> np.uint64(32))
+        thrown = (ball < counts[which]) & (index >= 0) & (index < length)
+        indices.append(index[thrown])
+        masks.append((np.uint64(1) << bit[thrown]).astype(plan.unsigned))
+    return np.concatenate(indices), np.concatenate(masks)
 
 
 class _RecentDraws:
-    """Sparse draws of late, up to a number of bytes. A draw is a function of its key, so this changes nothing but
-    time: backward finds the draw of its forward, and a persistent fault that of the pass before."""
+    """Sparse draws of late, up to a number of bytes. A draw is a function of its key, so this changes nothing but time:
+    backward finds the draw of its forward, and a persistent fault that of the pass before."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.size = capacity, 0
-        self.draws: OrderedDict[tuple[Any, ...], list[tuple[np.ndarray, np.ndarray]]] = OrderedDict()
+        self.draws: OrderedDict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self.lock = Lock()
 
-    def get(self, name: tuple[Any, ...]) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        if name in self.draws:
-            self.draws.move_to_end(name)
-        return self.draws.get(name)
+    def get(self, name: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+        with self.lock:
+            if name in self.draws:
+                self.draws.move_to_end(name)
+            return self.draws.get(name)
 
-    def put(self, name: tuple[Any, ...], draw: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        if (size := self._bytes(draw)) > self.capacity:
-            return
-        self.draws[name] = draw
-        self.size += size
-        while self.size > self.capacity:
-            self.size -= self._bytes(self.draws.popitem(last=False)[1])
-
-    @staticmethod
-    def _bytes(draw: list[tuple[np.ndarray, np.ndarray]]) -> int:
-        return sum(index.nbytes + mask.nbytes for index, mask in draw)
+    def put(self, name: tuple[Any, ...], draw: tuple[np.ndarray, np.ndarray]) -> None:
+        size = sum(array.nbytes for array in draw)
+        with self.lock:
+            if size > self.capacity or name in self.draws:
+                return
+            self.draws[name] = draw
+            self.size += size
+            while self.size > self.capacity:
+                self.size -= sum(array.nbytes for array in self.draws.popitem(last=False)[1])
 
 
 _recent_draws = _RecentDraws(capacity=64 * 2**20)

@@ -1,0 +1,63 @@
+import json
+
+import matplotlib.image
+import pytest
+import torch
+
+import flipproof.demo as demo_module
+from flipproof.config import ConfigError, load_config
+from flipproof.demo import demo, sweep_p
+from flipproof.evaluate import fault_seeds, measure_arms
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The demo with its own presets, but a few steps and a little text."""
+
+    def load_short(paths, overrides=None):
+        overrides = {section: dict(values) for section, values in (overrides or {}).items()}
+        overrides.setdefault("training", {}).update(steps=3, seq_len=64, local_batch_size=4)
+        overrides.setdefault("data", {}).update(max_tokens=30_000)
+        overrides.setdefault("eval", {}).update(trials=2, num_samples=4)
+        return load_config(paths, overrides)
+
+    monkeypatch.setattr(demo_module, "load_config", load_short)
+    monkeypatch.setattr(demo_module, "_SWEEP_FACTORS", (0.25, 1))
+    monkeypatch.setattr(demo_module, "_SWEEP_SAMPLES", 4)
+
+
+def test_the_demo_leaves_what_it_says(short, tmp_path, capsys):
+    run = tmp_path / "demo"
+    demo(run)
+    out = capsys.readouterr().out
+    arms = json.loads((run / "results.json").read_text())["arms"]
+    assert list(arms) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
+    for arm in arms.values():
+        assert f"{arm['perplexity']:.4g}" in out
+    image = matplotlib.image.imread(run / "perplexity_vs_p.png")
+    assert image.shape[0] > 400
+    assert len({tuple(pixel) for row in image[::10] for pixel in row[::10]}) > 3
+    samples = (run / "samples.txt").read_text()
+    assert all(f"[{name}]" in samples for name in ("clean", "flipped", "recovered"))
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors", "base/model/model.safetensors"):
+        assert (run / name).exists()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        demo(run)
+
+
+def test_the_sweep_at_the_configs_own_rate_is_the_arm_itself(tiny_llama):
+    import numpy as np
+
+    import flipproof
+    from flipproof.data import PackedText
+
+    config = load_config(["demo"])
+    model = tiny_llama().to(torch.bfloat16)
+    flipproof.inject(model, config.bitflip, config.lora)
+    text = PackedText(np.random.default_rng(0).integers(0, 256, (4, 32), dtype=np.int32), "random")
+    points = sweep_p(config, model, text)
+    (point,) = [point for point in points if point.p == config.bitflip.w_p_exp]
+    seeds = fault_seeds(config.bitflip.base_seed, demo_module._SWEEP_TRIALS)
+    arms = measure_arms(model, ("flipped",), text, seeds=seeds, num_samples=4, batch_size=4)
+    assert point.flipped == arms["flipped"]
+    assert [p.p for p in points] == sorted(p.p for p in points)

@@ -1,0 +1,45 @@
+import json
+import math
+
+import pytest
+
+from flipproof.config import ConfigError
+from flipproof.runlog import Metrics, check_run_dir, peak_memory_gib, write_json
+
+
+def test_a_directory_with_a_run_is_refused_unless_resumed(tmp_path):
+    check_run_dir(tmp_path, resume=False)
+    check_run_dir(tmp_path / "new", resume=False)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl.*--resume"):
+        check_run_dir(tmp_path, resume=False)
+    check_run_dir(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="not a directory"):
+        check_run_dir(tmp_path / "metrics.jsonl", resume=False)
+
+
+def test_json_has_no_infinities(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1.0, math.inf], "b": (math.nan, {"c": -math.inf})})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.0, None], "b": [None, {"c": None}]}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_metrics_go_on_after_the_step_they_resume_from(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.write(step=step)
+    with metrics.path.open("a") as file:
+        file.write('{"step": 4')
+    Metrics(tmp_path, 2).write(step=3, again=True)
+    assert [json.loads(line) for line in metrics.path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
+
+
+def test_peak_memory_counts_what_is_allocated():
+    before = peak_memory_gib()
+    block = bytearray(400 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert peak_memory_gib() - before > 0.2 or before > 1.0
