@@ -40,14 +40,14 @@ def table(title: str, times: dict[str, float], base: str) -> None:
 
 def operation(elements: int = 100_000_000) -> None:
     x = torch.randn(elements, dtype=torch.bfloat16)
-    y = x.clone()
+    y, guarded = x.clone(), x.clone()
     rates = {"p_exp": 2**-16, "p_frac": 2**-16, "seed": 0, "site": "benchmark/x"}
     ticks = iter(range(10**6))
     variants: dict[str, Callable[[], object]] = {
         "clone()": x.clone,
         "flip_": lambda: flipproof.flip_(y, tick=next(ticks), **rates),
-        "flip_ with guard": lambda: flipproof.flip_(y, tick=next(ticks), zero_out_t=1e30, **rates),
-        "flip with guard (out of place)": lambda: flipproof.flip(x, tick=next(ticks), zero_out_t=1e30, **rates),
+        "flip_ with guard": lambda: flipproof.flip_(guarded, tick=next(ticks), zero_out_t=30.0, **rates),
+        "flip with guard (out of place)": lambda: flipproof.flip(x, tick=next(ticks), zero_out_t=30.0, **rates),
     }
     table(f"{elements / 1e6:.0f}M bf16 elements, p = 2^-16", medians(variants, 15), "clone()")
 

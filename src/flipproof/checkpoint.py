@@ -10,6 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,8 @@ def save_checkpoint(
     final, unfinished = directory / f"step-{step}", directory / f".step-{step}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    dcp.save(_state(model, optimizer), checkpoint_id=unfinished, no_dist=True)
+    with _one_process():
+        dcp.save(_state(model, optimizer), checkpoint_id=unfinished, no_dist=True)
     files = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
     write_json(unfinished / MANIFEST, {"step": step, "files": files})
     for file in unfinished.iterdir():
@@ -92,7 +96,8 @@ def _load(state: dict[str, Any], path: Path) -> None:
         way_out = f"; delete {path} to resume from {earlier[-1]}" if earlier else ""
         raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        with _one_process():
+            dcp.load(state, checkpoint_id=path, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError([f"checkpoint {path} does not fit this model and config ({reason})"]) from error
@@ -116,6 +121,14 @@ def checkpoint_problems(path: Path) -> list[str]:
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
     return {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """DCP warns that there is one process, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _step(path: Path) -> int:

@@ -28,8 +28,8 @@ from flipproof.train import train
 
 _SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)
 """Flip probabilities of the plot, as multiples of the one trained with."""
-_SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 64
-_PROMPT = "def read_lines(path):\n    "
+_SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 128
+_PROMPT = "class Reader:\n    def __init__(self, "
 
 
 def demo(run_dir: Path) -> None:
@@ -124,7 +124,7 @@ def plot_sweep(points: list[SweepPoint], arms: dict[str, Arm], config: RunConfig
         )
     axes.axhline(arms["clean"].perplexity, color="#555555", ls="--", lw=1, label="clean")
     trained_at = max(value for value in (config.bitflip.w_p_exp, config.bitflip.x_p_exp) if value)
-    axes.axvline(trained_at, color="#999999", ls=":", lw=1, label=f"trained at p = 2$^{{{np.log2(trained_at):.0f}}}$")
+    axes.axvline(trained_at, color="#999999", ls=":", lw=1, label=f"trained at p = {trained_at:.4g}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
@@ -140,8 +140,9 @@ def plot_sweep(points: list[SweepPoint], arms: dict[str, Arm], config: RunConfig
 
 
 @torch.no_grad()
-def sample_texts(model: Any, tokenizer: Any, seed: int, new_tokens: int = 160) -> dict[str, str]:
-    """Greedy continuations of one prompt: clean, with flips, and with flips after training."""
+def sample_texts(model: Any, tokenizer: Any, seed: int, new_tokens: int = 200) -> dict[str, str]:
+    """Continuations of one prompt, sampled with the same random numbers: clean, with flips, with flips after
+    training."""
     ids = tokenizer(_PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"]
     model.eval()
     samples = {}
@@ -150,10 +151,17 @@ def sample_texts(model: Any, tokenizer: Any, seed: int, new_tokens: int = 160) -
         ("flipped", {"adapters": False}),
         ("recovered", {}),
     ):
-        with faults(model, seed=seed, **on):
+        with faults(model, seed=seed, **on), torch.random.fork_rng():
+            torch.manual_seed(0)
             output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=True,
+                temperature=0.6,
+                top_k=50,
+                top_p=0.9,
                 pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+            )
         samples[name] = tokenizer.decode(output[0], skip_special_tokens=True)
     return samples

@@ -89,15 +89,17 @@ def fault_seeds(base_seed: int, trials: int) -> list[int]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, text: PackedText, num_samples: int, batch_size: int) -> tuple[float, int]:
-    """(token-weighted mean cross-entropy in nats, predicted tokens) over the first ``num_samples`` sequences."""
+    """(token-weighted mean cross-entropy in nats, predicted tokens) over ``num_samples`` sequences spread evenly over
+    the text, or all of it where it has fewer."""
     n = min(num_samples, len(text))
+    chosen = np.arange(n) * len(text) // n
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     try:
         for start in range(0, n, batch_size):
-            ids = text.batch(np.arange(start, min(start + batch_size, n))).to(device)
+            ids = text.batch(chosen[start : start + batch_size]).to(device)
             predicted = ids.shape[0] * (ids.shape[1] - 1)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             total += float(loss.double()) * predicted
