@@ -57,7 +57,7 @@ def counter(purpose: int, index: np.ndarray, block: np.ndarray, tick: int) -> Wo
         index.astype(np.uint64) | np.uint64(purpose << 28),
         block & _LOW_32,
         (block >> _32) | np.uint64(tick >> 32 << 16),
-        np.uint64(tick & 0xFFFFFFFF) + np.zeros_like(block),
+        np.array(tick & 0xFFFFFFFF, dtype=np.uint64),
     )
 
 

@@ -140,25 +140,26 @@ def sparse_flips(
 
     An index may come more than once.
     """
-    exponent_counts, mantissa_counts = ball_counts(plan, blocks, key, tick)
-    throws = np.maximum(exponent_counts, mantissa_counts)
-    which = np.repeat(np.arange(len(blocks)), throws)
-    ball = np.arange(len(which)) - np.repeat(np.cumsum(throws) - throws, throws)
-    block = blocks[which]
-    words = philox(*counter(BALLS, ball, block, tick), key)
-    start = block * BLOCK - offset
+    both_counts = ball_counts(plan, blocks, key, tick)
+    throws = np.maximum(*both_counts)
+    hit = np.flatnonzero(throws)
+    # Each block throws as many as the busiest one; what is too much is dropped. A rectangle needs no bookkeeping.
+    ball = np.arange(throws.max())  # (balls,)
+    words = philox(*counter(BALLS, ball, blocks[hit, None], tick), key)  # (blocks, balls)
+    start = blocks[hit, None] * BLOCK - offset
     indices, masks = [], []
-    for field, counts, where, what in (
-        (plan.exponent, exponent_counts, words[0], words[1]),
-        (plan.mantissa, mantissa_counts, words[2], words[3]),
+    for field, counts, where, what in zip(
+        (plan.exponent, plan.mantissa), both_counts, words[::2], words[1::2], strict=True
     ):
-        if field.cdf is None:
-            continue
-        index = start + (where >> np.uint64(32 - BLOCK_LOG2)).astype(np.int64)
-        bit = np.uint64(field.first_bit) + (what * np.uint64(field.bits) >> np.uint64(32))
-        thrown = (ball < counts[which]) & (index >= 0) & (index < length)
-        indices.append(index[thrown])
-        masks.append((np.uint64(1) << bit[thrown]).astype(plan.unsigned))
+        thrown = ball < counts[hit, None]
+        index = (start + (where >> np.uint64(32 - BLOCK_LOG2)).view(np.int64))[thrown]
+        bit = what[thrown] * np.uint64(field.bits) >> np.uint64(32)
+        mask = (np.uint64(1 << field.first_bit) << bit).astype(plan.unsigned)
+        if start.size and (start[0] < 0 or start[-1] + BLOCK > length):
+            inside = (index >= 0) & (index < length)
+            index, mask = index[inside], mask[inside]
+        indices.append(index)
+        masks.append(mask)
     return np.concatenate(indices), np.concatenate(masks)
 
 
