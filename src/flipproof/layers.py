@@ -223,11 +223,12 @@ def _flip(x: Tensor, draw: Draw, owned: bool = False) -> Tensor:
     return torch.ops.flipproof.flip(x, *_arguments(draw))
 
 
-def _flip_zeroed(x: Tensor, draw: Draw) -> tuple[Tensor, Tensor | None]:
-    """(flip(x), true where the guard zeroed it); the second is None where there is no guard."""
-    if draw.fault.zero_out_t is None:
-        return _flip(x, draw), None
-    return torch.ops.flipproof.flip_zeroed(x, *_arguments(draw))
+def _flip_grad_(x: Tensor, grad: Tensor | None, draw: Draw) -> Tensor:
+    """flip(x); and ``grad``, where given, becomes 0 where the guard zeroed it."""
+    if grad is None or draw.fault.zero_out_t is None:
+        return _flip(x, draw)
+    flipped: Tensor = torch.ops.flipproof.flip_grad_(x, grad, *_arguments(draw))
+    return flipped
 
 
 class _FaultyMatmul(torch.autograd.Function):
@@ -257,45 +258,44 @@ class _FaultyMatmul(torch.autograd.Function):
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
 
-        flipped_w, zero_w = _flip_zeroed(_merge(weight, lora_A, lora_B, ctx.scaling), ctx.w_draw)
-        flipped_x, zero_x = _flip_zeroed(x, ctx.x_draw)
+        merged = _merge(weight, lora_A, lora_B, ctx.scaling)
+        kept_w = torch.ones(merged.shape, dtype=torch.bool, device=x.device)
+        flipped_w = _flip_grad_(merged, kept_w, ctx.w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
-            if zero_x is not None:
-                grad_x.masked_fill_(zero_x, 0)
-        del flipped_w
+        flipped_x = _flip_grad_(x, grad_x, ctx.x_draw).reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:
             grad_bias = grad_y.sum(0)
 
-        flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
-        if need_w or (zero_w is not None and _many(zero_w)):
+        zeroed = ~kept_w if ctx.w_draw.fault.zero_out_t is not None else None
+        if need_w or (zeroed is not None and _many(zeroed)):
             full = grad_y.T @ flipped_x
-            if zero_w is not None:
-                full.masked_fill_(zero_w, 0)
+            if zeroed is not None:
+                full.masked_fill_(zeroed, 0)
             grad_w = full if need_w else None
             if lora_A is not None:
                 full = full.to(lora_A.dtype)
                 grad_A = ctx.scaling * (lora_B.T @ full) if need_A else None
                 grad_B = ctx.scaling * (full @ lora_A.T) if need_B else None
         elif need_A or need_B:
-            grad_A, grad_B = _lora_grads(grad_y, flipped_x, lora_A, lora_B, ctx.scaling, zero_w)
+            grad_A, grad_B = _lora_grads(grad_y, flipped_x, lora_A, lora_B, ctx.scaling, zeroed)
         return grad_x, grad_w, grad_bias, grad_A, grad_B, None, None, None
 
 
-def _many(zero: Tensor) -> bool:
+def _many(zeroed: Tensor) -> bool:
     """Whether so many weights are zeroed that correcting them one by one costs more than the full gradient."""
-    return int(zero.sum()) > (zero.shape[0] + zero.shape[1]) // 4
+    return int(zeroed.sum()) > sum(zeroed.shape) // 4
 
 
 def _lora_grads(
-    grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, zero_w: Tensor | None
+    grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, zeroed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """dA and dB in the adapters' dtype without the (out, in) gradient, corrected for what the guard zeroed."""
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
     grad_A = ((grad_y @ b).T @ x).to(lora_A.dtype)  # (r, in)
     grad_B = (grad_y.T @ (x @ a.T)).to(lora_B.dtype)  # (out, r)
-    if zero_w is not None:
-        out, column = zero_w.nonzero(as_tuple=True)
+    if zeroed is not None:
+        out, column = zeroed.nonzero(as_tuple=True)
         for o, i in zip(out.split(256), column.split(256), strict=True):  # the gathered columns stay small
             g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).to(lora_A.dtype)  # (zeroed,)
             grad_A.index_add_(1, i, lora_B[o].T * -g)

@@ -75,8 +75,10 @@ def test_the_guard_zeroes_exactly_what_is_out_of_range_after_the_flip(dtype, t, 
     key, tick = torch.tensor(derive_key(3, "a/x")), torch.tensor(9)
     unguarded = flipproof.flip(x, p_exp=p, p_frac=p, **WHERE)
     out = ~(unguarded.double().abs() < t)
-    y, zeroed = torch.ops.flipproof.flip_zeroed(x, p, p, t, key, tick, 0)
-    assert torch.equal(zeroed, out)
+    for grad in (torch.ones(len(x), dtype=torch.bool), torch.arange(1.0, len(x) + 1).to(torch.bfloat16)):
+        expected_grad = grad.masked_fill(out, 0)
+        y = torch.ops.flipproof.flip_grad_(x, grad, p, p, t, key, tick, 0)
+        assert torch.equal(grad, expected_grad)
     assert torch.equal(bits_of(y), bits_of(unguarded.masked_fill(out, 0)))
     assert torch.equal(bits_of(y), bits_of(flipproof.flip(x, p_exp=p, p_frac=p, zero_out_t=t, **WHERE)))
     assert 0 < int(out.sum()) < len(x)
@@ -131,7 +133,8 @@ def test_the_operators_pass_torchs_own_checks():
         torch.library.opcheck(torch.ops.flipproof.flip.default, (x, 0.01, 0.3, 1.5, key, tick, 7))
     plain = sample((30, 40), torch.bfloat16)
     torch.library.opcheck(torch.ops.flipproof.flip_.default, (plain, 0.01, 0.01, None, key, tick, 0))
-    torch.library.opcheck(torch.ops.flipproof.flip_zeroed.default, (plain, 0.01, 0.01, 1.0, key, tick, 0))
+    grad = torch.ones(30, 40)
+    torch.library.opcheck(torch.ops.flipproof.flip_grad_.default, (plain, grad, 0.01, 0.01, 1.0, key, tick, 0))
 
 
 def test_meta_tensors_give_meta_tensors():

@@ -1,9 +1,9 @@
 """The flip as a PyTorch operator: dispatch, fake tensors, autograd; and the two functions that users import.
 
 Three operators live in the ``flipproof`` library namespace. ``flip`` returns a new tensor, ``flip_`` works in place,
-and ``flip_zeroed`` also returns where the guard zeroed, which is what a backward pass needs: it draws the flips
-again, so no mask is stored in between. Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA
-graph neither specialises on them nor waits for the device.
+and ``flip_grad_`` is for backward passes: it draws the flips of the forward pass again, so that no mask need be
+stored in between, and zeroes a gradient in place where the guard zeroed the value. Key and tick are int64 tensors,
+not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits for the device.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ _DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, 
 _LIBRARY = torch.library.Library("flipproof", "DEF")
 _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
-_LIBRARY.define(f"flip_zeroed(Tensor x, {_DRAW}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!) grad, {_DRAW}) -> Tensor")
 
 
 def _check_dtype(x: Tensor) -> None:
@@ -49,15 +49,21 @@ def _flip_cpu(
     return y
 
 
-@torch.library.impl(_LIBRARY, "flip_zeroed", "CPU")
-def _flip_zeroed_cpu(
-    x: Tensor, p_exp: float, p_frac: float, zero_out_t: float | None, key: Tensor, tick: Tensor, offset: int
-) -> tuple[Tensor, Tensor]:
+@torch.library.impl(_LIBRARY, "flip_grad_", "CPU")
+def _flip_grad_cpu_(
+    x: Tensor,
+    grad: Tensor,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+) -> Tensor:
     _check_dtype(x)
     y = x.clone(memory_format=torch.contiguous_format)
-    zeroed = torch.zeros(x.shape, dtype=torch.bool)
-    reference.flip_(y, p_exp, p_frac, zero_out_t, int(key), int(tick), offset, zeroed)
-    return y, zeroed
+    reference.flip_(y, p_exp, p_frac, zero_out_t, int(key), int(tick), offset, grad)
+    return y
 
 
 @torch.library.register_fake("flipproof::flip")
@@ -71,9 +77,9 @@ def _flip_fake_(x: Tensor, *_draw: Any) -> None:
     _check_dtype(x)
 
 
-@torch.library.register_fake("flipproof::flip_zeroed")
-def _flip_zeroed_fake(x: Tensor, *_draw: Any) -> tuple[Tensor, Tensor]:
-    return _flip_fake(x), torch.empty(x.shape, dtype=torch.bool, device=x.device)
+@torch.library.register_fake("flipproof::flip_grad_")
+def _flip_grad_fake_(x: Tensor, _grad: Tensor, *_draw: Any) -> Tensor:
+    return _flip_fake(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -86,8 +92,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.saved_tensors:
         x, key, tick = ctx.saved_tensors
-        _, zeroed = torch.ops.flipproof.flip_zeroed(x, *ctx.fault, key, tick, ctx.offset)
-        grad = grad.masked_fill(zeroed, 0)
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        torch.ops.flipproof.flip_grad_(x, grad, *ctx.fault, key, tick, ctx.offset)
     return grad, None, None, None, None, None, None
 
 

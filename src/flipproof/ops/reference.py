@@ -28,12 +28,12 @@ def flip_(
     key: int,
     tick: int,
     offset: int,
-    zeroed: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
 ) -> None:
     """Invert bits of a contiguous CPU tensor in place, then guard it.
 
-    ``offset`` is the index of its first element in the whole tensor. ``zeroed``, where given, is a boolean tensor of
-    the same shape, all false, that becomes true where the guard zeroed the value.
+    ``offset`` is the index of its first element in the whole tensor. ``grad``, where given, is a contiguous
+    tensor of the same shape that becomes 0 where the guard zeroed the value.
     """
     if not 0 <= tick < MAX_TICK:
         raise ValueError(f"tick = {tick}: ticks run from 0 to 2^48 - 1")
@@ -48,9 +48,9 @@ def flip_(
     flipped = flip_bits_(bits, plan, key, tick, offset)
     if zero_out_t is None:
         return
-    flat_zeroed = None if zeroed is None else zeroed.view(-1)
+    flat_grad = None if grad is None else grad.view(-1)
     if not in_range or plan.digits:
-        guard_(flat, zero_out_t, flat_zeroed)
+        guard_(flat, zero_out_t, flat_grad)
         return
     # Nothing was out of range before, so only what was flipped can be now.
     limit = guard_bits(x.dtype, zero_out_t)
@@ -58,8 +58,8 @@ def flip_(
     for index in flipped:
         out = index[(bits[index] & magnitude) >= limit]
         bits[out] = 0
-        if flat_zeroed is not None:
-            flat_zeroed.numpy()[out] = True
+        if flat_grad is not None:
+            flat_grad.index_fill_(0, torch.from_numpy(out), 0)
 
 
 def _all_below(x: torch.Tensor, t: float) -> bool:
@@ -192,13 +192,12 @@ class _RecentDraws:
 _recent_draws = _RecentDraws(capacity=64 * 2**20)
 
 
-def guard_(x: torch.Tensor, zero_out_t: float, zeroed: torch.Tensor | None = None) -> None:
-    """Zero, in place, every element of a flat ``x`` for which |v| < zero_out_t is not true, and say so in
-    ``zeroed``."""
+def guard_(x: torch.Tensor, zero_out_t: float, grad: torch.Tensor | None = None) -> None:
+    """Zero, in place, every element of a flat ``x`` for which |v| < zero_out_t is not true, and of ``grad`` with it."""
     limit = guard_bits(x.dtype, zero_out_t)
     for start in range(0, len(x), _CHUNK_GUARD):  # chunks stay in the cache
-        chunk = x[start : start + _CHUNK_GUARD]
-        out = magnitude_bits(chunk) >= limit
-        chunk.masked_fill_(out, 0)
-        if zeroed is not None:
-            zeroed[start : start + _CHUNK_GUARD] = out
+        chunk = slice(start, start + _CHUNK_GUARD)
+        out = magnitude_bits(x[chunk]) >= limit
+        x[chunk].masked_fill_(out, 0)
+        if grad is not None:
+            grad[chunk].masked_fill_(out, 0)
