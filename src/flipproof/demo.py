@@ -29,7 +29,7 @@ from flipproof.train import train
 _SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)
 """Flip probabilities of the plot, as multiples of the one trained with."""
 _SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 128
-_PROMPT = "class Reader:\n    def __init__(self, "
+_PROMPTS = ("def __init__(self, ", "        return self.", "import ", "        raise ValueError(")
 
 
 def demo(run_dir: Path) -> None:
@@ -58,7 +58,8 @@ def demo(run_dir: Path) -> None:
         name: Arm.from_dict(arm) for name, arm in json.loads((run_dir / runlog.RESULTS).read_text())["arms"].items()
     }
     plot_sweep(points, arms, config, run_dir / "perplexity_vs_p.png")
-    samples = sample_texts(model, tokenizer, seed=fault_seeds(config.bitflip.base_seed, 1)[0])
+    seed = fault_seeds(config.bitflip.base_seed, 1)[0]
+    samples = sample_texts(model, tokenizer, seed, config.training.seq_len)
     (run_dir / "samples.txt").write_text("\n\n".join(f"[{name}]\n{sample}" for name, sample in samples.items()) + "\n")
 
     print(f"\n{arms_table(arms)}\n")
@@ -124,12 +125,12 @@ def plot_sweep(points: list[SweepPoint], arms: dict[str, Arm], config: RunConfig
         )
     axes.axhline(arms["clean"].perplexity, color="#555555", ls="--", lw=1, label="clean")
     trained_at = max(value for value in (config.bitflip.w_p_exp, config.bitflip.x_p_exp) if value)
-    axes.axvline(trained_at, color="#999999", ls=":", lw=1, label=f"trained at p = {trained_at:.4g}")
+    axes.axvline(trained_at, color="#999999", ls=":", lw=1, label=f"trained at {trained_at:.4g}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes.set_xlabel("flip probability p per bit, weights and activations")
+    axes.set_xlabel("flip probability of sign and exponent bits, weights and activations")
     axes.set_ylabel("perplexity per byte, held-out text")
     axes.set_title("Bit flips in every Linear layer (95% intervals over fault seeds)", fontsize=10)
     axes.grid(alpha=0.25, which="major")
@@ -140,10 +141,10 @@ def plot_sweep(points: list[SweepPoint], arms: dict[str, Arm], config: RunConfig
 
 
 @torch.no_grad()
-def sample_texts(model: Any, tokenizer: Any, seed: int, new_tokens: int = 200) -> dict[str, str]:
-    """Continuations of one prompt, sampled with the same random numbers: clean, with flips, with flips after
-    training."""
-    ids = tokenizer(_PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"]
+def sample_texts(model: Any, tokenizer: Any, seed: int, length: int) -> dict[str, str]:
+    """One line for each prompt, up to ``length`` tokens, sampled with the same random numbers: clean, with flips, and
+    with flips after training.
+    """
     model.eval()
     samples = {}
     for name, on in (
@@ -151,17 +152,22 @@ def sample_texts(model: Any, tokenizer: Any, seed: int, new_tokens: int = 200) -
         ("flipped", {"adapters": False}),
         ("recovered", {}),
     ):
+        lines = []
         with faults(model, seed=seed, **on), torch.random.fork_rng():
             torch.manual_seed(0)
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=True,
-                temperature=0.6,
-                top_k=50,
-                top_p=0.9,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        samples[name] = tokenizer.decode(output[0], skip_special_tokens=True)
+            for prompt in _PROMPTS:
+                ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+                output = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_length=length,
+                    do_sample=True,
+                    temperature=0.6,
+                    top_k=50,
+                    top_p=0.9,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+                text = tokenizer.decode(output[0], skip_special_tokens=True)
+                lines.append(prompt + text.removeprefix(prompt).split("\n")[0])
+        samples[name] = "\n".join(lines)
     return samples
