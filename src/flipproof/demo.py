@@ -29,7 +29,7 @@ from flipproof.train import train
 _SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)
 """Flip probabilities of the plot, as multiples of the one trained with."""
 _SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 128
-_PROMPTS = ("def __init__(self, ", "        return self.", "import ", "        raise ValueError(")
+_PROMPTS = ("def __init__(self, ", "        return self.", "        raise ValueError(")
 
 
 def demo(run_dir: Path) -> None:
