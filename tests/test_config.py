@@ -185,6 +185,8 @@ a = 1
         ("data", "held_out_tokens", "0", "data.held_out_tokens = 0"),
         ("parallelism", "fsdp_degree", "0", "parallelism.fsdp_degree = 0"),
         ("lora", "r", "-2", "lora.r = -2"),
+        ("bitflip", "x_zero_out_t", "nan", "bitflip.x_zero_out_t = nan"),
+        ("lora", "lora_alpha", "inf", "lora.lora_alpha = inf"),
         ("bitflip", "w_faults", "never", "bitflip.w_faults"),
         ("checkpoint", "keep_last", "0", "checkpoint.keep_last = 0"),
         ("eval", "trials", "0", "eval.trials = 0"),

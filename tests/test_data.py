@@ -33,7 +33,7 @@ def test_every_format_gives_the_same_packed_sequences(sources):
 def test_packing_loses_and_invents_nothing(sources):
     tokenizer = byte_tokenizer()
     train, held_out = load_text(DataConfig(source=str(sources["txt"])), tokenizer, 64)
-    flat = np.concatenate([train.sequences, held_out.sequences]).reshape(-1)
+    flat = np.concatenate([held_out.sequences, train.sequences]).reshape(-1)
     ends = np.flatnonzero(flat == tokenizer.eos_token_id)
     documents = [tokenizer.decode(ids[ids != 256]) for ids in np.split(flat, ends + 1)]
     assert set(documents[:-1]) <= set(DOCUMENTS)

@@ -361,6 +361,8 @@ def _checked_values(name: str, section: type, values: Mapping[str, Any]) -> tupl
             problems.append(f"{name}.{key}: unknown key{_nearest(key, known, name)}")
             continue
         try:
+            if value in ("nan", "inf", "-inf"):  # as TOML writes them; YAML, which jsonargparse reads, does not
+                value = float(value)
             if isinstance(value, str):  # from the command line, or what YAML takes for text, such as 1e-05
                 parsed = parser.parse_args([f"--{name}.{key}={value}"], defaults=False)
             else:
