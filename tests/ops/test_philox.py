@@ -31,7 +31,7 @@ def test_counters_of_different_purpose_index_block_and_tick_differ():
     index, block = np.array([0, 1, 2**28 - 1]), np.array([0, 1, 2**32, 2**48 - 1])
     for purpose in (COUNTS, BALLS, DIGITS):
         for tick in (0, 1, 2**32, 2**48 - 1):
-            words = np.broadcast_arrays(*counter(purpose, index[:, None], block[None], tick))
+            words = np.broadcast_arrays(*counter(np.array(purpose), index[:, None], block[None], tick))
             tuples |= {tuple(int(word[i, j]) for word in words) for i in range(3) for j in range(4)}
     assert len(tuples) == 3 * 4 * 3 * 4
     assert all(0 <= word < 2**32 for words in tuples for word in words)

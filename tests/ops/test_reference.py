@@ -228,7 +228,6 @@ def test_the_draw_of_a_slice_is_the_slice_of_the_draw(dtype, p, start, length):
 def test_chunks_do_not_show(monkeypatch):
     plain = masks(torch.bfloat16, 0.1, 2**-8, 300_000, offset=77)
     monkeypatch.setattr(reference, "_recent_draws", reference._RecentDraws(capacity=0))
-    monkeypatch.setattr(reference, "_CHUNK_BLOCKS", 3)
     monkeypatch.setattr(reference, "_CHUNK_BALLS", 2000)
     monkeypatch.setattr(reference, "_CHUNK_DENSE_BLOCKS", 5)
     np.testing.assert_array_equal(masks(torch.bfloat16, 0.1, 2**-8, 300_000, offset=77), plain)

@@ -75,10 +75,11 @@ class FlipPlan:
         return np.uint32 if self.element_bits == 32 else np.uint16
 
     @cached_property
-    def balls_per_block(self) -> float:
-        """About how many balls a block gets, both fields together."""
-        medians = (np.searchsorted(f.cdf, 2**62) for f in (self.exponent, self.mantissa) if f.cdf is not None)
-        return max(1e-3, float(sum(medians)))
+    def likely_balls(self) -> int:
+        """A number of balls that a block's busier field seldom exceeds: the median and four deviations."""
+        medians = [np.searchsorted(f.cdf, 2**62) for f in (self.exponent, self.mantissa) if f.cdf is not None]
+        median = float(max(medians, default=0))
+        return int(median + 4 * median**0.5) + 1
 
     @property
     def sparse(self) -> bool:

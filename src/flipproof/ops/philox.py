@@ -47,14 +47,14 @@ def derive_key(seed: int, site: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def counter(purpose: int, index: np.ndarray, block: np.ndarray, tick: int) -> Words:
+def counter(purpose: np.ndarray, index: np.ndarray, block: np.ndarray, tick: int) -> Words:
     """The four counter words, uint64 arrays with values below 2^32 that broadcast against each other.
 
     ``index`` must be below 2^28, ``block`` and ``tick`` below 2^48.
     """
     block = block.astype(np.uint64)
     return (
-        index.astype(np.uint64) | np.uint64(purpose << 28),
+        index.astype(np.uint64) | purpose.astype(np.uint64) << np.uint64(28),
         block & _LOW_32,
         (block >> _32) | np.uint64(tick >> 32 << 16),
         np.array(tick & 0xFFFFFFFF, dtype=np.uint64),

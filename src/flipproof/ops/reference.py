@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from flipproof.ops.parity import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan, guard_bits, magnitude_bits
-from flipproof.ops.philox import BALLS, COUNTS, DIGITS, MAX_BLOCK, MAX_TICK, counter, philox
+from flipproof.ops.philox import BALLS, COUNTS, DIGITS, MAX_BLOCK, MAX_TICK, Words, counter, philox
 
-_CHUNK_BLOCKS = 1 << 14  # temporaries of one chunk stay in the cache
-_CHUNK_BALLS = 1 << 14
+_CHUNK_BALLS = 1 << 14  # temporaries of one chunk stay in the cache
 _CHUNK_DENSE_BLOCKS = 32
 _CHUNK_GUARD = 1 << 18
 
@@ -78,7 +77,7 @@ def flip_bits_(bits: np.ndarray, plan: FlipPlan, key: int, tick: int, offset: in
     if not plan.sparse:
         return []
     hit = []
-    step = min(_CHUNK_BLOCKS, max(1, int(_CHUNK_BALLS / plan.balls_per_block)))
+    step = max(1, _CHUNK_BALLS // (1 + plan.likely_balls))
     for start in range(first, last + 1, step):
         name = (plan, key, tick, offset, len(bits), start)
         draw = _recent_draws.get(name)
@@ -107,7 +106,7 @@ def dense_masks(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> np.n
     words = [np.zeros((len(blocks), len(groups)), dtype=np.uint64) for _ in range(4)]
     for i in reversed(range(len(plan.digits))):
         digit = np.uint64(plan.digits[i])
-        uniform = philox(*counter(DIGITS, i << 16 | groups, blocks[:, None], tick), key)
+        uniform = philox(*counter(np.array(DIGITS), i << 16 | groups, blocks[:, None], tick), key)
         for c in range(4):
             # majority(u, b, d): u OR b where the digit is 1, u AND b where it is 0
             words[c] = uniform[c] & words[c] | digit & (uniform[c] | words[c])
@@ -118,16 +117,15 @@ def dense_masks(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> np.n
     return masks.reshape(len(blocks), BLOCK)
 
 
-def ball_counts(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> tuple[np.ndarray, np.ndarray]:
-    """(K of the exponent field, K of the mantissa field), each int64 of shape (len(blocks),)."""
-    w0, w1, w2, w3 = philox(*counter(COUNTS, np.zeros(1), blocks, tick), key)
-    one, thirty_two = np.uint64(1), np.uint64(32)
+def ball_counts(plan: FlipPlan, words: Words) -> tuple[np.ndarray, np.ndarray]:
+    """(K of the exponent field, K of the mantissa field), int64 of the shape of each of the four COUNTS words."""
+    w0, w1, w2, w3 = words
     counts = []
     for field, low, high in ((plan.exponent, w0, w1), (plan.mantissa, w2, w3)):
         if field.cdf is None:
-            counts.append(np.zeros(len(blocks), dtype=np.int64))
+            counts.append(np.zeros(low.shape, dtype=np.int64))
         else:
-            uniform = ((high << thirty_two | low) >> one).astype(np.int64)
+            uniform = ((high << np.uint64(32) | low) >> np.uint64(1)).astype(np.int64)
             counts.append(np.searchsorted(field.cdf, uniform, side="right"))
     return counts[0], counts[1]
 
@@ -140,22 +138,29 @@ def sparse_flips(
 
     An index may come more than once.
     """
-    both_counts = ball_counts(plan, blocks, key, tick)
-    throws = np.maximum(*both_counts)
-    hit = np.flatnonzero(throws)
-    # Each block throws as many as the busiest one; what is too much is dropped. A rectangle needs no bookkeeping.
-    ball = np.arange(throws.max())  # (balls,)
-    words = philox(*counter(BALLS, ball, blocks[hit, None], tick), key)  # (blocks, balls)
-    start = blocks[hit, None] * BLOCK - offset
+    # Counts and balls in one call, since calls cost most: each block gets as many balls as are likely enough for the
+    # busiest one, and those beyond its count are dropped. A rectangle needs no bookkeeping.
+    guess = plan.likely_balls
+    purpose = np.array([COUNTS] + [BALLS] * guess)
+    number = np.array([0, *range(guess)])
+    words = philox(*counter(purpose, number, blocks[:, None], tick), key)  # (blocks, 1 + guess)
+    both_counts = ball_counts(plan, (words[0][:, 0], words[1][:, 0], words[2][:, 0], words[3][:, 0]))
+    balls = [word[:, 1:] for word in words]
+    most = int(np.maximum(*both_counts).max())
+    if most > guess:
+        more = philox(*counter(np.array(BALLS), np.arange(guess, most), blocks[:, None], tick), key)
+        balls = [np.concatenate(pair, axis=1) for pair in zip(balls, more, strict=True)]
+    ball = np.arange(balls[0].shape[1])
+    start = blocks[:, None] * BLOCK - offset
     indices, masks = [], []
     for field, counts, where, what in zip(
-        (plan.exponent, plan.mantissa), both_counts, words[::2], words[1::2], strict=True
+        (plan.exponent, plan.mantissa), both_counts, balls[::2], balls[1::2], strict=True
     ):
-        thrown = ball < counts[hit, None]
+        thrown = ball < counts[:, None]
         index = (start + (where >> np.uint64(32 - BLOCK_LOG2)).view(np.int64))[thrown]
         bit = what[thrown] * np.uint64(field.bits) >> np.uint64(32)
         mask = (np.uint64(1 << field.first_bit) << bit).astype(plan.unsigned)
-        if start.size and (start[0] < 0 or start[-1] + BLOCK > length):
+        if start[0] < 0 or start[-1] + BLOCK > length:
             inside = (index >= 0) & (index < length)
             index, mask = index[inside], mask[inside]
         indices.append(index)
