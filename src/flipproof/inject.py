@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from flipproof.config import ConfigError
 from flipproof.layers import FaultState, FaultyLinear
 from flipproof.ops.philox import MAX_TICK
 from flipproof.spec import BitFlipSpec, Fault, LoraSpec, check_seed
@@ -61,7 +62,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
         What was covered.
 
     Raises:
-        ValueError: where no layer matches, naming the patterns; or where the model is injected already.
+        ConfigError: where no layer matches, naming the patterns. ValueError: where the model is injected already.
     """
     lora = lora or LoraSpec()
     if is_faulty(model):
@@ -92,7 +93,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, swapped[id(module)])
     if not covered:
-        raise ValueError(_nothing_matched(spec, skipped))
+        raise ConfigError([_nothing_matched(spec, skipped)])
 
     if lora.r:
         for parameter_name, parameter in model.named_parameters():
