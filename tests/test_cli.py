@@ -108,6 +108,6 @@ def test_bad_input_is_one_clear_line_each(capsys, tmp_path, model_dir, monkeypat
     fails(capsys, ["eval", model_dir, "--data.source", "nowhere"], "data source 'nowhere'")
     fails(capsys, ["eval", model_dir, "--adapter", "nowhere", *SMALL], "adapter nowhere")
     fails(capsys, ["export", "nowhere", "--to", "x"], "nowhere holds no run")
-    fails(capsys, ["export", "nowhere"], "--to")
+    fails(capsys, ["export", "nowhere"], "required: to")
     fails(capsys, ["config", "7b"], "no preset is called '7b'; did you mean 70b?")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "model"]

@@ -181,5 +181,8 @@ def _run_steps(
 
 def _saved_arms(run_dir: Path) -> dict[str, Arm]:
     """The arms that an interrupted run measured before it trained."""
+    if not (run_dir / runlog.RESULTS).exists():
+        logger.warning("%s is gone, and with it what was measured before training", run_dir / runlog.RESULTS)
+        return {}
     arms = json.loads((run_dir / runlog.RESULTS).read_text())["arms"]
     return {name: Arm.from_dict(arm) for name, arm in arms.items() if name in BASE_ARMS}
