@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
@@ -243,7 +244,7 @@ def test_inference_compiles_without_graph_breaks_and_without_recompiling_for_tic
     expected = [root(x) for _ in range(4)]
     flipproof.set_tick(root, 0)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     root.linear.compile(backend=counter, fullgraph=True)
     got = [root(x) for _ in range(4)]
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))

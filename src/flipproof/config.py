@@ -193,6 +193,11 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def faulty(self) -> bool:
+        """Whether the run's model has faulty layers: flips, a guard, or the adapters that live in such layers."""
+        return bool(self.lora.r) or self.bitflip.any_fault
+
     def to_toml(self) -> str:
         """The resolved config as TOML, which reads back as the same config. Keys that are None are left out."""
         tree = dataclasses.asdict(self)
@@ -286,7 +291,6 @@ def _merge_into(tree: dict[str, dict[str, Any]], other: Mapping[str, Mapping[str
 
 def _read(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """(section -> key -> value, problems) of one file or preset."""
-    text = None
     if str(path) in preset_names():
         text, name = preset_text(str(path)), f"{path}.toml"
     else:

@@ -16,6 +16,7 @@ length of the run, and no more of the source is read and tokenised than a run ne
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,14 @@ def training_indices(n: int, seed: int, first: int, count: int) -> np.ndarray:
     epochs = positions // n
     indices = np.empty(count, dtype=np.int64)
     for epoch in np.unique(epochs):
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
         here = epochs == epoch
-        indices[here] = order[positions[here] % n]
+        indices[here] = _epoch_order(n, seed, int(epoch))[positions[here] % n]
     return indices
+
+
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
 def load_text(

@@ -34,7 +34,7 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
         raise ConfigError([f"{run_dir} trained no adapter (lora.r = 0); export it with --format model"])
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, tokenizer, config.training.dtype, config.training.seed)
-    if config.lora.r or config.bitflip.any_fault:
+    if config.faulty:
         inject(model, config.bitflip, config.lora)
     step = load_trained_weights(checkpoints[-1], model)
     unfinished = to.with_name(f".{to.name}.unfinished")

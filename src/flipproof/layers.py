@@ -258,16 +258,18 @@ class _FaultyMatmul(torch.autograd.Function):
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
 
-        merged = _merge(weight, lora_A, lora_B, ctx.scaling)
-        kept_w = torch.ones(merged.shape, dtype=torch.bool, device=x.device)
-        flipped_w = _flip_grad_(merged, kept_w, ctx.w_draw)
+        kept_w = None
+        if (need_w or need_A or need_B) and ctx.w_draw.fault.zero_out_t is not None:
+            kept_w = torch.ones(weight.shape, dtype=torch.bool, device=x.device)
+        flipped_w = _flip_grad_(_merge(weight, lora_A, lora_B, ctx.scaling), kept_w, ctx.w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
         flipped_x = _flip_grad_(x, grad_x, ctx.x_draw).reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:
             grad_bias = grad_y.sum(0)
 
-        zeroed = ~kept_w if ctx.w_draw.fault.zero_out_t is not None else None
+        # None, too, where no gradient of the weight is asked for, so that a frozen layer forms none
+        zeroed = None if kept_w is None else ~kept_w
         if need_w or (zeroed is not None and _many(zeroed)):
             full = grad_y.T @ flipped_x
             if zeroed is not None:

@@ -49,8 +49,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     needed = training.steps * training.gradient_accumulation_steps * training.local_batch_size
     text, held_out = load_text(config.data, tokenizer, training.seq_len, needed)
     model = load_model(config.model, tokenizer, training.dtype, training.seed)
-    faulty = bool(config.lora.r) or config.bitflip.any_fault
-    if faulty:
+    if config.faulty:
         logger.info("%s", inject(model, config.bitflip, config.lora))
     optimizer = make_optimizer(model, training)
 
@@ -65,7 +64,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     write_atomically(run_dir / runlog.CONFIG, config.to_toml())
 
     # What the model was before training; a model from scratch was nothing.
-    base_arms = BASE_ARMS if faulty and config.model.init == "pretrained" else ()
+    base_arms = BASE_ARMS if config.faulty and config.model.init == "pretrained" else ()
     arms = _saved_arms(run_dir) if step else measure_config_arms(config, base_arms, model, held_out)
     write_results(run_dir, config, arms, model, held_out)
 
@@ -75,7 +74,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         save_adapter(model, run_dir / "adapter", config.model.hf_model_path)
     else:
         save_model(model, run_dir / "model", tokenizer)
-    arms |= measure_config_arms(config, TRAINED_ARMS if faulty else ("clean",), model, held_out)
+    arms |= measure_config_arms(config, TRAINED_ARMS if config.faulty else ("clean",), model, held_out)
     write_results(run_dir, config, arms, model, held_out)
     logger.info("%s", arms_table(arms))
     return run_dir
@@ -84,17 +83,12 @@ def train(config: RunConfig, resume: bool = False) -> Path:
 def check_processes(config: RunConfig) -> None:
     """Raises ConfigError where the processes started are not those that the config shards over."""
     world_size, degree = int(os.environ.get("WORLD_SIZE", "1")), config.parallelism.fsdp_degree
-    if world_size != degree:
-        raise ConfigError(
-            [
-                f"parallelism.fsdp_degree = {degree}, but {world_size} process was started; set "
-                f"--parallelism.fsdp_degree {world_size}"
-                if world_size == 1
-                else f"{world_size} processes were started; sharded training is not there yet, start one"
-            ]
-        )
     if world_size > 1:
         raise ConfigError([f"{world_size} processes were started; sharded training is not there yet, start one"])
+    if degree != 1:
+        raise ConfigError(
+            [f"parallelism.fsdp_degree = {degree}, but 1 process was started; set --parallelism.fsdp_degree 1"]
+        )
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
