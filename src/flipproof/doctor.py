@@ -10,7 +10,7 @@ import torch
 from flipproof.ops.flip import flip
 
 # Digest of the bytes of the draw below. A machine that prints another one computes other flips.
-_KNOWN_DRAW = "79a57fc088b86bf5"
+_KNOWN_DRAW = "8186b14588d6379c"
 
 
 def draw_digest() -> str:

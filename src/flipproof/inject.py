@@ -15,7 +15,7 @@ from torch import nn
 
 from flipproof.config import ConfigError
 from flipproof.layers import FaultState, FaultyLinear
-from flipproof.ops.philox import MAX_TICK
+from flipproof.ops.philox import check_tick
 from flipproof.spec import BitFlipSpec, Fault, LoraSpec, check_seed
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -168,9 +168,7 @@ def fault_state(model: nn.Module) -> FaultState:
 
 def set_tick(model: nn.Module, tick: int) -> None:
     """The next forward pass draws with this tick (0 to 2^48 - 1), the one after it with the next, and so on."""
-    if not 0 <= tick < MAX_TICK:
-        raise ValueError(f"tick = {tick!r}: ticks run from 0 to 2^48 - 1")
-    fault_state(model).set_tick(tick)
+    fault_state(model).set_tick(check_tick(tick))
 
 
 def set_seed(model: nn.Module, seed: int) -> None:

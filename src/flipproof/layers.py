@@ -16,7 +16,7 @@ positions (o, i) zeroed by the guard contributed, g = Σ dY[:, o]·X̃[:, i], is
 s·A[:, i]·g from dB[o]. The result is exact.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,11 +150,10 @@ class FaultyLinear(nn.Linear):
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A in W's dtype, computed in the adapters'; W itself where there are no adapters."""
-        return _merge(self.weight, self.lora_A, self.lora_B, self.lora.scaling)
-
-    def _draw(self, fault: Fault, key: Tensor, device: torch.device, offset: int) -> "Draw":
-        tick = self.no_tick if fault.persistent else self.state.tick
-        return Draw(fault, key.to(device), tick.to(device), offset)
+        if self.lora_A is None or self.lora_B is None:
+            return self.weight
+        merged = torch.addmm(self.weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.lora.scaling)
+        return merged.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
@@ -169,6 +168,8 @@ class FaultyLinear(nn.Linear):
             bias = None if bias is None else bias.to(dtype)
         if not (x_fault.active or w_fault.active or lora_A is not None):
             return F.linear(x, weight, bias)
+        # on x's device already, unless parameters are offloaded
+        x_key, w_key, no_tick, tick = (t.to(x.device) for t in (self.x_key, self.w_key, self.no_tick, state.tick))
         y: Tensor = _FaultyMatmul.apply(
             x,
             weight,
@@ -176,8 +177,13 @@ class FaultyLinear(nn.Linear):
             lora_A,
             lora_B,
             self.lora.scaling,
-            self._draw(x_fault, self.x_key, x.device, state.rank * x.numel()),
-            self._draw(w_fault, self.w_key, x.device, 0),
+            x_fault,
+            x_key,
+            no_tick if x_fault.persistent else tick,
+            state.rank * x.numel(),
+            w_fault,
+            w_key,
+            no_tick if w_fault.persistent else tick,
         )
         return y
 
@@ -193,44 +199,6 @@ def _fault_repr(fault: Fault) -> str:
     return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{kind})"
 
 
-def _merge(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Tensor:
-    if lora_A is None or lora_B is None:
-        return weight
-    return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
-
-
-class Draw(NamedTuple):
-    """The flips of one operand in one forward pass: all that the operator needs beside the tensor."""
-
-    fault: Fault
-    key: Tensor
-    tick: Tensor
-    offset: int
-
-
-def _arguments(draw: Draw) -> tuple[Any, ...]:
-    fault = draw.fault
-    return fault.p_exp, fault.p_frac, fault.zero_out_t, draw.key, draw.tick, draw.offset
-
-
-def _flip(x: Tensor, draw: Draw, owned: bool = False) -> Tensor:
-    """flip(x) by the operator; in place where the caller owns ``x``."""
-    if not draw.fault.active:
-        return x
-    if owned:
-        torch.ops.flipproof.flip_(x, *_arguments(draw))
-        return x
-    return torch.ops.flipproof.flip(x, *_arguments(draw))
-
-
-def _flip_grad_(x: Tensor, grad: Tensor | None, draw: Draw) -> Tensor:
-    """flip(x); and ``grad``, where given, becomes 0 where the guard zeroed it."""
-    if grad is None or draw.fault.zero_out_t is None:
-        return _flip(x, draw)
-    flipped: Tensor = torch.ops.flipproof.flip_grad_(x, grad, *_arguments(draw))
-    return flipped
-
-
 class _FaultyMatmul(torch.autograd.Function):
     """flip(X) · flip(W + s·B·A)ᵀ + bias."""
 
@@ -243,63 +211,70 @@ class _FaultyMatmul(torch.autograd.Function):
         lora_A: Tensor | None,  # (r, in)
         lora_B: Tensor | None,  # (out, r)
         scaling: float,
-        x_draw: Draw,
-        w_draw: Draw,
+        x_fault: Fault,
+        x_key: Tensor,
+        x_tick: Tensor,
+        x_offset: int,
+        w_fault: Fault,
+        w_key: Tensor,
+        w_tick: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
-        ctx.scaling, ctx.x_draw, ctx.w_draw = scaling, x_draw, w_draw
-        flipped_w = _flip(_merge(weight, lora_A, lora_B, scaling), w_draw, owned=lora_A is not None)
-        return F.linear(_flip(x, x_draw), flipped_w, bias)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, x_tick, w_key, w_tick)
+        ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault = scaling, x_fault, x_offset, w_fault
+        flipped_x, flipped_w = x, weight
+        if x_fault.active:
+            flipped_x = torch.ops.flipproof.flip(x, *x_fault.draw, x_key, x_tick, x_offset)
+        if lora_A is not None:
+            flipped_w = torch.ops.flipproof.merge(weight, lora_A, lora_B, scaling, *w_fault.draw, w_key, w_tick, 0)
+        elif w_fault.active:
+            flipped_w = torch.ops.flipproof.flip(weight, *w_fault.draw, w_key, w_tick, 0)
+        return F.linear(flipped_x, flipped_w, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B = ctx.saved_tensors
+        x, weight, lora_A, lora_B, x_key, x_tick, w_key, w_tick = ctx.saved_tensors
         need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
+        x_draw = (*ctx.x_fault.draw, x_key, x_tick, ctx.x_offset)
+        w_draw = (*ctx.w_fault.draw, w_key, w_tick, 0)
+        guarded_w = ctx.w_fault.zero_out_t is not None
+        scaling = ctx.scaling
 
-        kept_w = None
-        if (need_w or need_A or need_B) and ctx.w_draw.fault.zero_out_t is not None:
-            kept_w = torch.ones(weight.shape, dtype=torch.bool, device=x.device)
-        flipped_w = _flip_grad_(_merge(weight, lora_A, lora_B, ctx.scaling), kept_w, ctx.w_draw)
+        flipped_w, zeroed, kept = weight, None, None
+        if need_w:
+            if lora_A is not None:
+                flipped_w = torch.ops.flipproof.merge(
+                    weight, lora_A, lora_B, scaling, *Fault().draw, w_key, w_tick, 0
+                )
+            if guarded_w:
+                kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+            if ctx.w_fault.active:
+                flipped_w = torch.ops.flipproof.flip_grad_(flipped_w, kept, grad_y, *w_draw)
+        elif lora_A is not None:
+            flipped_w, zeroed = torch.ops.flipproof.merge_grad(weight, lora_A, lora_B, scaling, grad_y, *w_draw)
+        elif ctx.w_fault.active:
+            flipped_w = torch.ops.flipproof.flip_grad_(weight, None, grad_y, *w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
-        flipped_x = _flip_grad_(x, grad_x, ctx.x_draw).reshape(-1, x.shape[-1])  # (n, in)
+        flipped_x = x
+        if ctx.x_fault.active:
+            flipped_x = torch.ops.flipproof.flip_grad_(x, grad_x, grad_y, *x_draw)
+        flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:
             grad_bias = grad_y.sum(0)
 
-        # None, too, where no gradient of the weight is asked for, so that a frozen layer forms none
-        zeroed = None if kept_w is None else ~kept_w
-        if need_w or (zeroed is not None and _many(zeroed)):
-            full = grad_y.T @ flipped_x
-            if zeroed is not None:
-                full.masked_fill_(zeroed, 0)
-            grad_w = full if need_w else None
+        if need_w:
+            grad_w = grad_y.T @ flipped_x  # (out, in)
+            if kept is not None:
+                grad_w = grad_w * kept
             if lora_A is not None:
-                full = full.to(lora_A.dtype)
-                grad_A = ctx.scaling * (lora_B.T @ full) if need_A else None
-                grad_B = ctx.scaling * (full @ lora_A.T) if need_B else None
+                wide = grad_w.to(lora_A.dtype)
+                grad_A, grad_B = scaling * (lora_B.T @ wide), scaling * (wide @ lora_A.T)
         elif need_A or need_B:
-            grad_A, grad_B = _lora_grads(grad_y, flipped_x, lora_A, lora_B, ctx.scaling, zeroed)
-        return grad_x, grad_w, grad_bias, grad_A, grad_B, None, None, None
-
-
-def _many(zeroed: Tensor) -> bool:
-    """Whether so many weights are zeroed that correcting them one by one costs more than the full gradient."""
-    return int(zeroed.sum()) > sum(zeroed.shape) // 4
-
-
-def _lora_grads(
-    grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, zeroed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """dA and dB in the adapters' dtype without the (out, in) gradient, corrected for what the guard zeroed."""
-    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    grad_A = ((grad_y @ b).T @ x).to(lora_A.dtype)  # (r, in)
-    grad_B = (grad_y.T @ (x @ a.T)).to(lora_B.dtype)  # (out, r)
-    if zeroed is not None:
-        out, column = zeroed.nonzero(as_tuple=True)
-        for o, i in zip(out.split(256), column.split(256), strict=True):  # the gathered columns stay small
-            g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).to(lora_A.dtype)  # (zeroed,)
-            grad_A.index_add_(1, i, lora_B[o].T * -g)
-            grad_B.index_add_(0, o, lora_A[:, i].T * -g[:, None])
-    return grad_A * scaling, grad_B * scaling
+            a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+            grad_A = ((grad_y @ b).T @ flipped_x).to(lora_A.dtype) * scaling
+            grad_B = (grad_y.T @ (flipped_x @ a.T)).to(lora_B.dtype) * scaling
+            if guarded_w:
+                torch.ops.flipproof.take_back_(grad_A, grad_B, zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
+        return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 8

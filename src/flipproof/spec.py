@@ -33,6 +33,11 @@ class Fault(NamedTuple):
     def active(self) -> bool:
         return self.flips or self.zero_out_t is not None
 
+    @property
+    def draw(self) -> tuple[float, float, float | None]:
+        """The operators' first arguments."""
+        return self.p_exp, self.p_frac, self.zero_out_t
+
     def guard_only(self) -> "Fault":
         return self._replace(p_exp=0.0, p_frac=0.0)
 

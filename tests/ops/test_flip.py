@@ -24,7 +24,7 @@ def test_flip_is_the_reference_then_the_guard(dtype, shape):
     x = sample(shape, dtype)
     y = flipproof.flip(x, p_exp=0.02, p_frac=0.01, zero_out_t=1.5, **WHERE)
     expected = x.clone()
-    reference.flip_(expected, 0.02, 0.01, None, derive_key(3, "a/x"), 9, 0)
+    reference.flip_(expected, None, 0.02, 0.01, None, torch.tensor(derive_key(3, "a/x")), torch.tensor(9), 0)
     expected = torch.where(expected.double().abs() < 1.5, expected, torch.zeros((), dtype=dtype))
     assert torch.equal(bits_of(y), bits_of(expected))
     assert y.dtype == dtype
@@ -77,7 +77,7 @@ def test_the_guard_zeroes_exactly_what_is_out_of_range_after_the_flip(dtype, t, 
     out = ~(unguarded.double().abs() < t)
     for grad in (torch.ones(len(x), dtype=torch.bool), torch.arange(1.0, len(x) + 1).to(torch.bfloat16)):
         expected_grad = grad.masked_fill(out, 0)
-        y = torch.ops.flipproof.flip_grad_(x, grad, p, p, t, key, tick, 0)
+        y = torch.ops.flipproof.flip_grad_(x, grad, x, p, p, t, key, tick, 0)
         assert torch.equal(grad, expected_grad)
     assert torch.equal(bits_of(y), bits_of(unguarded.masked_fill(out, 0)))
     assert torch.equal(bits_of(y), bits_of(flipproof.flip(x, p_exp=p, p_frac=p, zero_out_t=t, **WHERE)))
@@ -134,7 +134,7 @@ def test_the_operators_pass_torchs_own_checks():
     plain = sample((30, 40), torch.bfloat16)
     torch.library.opcheck(torch.ops.flipproof.flip_.default, (plain, 0.01, 0.01, None, key, tick, 0))
     grad = torch.ones(30, 40)
-    torch.library.opcheck(torch.ops.flipproof.flip_grad_.default, (plain, grad, 0.01, 0.01, 1.0, key, tick, 0))
+    torch.library.opcheck(torch.ops.flipproof.flip_grad_.default, (plain, grad, plain, 0.01, 0.01, 1.0, key, tick, 0))
 
 
 def test_meta_tensors_give_meta_tensors():

@@ -12,11 +12,13 @@ PROBABILITIES = [0.5, 0.4999, 0.3, 0.1, 2**-4, 0.01, 2**-7, 2**-10, 1e-7, 2**-30
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_the_two_parts_of_a_probability_combine_to_it_exactly(p):
-    k, j, rest = split(p)
+    coin, k, j, rest = split(p)
     q = Fraction(j, 2**k)
-    assert q + rest - 2 * q * rest == Fraction(p)
+    odd = q + rest - 2 * q * rest
+    assert ((1 - odd) / 2 if coin else odd) == Fraction(p)
     assert 0 <= rest <= MAX_SPARSE_P
     assert k == 0 or p > MAX_SPARSE_P
+    assert k + coin <= 9
 
 
 @pytest.mark.parametrize("p", [Fraction(1, 128), Fraction(2**-10), Fraction(1e-7)])

@@ -1,9 +1,18 @@
-"""The flip as a PyTorch operator: dispatch, fake tensors, autograd; and the two functions that users import.
+"""The flip as PyTorch operators: dispatch, fake tensors, autograd; and the two functions that users import.
 
-Three operators live in the ``flipproof`` library namespace. ``flip`` returns a new tensor, ``flip_`` works in place,
-and ``flip_grad_`` is for backward passes: it draws the flips of the forward pass again, so that no mask need be
-stored in between, and zeroes a gradient in place where the guard zeroed the value. Key and tick are int64 tensors,
-not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits for the device.
+They live in the ``flipproof`` library namespace and run on the backend of their tensors: NumPy on a CPU, Triton on a GPU.
+
+``flip``        a new tensor
+``flip_``       in place
+``flip_grad_``  for backward: flips again, so that no mask need be stored, and zeroes a gradient in place where the guard
+                zeroed the value
+``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
+``merge_grad``  the same for backward, and which weights the guard zeroed, as the backend likes to keep it
+``take_back_``  takes what those weights contributed out of the adapters' gradients
+
+Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits
+for the device. The two for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
+neither merge them with their like in forward nor run them there and keep the result.
 """
 
 from typing import Any
@@ -17,69 +26,125 @@ from flipproof.ops.philox import MAX_TICK, derive_key
 from flipproof.spec import check_seed, probability_problem, threshold_problem
 
 _DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset"
+_MERGE = "Tensor weight, Tensor lora_A, Tensor lora_B, float scaling"
 _LIBRARY = torch.library.Library("flipproof", "DEF")
 _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
-_LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!) grad, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!)? grad, Tensor after, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, {_DRAW}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "take_back_(Tensor(a!) grad_A, Tensor(b!) grad_B, Tensor zeroed, Tensor grad_y, Tensor x, "
+    "Tensor lora_A, Tensor lora_B, float scaling) -> ()"
+)
+
+BACKENDS = {"cpu": "reference (NumPy)", "cuda": "Triton"}
+"""What flips bits on which type of device."""
 
 
-def _check_dtype(x: Tensor) -> None:
+def _backend(x: Tensor) -> Any:
+    """The module that flips bits where ``x`` is."""
     if x.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"cannot flip bits of a {str(x.dtype).removeprefix('torch.')} tensor; allowed are {allowed}")
+    if x.device.type != "cuda":
+        return reference
+    from flipproof.ops import triton_kernels  # comes with CUDA builds of torch
+
+    return triton_kernels
 
 
-@torch.library.impl(_LIBRARY, "flip_", "CPU")
-def _flip_cpu_(
-    x: Tensor, p_exp: float, p_frac: float, zero_out_t: float | None, key: Tensor, tick: Tensor, offset: int
-) -> None:
-    _check_dtype(x)
-    target = x if x.is_contiguous() else x.contiguous()
-    reference.flip_(target, p_exp, p_frac, zero_out_t, int(key), int(tick), offset)
+def _implement(name: str) -> Any:
+    def decorate(function: Any) -> Any:
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, function, key)
+        return function
+
+    return decorate
+
+
+@_implement("flip_")
+def _flip_in_place(x: Tensor, *draw: Any) -> None:
+    backend = _backend(x)
+    target = x.contiguous()
+    backend.flip_(target, None, *draw)
     if target is not x:
         x.copy_(target)
 
 
-@torch.library.impl(_LIBRARY, "flip", "CPU")
-def _flip_cpu(
-    x: Tensor, p_exp: float, p_frac: float, zero_out_t: float | None, key: Tensor, tick: Tensor, offset: int
-) -> Tensor:
-    y = x.clone(memory_format=torch.contiguous_format)
-    _flip_cpu_(y, p_exp, p_frac, zero_out_t, key, tick, offset)
+@_implement("flip")
+def _flip(x: Tensor, *draw: Any) -> Tensor:
+    y: Tensor = _backend(x).flip(x, None, *draw)
     return y
 
 
-@torch.library.impl(_LIBRARY, "flip_grad_", "CPU")
-def _flip_grad_cpu_(
-    x: Tensor,
-    grad: Tensor,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-) -> Tensor:
-    _check_dtype(x)
-    y = x.clone(memory_format=torch.contiguous_format)
-    reference.flip_(y, p_exp, p_frac, zero_out_t, int(key), int(tick), offset, grad)
+@_implement("flip_grad_")
+def _flip_grad_in_place(x: Tensor, grad: Tensor | None, _after: Tensor, *draw: Any) -> Tensor:
+    target = None if grad is None else grad.contiguous()
+    y: Tensor = _backend(x).flip(x, target, *draw)
+    if grad is not None and target is not grad:
+        grad.copy_(target)
     return y
+
+
+@_implement("merge")
+def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *draw: Any) -> Tensor:
+    y: Tensor = _backend(weight).merge(weight, lora_A, lora_B, scaling, None, *draw)
+    return y
+
+
+@_implement("merge_grad")
+def _merge_grad(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, *draw: Any
+) -> tuple[Tensor, Tensor]:
+    zeroed = _new_zeroed(weight, *draw[:3])
+    y = _backend(weight).merge(weight, lora_A, lora_B, scaling, None if draw[2] is None else zeroed, *draw)
+    return y, zeroed
+
+
+def _new_zeroed(weight: Tensor, p_exp: float, p_frac: float, zero_out_t: float | None) -> Tensor:
+    if zero_out_t is None:
+        return torch.empty(0, device=weight.device)
+    zeroed: Tensor = _backend(weight).new_zeroed(weight, p_exp, p_frac)
+    return zeroed
+
+
+@_implement("take_back_")
+def _take_back(grad_A: Tensor, grad_B: Tensor, zeroed: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> None:
+    _backend(x).take_back_(grad_A, grad_B, zeroed, grad_y, x, *lora)
 
 
 @torch.library.register_fake("flipproof::flip")
 def _flip_fake(x: Tensor, *_draw: Any) -> Tensor:
-    _check_dtype(x)
+    _backend(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("flipproof::flip_")
-def _flip_fake_(x: Tensor, *_draw: Any) -> None:
-    _check_dtype(x)
+def _flip_in_place_fake(x: Tensor, *_draw: Any) -> None:
+    _backend(x)
 
 
 @torch.library.register_fake("flipproof::flip_grad_")
-def _flip_grad_fake_(x: Tensor, _grad: Tensor, *_draw: Any) -> Tensor:
+def _flip_grad_in_place_fake(x: Tensor, _grad: Tensor | None, _after: Tensor, *_draw: Any) -> Tensor:
     return _flip_fake(x)
+
+
+@torch.library.register_fake("flipproof::merge")
+def _merge_fake(weight: Tensor, *_rest: Any) -> Tensor:
+    return _flip_fake(weight)
+
+
+@torch.library.register_fake("flipproof::merge_grad")
+def _merge_grad_fake(
+    weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, *draw: Any
+) -> tuple[Tensor, Tensor]:
+    return _flip_fake(weight), _new_zeroed(weight, *draw[:3])
+
+
+@torch.library.register_fake("flipproof::take_back_")
+def _take_back_fake(*_arguments: Any) -> None:
+    pass
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,7 +158,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.saved_tensors:
         x, key, tick = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
-        torch.ops.flipproof.flip_grad_(x, grad, *ctx.fault, key, tick, ctx.offset)
+        torch.ops.flipproof.flip_grad_(x, grad, grad, *ctx.fault, key, tick, ctx.offset)
     return grad, None, None, None, None, None, None
 
 
@@ -111,7 +176,7 @@ def _draw(
     offset: int,
 ) -> tuple[Any, ...]:
     """The operator's arguments after ``x``, checked."""
-    _check_dtype(x)
+    _backend(x)
     problems = [
         probability_problem("p_exp", p_exp),
         probability_problem("p_frac", p_frac),
@@ -123,9 +188,9 @@ def _draw(
         problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
     if found := [problem for problem in problems if problem]:
         raise ValueError("; ".join(found))
-    # full, unlike tensor, makes no host-to-device copy
-    key = torch.full((), derive_key(check_seed(seed), site), dtype=torch.int64, device=x.device)
-    ticks = torch.full((), tick, dtype=torch.int64, device=x.device)
+    # in CPU memory: their values go along with a kernel's launch
+    key = torch.tensor(derive_key(check_seed(seed), site))
+    ticks = torch.tensor(tick)
     return (
         float(p_exp or 0),
         float(p_frac or 0),

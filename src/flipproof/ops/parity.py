@@ -15,12 +15,17 @@ the bit, counted from the field's lowest.
 
 **Dense.** Beyond p = 2⁻⁷ balls are dearer than random bits. There p is split: q, the first k binary digits of p,
 is drawn densely, and the rest r = (p − q) / (1 − 2q) sparsely on top; k is the smallest that leaves r ≤ 2⁻⁷, so
-p = 0.3 takes 6 digits and p = 1/2 takes one and no balls. One bit with probability q = 0.d1 d2 … dk is made from k
+p = 0.3 takes 6 digits and p = 1/4 takes two and no balls. One bit with probability q = 0.d1 d2 … dk is made from k
 random bits u by going from the last digit to the first: b ← majority(u, b, d), which is u OR b where the digit is 1
 and u AND b where it is 0. All lanes of a 32-bit word work at once, with the digits of both fields side by side in
-one mask per digit. The call (DIGITS, i << 16 | g) gives digit i (0 is the first after the point) of four words; word
-c of group g holds, in its h-th lane from the bottom, element (c · lanes + h) · G + g of the block, where lanes is 32 /
-bits of an element and G = 8192 / (4 · lanes). That order lets a GPU thread read consecutive elements in each lane.
+one mask per digit. The call (DIGITS, i << 16 | g) gives digit i (0 is the first after the point) of four words: word c is
+for the (c · G + g)-th 32-bit word of the block as it lies in memory, lowest element in the lowest bits; G = 8192 ·
+bits of an element / 128.
+
+**Coins.** Close to 1/2 that would take ever more digits. So beyond p = 3/8 a bit is inverted where a fair coin says so
+and a bit s, which is 1 with probability 1 − 2p and drawn densely and sparsely as above, does not: coin AND NOT s. A
+ball then inverts its bit only where the coin says so. The call (COINS, g) gives the coins of the four words that
+(DIGITS, i << 16 | g) gives the digits of. No p takes more than nine calls for four words.
 
 **How exact.** The CDF table is made with correctly rounded decimal arithmetic, the same on every platform, and
 truncated to 63 bits. So the rate of a block of 8192 elements is off by at most 2⁻⁶³ per table entry, and the choice of
@@ -31,6 +36,7 @@ import decimal
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +45,8 @@ BLOCK = 8192
 BLOCK_LOG2 = 13
 MAX_SPARSE_P = Fraction(1, 128)
 """Largest p drawn by balls alone. Part of the definition: changing it changes every draw at a larger p."""
+MAX_COINLESS_P = Fraction(3, 8)
+"""Largest p drawn without a coin; here digits with and without a coin cost the same. Part of the definition."""
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 DTYPES = tuple(_MANTISSA_BITS)
@@ -62,12 +70,9 @@ class FlipPlan:
     exponent: Field
     mantissa: Field
     digits: tuple[int, ...]
-    """32-bit lane masks of the dense digits, most significant first; empty where all is sparse."""
-
-    @property
-    def lanes(self) -> int:
-        """Elements per 32-bit word."""
-        return 32 // self.element_bits
+    """32-bit lane masks of the dense digits, most significant first."""
+    coins: int
+    """32-bit lane mask of the fields whose flips take a coin."""
 
     @property
     def unsigned(self) -> type[np.unsignedinteger]:
@@ -82,19 +87,38 @@ class FlipPlan:
         return int(median + 4 * median**0.5) + 1
 
     @property
+    def dense(self) -> bool:
+        return bool(self.digits or self.coins)
+
+    @property
     def sparse(self) -> bool:
         return self.exponent.cdf is not None or self.mantissa.cdf is not None
 
 
-def split(p: float) -> tuple[int, int, Fraction]:
-    """(k, j, r): p is a dense draw at j / 2^k combined with a sparse one at r ≤ 2⁻⁷, exactly."""
+class Split(NamedTuple):
+    """How a probability is drawn."""
+
+    coin: bool
+    """Whether p = (1 − s) / 2 is a coin AND NOT a bit of probability s; the rest is then about s, and about p if not."""
+    k: int
+    j: int
+    """A dense draw at j / 2^k ..."""
+    rest: Fraction
+    """... combined with a sparse one at this, at most 2⁻⁷."""
+
+
+def split(p: float) -> Split:
+    """The parts of p, 0 to 1/2, exactly."""
     exact = Fraction(p)
+    coin = exact > MAX_COINLESS_P
+    if coin:
+        exact = 1 - 2 * exact
     k = 0
     while True:
         q = Fraction(exact * 2**k // 1, 2**k)
-        rest = Fraction(0) if exact == q else (exact - q) / (1 - 2 * q)
+        rest = (exact - q) / (1 - 2 * q)
         if rest <= MAX_SPARSE_P:
-            return k, int(q * 2**k), rest
+            return Split(coin, k, int(q * 2**k), rest)
         k += 1
 
 
@@ -124,22 +148,21 @@ def flip_plan(dtype: torch.dtype, p_exp: float, p_frac: float) -> FlipPlan:
     bits = dtype.itemsize * 8
     mantissa_bits = _MANTISSA_BITS[dtype]
     exponent_bits = bits - mantissa_bits
-    k_exp, j_exp, rest_exp = split(p_exp)
-    k_frac, j_frac, rest_frac = split(p_frac)
+    exp, frac = split(p_exp), split(p_frac)
 
-    lane_masks = []
-    for i in range(max(k_exp, k_frac)):
-        lane = 0
-        if i < k_exp and j_exp >> (k_exp - 1 - i) & 1:
-            lane |= (2**exponent_bits - 1) << mantissa_bits
-        if i < k_frac and j_frac >> (k_frac - 1 - i) & 1:
-            lane |= 2**mantissa_bits - 1
-        lane_masks.append(lane if bits == 32 else lane << 16 | lane)
+    def lane_mask(in_exp: int, in_frac: int) -> int:
+        lane = in_exp * (2**exponent_bits - 1) << mantissa_bits | in_frac * (2**mantissa_bits - 1)
+        return lane if bits == 32 else lane << 16 | lane
+
+    def digit(part: Split, i: int) -> int:
+        return part.j >> part.k - 1 - i & 1 if i < part.k else 0
+
     return FlipPlan(
         element_bits=bits,
-        exponent=Field(mantissa_bits, exponent_bits, poisson_cdf(rest_exp, exponent_bits)),
-        mantissa=Field(0, mantissa_bits, poisson_cdf(rest_frac, mantissa_bits)),
-        digits=tuple(lane_masks),
+        exponent=Field(mantissa_bits, exponent_bits, poisson_cdf(exp.rest, exponent_bits)),
+        mantissa=Field(0, mantissa_bits, poisson_cdf(frac.rest, mantissa_bits)),
+        digits=tuple(lane_mask(digit(exp, i), digit(frac, i)) for i in range(max(exp.k, frac.k))),
+        coins=lane_mask(exp.coin, frac.coin),
     )
 
 

@@ -19,14 +19,14 @@ The *block* is the element's index in the whole tensor divided by 8192, so a sli
 numbers as the whole. The *tick* counts forward passes. It sits in the counter, not in the key, so that a GPU kernel
 can read it from device memory: ticks advance without recompilation and under CUDA graphs, while the key stays a
 constant of the layer. Purposes: how many flips a block gets (0), where the i-th of them falls (1), and the digit
-planes of dense draws (2); ``parity.py`` says what each is for.
+planes of dense draws (2) and the fair coins of the largest probabilities (3); ``parity.py`` says what each is for.
 """
 
 import hashlib
 
 import numpy as np
 
-COUNTS, BALLS, DIGITS = 0, 1, 2
+COUNTS, BALLS, DIGITS, COINS = 0, 1, 2, 3
 """Purposes, the top four bits of c0."""
 
 MAX_TICK = 2**48
@@ -39,6 +39,13 @@ _32 = np.uint64(32)
 ROUNDS = 10
 
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def check_tick(tick: int) -> int:
+    """``tick`` itself, or a ValueError that says what a tick is."""
+    if not 0 <= tick < MAX_TICK:
+        raise ValueError(f"tick = {tick!r}: ticks run from 0 to 2^48 - 1")
+    return tick
 
 
 def derive_key(seed: int, site: str) -> int:

@@ -12,30 +12,37 @@ import numpy as np
 import torch
 
 from flipproof.ops.parity import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan, guard_bits, magnitude_bits
-from flipproof.ops.philox import BALLS, COUNTS, DIGITS, MAX_BLOCK, MAX_TICK, Words, counter, philox
+from flipproof.ops.philox import BALLS, COINS, COUNTS, DIGITS, MAX_BLOCK, Words, check_tick, counter, philox
 
 _CHUNK_BALLS = 1 << 14  # temporaries of one chunk stay in the cache
 _CHUNK_DENSE_BLOCKS = 32
 _CHUNK_GUARD = 1 << 18
 
 
+def flip(x: torch.Tensor, grad: torch.Tensor | None, *draw: Any) -> torch.Tensor:
+    """guard(flip(x)) as a contiguous tensor; the arguments are those of ``flip_``."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    flip_(y, grad, *draw)
+    return y
+
+
 def flip_(
     x: torch.Tensor,
+    grad: torch.Tensor | None,
     p_exp: float,
     p_frac: float,
     zero_out_t: float | None,
-    key: int,
-    tick: int,
+    key: torch.Tensor,
+    tick: torch.Tensor,
     offset: int,
-    grad: torch.Tensor | None = None,
 ) -> None:
     """Invert bits of a contiguous CPU tensor in place, then guard it.
 
     ``offset`` is the index of its first element in the whole tensor. ``grad``, where given, is a contiguous
     tensor of the same shape that becomes 0 where the guard zeroed the value.
     """
-    if not 0 <= tick < MAX_TICK:
-        raise ValueError(f"tick = {tick}: ticks run from 0 to 2^48 - 1")
+    key_number, tick_number = int(key), int(tick)
+    check_tick(tick_number)
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
     if x.numel() == 0:
@@ -44,11 +51,11 @@ def flip_(
     flat = x.detach().view(-1)
     bits = flat.view(torch.int32 if plan.element_bits == 32 else torch.int16).numpy().view(plan.unsigned)
     in_range = zero_out_t is not None and _all_below(flat, zero_out_t)
-    flipped = flip_bits_(bits, plan, key, tick, offset)
+    flipped = flip_bits_(bits, plan, key_number, tick_number, offset)
     if zero_out_t is None:
         return
     flat_grad = None if grad is None else grad.view(-1)
-    if not in_range or plan.digits:
+    if not in_range or plan.dense:
         guard_(flat, zero_out_t, flat_grad)
         return
     # Nothing was out of range before, so only what was flipped can be now.
@@ -61,6 +68,74 @@ def flip_(
             flat_grad.index_fill_(0, torch.from_numpy(out), 0)
 
 
+def merge(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    zeroed: torch.Tensor | None,
+    *draw: Any,
+) -> torch.Tensor:
+    """guard(flip(W + scaling·B·A)) in W's dtype, the product in the adapters'.
+
+    weight (out, in), lora_A (r, in), lora_B (out, r). ``zeroed``, where given, is as ``new_zeroed`` made it and then
+    says what the guard zeroed.
+    """
+    y = torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
+    if zeroed is None:
+        flip_(y, None, *draw)
+    else:
+        kept = torch.ones_like(zeroed)
+        flip_(y, kept, *draw)
+        torch.logical_not(kept, out=zeroed)
+    return y
+
+
+def new_zeroed(weight: torch.Tensor, _p_exp: float, _p_frac: float) -> torch.Tensor:
+    """Room for which elements of a weight the guard zeroed: here a mask."""
+    return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+def take_back_(
+    grad_A: torch.Tensor,
+    grad_B: torch.Tensor,
+    zeroed: torch.Tensor,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> None:
+    """Take out of dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, where dW = dYᵀ·X, what dW has at the ``zeroed`` positions.
+
+    grad_A (r, in), grad_B (out, r), grad_y (n, out), x (n, in).
+    """
+    out, column = zeroed.nonzero(as_tuple=True)
+    if len(out) > sum(zeroed.shape) // 4:  # dearer one by one than all at once
+        take_back_dense_(grad_A, grad_B, zeroed, grad_y, x, lora_A, lora_B, scaling)
+        return
+    for o, i in zip(out.split(256), column.split(256), strict=True):  # the gathered columns stay small
+        g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).to(lora_A.dtype) * -scaling  # (zeroed,)
+        grad_A.index_add_(1, i, lora_B[o].T * g)
+        grad_B.index_add_(0, o, lora_A[:, i].T * g[:, None])
+
+
+def take_back_dense_(
+    grad_A: torch.Tensor,
+    grad_B: torch.Tensor,
+    zeroed: torch.Tensor,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> None:
+    """``take_back_`` by the full gradient of the weight, on any device."""
+    full = (grad_y.T @ x).masked_fill_(~zeroed, 0).to(lora_A.dtype)
+    grad_A.sub_(lora_B.T @ full, alpha=scaling)
+    grad_B.sub_(full @ lora_A.T, alpha=scaling)
+
+
 def _all_below(x: torch.Tensor, t: float) -> bool:
     low, high = torch.aminmax(x)  # NaN makes both NaN, which is below nothing
     return -float(low) < t and float(high) < t
@@ -70,7 +145,7 @@ def flip_bits_(bits: np.ndarray, plan: FlipPlan, key: int, tick: int, offset: in
     """Invert bits of the elements' bit patterns, a 1-D unsigned array; returns the indices that balls hit."""
     first = offset >> BLOCK_LOG2
     last = (offset + len(bits) - 1) >> BLOCK_LOG2
-    if plan.digits:
+    if plan.dense:
         for start in range(first, last + 1, _CHUNK_DENSE_BLOCKS):
             blocks = np.arange(start, min(start + _CHUNK_DENSE_BLOCKS, last + 1))
             _apply_dense(bits, dense_masks(plan, blocks, key, tick), start, offset)
@@ -101,8 +176,7 @@ def _apply_dense(bits: np.ndarray, masks: np.ndarray, first_block: int, offset: 
 
 def dense_masks(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> np.ndarray:
     """Bits to invert by the dense digits: (len(blocks), 8192), unsigned, as wide as an element."""
-    lanes = plan.lanes
-    groups = np.arange(BLOCK // (4 * lanes))  # (G,)
+    groups = np.arange(BLOCK * plan.element_bits // 128)  # (G,)
     words = [np.zeros((len(blocks), len(groups)), dtype=np.uint64) for _ in range(4)]
     for i in reversed(range(len(plan.digits))):
         digit = np.uint64(plan.digits[i])
@@ -110,11 +184,12 @@ def dense_masks(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> np.n
         for c in range(4):
             # majority(u, b, d): u OR b where the digit is 1, u AND b where it is 0
             words[c] = uniform[c] & words[c] | digit & (uniform[c] | words[c])
-    masks = np.empty((len(blocks), 4, lanes, len(groups)), dtype=plan.unsigned)
-    for c in range(4):
-        for h in range(lanes):
-            masks[:, c, h] = (words[c] >> np.uint64(h * plan.element_bits)).astype(plan.unsigned)
-    return masks.reshape(len(blocks), BLOCK)
+    if plan.coins:
+        coins = np.uint64(plan.coins)
+        uniform = philox(*counter(np.array(COINS), groups, blocks[:, None], tick), key)
+        words = [coin & ~word & coins | word & ~coins for coin, word in zip(uniform, words, strict=True)]
+    masks = np.stack(words, axis=1).astype("<u4")  # (blocks, 4, G): a block's words in order
+    return masks.view(plan.unsigned).reshape(len(blocks), BLOCK)
 
 
 def ball_counts(plan: FlipPlan, words: Words) -> tuple[np.ndarray, np.ndarray]:
@@ -157,15 +232,27 @@ def sparse_flips(
         (plan.exponent, plan.mantissa), both_counts, balls[::2], balls[1::2], strict=True
     ):
         thrown = ball < counts[:, None]
-        index = (start + (where >> np.uint64(32 - BLOCK_LOG2)).view(np.int64))[thrown]
+        element = (where >> np.uint64(32 - BLOCK_LOG2)).view(np.int64)
+        index = (start + element)[thrown]
         bit = what[thrown] * np.uint64(field.bits) >> np.uint64(32)
         mask = (np.uint64(1 << field.first_bit) << bit).astype(plan.unsigned)
+        if plan.coins >> field.first_bit & 1:
+            mask &= _coins(plan, np.broadcast_to(blocks[:, None], thrown.shape)[thrown], element[thrown], key, tick)
         if start[0] < 0 or start[-1] + BLOCK > length:
             inside = (index >= 0) & (index < length)
             index, mask = index[inside], mask[inside]
         indices.append(index)
         masks.append(mask)
     return np.concatenate(indices), np.concatenate(masks)
+
+
+def _coins(plan: FlipPlan, block: np.ndarray, element: np.ndarray, key: int, tick: int) -> np.ndarray:
+    """The coins for all bits of single elements, given by block and position in it."""
+    lanes = 32 // plan.element_bits
+    word, lane = np.divmod(element, lanes)
+    c, group = np.divmod(word, BLOCK // lanes // 4)
+    words = np.choose(c, philox(*counter(np.array(COINS), group, block, tick), key))
+    return (words >> (lane * plan.element_bits).astype(np.uint64)).astype(plan.unsigned)
 
 
 class _RecentDraws:

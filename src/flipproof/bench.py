@@ -1,0 +1,284 @@
+"""What flips cost on this machine: the operation beside ``clone()``, the layer beside clean ones, as ratios of one run.
+
+Every time is a median. Variants that are compared take turns, so that a machine that slows down slows them all. On a
+GPU times are those of the device, L2 flushed before each repetition; on a CPU those of the clock, sizes being smaller.
+"""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.inject import faults, inject
+from flipproof.ops.flip import BACKENDS
+from flipproof.spec import BitFlipSpec, LoraSpec
+
+_RANK = 32
+_GUARD = {"w_zero_out_t": 256.0, "x_zero_out_t": 8192.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    table: str
+    name: str
+    ms: float
+    ratio: float
+    """Time over that of the table's first line."""
+    gib_held: float | None = None
+    """Of a layer: memory that forward leaves allocated for backward, its output included."""
+
+
+def bench(device: str | None = None, to: Path | None = None) -> str:
+    """Measure, and return the tables. ``to``: a JSON file to write as well, which must not exist.
+
+    Raises:
+        FileExistsError: before anything is measured.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if to is not None and to.exists():
+        raise FileExistsError(f"{to} exists; nothing is overwritten")
+    rows = [*_operations(device), *_small(device), *_layers(device)]
+    about = _about(device)
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(json.dumps({"about": about, "rows": [vars(row) for row in rows]}, indent=2) + "\n")
+    return _tables(about, rows)
+
+
+def _about(device: str) -> dict[str, str]:
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    about = {"hardware": hardware, "backend": BACKENDS[device], "date": date.today().isoformat()}
+    for package in ("torch", "triton", "peft", "mase-triton"):
+        try:
+            about[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            about[package] = "not installed"
+    return about
+
+
+# -- timing -----------------------------------------------------------------------------------------------------------
+
+
+def medians(functions: dict[str, Callable[[], Any]], device: str, rounds: int = 5) -> dict[str, float]:
+    """Median milliseconds of each function; the functions take turns."""
+    once = _gpu_ms if device == "cuda" else _cpu_ms
+    for function in functions.values():  # compilation and first touches stay out
+        function()
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(once(function))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _gpu_ms(function: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(function, warmup=5, rep=30, return_mode="median"))
+
+
+def _cpu_ms(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _host_us(function: Callable[[], Any]) -> float:
+    """Microseconds until an asynchronous call is back, the device being idle."""
+    times = []
+    for _ in range(200):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[50:]) * 1e6
+
+
+def _rows(table: str, times: dict[str, float], held: dict[str, float] | None = None) -> list[Row]:
+    first = next(iter(times.values()))
+    return [Row(table, name, ms, ms / first, held[name] if held else None) for name, ms in times.items()]
+
+
+# -- the operation ----------------------------------------------------------------------------------------------------
+
+
+def _draw(p: float, t: float | None, device: str) -> tuple[Any, ...]:
+    return p, p, t, torch.tensor(7, device=device), torch.tensor(3, device=device), 0
+
+
+def _operations(device: str) -> list[Row]:
+    shape = (28672, 8192) if device == "cuda" else (4096, 8192)
+    x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    y = x.clone()
+    a = torch.randn(_RANK, shape[1], device=device) * 0.01
+    b = torch.randn(shape[0], _RANK, device=device) * 0.01
+    ops = torch.ops.flipproof
+
+    def out_of_place(p: float, t: float | None = 100.0) -> Callable[[], Any]:
+        draw = _draw(p, t, device)
+        return lambda: ops.flip(x, *draw)
+
+    def in_place(p: float) -> Callable[[], Any]:
+        draw = _draw(p, None, device)
+        return lambda: ops.flip_(y, *draw)
+
+    merge_draw = _draw(2**-16, 256.0, device)
+    functions: dict[str, Callable[[], Any]] = {"clone()": x.clone}
+    functions |= {f"flip, guard, p = 2^-{n}": out_of_place(2.0**-n) for n in (24, 16, 12, 10, 8, 7)}
+    functions |= {f"flip, guard, p = {p}": out_of_place(p) for p in (0.01, 0.05, 0.1, 0.2, 0.3, 0.37, 0.45, 0.4999, 0.5)}
+    functions["flip, no guard, p = 2^-16"] = out_of_place(2**-16, None)
+    functions |= {f"in place, p = 2^-{n}": in_place(2.0**-n) for n in (24, 16, 12)}
+    functions["merge, flip, guard, r = 32, p = 2^-16"] = lambda: ops.merge(x, a, b, 1.0, *merge_draw)
+    functions |= _mase(x, device)
+    return _rows(f"the operation, bfloat16, {shape[0]} x {shape[1]}, p in both fields", medians(functions, device))
+
+
+def _mase(x: Tensor, device: str) -> dict[str, Callable[[], Any]]:
+    """The reference kernel, where it is installed."""
+    if device != "cuda":
+        return {}
+    try:
+        from mase_triton.random_bitflip.functional import random_bitflip_fn  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return {}
+    return {f"mase-triton, p = 2^-{n}": lambda n=n: random_bitflip_fn(x, n, n, 0, 0, 100.0) for n in (16, 24)}
+
+
+def _small(device: str) -> list[Row]:
+    if device != "cuda":
+        return []
+    x = torch.randn(2048, 1024, device=device, dtype=torch.bfloat16)
+    draw = _draw(2**-16, 100.0, device)
+
+    def flip() -> Tensor:
+        y: Tensor = torch.ops.flipproof.flip(x, *draw)
+        return y
+
+    times = medians({"clone()": x.clone, "flip, guard, p = 2^-16": flip}, device)
+    host = {name: _host_us(function) / 1e3 for name, function in (("clone()", x.clone), ("flip", flip))}
+    return [
+        *_rows("a small tensor, bfloat16, 2048 x 1024, time on the device", times),
+        *_rows("the same, time until the call is back", host),
+    ]
+
+
+# -- the layer --------------------------------------------------------------------------------------------------------
+
+
+class _Root(nn.Module):
+    def __init__(self, columns: int, rows: int, device: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(columns, rows, bias=False, device=device, dtype=torch.bfloat16)
+        self.linear.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+def _faulty(columns: int, rows: int, device: str) -> _Root:
+    root = _Root(columns, rows, device)
+    p = 2**-16
+    spec = BitFlipSpec(w_p_exp=p, w_p_frac=p, x_p_exp=p, x_p_frac=p, **_GUARD)
+    inject(root, spec, LoraSpec(r=_RANK, lora_alpha=_RANK))
+    return root
+
+
+def _peft(columns: int, rows: int, device: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=["linear"])
+    model: nn.Module = get_peft_model(_Root(columns, rows, device), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    return model
+
+
+def _layers(device: str) -> list[Row]:
+    rows = []
+    for tokens, columns, out in ((4096, 8192, 28672), (4096, 4096, 4096)) if device == "cuda" else ((512, 1024, 1024),):
+        x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(tokens, out, device=device, dtype=torch.bfloat16)
+        layers: dict[str, tuple[nn.Module, bool]] = {"clean nn.Linear, frozen": (_Root(columns, out, device), True)}
+        try:
+            layers = {"clean LoRA (PEFT)": (_peft(columns, out, device), True), **layers}
+        except ImportError:
+            pass
+        layers["faulty LoRA"] = (_faulty(columns, out, device), True)
+        layers["faulty LoRA, faults off"] = (_faulty(columns, out, device), False)
+        functions, held = {}, {}
+        for name, (module, on) in layers.items():
+            for parameter_name, parameter in module.named_parameters():
+                if "lora_B" in parameter_name:  # not zero, as in training
+                    nn.init.normal_(parameter, std=0.01)
+            functions[name] = _step(module, x, grad, on)
+            held[name] = _held_gib(module, x, on) if device == "cuda" else 0.0
+        rows += _rows(
+            f"the layer, bfloat16, {tokens} tokens, {columns} -> {out}, r = {_RANK}, p = 2^-16 everywhere, "
+            "forward and backward, compiled",
+            medians(functions, device),
+            held,
+        )
+    return rows
+
+
+def _forward(module: nn.Module, x: Tensor, on: bool) -> Callable[[], Tensor]:
+    compiled = torch.compile(module) if x.device.type == "cuda" else module
+    if on:
+        return lambda: compiled(x)
+
+    def clean() -> Tensor:
+        with faults(module, flips=False, guard=False):
+            y: Tensor = compiled(x)
+        return y
+
+    return clean
+
+
+def _step(module: nn.Module, x: Tensor, grad: Tensor, on: bool) -> Callable[[], None]:
+    forward = _forward(module, x, on)
+
+    def step() -> None:
+        x.grad = None
+        for parameter in module.parameters():
+            parameter.grad = None
+        forward().backward(grad)
+
+    return step
+
+
+def _held_gib(module: nn.Module, x: Tensor, on: bool) -> float:
+    forward = _forward(module, x, on)
+    forward()  # compiles
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = forward()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated() - before
+    del y
+    return held / 2**30
+
+
+# -- printing -----------------------------------------------------------------------------------------------------------
+
+
+def _tables(about: dict[str, str], rows: list[Row]) -> str:
+    lines = [", ".join(f"{key} {value}" if key not in ("hardware", "date") else value for key, value in about.items())]
+    table = ""
+    for row in rows:
+        if row.table != table:
+            table = row.table
+            lines += ["", table, f"  {'':<40} {'ms':>9} {'x first':>8}" + (f" {'GiB held':>9}" if row.gib_held else "")]
+        held = f" {row.gib_held:>9.3f}" if row.gib_held else ""
+        lines.append(f"  {row.name:<40} {row.ms:>9.4f} {row.ratio:>8.3f}{held}")
+    return "\n".join(lines)

@@ -1,0 +1,750 @@
+"""The flip in Triton: the same draw as ``reference.py``, bit for bit, at the speed of memory.
+
+``parity.py`` explains the algorithm and ``philox.py`` the counters. A tensor has one program, or one lane, per block of
+8192 elements, and what a block does depends on nothing but its own elements and its own numbers.
+
+**Order within a block.** Elements are copied; a barrier; the balls are XORed into memory by relaxed atomics on 32-bit
+words, since two balls may hit one word and the order of XORs does not matter; a barrier; the guard. While copying, the
+block notes whether any clean value is out of the guard's range. That is rare where the threshold suits the model. Then
+only what balls hit can be out of range, and of that only what was so after some ball, which the atomic tells; so
+only that is looked at again. Otherwise the whole block is. Where there are dense digits, they are drawn while the
+atomics work, and XORed and guarded on the way through registers.
+
+**In place** without a guard nothing but the flipped words is touched, and one lane serves one block (or a few lanes,
+where there are many balls), so that a weight of 235 million elements is 224 programs and not 28672.
+
+**Merge.** ``W + s·B·A`` is made tile by tile, tiles being squares for the product and blocks being runs of a row, so
+the flips follow in place in a second launch. Each tile notes whether it holds a value out of range; a program
+of the second launch that finds a tile of its rows so marked looks at all of its elements again.
+
+Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold while they advance, or CPU tensors,
+whose values go along with the launch. Nothing waits for the device.
+
+Run on CPU tensors by Triton's interpreter, TRITON_INTERPRET=1, the kernels are what they are on a GPU.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flipproof.ops.parity import BLOCK, BLOCK_LOG2, flip_plan, guard_bits
+from flipproof.ops.philox import BALLS, COINS, COUNTS, DIGITS
+from flipproof.ops.reference import take_back_dense_
+
+_COUNTS, _BALLS, _DIGITS, _COINS = (tl.constexpr(purpose) for purpose in (COUNTS, BALLS, DIGITS, COINS))
+_BLOCK, _BLOCK_LOG2 = tl.constexpr(BLOCK), tl.constexpr(BLOCK_LOG2)
+
+
+# -- the counter RNG ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scalar(value):  # type: ignore[no-untyped-def]
+    """A kernel argument that is a number or a pointer to one."""
+    return tl.load(value) if value.dtype.is_ptr() else value
+
+
+@triton.jit
+def _philox(PURPOSE: tl.constexpr, index, block, tick, key):  # type: ignore[no-untyped-def]
+    """Four uniform 32-bit words for each of the broadcast (index, block): Philox4x32-10, counter as in philox.py."""
+    c0 = (index | (PURPOSE << 28)).to(tl.uint32)
+    c1 = block.to(tl.uint32)
+    c2 = ((block >> 32) | ((tick >> 32) << 16)).to(tl.uint32)
+    c3 = tick.to(tl.uint32)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _count(table_ptr, entries, steps, low, high):  # type: ignore[no-untyped-def]
+    """How many of the ascending ``entries`` at ``table_ptr`` are not above the 63-bit uniform of two words."""
+    uniform = (((high.to(tl.uint64) << 32) | low.to(tl.uint64)) >> 1).to(tl.int64)
+    first = (uniform * 0).to(tl.int32)
+    last = first + entries
+    for _ in range(steps):  # bisection; steps is the bit length of the longer table
+        middle = (first + last) >> 1
+        entry = tl.load(table_ptr + middle, mask=middle < last, other=0x7FFFFFFFFFFFFFFF)
+        below = (middle < last) & (entry <= uniform)
+        first = tl.where(below, middle + 1, first)
+        last = tl.where(below, last, middle)
+    return first
+
+
+@triton.jit
+def _counts(table_ptr, n_exp, n_frac, steps, block, tick, key):  # type: ignore[no-untyped-def]
+    """(balls in the sign and exponent field, balls in the mantissa field) of each block."""
+    w0, w1, w2, w3 = _philox(_COUNTS, block * 0, block, tick, key)
+    return _count(table_ptr, n_exp, steps, w0, w1), _count(table_ptr + n_exp, n_frac, steps, w2, w3)
+
+
+# -- balls --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _ball(where, what, block, tick, key, coins, FIRST_BIT: tl.constexpr, FIELD_BITS: tl.constexpr, BITS: tl.constexpr, COIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(position in the block, bits to invert) of the balls that the words ``where`` and ``what`` place in one field."""
+    position = (where >> (32 - _BLOCK_LOG2)).to(tl.int32)
+    bit = ((what.to(tl.uint64) * FIELD_BITS) >> 32).to(tl.uint32) + FIRST_BIT
+    flips = (what * 0 + 1) << bit
+    if COIN:
+        LANES: tl.constexpr = 32 // BITS
+        GROUPS: tl.constexpr = _BLOCK // LANES // 4
+        word = position // LANES
+        c = word // GROUPS
+        u0, u1, u2, u3 = _philox(_COINS, word % GROUPS, block, tick, key)
+        coin = tl.where(c == 0, u0, tl.where(c == 1, u1, tl.where(c == 2, u2, u3)))
+        flips &= (coin >> (position % LANES * BITS).to(tl.uint32)) | ~coins
+    return position, flips.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _balls(  # type: ignore[no-untyped-def]
+    i, block, tick, key, k_exp, k_frac, start, n, coins, BITS: tl.constexpr, MANTISSA: tl.constexpr, COIN: tl.constexpr,
+):  # fmt: skip
+    """The i-th balls of both fields of each block: for each field index in the tensor, bits to invert, and whether there
+    is such a ball and such an element."""
+    w0, w1, w2, w3 = _philox(_BALLS, i, block, tick, key)
+    e_position, e_flips = _ball(w0, w1, block, tick, key, coins, MANTISSA, BITS - MANTISSA, BITS, COIN)
+    f_position, f_flips = _ball(w2, w3, block, tick, key, coins, 0, MANTISSA, BITS, COIN)
+    e_index = start + e_position
+    f_index = start + f_position
+    e_hit = (i < k_exp) & (e_index >= 0) & (e_index < n)
+    f_hit = (i < k_frac) & (f_index >= 0) & (f_index < n)
+    return e_index, e_flips, e_hit, f_index, f_flips, f_hit
+
+
+@triton.jit
+def _invert(y_ptr, odd, index, flips, hit, limit, GUARD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """XOR ``flips`` into the elements ``index``, where ``hit``. ``odd`` is 1 where y begins in the upper half of a 32-bit
+    word. With GUARD: which elements were out of range right afterwards; the last of several balls on one element sees
+    what they made of it together."""
+    if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        slot = index + odd
+        word_ptr = (y_ptr - odd).to(tl.pointer_type(tl.int32), bitcast=True) + (slot >> 1)
+        shift = ((slot & 1) << 4).to(tl.int32)
+        flips = flips << shift
+        MAGNITUDE: tl.constexpr = 0x7FFF
+    else:
+        word_ptr = y_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index
+        shift = 0
+        MAGNITUDE: tl.constexpr = 0x7FFFFFFF
+    before = tl.atomic_xor(word_ptr, flips, mask=hit, sem="relaxed")
+    if GUARD:
+        return hit & ((((before ^ flips) >> shift) & MAGNITUDE) >= limit)
+    else:
+        return hit
+
+
+@triton.jit
+def _magnitude(x):  # type: ignore[no-untyped-def]
+    """Bit patterns of |x|: integers in the order of the magnitudes, NaN last."""
+    if x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.int16, bitcast=True) & 0x7FFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zero the elements ``index``, where ``looked_at``, whose magnitude is not below the guard's ``limit``; and the
+    gradient with them."""
+    # .cg: the atomics wrote to L2, so a line of L1 may be old
+    y = tl.load(y_ptr + index, mask=looked_at, other=0.0, cache_modifier=".cg")
+    out = looked_at & (_magnitude(y) >= limit)
+    tl.store(y_ptr + index, tl.zeros_like(y), mask=out)
+    if GRAD:
+        zero = tl.zeros(out.shape, dtype=grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + index, zero, mask=out)
+
+
+@triton.jit
+def _guard_and_note(y_ptr, odd, list_ptr, room, index, looked_at, limit):  # type: ignore[no-untyped-def]
+    """``_guard``, and append the index of each element it zeroes, once, to the list: the count, then up to ``room``
+    indices in no order."""
+    y = tl.load(y_ptr + index, mask=looked_at, other=0.0, cache_modifier=".cg")
+    out = looked_at & (_magnitude(y) >= limit)
+    if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        slot = index + odd
+        word_ptr = (y_ptr - odd).to(tl.pointer_type(tl.int32), bitcast=True) + (slot >> 1)
+        shift = ((slot & 1) << 4).to(tl.int32)
+        keep = tl.where(shift == 0, -0x10000, 0xFFFF)
+        MAGNITUDE: tl.constexpr = 0x7FFF
+    else:
+        word_ptr = y_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index
+        shift = 0
+        keep = tl.zeros(out.shape, dtype=tl.int32)
+        MAGNITUDE: tl.constexpr = 0x7FFFFFFF
+    before = tl.atomic_and(word_ptr, keep, mask=out, sem="relaxed")
+    mine = out & (((before >> shift) & MAGNITUDE) >= limit)  # and no other ball's on the same element
+    place = tl.atomic_add(list_ptr + index * 0, mine.to(tl.int64), mask=mine, sem="relaxed")
+    tl.store(list_ptr + 1 + place, index, mask=mine & (place < room))
+
+
+@triton.jit
+def _guarded(y, grad_ptr, index, inside, limit, GRAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``y`` with zero where its magnitude is not below ``limit``; the gradient at ``index`` is zeroed in memory."""
+    out = _magnitude(y) >= limit
+    if GRAD:
+        tl.store(grad_ptr + index, tl.zeros(out.shape, dtype=grad_ptr.dtype.element_ty), mask=out & inside)
+    return tl.where(out, tl.zeros_like(y), y)
+
+
+# -- a program for each block: copy, dense digits, guard ------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "digits", "limit", "key", "tick"])
+def _flip_block(  # type: ignore[no-untyped-def]
+    x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, odd, n, offset, first_block,
+    MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr, SPARSE: tl.constexpr,
+    COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """y <- guard(flip(x)) for one block; x and y may be the same (not COPY)."""
+    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
+    block = first_block + tl.program_id(0).to(tl.int64)
+    start = block * _BLOCK - offset  # index in x of the block's first element; negative where x begins within it
+    key = _scalar(key).to(tl.int64)
+    tick = _scalar(tick).to(tl.int64)
+    coins = tl.load(table_ptr + n_exp + n_frac + digits).to(tl.uint32) if COIN else 0
+
+    again = 0  # whether the whole block has to be looked at after the balls
+    if not DENSE or (COPY and SPARSE):
+        index = start + tl.arange(0, _BLOCK)
+        inside = (index >= 0) & (index < n)
+        x = tl.load(x_ptr + index, mask=inside, other=0.0)
+        if GUARD and not (SPARSE or DENSE):
+            x = _guarded(x, grad_ptr, index, inside, limit, GRAD)
+        if COPY or not SPARSE:
+            tl.store(y_ptr + index, x, mask=inside)
+        if GUARD and SPARSE and not DENSE:
+            again = (tl.max(_magnitude(x).to(tl.int32)) >= limit).to(tl.int32)
+
+    if SPARSE:
+        k_exp, k_frac = _counts(table_ptr, n_exp, n_frac, steps, block, tick, key)
+        lane = tl.arange(0, LANES)
+        e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
+            lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
+        )
+        tl.debug_barrier()
+        LOOK: tl.constexpr = GUARD and not DENSE
+        e_far = _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, LOOK)
+        f_far = _invert(y_ptr, odd, f_index, f_flips, f_hit, limit, LOOK)
+        for first in range(LANES, tl.maximum(k_exp, k_frac), LANES):
+            e_more, e_flips, e_hit, f_more, f_flips, f_hit = _balls(
+                first + lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
+            )
+            _invert(y_ptr, odd, e_more, e_flips, e_hit, limit, False)
+            _invert(y_ptr, odd, f_more, f_flips, f_hit, limit, False)
+
+    if DENSE:
+        # word c of group g is the c·G + g-th of the block's 32-bit words
+        GROUPS: tl.constexpr = _BLOCK * BITS // 128
+        group = tl.arange(0, GROUPS)
+        m0 = tl.zeros((GROUPS,), dtype=tl.uint32)
+        m1, m2, m3 = m0, m0, m0
+        for back in range(digits):
+            i = digits - 1 - back
+            d = tl.load(table_ptr + n_exp + n_frac + i).to(tl.uint32)
+            u0, u1, u2, u3 = _philox(_DIGITS, (i << 16) | group, block, tick, key)
+            # majority(u, m, d)
+            m0 = (u0 & m0) | (d & (u0 | m0))
+            m1 = (u1 & m1) | (d & (u1 | m1))
+            m2 = (u2 & m2) | (d & (u2 | m2))
+            m3 = (u3 & m3) | (d & (u3 | m3))
+        if COIN:
+            u0, u1, u2, u3 = _philox(_COINS, group, block, tick, key)
+            m0 = (coins & u0 & ~m0) | (m0 & ~coins)
+            m1 = (coins & u1 & ~m1) | (m1 & ~coins)
+            m2 = (coins & u2 & ~m2) | (m2 & ~coins)
+            m3 = (coins & u3 & ~m3) | (m3 & ~coins)
+        from_ptr = x_ptr
+        if SPARSE:
+            from_ptr = y_ptr
+            tl.debug_barrier()
+        for c in tl.static_range(4):
+            mask = (m0, m1, m2, m3)[c]
+            if BITS == 16:
+                mask = tl.interleave(mask.to(tl.uint16), (mask >> 16).to(tl.uint16))
+            part = start + c * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)
+            there = (part >= 0) & (part < n)
+            # .cg: the atomics wrote to L2, so a line of L1 may be old
+            v = tl.load(from_ptr + part, mask=there, other=0.0, cache_modifier=".cg")
+            v = (v.to(mask.dtype, bitcast=True) ^ mask).to(v.dtype, bitcast=True)
+            if GUARD:
+                v = _guarded(v, grad_ptr, part, there, limit, GRAD)
+            tl.store(y_ptr + part, v, mask=there)
+    elif GUARD and SPARSE:
+        tl.debug_barrier()
+        if again != 0:
+            for chunk in range(0, _BLOCK, 2048):
+                whole = start + chunk + tl.arange(0, 2048)
+                _guard(y_ptr, grad_ptr, whole, (whole >= 0) & (whole < n), limit, GRAD)
+        else:
+            _guard(y_ptr, grad_ptr, e_index, e_far, limit, GRAD)
+            _guard(y_ptr, grad_ptr, f_index, f_far, limit, GRAD)
+            for first in range(LANES, tl.maximum(k_exp, k_frac), LANES):
+                e_more, e_flips, e_hit, f_more, f_flips, f_hit = _balls(
+                    first + lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
+                )
+                _guard(y_ptr, grad_ptr, e_more, e_hit, limit, GRAD)
+                _guard(y_ptr, grad_ptr, f_more, f_hit, limit, GRAD)
+
+
+# -- a lane, or a few, for each block: balls in place ---------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "limit", "key", "tick", "blocks", "room"])
+def _flip_sparse_(  # type: ignore[no-untyped-def]
+    y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
+    far_ptr, columns, tile_columns, list_ptr, room,
+    MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, TILE_ROWS: tl.constexpr,
+    NOTE: tl.constexpr,
+):  # fmt: skip
+    """y <- flip(y) for GROUP blocks, no dense digits. With GUARD, also guard what was hit, and every element where
+    ``far_ptr``, one byte for each tile of TILE_ROWS rows, says that a tile holds a clean value out of range. With NOTE,
+    list what the guard zeroed."""
+    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
+    group = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
+    block = first_block + group
+    key = _scalar(key).to(tl.int64)
+    tick = _scalar(tick).to(tl.int64)
+    k_exp, k_frac = _counts(table_ptr, n_exp, n_frac, steps, block, tick, key)
+    k_exp = tl.where(group < blocks, k_exp, 0)[:, None]
+    k_frac = tl.where(group < blocks, k_frac, 0)[:, None]
+    most = tl.max(tl.maximum(k_exp, k_frac))
+    start = (block * _BLOCK - offset)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    for first in range(0, most, LANES):
+        e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
+            first + lane, block[:, None], tick, key, k_exp, k_frac, start, n, 0, BITS, MANTISSA, False
+        )
+        _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, False)
+        _invert(y_ptr, odd, f_index, f_flips, f_hit, limit, False)
+    if GUARD:
+        first_element = tl.program_id(0).to(tl.int64) * (GROUP * _BLOCK) + first_block * _BLOCK - offset
+        last_element = tl.minimum(first_element + GROUP * _BLOCK, n) - 1
+        first_element = tl.maximum(first_element, 0)
+        first_tile = first_element // columns // TILE_ROWS * tile_columns
+        last_tile = (last_element // columns // TILE_ROWS + 1) * tile_columns
+        far = 0
+        for tile in range(first_tile, last_tile, 256):
+            tiles = tile + tl.arange(0, 256)
+            far = tl.maximum(far, tl.max(tl.load(far_ptr + tiles, mask=tiles < last_tile, other=0).to(tl.int32)))
+        tl.debug_barrier()
+        if far != 0:
+            for element in range(first_element, last_element + 1, 1024):
+                index = element + tl.arange(0, 1024)
+                if NOTE:
+                    _guard_and_note(y_ptr, odd, list_ptr, room, index, index <= last_element, limit)
+                else:
+                    _guard(y_ptr, y_ptr, index, index <= last_element, limit, False)
+        else:
+            for first in range(0, most, LANES):
+                e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
+                    first + lane, block[:, None], tick, key, k_exp, k_frac, start, n, 0, BITS, MANTISSA, False
+                )
+                if NOTE:
+                    _guard_and_note(y_ptr, odd, list_ptr, room, e_index, e_hit, limit)
+                    _guard_and_note(y_ptr, odd, list_ptr, room, f_index, f_hit, limit)
+                else:
+                    _guard(y_ptr, y_ptr, e_index, e_hit, limit, False)
+                    _guard(y_ptr, y_ptr, f_index, f_hit, limit, False)
+
+
+# -- the merged weight ----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _merge_tiles(  # type: ignore[no-untyped-def]
+    w_ptr, a_ptr, b_ptr, y_ptr, far_ptr, scaling, limit, rows, columns, r,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    FAR: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y <- w + scaling · b · a for TILES tiles one below the other; the loads of the next tiles run ahead.
+
+    FAR: note whether the guard would zero any of a tile; GUARD: zero it.
+    """
+    tile_columns = tl.cdiv(columns, TILE_COLUMNS)
+    column = tl.program_id(0) % tile_columns * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    k = tl.arange(0, R)
+    in_columns = (column < columns)[None, :]
+    a = tl.load(a_ptr + k.to(tl.int64)[:, None] * columns + column[None, :], mask=(k < r)[:, None] & in_columns, other=0.0)
+    first_tile = tl.program_id(0) // tile_columns * TILES
+    for tile in tl.range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(rows, TILE_ROWS)), num_stages=STAGES):
+        row = (tile * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
+        in_rows = (row < rows)[:, None]
+        inside = in_rows & in_columns
+        index = row[:, None] * columns + column[None, :]
+        w = tl.load(w_ptr + index, mask=inside, other=0.0)
+        b = tl.load(b_ptr + row[:, None] * r + k[None, :], mask=in_rows & (k < r)[None, :], other=0.0)
+        product = tl.dot(b, a * scaling, input_precision=PRECISION)
+        y = (w.to(tl.float32) + product).to(w.dtype)
+        if GUARD:
+            y = tl.where(_magnitude(y) >= limit, tl.zeros_like(y), y)
+        tl.store(y_ptr + index, y, mask=inside)
+        if FAR:
+            far = tl.max(tl.where(inside, _magnitude(y).to(tl.int32), 0)) >= limit
+            tl.store(far_ptr + tile * tile_columns + tl.program_id(0) % tile_columns, far.to(tl.int8))
+
+
+# -- gradients of what the guard zeroed ---------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["room", "n"])
+def _take_back(  # type: ignore[no-untyped-def]
+    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, scaling, n, rows, columns, r,
+    CHUNK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Add to float64 grad_a and grad_b what takes the listed weights' gradients out of them.
+
+    Sums are formed in float32 over CHUNK rows of the batch and then in float64, whose order of addition no longer shows
+    in the float32 result. All programs go through the batch together, so that its rows are in L2 when they are read
+    again.
+    """
+    count = tl.minimum(tl.load(list_ptr), room)
+    k = tl.arange(0, R)
+    for item in range(tl.program_id(0).to(tl.int64), count * tl.cdiv(n, CHUNK), tl.num_programs(0)):
+        index = tl.load(list_ptr + 1 + item % count)
+        out = index // columns
+        column = index % columns
+        row = item // count * CHUNK + tl.arange(0, CHUNK)
+        grad_y = tl.load(grad_y_ptr + row * rows + out, mask=row < n, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * columns + column, mask=row < n, other=0.0).to(tl.float32)
+        g = -scaling * tl.sum(grad_y * x)
+        b = tl.load(b_ptr + out * r + k, mask=k < r, other=0.0)
+        a = tl.load(a_ptr + k * columns + column, mask=k < r, other=0.0)
+        tl.atomic_add(grad_a_ptr + k * columns + column, (g * b).to(tl.float64), mask=k < r, sem="relaxed")
+        tl.atomic_add(grad_b_ptr + out * r + k, (g * a).to(tl.float64), mask=k < r, sem="relaxed")
+
+
+# -- launching --------------------------------------------------------------------------------------------------------
+
+
+class _DevicePlan(NamedTuple):
+    """A ``FlipPlan`` as the kernels take it."""
+
+    table: Tensor
+    """int64: the CDF of the exponent field, that of the mantissa field, the lane masks of the dense digits and coins."""
+    n_exp: int
+    n_frac: int
+    steps: int
+    digits: int
+    coin: bool
+    mantissa: int
+    likely_balls: int
+
+    @property
+    def dense(self) -> bool:
+        return self.digits > 0 or self.coin
+
+    @property
+    def sparse(self) -> bool:
+        return self.n_exp + self.n_frac > 0
+
+
+@cache  # without bound: a CUDA graph may hold the table's address
+def _device_plan(dtype: torch.dtype, p_exp: float, p_frac: float, device: torch.device) -> _DevicePlan:
+    plan = flip_plan(dtype, p_exp, p_frac)
+    exp, frac = ([] if field.cdf is None else field.cdf.tolist() for field in (plan.exponent, plan.mantissa))
+    table = torch.tensor([*exp, *frac, *plan.digits, plan.coins], dtype=torch.int64).to(device)
+    steps = max(len(exp), len(frac)).bit_length()
+    return _DevicePlan(
+        table, len(exp), len(frac), steps, len(plan.digits), plan.coins != 0, plan.exponent.first_bit, plan.likely_balls
+    )
+
+
+def _value(key: Tensor) -> Tensor | int:
+    """A number that is in CPU memory goes along with the launch."""
+    return int(key) if key.device.type == "cpu" else key
+
+
+def _blocks(n: int, offset: int) -> range:
+    """The blocks of n elements from ``offset``."""
+    return range(offset >> BLOCK_LOG2, ((offset + n - 1) >> BLOCK_LOG2) + 1)
+
+
+def _odd(y: Tensor) -> int:
+    return y.data_ptr() >> 1 & 1
+
+
+def flip(
+    x: Tensor,
+    grad: Tensor | None,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+) -> Tensor:
+    """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard zeroed."""
+    y = x.contiguous()
+    if y is x:
+        y = torch.empty_like(x)
+    _flip_into(y, x if x.is_contiguous() else y, p_exp, p_frac, zero_out_t, key, tick, offset, grad)
+    return y
+
+
+def flip_(
+    x: Tensor,
+    grad: Tensor | None,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+) -> None:
+    """x <- guard(flip(x)), contiguous x; ``grad`` as for ``flip``."""
+    _flip_into(x, x, p_exp, p_frac, zero_out_t, key, tick, offset, grad)
+
+
+def _flip_into(
+    y: Tensor,
+    x: Tensor,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+    grad: Tensor | None,
+    blocks: range | None = None,
+    lanes: int | None = None,
+) -> None:
+    """y <- guard(flip(x)), both contiguous, or the same tensor. Tests choose the blocks and the number of lanes."""
+    n = y.numel()
+    if n == 0:
+        return
+    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
+    blocks = blocks or _blocks(n, offset)
+    guard = zero_out_t is not None
+    if y is x and not (guard or plan.dense):
+        if plan.sparse:
+            _launch_sparse_(y, plan, None, key, tick, offset, blocks)
+        return
+    grad = grad if guard else None
+    _flip_block[(len(blocks),)](
+        x,
+        y,
+        y if grad is None else grad.view(torch.uint8) if grad.dtype == torch.bool else grad,
+        _value(key),
+        _value(tick),
+        plan.table,
+        plan.n_exp,
+        plan.n_frac,
+        plan.steps,
+        plan.digits,
+        guard_bits(y.dtype, zero_out_t) if zero_out_t is not None else 0,
+        _odd(y),
+        n,
+        offset,
+        blocks.start,
+        MANTISSA=plan.mantissa,
+        LANES=lanes or (32 if plan.likely_balls <= 32 else 128 if plan.likely_balls <= 128 else 512),
+        DENSE=plan.dense,
+        COIN=plan.coin,
+        SPARSE=plan.sparse,
+        COPY=y is not x,
+        GUARD=guard,
+        GRAD=grad is not None,
+        num_warps=4,
+    )
+
+
+class _Far(NamedTuple):
+    """Which tiles of a merged weight hold a value out of the guard's range."""
+
+    limit: int
+    tiles: Tensor
+    columns: int
+    tile_columns: int
+    zeroed: Tensor | None
+    """Where to list what the guard zeroes, as ``new_zeroed`` made it."""
+
+
+def _launch_sparse_(
+    y: Tensor,
+    plan: _DevicePlan,
+    far: _Far | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+    blocks: range | None = None,
+) -> None:
+    blocks = blocks or _blocks(y.numel(), offset)
+    lanes = 1 if plan.likely_balls <= 8 else 4 if plan.likely_balls <= 32 else 16 if plan.likely_balls <= 128 else 64
+    group = 128 // lanes
+    zeroed = far.zeroed if far else None
+    _flip_sparse_[(triton.cdiv(len(blocks), group),)](
+        y,
+        _value(key),
+        _value(tick),
+        plan.table,
+        plan.n_exp,
+        plan.n_frac,
+        plan.steps,
+        far.limit if far else 0,
+        _odd(y),
+        y.numel(),
+        offset,
+        blocks.start,
+        len(blocks),
+        far.tiles if far else y,
+        far.columns if far else 1,
+        far.tile_columns if far else 1,
+        zeroed if zeroed is not None else plan.table,
+        zeroed.numel() - 1 if zeroed is not None else 0,
+        MANTISSA=plan.mantissa,
+        GROUP=group,
+        LANES=lanes,
+        GUARD=far is not None,
+        TILE_ROWS=_TILE_ROWS,
+        NOTE=zeroed is not None,
+        num_warps=4,
+    )
+
+
+_TILE_ROWS, _TILE_COLUMNS = 64, 64
+_TILES = 16
+"""Tiles to a program of the merge."""
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    zeroed: Tensor | None,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+) -> Tensor:
+    """guard(flip(W + scaling·B·A)) in W's dtype: weight (rows, columns), lora_A (r, columns), lora_B (rows, r), float32.
+
+    ``zeroed``, where given, is as ``new_zeroed`` made it and then says what the guard zeroed.
+    """
+    weight, lora_A, lora_B = weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
+    rows, columns = weight.shape
+    y = torch.empty_like(weight)
+    if y.numel() == 0:
+        return y
+    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
+    guard = zero_out_t is not None
+    limit = guard_bits(y.dtype, zero_out_t) if zero_out_t is not None else 0
+    mask = zeroed is not None and zeroed.dtype == torch.bool
+    in_place = (plan.sparse or zeroed is not None) and not (plan.dense or mask)
+    tile_rows, tile_columns = triton.cdiv(rows, _TILE_ROWS), triton.cdiv(columns, _TILE_COLUMNS)
+    far = None
+    if guard and in_place:
+        tiles = torch.empty(tile_rows * tile_columns, dtype=torch.int8, device=y.device)
+        far = _Far(limit, tiles, columns, tile_columns, zeroed)
+    _merge_tiles[(triton.cdiv(tile_rows, _TILES) * tile_columns,)](
+        weight,
+        lora_A,
+        lora_B,
+        y,
+        far.tiles if far else y,
+        scaling,
+        limit,
+        rows,
+        columns,
+        lora_A.shape[0],
+        TILE_ROWS=_TILE_ROWS,
+        TILE_COLUMNS=_TILE_COLUMNS,
+        R=max(16, triton.next_power_of_2(lora_A.shape[0])),
+        TILES=_TILES,
+        STAGES=4,
+        FAR=far is not None,
+        GUARD=guard and not (plan.sparse or plan.dense or mask or in_place),
+        PRECISION="ieee" if weight.dtype == torch.float32 else _PRECISION,
+        num_warps=4,
+    )
+    if in_place:
+        _launch_sparse_(y, plan, far, key, tick, offset)
+    elif plan.dense or mask:
+        kept = torch.ones_like(zeroed) if zeroed is not None else None
+        _flip_into(y, y, p_exp, p_frac, zero_out_t, key, tick, offset, kept)
+        if zeroed is not None:
+            torch.logical_not(kept, out=zeroed)
+    return y
+
+
+_PRECISION = "ieee" if triton.knobs.runtime.interpret else "bf16x3"
+"""Of the merge's product for 16-bit weights: three products of bfloat16 halves keep what one would round away from a small
+adapter, and still cost less than the memory that the tile waits for. The interpreter knows float32 only."""
+
+_MAX_LISTED = 1 / 256
+"""Share of the weights, up to which those that flips may have zeroed are listed; beyond it, one by one costs more than the
+full gradient."""
+
+
+def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
+    """Room for which elements of a weight the guard zeroed: a list (its length first) where flips are few, else a mask.
+
+    The list has room for every element that flips can send out of range, and then some. If a threshold lies so deep in
+    the clean weights' range that more than 1/256 of them are zeroed, the gradient of the rest passes straight through.
+    """
+    bits = weight.dtype.itemsize * 8
+    if bits * max(p_exp, p_frac) > _MAX_LISTED:
+        return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    zeroed = torch.empty(1 + 4096 + int(weight.numel() * _MAX_LISTED), dtype=torch.int64, device=weight.device)
+    zeroed[:1].zero_()
+    return zeroed
+
+
+def take_back_(
+    grad_A: Tensor,
+    grad_B: Tensor,
+    zeroed: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> None:
+    """Take out of dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, where dW = dYᵀ·X, what dW has at the ``zeroed`` positions.
+
+    grad_A (r, in) and grad_B (out, r), float32; grad_y (n, out), x (n, in).
+    """
+    if zeroed.dtype == torch.bool:
+        take_back_dense_(grad_A, grad_B, zeroed, grad_y, x, lora_A, lora_B, scaling)
+        return
+    grad_y, x = grad_y.contiguous(), x.contiguous()
+    more_A, more_B = (torch.zeros_like(g, dtype=torch.float64) for g in (lora_A, lora_B))
+    _take_back[(1024,)](
+        zeroed,
+        zeroed.numel() - 1,
+        grad_y,
+        x,
+        lora_A.contiguous(),
+        lora_B.contiguous(),
+        more_A,
+        more_B,
+        scaling,
+        grad_y.shape[0],
+        grad_y.shape[1],
+        x.shape[1],
+        lora_A.shape[0],
+        CHUNK=1024,
+        R=triton.next_power_of_2(lora_A.shape[0]),
+        num_warps=4,
+    )
+    grad_A.add_(more_A)
+    grad_B.add_(more_B)
