@@ -23,8 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flipproof.ops import flip as _operators  # noqa: F401 - registers them
 from flipproof.ops.philox import derive_key
 from flipproof.spec import Fault, LoraSpec
+
+
+ops = torch.ops.flipproof
 
 
 class FaultState:
@@ -223,11 +227,11 @@ class _FaultyMatmul(torch.autograd.Function):
         ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault = scaling, x_fault, x_offset, w_fault
         flipped_x, flipped_w = x, weight
         if x_fault.active:
-            flipped_x = torch.ops.flipproof.flip(x, *x_fault.draw, x_key, x_tick, x_offset)
+            flipped_x = ops.flip(x, *x_fault.draw, x_key, x_tick, x_offset)
         if lora_A is not None:
-            flipped_w = torch.ops.flipproof.merge(weight, lora_A, lora_B, scaling, *w_fault.draw, w_key, w_tick, 0)
+            flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *w_fault.draw, w_key, w_tick, 0)
         elif w_fault.active:
-            flipped_w = torch.ops.flipproof.flip(weight, *w_fault.draw, w_key, w_tick, 0)
+            flipped_w = ops.flip(weight, *w_fault.draw, w_key, w_tick, 0)
         return F.linear(flipped_x, flipped_w, bias)
 
     @staticmethod
@@ -244,22 +248,22 @@ class _FaultyMatmul(torch.autograd.Function):
         flipped_w, zeroed, kept = weight, None, None
         if need_w:
             if lora_A is not None:
-                flipped_w = torch.ops.flipproof.merge(
+                flipped_w = ops.merge(
                     weight, lora_A, lora_B, scaling, *Fault().draw, w_key, w_tick, 0
                 )
             if guarded_w:
                 kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
             if ctx.w_fault.active:
-                flipped_w = torch.ops.flipproof.flip_grad_(flipped_w, kept, grad_y, *w_draw)
+                flipped_w = ops.flip_grad_(flipped_w, kept, grad_y, *w_draw)
         elif lora_A is not None:
-            flipped_w, zeroed = torch.ops.flipproof.merge_grad(weight, lora_A, lora_B, scaling, grad_y, *w_draw)
+            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, *w_draw)
         elif ctx.w_fault.active:
-            flipped_w = torch.ops.flipproof.flip_grad_(weight, None, grad_y, *w_draw)
+            flipped_w = ops.flip_grad_(weight, None, grad_y, *w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
         flipped_x = x
         if ctx.x_fault.active:
-            flipped_x = torch.ops.flipproof.flip_grad_(x, grad_x, grad_y, *x_draw)
+            flipped_x = ops.flip_grad_(x, grad_x, grad_y, *x_draw)
         flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:
             grad_bias = grad_y.sum(0)
@@ -276,5 +280,6 @@ class _FaultyMatmul(torch.autograd.Function):
             grad_A = ((grad_y @ b).T @ flipped_x).to(lora_A.dtype) * scaling
             grad_B = (grad_y.T @ (flipped_x @ a.T)).to(lora_B.dtype) * scaling
             if guarded_w:
-                torch.ops.flipproof.take_back_(grad_A, grad_B, zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
+                more_A, more_B = ops.take_back(zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
+                grad_A, grad_B = (grad_A + more_A).to(lora_A.dtype), (grad_B + more_B).to(lora_B.dtype)
         return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 8

@@ -128,13 +128,19 @@ def test_gradient_without_guard_passes_straight_through():
 
 
 def test_the_operators_pass_torchs_own_checks():
-    key, tick = torch.tensor(5), torch.tensor(2)
-    for x in (sample((30, 40), torch.float32), sample((30, 40), torch.float32).requires_grad_()):
-        torch.library.opcheck(torch.ops.flipproof.flip.default, (x, 0.01, 0.3, 1.5, key, tick, 7))
-    plain = sample((30, 40), torch.bfloat16)
-    torch.library.opcheck(torch.ops.flipproof.flip_.default, (plain, 0.01, 0.01, None, key, tick, 0))
-    grad = torch.ones(30, 40)
-    torch.library.opcheck(torch.ops.flipproof.flip_grad_.default, (plain, grad, plain, 0.01, 0.01, 1.0, key, tick, 0))
+    ops, check = torch.ops.flipproof, torch.library.opcheck
+    where = (torch.tensor(5), torch.tensor(2), 7)
+    x, grad = sample((30, 40), torch.bfloat16), torch.ones(30, 40)
+    a, b = sample((4, 40), torch.float32), sample((30, 4), torch.float32)
+    check(ops.flip.default, (x, 0.01, 0.3, 1.5, *where))
+    check(ops.flip_.default, (x, 0.01, 0.01, None, *where))
+    check(ops.flip_grad_.default, (x, grad, x, 0.01, 0.01, 1.0, *where))
+    check(ops.flip_grad_.default, (x, None, x, 0.01, 0.01, None, *where))
+    check(ops.merge.default, (x, a, b, 0.5, 0.01, 0.01, 1.0, *where))
+    for t in (None, 1.0):
+        check(ops.merge_grad.default, (x, a, b, 0.5, x, 0.01, 0.01, t, *where))
+    _, zeroed = ops.merge_grad(x, a, b, 0.5, x, 0.01, 0.01, 1.0, *where)
+    check(ops.take_back.default, (zeroed, sample((9, 30), x.dtype), sample((9, 40), x.dtype), a, b, 0.5))
 
 
 def test_meta_tensors_give_meta_tensors():

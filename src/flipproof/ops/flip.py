@@ -8,7 +8,7 @@ They live in the ``flipproof`` library namespace and run on the backend of their
                 zeroed the value
 ``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
 ``merge_grad``  the same for backward, and which weights the guard zeroed, as the backend likes to keep it
-``take_back_``  takes what those weights contributed out of the adapters' gradients
+``take_back``   what to add to the adapters' gradients to take out what those weights contributed
 
 Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits
 for the device. The two for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
@@ -34,8 +34,7 @@ _LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!)? grad, Tensor after, {_DRAW}) 
 _LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, {_DRAW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "take_back_(Tensor(a!) grad_A, Tensor(b!) grad_B, Tensor zeroed, Tensor grad_y, Tensor x, "
-    "Tensor lora_A, Tensor lora_B, float scaling) -> ()"
+    "take_back(Tensor zeroed, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)"
 )
 
 BACKENDS = {"cpu": "reference (NumPy)", "cuda": "Triton"}
@@ -49,9 +48,9 @@ def _backend(x: Tensor) -> Any:
         raise TypeError(f"cannot flip bits of a {str(x.dtype).removeprefix('torch.')} tensor; allowed are {allowed}")
     if x.device.type != "cuda":
         return reference
-    from flipproof.ops import triton_kernels  # comes with CUDA builds of torch
+    from flipproof.ops import triton_backend  # Triton comes with CUDA builds of torch
 
-    return triton_kernels
+    return triton_backend
 
 
 def _implement(name: str) -> Any:
@@ -109,9 +108,10 @@ def _new_zeroed(weight: Tensor, p_exp: float, p_frac: float, zero_out_t: float |
     return zeroed
 
 
-@_implement("take_back_")
-def _take_back(grad_A: Tensor, grad_B: Tensor, zeroed: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> None:
-    _backend(x).take_back_(grad_A, grad_B, zeroed, grad_y, x, *lora)
+@_implement("take_back")
+def _take_back(zeroed: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> tuple[Tensor, Tensor]:
+    more: tuple[Tensor, Tensor] = _backend(x).take_back(zeroed, grad_y, x, *lora)
+    return more
 
 
 @torch.library.register_fake("flipproof::flip")
@@ -142,27 +142,33 @@ def _merge_grad_fake(
     return _flip_fake(weight), _new_zeroed(weight, *draw[:3])
 
 
-@torch.library.register_fake("flipproof::take_back_")
-def _take_back_fake(*_arguments: Any) -> None:
-    pass
+@torch.library.register_fake("flipproof::take_back")
+def _take_back_fake(
+    _zeroed: Tensor, _grad_y: Tensor, _x: Tensor, lora_A: Tensor, lora_B: Tensor, _scaling: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(lora_A, dtype=torch.float64), torch.empty_like(lora_B, dtype=torch.float64)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, p_exp, p_frac, zero_out_t, key, tick, offset = inputs
-    # Without a guard the gradient passes as it is, and nothing need be kept.
-    ctx.save_for_backward(*(() if zero_out_t is None else (x, key, tick)))
-    ctx.fault, ctx.offset = (p_exp, p_frac, zero_out_t), offset
+class _Flip(torch.autograd.Function):
+    """``flip`` with its gradient. Not registered with the operator, whose every call would pay for it."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *draw: Any) -> Tensor:
+        p_exp, p_frac, zero_out_t, key, tick, offset = draw
+        # Without a guard the gradient passes as it is, and nothing need be kept.
+        ctx.save_for_backward(*(() if zero_out_t is None else (x, key, tick)))
+        ctx.fault, ctx.offset = (p_exp, p_frac, zero_out_t), offset
+        y: Tensor = torch.ops.flipproof.flip.default(x, *draw)
+        return y
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.saved_tensors:
-        x, key, tick = ctx.saved_tensors
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        torch.ops.flipproof.flip_grad_(x, grad, grad, *ctx.fault, key, tick, ctx.offset)
-    return grad, None, None, None, None, None, None
-
-
-torch.library.register_autograd("flipproof::flip", _backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if ctx.saved_tensors:
+            x, key, tick = ctx.saved_tensors
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            torch.ops.flipproof.flip_grad_.default(x, grad, grad, *ctx.fault, key, tick, ctx.offset)
+        return grad, *(None,) * 6
 
 
 def _draw(
@@ -233,7 +239,9 @@ def flip(
     Raises:
         TypeError: for any other dtype. ValueError: naming each argument out of range.
     """
-    return torch.ops.flipproof.flip(x, *_draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset))
+    draw = _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset)
+    y: Tensor = _Flip.apply(x, *draw) if x.requires_grad else torch.ops.flipproof.flip.default(x, *draw)
+    return y
 
 
 def flip_(

@@ -96,44 +96,40 @@ def new_zeroed(weight: torch.Tensor, _p_exp: float, _p_frac: float) -> torch.Ten
     return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
 
 
-def take_back_(
-    grad_A: torch.Tensor,
-    grad_B: torch.Tensor,
+def take_back(
     zeroed: torch.Tensor,
     grad_y: torch.Tensor,
     x: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
-) -> None:
-    """Take out of dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, where dW = dYᵀ·X, what dW has at the ``zeroed`` positions.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to add to dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, dW = dYᵀ·X, to make dW 0 at the ``zeroed`` positions.
 
-    grad_A (r, in), grad_B (out, r), grad_y (n, out), x (n, in).
+    grad_y (n, out), x (n, in), lora_A (r, in) and lora_B (out, r); returns float64 of the adapters' shapes.
     """
     out, column = zeroed.nonzero(as_tuple=True)
     if len(out) > sum(zeroed.shape) // 4:  # dearer one by one than all at once
-        take_back_dense_(grad_A, grad_B, zeroed, grad_y, x, lora_A, lora_B, scaling)
-        return
+        return take_back_dense(zeroed, grad_y, x, lora_A, lora_B, scaling)
+    more_A, more_B = (torch.zeros_like(adapter, dtype=torch.float64) for adapter in (lora_A, lora_B))
     for o, i in zip(out.split(256), column.split(256), strict=True):  # the gathered columns stay small
-        g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).to(lora_A.dtype) * -scaling  # (zeroed,)
-        grad_A.index_add_(1, i, lora_B[o].T * g)
-        grad_B.index_add_(0, o, lora_A[:, i].T * g[:, None])
+        g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).double() * -scaling  # (zeroed,)
+        more_A.index_add_(1, i, lora_B[o].T * g)
+        more_B.index_add_(0, o, lora_A[:, i].T * g[:, None])
+    return more_A, more_B
 
 
-def take_back_dense_(
-    grad_A: torch.Tensor,
-    grad_B: torch.Tensor,
+def take_back_dense(
     zeroed: torch.Tensor,
     grad_y: torch.Tensor,
     x: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
-) -> None:
-    """``take_back_`` by the full gradient of the weight, on any device."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``take_back`` by the full gradient of the weight, on any device; ``zeroed`` is a mask."""
     full = (grad_y.T @ x).masked_fill_(~zeroed, 0).to(lora_A.dtype)
-    grad_A.sub_(lora_B.T @ full, alpha=scaling)
-    grad_B.sub_(full @ lora_A.T, alpha=scaling)
+    return (lora_B.T @ full).double() * -scaling, (full @ lora_A.T).double() * -scaling
 
 
 def _all_below(x: torch.Tensor, t: float) -> bool:

@@ -17,23 +17,17 @@ where there are many balls), so that a weight of 235 million elements is 224 pro
 the flips follow in place in a second launch. Each tile notes whether it holds a value out of range; a program
 of the second launch that finds a tile of its rows so marked looks at all of its elements again.
 
-Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold while they advance, or CPU tensors,
+``triton_backend.py`` launches them. Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold while they advance, or CPU tensors,
 whose values go along with the launch. Nothing waits for the device.
 
 Run on CPU tensors by Triton's interpreter, TRITON_INTERPRET=1, the kernels are what they are on a GPU.
 """
 
-from functools import cache
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from flipproof.ops.parity import BLOCK, BLOCK_LOG2, flip_plan, guard_bits
+from flipproof.ops.parity import BLOCK, BLOCK_LOG2
 from flipproof.ops.philox import BALLS, COINS, COUNTS, DIGITS
-from flipproof.ops.reference import take_back_dense_
 
 _COUNTS, _BALLS, _DIGITS, _COINS = (tl.constexpr(purpose) for purpose in (COUNTS, BALLS, DIGITS, COINS))
 _BLOCK, _BLOCK_LOG2 = tl.constexpr(BLOCK), tl.constexpr(BLOCK_LOG2)
@@ -207,7 +201,7 @@ def _guarded(y, grad_ptr, index, inside, limit, GRAD: tl.constexpr):  # type: ig
 
 
 @triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "digits", "limit", "key", "tick"])
-def _flip_block(  # type: ignore[no-untyped-def]
+def flip_block(  # type: ignore[no-untyped-def]
     x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, odd, n, offset, first_block,
     MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr, SPARSE: tl.constexpr,
     COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr,
@@ -307,7 +301,7 @@ def _flip_block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "limit", "key", "tick", "blocks", "room"])
-def _flip_sparse_(  # type: ignore[no-untyped-def]
+def flip_sparse_(  # type: ignore[no-untyped-def]
     y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
     far_ptr, columns, tile_columns, list_ptr, room,
     MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, TILE_ROWS: tl.constexpr,
@@ -367,21 +361,36 @@ def _flip_sparse_(  # type: ignore[no-untyped-def]
 # -- the merged weight ----------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _halves(x):  # type: ignore[no-untyped-def]
+    """float32 as the sum of two bfloat16, to about 2⁻¹⁷."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
 @triton.jit(do_not_specialize=["limit"])
-def _merge_tiles(  # type: ignore[no-untyped-def]
-    w_ptr, a_ptr, b_ptr, y_ptr, far_ptr, scaling, limit, rows, columns, r,
+def merge_tiles(  # type: ignore[no-untyped-def]
+    w_ptr, a_ptr, b_ptr, y_ptr, far_ptr, list_ptr, scaling, limit, rows, columns, r,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    FAR: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+    FAR: tl.constexpr, GUARD: tl.constexpr, NOTE: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """y <- w + scaling · b · a for TILES tiles one below the other; the loads of the next tiles run ahead.
 
-    FAR: note whether the guard would zero any of a tile; GUARD: zero it.
+    FAR: note whether the guard would zero any of a tile; GUARD: zero it; NOTE: empty the list for the launch that follows.
+    HALVES: the product as three of bfloat16 halves, which keep what one would round away from a small adapter and
+    still cost less than the memory that the tile waits for.
     """
+    if NOTE:
+        if tl.program_id(0) == 0:
+            tl.store(list_ptr, 0)
     tile_columns = tl.cdiv(columns, TILE_COLUMNS)
     column = tl.program_id(0) % tile_columns * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     k = tl.arange(0, R)
     in_columns = (column < columns)[None, :]
-    a = tl.load(a_ptr + k.to(tl.int64)[:, None] * columns + column[None, :], mask=(k < r)[:, None] & in_columns, other=0.0)
+    a_index = k.to(tl.int64)[:, None] * columns + column[None, :]
+    a = tl.load(a_ptr + a_index, mask=(k < r)[:, None] & in_columns, other=0.0) * scaling
+    if HALVES:
+        a_high, a_low = _halves(a)
     first_tile = tl.program_id(0) // tile_columns * TILES
     for tile in tl.range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(rows, TILE_ROWS)), num_stages=STAGES):
         row = (tile * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
@@ -390,7 +399,13 @@ def _merge_tiles(  # type: ignore[no-untyped-def]
         index = row[:, None] * columns + column[None, :]
         w = tl.load(w_ptr + index, mask=inside, other=0.0)
         b = tl.load(b_ptr + row[:, None] * r + k[None, :], mask=in_rows & (k < r)[None, :], other=0.0)
-        product = tl.dot(b, a * scaling, input_precision=PRECISION)
+        if HALVES:
+            b_high, b_low = _halves(b)
+            product = tl.dot(b_high, a_high)
+            product = tl.dot(b_low, a_high, product)
+            product = tl.dot(b_high, a_low, product)
+        else:
+            product = tl.dot(b, a, input_precision="ieee")
         y = (w.to(tl.float32) + product).to(w.dtype)
         if GUARD:
             y = tl.where(_magnitude(y) >= limit, tl.zeros_like(y), y)
@@ -404,14 +419,14 @@ def _merge_tiles(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["room", "n"])
-def _take_back(  # type: ignore[no-untyped-def]
-    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, scaling, n, rows, columns, r,
+def take_back(  # type: ignore[no-untyped-def]
+    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, rows, columns, r,
     CHUNK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Add to float64 grad_a and grad_b what takes the listed weights' gradients out of them.
+    """Add to more_a and more_b, float64, what takes the listed weights out of the gradients of a and b.
 
     Sums are formed in float32 over CHUNK rows of the batch and then in float64, whose order of addition no longer shows
-    in the float32 result. All programs go through the batch together, so that its rows are in L2 when they are read
+    in a float32 result. All programs go through the batch together, so that its rows are in L2 when they are read
     again.
     """
     count = tl.minimum(tl.load(list_ptr), room)
@@ -426,325 +441,5 @@ def _take_back(  # type: ignore[no-untyped-def]
         g = -scaling * tl.sum(grad_y * x)
         b = tl.load(b_ptr + out * r + k, mask=k < r, other=0.0)
         a = tl.load(a_ptr + k * columns + column, mask=k < r, other=0.0)
-        tl.atomic_add(grad_a_ptr + k * columns + column, (g * b).to(tl.float64), mask=k < r, sem="relaxed")
-        tl.atomic_add(grad_b_ptr + out * r + k, (g * a).to(tl.float64), mask=k < r, sem="relaxed")
-
-
-# -- launching --------------------------------------------------------------------------------------------------------
-
-
-class _DevicePlan(NamedTuple):
-    """A ``FlipPlan`` as the kernels take it."""
-
-    table: Tensor
-    """int64: the CDF of the exponent field, that of the mantissa field, the lane masks of the dense digits and coins."""
-    n_exp: int
-    n_frac: int
-    steps: int
-    digits: int
-    coin: bool
-    mantissa: int
-    likely_balls: int
-
-    @property
-    def dense(self) -> bool:
-        return self.digits > 0 or self.coin
-
-    @property
-    def sparse(self) -> bool:
-        return self.n_exp + self.n_frac > 0
-
-
-@cache  # without bound: a CUDA graph may hold the table's address
-def _device_plan(dtype: torch.dtype, p_exp: float, p_frac: float, device: torch.device) -> _DevicePlan:
-    plan = flip_plan(dtype, p_exp, p_frac)
-    exp, frac = ([] if field.cdf is None else field.cdf.tolist() for field in (plan.exponent, plan.mantissa))
-    table = torch.tensor([*exp, *frac, *plan.digits, plan.coins], dtype=torch.int64).to(device)
-    steps = max(len(exp), len(frac)).bit_length()
-    return _DevicePlan(
-        table, len(exp), len(frac), steps, len(plan.digits), plan.coins != 0, plan.exponent.first_bit, plan.likely_balls
-    )
-
-
-def _value(key: Tensor) -> Tensor | int:
-    """A number that is in CPU memory goes along with the launch."""
-    return int(key) if key.device.type == "cpu" else key
-
-
-def _blocks(n: int, offset: int) -> range:
-    """The blocks of n elements from ``offset``."""
-    return range(offset >> BLOCK_LOG2, ((offset + n - 1) >> BLOCK_LOG2) + 1)
-
-
-def _odd(y: Tensor) -> int:
-    return y.data_ptr() >> 1 & 1
-
-
-def flip(
-    x: Tensor,
-    grad: Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-) -> Tensor:
-    """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard zeroed."""
-    y = x.contiguous()
-    if y is x:
-        y = torch.empty_like(x)
-    _flip_into(y, x if x.is_contiguous() else y, p_exp, p_frac, zero_out_t, key, tick, offset, grad)
-    return y
-
-
-def flip_(
-    x: Tensor,
-    grad: Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-) -> None:
-    """x <- guard(flip(x)), contiguous x; ``grad`` as for ``flip``."""
-    _flip_into(x, x, p_exp, p_frac, zero_out_t, key, tick, offset, grad)
-
-
-def _flip_into(
-    y: Tensor,
-    x: Tensor,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-    grad: Tensor | None,
-    blocks: range | None = None,
-    lanes: int | None = None,
-) -> None:
-    """y <- guard(flip(x)), both contiguous, or the same tensor. Tests choose the blocks and the number of lanes."""
-    n = y.numel()
-    if n == 0:
-        return
-    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
-    blocks = blocks or _blocks(n, offset)
-    guard = zero_out_t is not None
-    if y is x and not (guard or plan.dense):
-        if plan.sparse:
-            _launch_sparse_(y, plan, None, key, tick, offset, blocks)
-        return
-    grad = grad if guard else None
-    _flip_block[(len(blocks),)](
-        x,
-        y,
-        y if grad is None else grad.view(torch.uint8) if grad.dtype == torch.bool else grad,
-        _value(key),
-        _value(tick),
-        plan.table,
-        plan.n_exp,
-        plan.n_frac,
-        plan.steps,
-        plan.digits,
-        guard_bits(y.dtype, zero_out_t) if zero_out_t is not None else 0,
-        _odd(y),
-        n,
-        offset,
-        blocks.start,
-        MANTISSA=plan.mantissa,
-        LANES=lanes or (32 if plan.likely_balls <= 32 else 128 if plan.likely_balls <= 128 else 512),
-        DENSE=plan.dense,
-        COIN=plan.coin,
-        SPARSE=plan.sparse,
-        COPY=y is not x,
-        GUARD=guard,
-        GRAD=grad is not None,
-        num_warps=4,
-    )
-
-
-class _Far(NamedTuple):
-    """Which tiles of a merged weight hold a value out of the guard's range."""
-
-    limit: int
-    tiles: Tensor
-    columns: int
-    tile_columns: int
-    zeroed: Tensor | None
-    """Where to list what the guard zeroes, as ``new_zeroed`` made it."""
-
-
-def _launch_sparse_(
-    y: Tensor,
-    plan: _DevicePlan,
-    far: _Far | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-    blocks: range | None = None,
-) -> None:
-    blocks = blocks or _blocks(y.numel(), offset)
-    lanes = 1 if plan.likely_balls <= 8 else 4 if plan.likely_balls <= 32 else 16 if plan.likely_balls <= 128 else 64
-    group = 128 // lanes
-    zeroed = far.zeroed if far else None
-    _flip_sparse_[(triton.cdiv(len(blocks), group),)](
-        y,
-        _value(key),
-        _value(tick),
-        plan.table,
-        plan.n_exp,
-        plan.n_frac,
-        plan.steps,
-        far.limit if far else 0,
-        _odd(y),
-        y.numel(),
-        offset,
-        blocks.start,
-        len(blocks),
-        far.tiles if far else y,
-        far.columns if far else 1,
-        far.tile_columns if far else 1,
-        zeroed if zeroed is not None else plan.table,
-        zeroed.numel() - 1 if zeroed is not None else 0,
-        MANTISSA=plan.mantissa,
-        GROUP=group,
-        LANES=lanes,
-        GUARD=far is not None,
-        TILE_ROWS=_TILE_ROWS,
-        NOTE=zeroed is not None,
-        num_warps=4,
-    )
-
-
-_TILE_ROWS, _TILE_COLUMNS = 64, 64
-_TILES = 16
-"""Tiles to a program of the merge."""
-
-
-def merge(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    zeroed: Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-) -> Tensor:
-    """guard(flip(W + scaling·B·A)) in W's dtype: weight (rows, columns), lora_A (r, columns), lora_B (rows, r), float32.
-
-    ``zeroed``, where given, is as ``new_zeroed`` made it and then says what the guard zeroed.
-    """
-    weight, lora_A, lora_B = weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
-    rows, columns = weight.shape
-    y = torch.empty_like(weight)
-    if y.numel() == 0:
-        return y
-    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
-    guard = zero_out_t is not None
-    limit = guard_bits(y.dtype, zero_out_t) if zero_out_t is not None else 0
-    mask = zeroed is not None and zeroed.dtype == torch.bool
-    in_place = (plan.sparse or zeroed is not None) and not (plan.dense or mask)
-    tile_rows, tile_columns = triton.cdiv(rows, _TILE_ROWS), triton.cdiv(columns, _TILE_COLUMNS)
-    far = None
-    if guard and in_place:
-        tiles = torch.empty(tile_rows * tile_columns, dtype=torch.int8, device=y.device)
-        far = _Far(limit, tiles, columns, tile_columns, zeroed)
-    _merge_tiles[(triton.cdiv(tile_rows, _TILES) * tile_columns,)](
-        weight,
-        lora_A,
-        lora_B,
-        y,
-        far.tiles if far else y,
-        scaling,
-        limit,
-        rows,
-        columns,
-        lora_A.shape[0],
-        TILE_ROWS=_TILE_ROWS,
-        TILE_COLUMNS=_TILE_COLUMNS,
-        R=max(16, triton.next_power_of_2(lora_A.shape[0])),
-        TILES=_TILES,
-        STAGES=4,
-        FAR=far is not None,
-        GUARD=guard and not (plan.sparse or plan.dense or mask or in_place),
-        PRECISION="ieee" if weight.dtype == torch.float32 else _PRECISION,
-        num_warps=4,
-    )
-    if in_place:
-        _launch_sparse_(y, plan, far, key, tick, offset)
-    elif plan.dense or mask:
-        kept = torch.ones_like(zeroed) if zeroed is not None else None
-        _flip_into(y, y, p_exp, p_frac, zero_out_t, key, tick, offset, kept)
-        if zeroed is not None:
-            torch.logical_not(kept, out=zeroed)
-    return y
-
-
-_PRECISION = "ieee" if triton.knobs.runtime.interpret else "bf16x3"
-"""Of the merge's product for 16-bit weights: three products of bfloat16 halves keep what one would round away from a small
-adapter, and still cost less than the memory that the tile waits for. The interpreter knows float32 only."""
-
-_MAX_LISTED = 1 / 256
-"""Share of the weights, up to which those that flips may have zeroed are listed; beyond it, one by one costs more than the
-full gradient."""
-
-
-def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
-    """Room for which elements of a weight the guard zeroed: a list (its length first) where flips are few, else a mask.
-
-    The list has room for every element that flips can send out of range, and then some. If a threshold lies so deep in
-    the clean weights' range that more than 1/256 of them are zeroed, the gradient of the rest passes straight through.
-    """
-    bits = weight.dtype.itemsize * 8
-    if bits * max(p_exp, p_frac) > _MAX_LISTED:
-        return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    zeroed = torch.empty(1 + 4096 + int(weight.numel() * _MAX_LISTED), dtype=torch.int64, device=weight.device)
-    zeroed[:1].zero_()
-    return zeroed
-
-
-def take_back_(
-    grad_A: Tensor,
-    grad_B: Tensor,
-    zeroed: Tensor,
-    grad_y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-) -> None:
-    """Take out of dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, where dW = dYᵀ·X, what dW has at the ``zeroed`` positions.
-
-    grad_A (r, in) and grad_B (out, r), float32; grad_y (n, out), x (n, in).
-    """
-    if zeroed.dtype == torch.bool:
-        take_back_dense_(grad_A, grad_B, zeroed, grad_y, x, lora_A, lora_B, scaling)
-        return
-    grad_y, x = grad_y.contiguous(), x.contiguous()
-    more_A, more_B = (torch.zeros_like(g, dtype=torch.float64) for g in (lora_A, lora_B))
-    _take_back[(1024,)](
-        zeroed,
-        zeroed.numel() - 1,
-        grad_y,
-        x,
-        lora_A.contiguous(),
-        lora_B.contiguous(),
-        more_A,
-        more_B,
-        scaling,
-        grad_y.shape[0],
-        grad_y.shape[1],
-        x.shape[1],
-        lora_A.shape[0],
-        CHUNK=1024,
-        R=triton.next_power_of_2(lora_A.shape[0]),
-        num_warps=4,
-    )
-    grad_A.add_(more_A)
-    grad_B.add_(more_B)
+        tl.atomic_add(more_a_ptr + k * columns + column, (g * b).to(tl.float64), mask=k < r, sem="relaxed")
+        tl.atomic_add(more_b_ptr + out * r + k, (g * a).to(tl.float64), mask=k < r, sem="relaxed")
