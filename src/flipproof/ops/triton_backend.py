@@ -15,7 +15,14 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(kernel: Any, programs: int, warps: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+def _launch(
+    kernel: Any,
+    programs: int,
+    warps: int,
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    **options: Any,
+) -> None:
     """kernel[programs](*arguments, *constants), on the device of the first argument.
 
     Triton's own launch looks up the compiled kernel by everything it knows of the arguments, which takes 15 µs; here it
@@ -23,16 +30,16 @@ def _launch(kernel: Any, programs: int, warps: int, arguments: tuple[Any, ...], 
     """
     device = arguments[0].device
     if _INTERPRETED:
-        kernel[(programs,)](*arguments, *constants, num_warps=warps)
+        kernel[(programs,)](*arguments, *constants)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, programs, warps, arguments, constants)
+            _launch(kernel, programs, warps, arguments, constants, **options)
         return
     key = (kernel, device.index, warps, constants, *map(_specialization, arguments))
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[(programs,)](*arguments, *constants, num_warps=warps)
+        _compiled[key] = kernel[(programs,)](*arguments, *constants, num_warps=warps, **options)
     else:
         compiled[(programs, 1, 1)](*arguments, *constants)
 
@@ -150,7 +157,7 @@ def flip_into(
     _launch(
         kernels.flip_block,
         len(blocks),
-        4,
+        4 if plan.dense else 8,
         (
             x,
             y,
@@ -170,7 +177,7 @@ def flip_into(
         ),
         (
             plan.mantissa,
-            lanes or (32 if plan.likely_balls <= 32 else 128 if plan.likely_balls <= 128 else 512),
+            lanes or (128 if plan.dense else 256),
             plan.dense,
             plan.coin,
             plan.sparse,
@@ -178,14 +185,16 @@ def flip_into(
             guard,
             grad is not None,
         ),
+        # 40 registers let six blocks share a multiprocessor, so that one's memory hides another's balls
+        **({"maxnreg": 40} if y.dtype.itemsize == 2 and not plan.dense else {}),
     )
 
 
 class _Far(NamedTuple):
-    """Which tiles of a merged weight hold a value out of the guard's range."""
+    """Where the merged weight holds values out of the guard's range, by program of the merge."""
 
     limit: int
-    tiles: Tensor
+    programs: Tensor
     columns: int
     tile_columns: int
     zeroed: Tensor | None
@@ -224,22 +233,22 @@ def flip_sparse_(
             offset,
             blocks.start,
             len(blocks),
-            far.tiles if far else y,
+            far.programs if far else y,
             far.columns if far else 1,
             far.tile_columns if far else 1,
             plan.table if zeroed is None else zeroed,
             0 if zeroed is None else zeroed.numel() - 1,
         ),
-        (plan.mantissa, group, lanes, far is not None, _TILE_ROWS, zeroed is not None),
+        (plan.mantissa, group, lanes, far is not None, _TILES * _TILE_ROWS, zeroed is not None),
     )
 
 
 # -- the merged weight --------------------------------------------------------------------------------------------------
 
 _TILE_ROWS, _TILE_COLUMNS = 64, 64
-_TILES = 16
+_TILES = 8
 """Tiles to a program."""
-_STAGES = 4
+_STAGES = 3
 _MAX_LISTED = 1 / 256
 """Share of the weights up to which those that flips may have zeroed are listed; beyond it, one by one costs more than the
 full gradient."""
@@ -272,22 +281,22 @@ def merge(
     limit = 0 if zero_out_t is None else guard_bits(y.dtype, zero_out_t)
     masked = zeroed is not None and zeroed.dtype == torch.bool
     whole = plan.dense or masked  # every element is looked at again
-    tile_rows, tile_columns = triton.cdiv(rows, _TILE_ROWS), triton.cdiv(columns, _TILE_COLUMNS)
+    tile_columns = triton.cdiv(columns, _TILE_COLUMNS)
+    programs = triton.cdiv(rows, _TILE_ROWS * _TILES) * tile_columns
     far = None
     if guard and not whole and (plan.sparse or zeroed is not None):
-        tiles = torch.empty(tile_rows * tile_columns, dtype=torch.int8, device=y.device)
-        far = _Far(limit, tiles, columns, tile_columns, zeroed)
+        far = _Far(limit, torch.empty(programs, dtype=torch.int8, device=y.device), columns, tile_columns, zeroed)
     note = far is not None and zeroed is not None
     _launch(
         kernels.merge_tiles,
-        triton.cdiv(tile_rows, _TILES) * tile_columns,
+        programs,
         4,
         (
             weight,
             lora_A,
             lora_B,
             y,
-            far.tiles if far else y,
+            far.programs if far else y,
             zeroed if note else plan.table,
             scaling,
             limit,
@@ -330,6 +339,9 @@ def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
     return torch.empty(1 + room, dtype=torch.int64, device=weight.device)
 
 
+_SHARE, _ENTRIES, _CHUNK = 512, 16, 64
+
+
 def take_back(
     zeroed: Tensor, grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -344,7 +356,7 @@ def take_back(
     more_A, more_B = more[: lora_A.numel()].view(lora_A.shape), more[lora_A.numel() :].view(lora_B.shape)
     _launch(
         kernels.take_back,
-        1024,
+        2048,
         4,
         (
             zeroed,
@@ -357,10 +369,11 @@ def take_back(
             more_B,
             scaling,
             grad_y.shape[0],
+            _SHARE,
             grad_y.shape[1],
             x.shape[1],
             lora_A.shape[0],
         ),
-        (1024, triton.next_power_of_2(lora_A.shape[0])),
+        (_ENTRIES, _CHUNK, triton.next_power_of_2(lora_A.shape[0])),
     )
     return more_A, more_B

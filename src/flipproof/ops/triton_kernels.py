@@ -14,8 +14,8 @@ atomics work, and XORed and guarded on the way through registers.
 where there are many balls), so that a weight of 235 million elements is 224 programs and not 28672.
 
 **Merge.** ``W + s·B·A`` is made tile by tile, tiles being squares for the product and blocks being runs of a row, so
-the flips follow in place in a second launch. Each tile notes whether it holds a value out of range; a program
-of the second launch that finds a tile of its rows so marked looks at all of its elements again.
+the flips follow in place in a second launch. Each program notes whether it met a value out of range; a program of the
+second launch that finds one of its rows' so marked looks at all of its elements again.
 
 ``triton_backend.py`` launches them. Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold while they advance, or CPU tensors,
 whose values go along with the launch. Nothing waits for the device.
@@ -197,6 +197,39 @@ def _guarded(y, grad_ptr, index, inside, limit, GRAD: tl.constexpr):  # type: ig
     return tl.where(out, tl.zeros_like(y), y)
 
 
+# -- dense digits -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _no_digits(BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    zero = tl.zeros((_BLOCK * BITS // 128,), dtype=tl.uint32)
+    return zero, zero, zero, zero
+
+
+@triton.jit
+def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bits to invert by the dense digits, and the coins, as a quarter of the block's 32-bit words each: word c of
+    group g is the c·G + g-th."""
+    group = tl.arange(0, _BLOCK * BITS // 128)
+    m0, m1, m2, m3 = _no_digits(BITS)
+    for back in range(digits):
+        i = digits - 1 - back
+        d = tl.load(table_ptr + i).to(tl.uint32)
+        u0, u1, u2, u3 = _philox(_DIGITS, (i << 16) | group, block, tick, key)
+        # majority(u, m, d)
+        m0 = (u0 & m0) | (d & (u0 | m0))
+        m1 = (u1 & m1) | (d & (u1 | m1))
+        m2 = (u2 & m2) | (d & (u2 | m2))
+        m3 = (u3 & m3) | (d & (u3 | m3))
+    if COIN:
+        u0, u1, u2, u3 = _philox(_COINS, group, block, tick, key)
+        m0 = (coins & u0 & ~m0) | (m0 & ~coins)
+        m1 = (coins & u1 & ~m1) | (m1 & ~coins)
+        m2 = (coins & u2 & ~m2) | (m2 & ~coins)
+        m3 = (coins & u3 & ~m3) | (m3 & ~coins)
+    return m0, m1, m2, m3
+
+
 # -- a program for each block: copy, dense digits, guard ------------------------------------------------------------
 
 
@@ -244,26 +277,7 @@ def flip_block(  # type: ignore[no-untyped-def]
             _invert(y_ptr, odd, f_more, f_flips, f_hit, limit, False)
 
     if DENSE:
-        # word c of group g is the c·G + g-th of the block's 32-bit words
-        GROUPS: tl.constexpr = _BLOCK * BITS // 128
-        group = tl.arange(0, GROUPS)
-        m0 = tl.zeros((GROUPS,), dtype=tl.uint32)
-        m1, m2, m3 = m0, m0, m0
-        for back in range(digits):
-            i = digits - 1 - back
-            d = tl.load(table_ptr + n_exp + n_frac + i).to(tl.uint32)
-            u0, u1, u2, u3 = _philox(_DIGITS, (i << 16) | group, block, tick, key)
-            # majority(u, m, d)
-            m0 = (u0 & m0) | (d & (u0 | m0))
-            m1 = (u1 & m1) | (d & (u1 | m1))
-            m2 = (u2 & m2) | (d & (u2 | m2))
-            m3 = (u3 & m3) | (d & (u3 | m3))
-        if COIN:
-            u0, u1, u2, u3 = _philox(_COINS, group, block, tick, key)
-            m0 = (coins & u0 & ~m0) | (m0 & ~coins)
-            m1 = (coins & u1 & ~m1) | (m1 & ~coins)
-            m2 = (coins & u2 & ~m2) | (m2 & ~coins)
-            m3 = (coins & u3 & ~m3) | (m3 & ~coins)
+        m0, m1, m2, m3 = _digits(table_ptr + n_exp + n_frac, digits, coins, block, tick, key, BITS, COIN)
         from_ptr = x_ptr
         if SPARSE:
             from_ptr = y_ptr
@@ -304,12 +318,12 @@ def flip_block(  # type: ignore[no-untyped-def]
 def flip_sparse_(  # type: ignore[no-untyped-def]
     y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
     far_ptr, columns, tile_columns, list_ptr, room,
-    MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, TILE_ROWS: tl.constexpr,
+    MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, STRIP_ROWS: tl.constexpr,
     NOTE: tl.constexpr,
 ):  # fmt: skip
     """y <- flip(y) for GROUP blocks, no dense digits. With GUARD, also guard what was hit, and every element where
-    ``far_ptr``, one byte for each tile of TILE_ROWS rows, says that a tile holds a clean value out of range. With NOTE,
-    list what the guard zeroed."""
+    ``far_ptr``, one byte for each program of the merge, says that its STRIP_ROWS rows hold a clean value out of range.
+    With NOTE, list what the guard zeroed."""
     BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
     group = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
     block = first_block + group
@@ -331,8 +345,8 @@ def flip_sparse_(  # type: ignore[no-untyped-def]
         first_element = tl.program_id(0).to(tl.int64) * (GROUP * _BLOCK) + first_block * _BLOCK - offset
         last_element = tl.minimum(first_element + GROUP * _BLOCK, n) - 1
         first_element = tl.maximum(first_element, 0)
-        first_tile = first_element // columns // TILE_ROWS * tile_columns
-        last_tile = (last_element // columns // TILE_ROWS + 1) * tile_columns
+        first_tile = first_element // columns // STRIP_ROWS * tile_columns
+        last_tile = (last_element // columns // STRIP_ROWS + 1) * tile_columns
         far = 0
         for tile in range(first_tile, last_tile, 256):
             tiles = tile + tl.arange(0, 256)
@@ -376,7 +390,7 @@ def merge_tiles(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """y <- w + scaling · b · a for TILES tiles one below the other; the loads of the next tiles run ahead.
 
-    FAR: note whether the guard would zero any of a tile; GUARD: zero it; NOTE: empty the list for the launch that follows.
+    FAR: note whether the guard would zero any of them; GUARD: zero it; NOTE: empty the list for the launch that follows.
     HALVES: the product as three of bfloat16 halves, which keep what one would round away from a small adapter and
     still cost less than the memory that the tile waits for.
     """
@@ -392,6 +406,7 @@ def merge_tiles(  # type: ignore[no-untyped-def]
     if HALVES:
         a_high, a_low = _halves(a)
     first_tile = tl.program_id(0) // tile_columns * TILES
+    largest = tl.zeros((TILE_ROWS,), dtype=tl.int32)  # by row of a tile: no thread waits for another until the end
     for tile in tl.range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(rows, TILE_ROWS)), num_stages=STAGES):
         row = (tile * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
         in_rows = (row < rows)[:, None]
@@ -410,36 +425,49 @@ def merge_tiles(  # type: ignore[no-untyped-def]
         if GUARD:
             y = tl.where(_magnitude(y) >= limit, tl.zeros_like(y), y)
         tl.store(y_ptr + index, y, mask=inside)
-        if FAR:
-            far = tl.max(tl.where(inside, _magnitude(y).to(tl.int32), 0)) >= limit
-            tl.store(far_ptr + tile * tile_columns + tl.program_id(0) % tile_columns, far.to(tl.int8))
+        if FAR:  # what is not inside is zero
+            largest = tl.maximum(largest, tl.max(_magnitude(y).to(tl.int32), axis=1))
+    if FAR:
+        tl.store(far_ptr + tl.program_id(0), (tl.max(largest) >= limit).to(tl.int8))
 
 
 # -- gradients of what the guard zeroed ---------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["room", "n"])
+@triton.jit(do_not_specialize=["room", "n", "share"])
 def take_back(  # type: ignore[no-untyped-def]
-    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, rows, columns, r,
-    CHUNK: tl.constexpr, R: tl.constexpr,
+    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, share, rows, columns, r,
+    ENTRIES: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Add to more_a and more_b, float64, what takes the listed weights out of the gradients of a and b.
 
-    Sums are formed in float32 over CHUNK rows of the batch and then in float64, whose order of addition no longer shows
-    in a float32 result. All programs go through the batch together, so that its rows are in L2 when they are read
-    again.
+    One item of work is ENTRIES neighbours of the list, whose columns of grad_y often share a sector of memory, and
+    ``share`` rows of the batch. Sums within an item are float32, and float64 beyond it, where the order of addition no
+    longer shows in a float32 result.
     """
     count = tl.minimum(tl.load(list_ptr), room)
+    groups = tl.cdiv(count, ENTRIES)
     k = tl.arange(0, R)
-    for item in range(tl.program_id(0).to(tl.int64), count * tl.cdiv(n, CHUNK), tl.num_programs(0)):
-        index = tl.load(list_ptr + 1 + item % count)
+    for item in range(tl.program_id(0).to(tl.int64), groups * tl.cdiv(n, share), tl.num_programs(0)):
+        entry = item % groups * ENTRIES + tl.arange(0, ENTRIES)
+        there = entry < count
+        index = tl.load(list_ptr + 1 + entry, mask=there, other=0)
         out = index // columns
         column = index % columns
-        row = item // count * CHUNK + tl.arange(0, CHUNK)
-        grad_y = tl.load(grad_y_ptr + row * rows + out, mask=row < n, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * columns + column, mask=row < n, other=0.0).to(tl.float32)
-        g = -scaling * tl.sum(grad_y * x)
-        b = tl.load(b_ptr + out * r + k, mask=k < r, other=0.0)
-        a = tl.load(a_ptr + k * columns + column, mask=k < r, other=0.0)
-        tl.atomic_add(more_a_ptr + k * columns + column, (g * b).to(tl.float64), mask=k < r, sem="relaxed")
-        tl.atomic_add(more_b_ptr + out * r + k, (g * a).to(tl.float64), mask=k < r, sem="relaxed")
+        products = tl.zeros((CHUNK, ENTRIES), dtype=tl.float32)
+        used = there[:, None] & (k < r)[None, :]
+        b_index = out[:, None] * r + k[None, :]
+        a_index = k[None, :] * columns + column[:, None]
+        b = tl.load(b_ptr + b_index, mask=used, other=0.0)
+        a = tl.load(a_ptr + a_index, mask=used, other=0.0)
+        first_row = item // groups * share
+        last_row = tl.minimum(first_row + share, n)
+        for begin in range(first_row, last_row, CHUNK):
+            row = begin + tl.arange(0, CHUNK)
+            seen = (row < last_row)[:, None] & there[None, :]
+            grad_y = tl.load(grad_y_ptr + row[:, None] * rows + out[None, :], mask=seen, other=0.0)
+            x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=seen, other=0.0)
+            products += grad_y.to(tl.float32) * x.to(tl.float32)
+        g = tl.sum(products, axis=0) * -scaling
+        tl.atomic_add(more_a_ptr + a_index, (g[:, None] * b).to(tl.float64), mask=used, sem="relaxed")
+        tl.atomic_add(more_b_ptr + b_index, (g[:, None] * a).to(tl.float64), mask=used, sem="relaxed")
