@@ -5,7 +5,7 @@ from flipproof.doctor import doctor
 def test_this_machine_draws_what_the_definition_says():
     report, healthy = doctor()
     assert healthy
-    assert "self-test of the draw: passed" in report
+    assert "self-test of the draw on cpu: passed" in report
     assert "reference (NumPy)" in report
 
 

@@ -5,7 +5,6 @@ GPU times are those of the device, L2 flushed before each repetition; on a CPU t
 """
 
 import importlib.metadata
-import json
 import platform
 import statistics
 import time
@@ -18,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flipproof.config import ConfigError
 from flipproof.inject import faults, inject
+from flipproof.runlog import write_json
 from flipproof.ops.flip import BACKENDS
 from flipproof.spec import BitFlipSpec, LoraSpec
 
@@ -43,16 +44,18 @@ def bench(device: str | None = None, to: Path | None = None) -> str:
     """Measure, and return the tables. ``to``: a JSON file to write as well, which must not exist.
 
     Raises:
-        FileExistsError: before anything is measured.
+        ConfigError: where there is no such device, or ``to`` exists; before anything is measured.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(["--device cuda: torch sees no GPU here; flipproof doctor says more"])
     if to is not None and to.exists():
-        raise FileExistsError(f"{to} exists; nothing is overwritten")
+        raise ConfigError([f"{to} exists already; name another file"])
     rows = [*_operations(device), *_small(device), *_layers(device)]
     about = _about(device)
     if to is not None:
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps({"about": about, "rows": [vars(row) for row in rows]}, indent=2) + "\n")
+        write_json(to, {"about": about, "rows": [vars(row) for row in rows]})
     return _tables(about, rows)
 
 
@@ -221,6 +224,8 @@ def _layers(device: str) -> list[Row]:
             for parameter_name, parameter in module.named_parameters():
                 if "lora_B" in parameter_name:  # not zero, as in training
                     nn.init.normal_(parameter, std=0.01)
+            if device == "cuda":  # the layer, as a model's blocks are compiled, without what wraps a model
+                next(m for n, m in module.named_modules() if n.endswith("linear")).compile(fullgraph=True)
             functions[name] = _step(module, x, grad, on)
             held[name] = _held_gib(module, x, on) if device == "cuda" else 0.0
         title = f"the layer, bfloat16, {tokens} tokens, {columns} -> {out}, r = {_RANK}, p = 2^-16, forward and backward"
@@ -248,13 +253,12 @@ def _graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def _forward(module: nn.Module, x: Tensor, on: bool) -> Callable[[], Tensor]:
-    compiled = torch.compile(module) if x.device.type == "cuda" else module
     if on:
-        return lambda: compiled(x)
+        return lambda: module(x)
 
     def clean() -> Tensor:
         with faults(module, flips=False, guard=False):
-            y: Tensor = compiled(x)
+            y: Tensor = module(x)
         return y
 
     return clean
@@ -288,7 +292,7 @@ def _held_gib(module: nn.Module, x: Tensor, on: bool) -> float:
 
 
 def _tables(about: dict[str, str], rows: list[Row]) -> str:
-    lines = [", ".join(f"{key} {value}" if key not in ("hardware", "date") else value for key, value in about.items())]
+    lines = [", ".join(value if key in ("hardware", "date") else f"{key} {value}" for key, value in about.items())]
     table = ""
     for row in rows:
         if row.table != table:

@@ -141,6 +141,15 @@ def _demo(parser: _Parser, argv: list[str]) -> None:
     demo(Path(args.run_dir))
 
 
+def _bench(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: the GPU where there is one.")
+    parser.add_argument("--to", type=str, help="A JSON file to write as well, which must not exist.")
+    args = parser.parse_args(argv, defaults=False)
+    from flipproof.bench import bench
+
+    print(bench(args.get("device"), Path(to) if (to := args.get("to")) else None))
+
+
 def _doctor(parser: _Parser, argv: list[str]) -> None:
     parser.parse_args(argv)
     from flipproof.doctor import doctor
@@ -181,5 +190,6 @@ VERBS: dict[str, tuple[Callable[[_Parser, list[str]], None], str]] = {
     "eval": (_eval, "Perplexity with and without faults, guard and training, side by side."),
     "export": (_export, "Write a run's result as a Hugging Face model or a PEFT adapter."),
     "config": (_config_verb, "Print a preset config, or list them."),
+    "bench": (_bench, "What flips cost on this machine, beside clean operations and layers."),
     "doctor": (_doctor, "What this machine can run, and why not."),
 }

@@ -22,7 +22,7 @@ from flipproof.data import PackedText, load_held_out
 from flipproof.evaluate import Arm, arms_table, fault_seeds, gap_closed, measure_arms
 from flipproof.export import export
 from flipproof.inject import faults, inject, set_faults
-from flipproof.model import load_model, load_tokenizer
+from flipproof.model import load_model, load_tokenizer, to_device
 from flipproof.runlog import check_run_dir, logger
 from flipproof.train import train
 
@@ -50,7 +50,7 @@ def demo(run_dir: Path) -> None:
     logger.info("3. Perplexity against the flip probability, and a sample of text")
     tokenizer = load_tokenizer(config.model)
     text = load_held_out(config.data, tokenizer, config.training.seq_len)
-    model = load_model(config.model, tokenizer, config.training.dtype, config.training.seed)
+    model = to_device(load_model(config.model, tokenizer, config.training.dtype, config.training.seed))
     inject(model, config.bitflip, config.lora)
     load_adapter(model, run_dir / "adapter")
     points = sweep_p(config, model, text)
@@ -156,7 +156,7 @@ def sample_texts(model: Any, tokenizer: Any, seed: int, length: int) -> dict[str
         with faults(model, seed=seed, **on), torch.random.fork_rng():
             torch.manual_seed(0)
             for prompt in _PROMPTS:
-                ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+                ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
                 output = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),

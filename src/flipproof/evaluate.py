@@ -27,7 +27,7 @@ from flipproof.checkpoint import adapter_spec, load_adapter
 from flipproof.config import ConfigError, RunConfig
 from flipproof.data import PackedText, load_held_out
 from flipproof.inject import faults, inject, is_faulty
-from flipproof.model import compute_context, load_model, load_tokenizer
+from flipproof.model import compute_context, load_model, load_tokenizer, to_device
 from flipproof.runlog import logger
 
 BASE_ARMS = ("clean", "guard", "flipped")
@@ -159,7 +159,7 @@ def evaluate(config: RunConfig, adapter: Path | None = None, to: Path | None = N
         raise ConfigError([f"{to / runlog.RESULTS} exists already; name another directory"])
     tokenizer = load_tokenizer(config.model)
     text = load_held_out(config.data, tokenizer, config.training.seq_len)
-    model = load_model(config.model, tokenizer, config.training.dtype, config.training.seed)
+    model = to_device(load_model(config.model, tokenizer, config.training.dtype, config.training.seed))
     lora = adapter_spec(adapter) if adapter else None
     names: tuple[str, ...] = ("clean",)
     if lora or config.bitflip.any_fault:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from flipproof.config import ConfigError, ModelConfig, TrainingConfig
+from flipproof.ops.flip import BACKENDS
+from flipproof.runlog import logger
 
 _LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,
@@ -158,6 +160,14 @@ def _from_hub(load: Any, name: str | None, key: str, what: str, **kwargs: Any) -
                 "give a local directory, or model.init = 'random' with a flavor"
             ]
         ) from error
+
+
+def to_device(model: nn.Module) -> nn.Module:
+    """``model`` on the GPU where there is one. Says what flips its bits there: no backend is chosen silently."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
+    logger.info("the model runs on %s; its bits are flipped by: %s", name, BACKENDS[device.type])
+    return model.to(device)
 
 
 def compute_context(training: TrainingConfig, model: nn.Module) -> AbstractContextManager[Any]:

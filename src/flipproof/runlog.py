@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flipproof.config import ConfigError
 
 logger = logging.getLogger("flipproof")
@@ -81,6 +83,8 @@ class Metrics:
 
 
 def peak_memory_gib() -> float:
-    """Peak resident memory of this process in GiB."""
+    """Peak memory of this process in GiB: on the GPU where it uses one, else resident."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

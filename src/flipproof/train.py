@@ -28,7 +28,7 @@ from flipproof.evaluate import (
     write_results,
 )
 from flipproof.inject import inject, is_faulty, set_tick
-from flipproof.model import compute_context, load_model, load_tokenizer
+from flipproof.model import compute_context, load_model, load_tokenizer, to_device
 from flipproof.runlog import Metrics, logger, peak_memory_gib, write_atomically
 
 
@@ -48,7 +48,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     tokenizer = load_tokenizer(config.model)
     needed = training.steps * training.gradient_accumulation_steps * training.local_batch_size
     text, held_out = load_text(config.data, tokenizer, training.seq_len, needed)
-    model = load_model(config.model, tokenizer, training.dtype, training.seed)
+    model = to_device(load_model(config.model, tokenizer, training.dtype, training.seed))
     if config.faulty:
         logger.info("%s", inject(model, config.bitflip, config.lora))
     optimizer = make_optimizer(model, training)

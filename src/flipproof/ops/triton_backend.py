@@ -212,7 +212,7 @@ def flip_sparse_(
 ) -> None:
     """y <- flip(y), contiguous y, a plan without dense digits; guarded where ``far`` is given."""
     blocks = blocks or _blocks(y.numel(), offset)
-    lanes = 1 if plan.likely_balls <= 8 else 4 if plan.likely_balls <= 32 else 16 if plan.likely_balls <= 128 else 64
+    lanes = 8 if plan.likely_balls <= 32 else 16 if plan.likely_balls <= 128 else 64
     group = 128 // lanes
     zeroed = far.zeroed if far else None
     _launch(
@@ -339,7 +339,7 @@ def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
     return torch.empty(1 + room, dtype=torch.int64, device=weight.device)
 
 
-_SHARE, _ENTRIES, _CHUNK = 512, 16, 64
+_SHARE, _ENTRIES, _CHUNK = 256, 16, 64
 
 
 def take_back(
