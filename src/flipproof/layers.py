@@ -57,11 +57,13 @@ class FaultState:
         self._next = torch.full((), tick, dtype=torch.int64, device=self._next.device)
         self.tick = self._next.clone()
 
-    def before_forward(self, root: nn.Module, _args: Any) -> None:
-        """Forward pre-hook of the root module: take the next tick. Device-side, so a CUDA graph may hold it."""
-        device = next((parameter.device for parameter in root.parameters()), self._next.device)
+    def move_to(self, device: torch.device) -> None:
+        """Keep the ticks where the layers are."""
         if self._next.device != device:
-            self._next = self._next.to(device)
+            self._next, self.tick = self._next.to(device), self.tick.to(device)
+
+    def before_forward(self, _root: nn.Module, _args: Any) -> None:
+        """Forward pre-hook of the root module: take the next tick. Device-side, so a CUDA graph may hold it."""
         self.tick = self._next.clone()
         self._next.add_(1)
 
@@ -144,6 +146,7 @@ class FaultyLinear(nn.Linear):
             torch.full((), derive_key(self.state.seed, f"{self.site}/{operand}"), dtype=torch.int64, device=device)
             for operand in "xw"
         )
+        self.state.move_to(device)
         self.no_tick = torch.zeros((), dtype=torch.int64, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FaultyLinear":

@@ -339,7 +339,7 @@ def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
     return torch.empty(1 + room, dtype=torch.int64, device=weight.device)
 
 
-_SHARE, _ENTRIES, _CHUNK = 256, 16, 64
+_ENTRIES, _CHUNK, _CHUNKS = 16, 64, 4
 
 
 def take_back(
@@ -356,7 +356,7 @@ def take_back(
     more_A, more_B = more[: lora_A.numel()].view(lora_A.shape), more[lora_A.numel() :].view(lora_B.shape)
     _launch(
         kernels.take_back,
-        2048,
+        1024,
         4,
         (
             zeroed,
@@ -369,11 +369,10 @@ def take_back(
             more_B,
             scaling,
             grad_y.shape[0],
-            _SHARE,
             grad_y.shape[1],
             x.shape[1],
             lora_A.shape[0],
         ),
-        (_ENTRIES, _CHUNK, triton.next_power_of_2(lora_A.shape[0])),
+        (_ENTRIES, _CHUNK, _CHUNKS, triton.next_power_of_2(lora_A.shape[0])),
     )
     return more_A, more_B

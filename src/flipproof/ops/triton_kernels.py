@@ -434,21 +434,21 @@ def merge_tiles(  # type: ignore[no-untyped-def]
 # -- gradients of what the guard zeroed ---------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["room", "n", "share"])
+@triton.jit(do_not_specialize=["room", "n"])
 def take_back(  # type: ignore[no-untyped-def]
-    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, share, rows, columns, r,
-    ENTRIES: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr,
+    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, rows, columns, r,
+    ENTRIES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Add to more_a and more_b, float64, what takes the listed weights out of the gradients of a and b.
 
-    One item of work is ENTRIES neighbours of the list, whose columns of grad_y often share a sector of memory, and
-    ``share`` rows of the batch. Sums within an item are float32, and float64 beyond it, where the order of addition no
+    One item of work is ENTRIES neighbours of the list, whose columns of grad_y often share a sector of memory, and CHUNKS
+    times CHUNK rows of the batch, all of whose loads are under way at once. Sums within an item are float32, and float64 beyond it, where the order of addition no
     longer shows in a float32 result.
     """
     count = tl.minimum(tl.load(list_ptr), room)
     groups = tl.cdiv(count, ENTRIES)
     k = tl.arange(0, R)
-    for item in range(tl.program_id(0).to(tl.int64), groups * tl.cdiv(n, share), tl.num_programs(0)):
+    for item in range(tl.program_id(0).to(tl.int64), groups * tl.cdiv(n, CHUNKS * CHUNK), tl.num_programs(0)):
         entry = item % groups * ENTRIES + tl.arange(0, ENTRIES)
         there = entry < count
         index = tl.load(list_ptr + 1 + entry, mask=there, other=0)
@@ -460,11 +460,9 @@ def take_back(  # type: ignore[no-untyped-def]
         a_index = k[None, :] * columns + column[:, None]
         b = tl.load(b_ptr + b_index, mask=used, other=0.0)
         a = tl.load(a_ptr + a_index, mask=used, other=0.0)
-        first_row = item // groups * share
-        last_row = tl.minimum(first_row + share, n)
-        for begin in range(first_row, last_row, CHUNK):
-            row = begin + tl.arange(0, CHUNK)
-            seen = (row < last_row)[:, None] & there[None, :]
+        for chunk in tl.static_range(CHUNKS):
+            row = (item // groups * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK)
+            seen = (row < n)[:, None] & there[None, :]
             grad_y = tl.load(grad_y_ptr + row[:, None] * rows + out[None, :], mask=seen, other=0.0)
             x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=seen, other=0.0)
             products += grad_y.to(tl.float32) * x.to(tl.float32)
