@@ -6,7 +6,22 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flipproof
+import flipproof.ops.flip
 from flipproof import BitFlipSpec, LoraSpec
+
+GPU = torch.cuda.is_available()
+BACKENDS = ["reference", "triton"]
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """The device to test on with this backend: Triton's kernels run in its interpreter where there is no GPU."""
+    if request.param == "triton":
+        triton_backend = pytest.importorskip("flipproof.ops.triton_backend", reason="Triton has no build here")
+        if not GPU:
+            monkeypatch.setattr(flipproof.ops.flip, "_backend", lambda x: triton_backend)
+    return "cuda" if GPU and request.param == "triton" else "cpu"
+
 
 FRACTION = {"w_p_frac": 0.05, "x_p_frac": 0.05}  # without a guard, exponent flips reach infinity
 GUARDED = FRACTION | {"w_p_exp": 0.02, "x_p_exp": 0.02, "w_zero_out_t": 0.25, "x_zero_out_t": 2.0}
@@ -49,11 +64,13 @@ def operands(layer, x, tick):
 @pytest.mark.parametrize("r", [0, 4])
 @pytest.mark.parametrize("spec", [FRACTION, GUARDED, {"w_p_frac": 0.02}, {"x_zero_out_t": 1.0}])
 @pytest.mark.parametrize("trainable_weight", [False, True])
-def test_gradients_equal_autograd_through_an_explicit_where_in_float64(r, spec, trainable_weight):
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_gradients_equal_autograd_through_an_explicit_where_in_float64(r, spec, trainable_weight, backend):
     root, layer = make(spec, r)
+    root.to(backend)
     layer.weight.requires_grad_(trainable_weight or not r)
     layer.bias.requires_grad_(True)
-    x = torch.randn(5, 7, 48, requires_grad=True)
+    x = torch.randn(5, 7, 48).to(backend).requires_grad_()
     flipproof.set_tick(root, 3)
     y = root(x)
     weights = torch.randn_like(y)
@@ -222,6 +239,27 @@ def test_checkpoint_recompute_draws_the_same_flips_even_after_later_forwards(use
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_the_gradient_passes_straight_through_zeroed_weights_where_exactness_is_switched_off(backend):
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(5)).to(backend)
+    gradients = {}
+    for exact in (True, False):
+        root, layer = make(GUARDED | {"exact_gradient": exact}, r=4)
+        root.to(backend)
+        y = root(x)
+        y.backward(torch.ones_like(y))
+        gradients[exact] = layer.lora_A.grad.cpu().double(), layer.lora_B.grad.cpu().double()
+    layer.cpu()
+    flipped_x, _, _, keep_w = operands(layer, x.cpu(), tick=0)
+    wide = torch.ones(40, 64).double() @ flipped_x.double()
+    for exact, kept in ((True, keep_w), (False, torch.ones_like(keep_w))):
+        expected_A = layer.lora.scaling * layer.lora_B.detach().double().T @ (wide * kept)
+        expected_B = layer.lora.scaling * (wide * kept) @ layer.lora_A.detach().double().T
+        for got, expected in zip(gradients[exact], (expected_A, expected_B), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-6 * float(expected.norm()))
+    assert int((~keep_w).sum()) > 0
+
+
 @torch.no_grad()
 def test_inference_compiles_without_graph_breaks_and_without_recompiling_for_ticks():
     root, _ = make(GUARDED, r=4)
@@ -235,3 +273,82 @@ def test_inference_compiles_without_graph_breaks_and_without_recompiling_for_tic
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("spec", [GUARDED, FRACTION], ids=["guard", "no guard"])
+@pytest.mark.parametrize("r", [0, 4])
+def test_training_compiles_without_graph_breaks_and_without_recompiling_for_ticks(r, spec):
+    """Bitwise what the layer computes uncompiled."""
+    device = "cuda" if GPU else "cpu"
+    x = torch.randn(64, 48).to(device)
+
+    def steps(compiled):
+        root, _ = make(spec, r)
+        root.to(device)
+        out = []
+        if compiled:
+            root.linear.compile(backend=counter, fullgraph=True)
+        for _ in range(4):
+            leaf = x.clone().requires_grad_()
+            y = root(leaf)
+            y.backward(torch.ones_like(y))
+            out += [y.detach(), leaf.grad, *(p.grad.clone() for p in root.parameters() if p.grad is not None)]
+            root.zero_grad()
+        return out
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    expected = steps(compiled=False)
+    got = steps(compiled=True)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert not torch.equal(got[0], got[len(got) // 4])
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_a_compiled_layer_keeps_its_inputs_between_forward_and_backward_and_nothing_of_their_size_beside_them():
+    device = "cuda" if GPU else "cpu"
+    root, layer = make(GUARDED, r=4, features=96, out=80, bias=False)
+    root.to(device)
+    torch._dynamo.reset()
+    layer.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(32, 96).to(device).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        root(x)
+    given = {t.data_ptr() for t in (x, layer.weight, layer.lora_A, layer.lora_B)}
+    beside = [t.shape for t in kept if t.data_ptr() not in given and t.numel() > 4 * 96]
+    assert kept
+    assert not beside
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_a_cuda_graph_replays_the_layer_with_ticks_that_go_on():
+    root, layer = make(GUARDED, r=4)
+    root.cuda()
+    x = torch.randn(16, 48, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2):
+            root(x).sum().backward()
+    torch.cuda.synchronize()
+    root.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = root(x)
+        y.sum().backward()
+    flipproof.set_tick(root, 0)
+    root(x)  # set_tick made a new tensor of ticks; the graph advances the one that it captured
+    replayed = []
+    for _ in range(3):
+        layer.lora_A.grad.zero_()
+        graph.replay()
+        replayed.append((y.clone(), layer.lora_A.grad.clone()))
+    for tick, (value, grad) in enumerate(replayed, start=2):
+        flipproof.set_tick(root, tick)
+        layer.lora_A.grad = None
+        eager = root(x)
+        eager.sum().backward()
+        assert torch.equal(value, eager)
+        assert torch.equal(grad, layer.lora_A.grad)

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.config import ConfigError
-from flipproof.inject import faults, inject
-from flipproof.runlog import write_json
+from flipproof.inject import inject
 from flipproof.ops.flip import BACKENDS
+from flipproof.runlog import write_json
 from flipproof.spec import BitFlipSpec, LoraSpec
 
 _RANK = 32
-_GUARD = {"w_zero_out_t": 256.0, "x_zero_out_t": 8192.0}
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,9 @@ def _operations(device: str) -> list[Row]:
     merge_draw = _draw(2**-16, 256.0, device)
     functions: dict[str, Callable[[], Any]] = {"clone()": x.clone}
     functions |= {f"flip, guard, p = 2^-{n}": out_of_place(2.0**-n) for n in (24, 16, 12, 10, 8, 7)}
-    functions |= {f"flip, guard, p = {p}": out_of_place(p) for p in (0.01, 0.05, 0.1, 0.2, 0.3, 0.37, 0.45, 0.4999, 0.5)}
+    functions |= {
+        f"flip, guard, p = {p}": out_of_place(p) for p in (0.01, 0.05, 0.1, 0.2, 0.3, 0.37, 0.45, 0.4999, 0.5)
+    }
     functions["flip, no guard, p = 2^-16"] = out_of_place(2**-16, None)
     functions |= {f"in place, p = 2^-{n}": in_place(2.0**-n) for n in (24, 16, 12)}
     functions["merge, flip, guard, r = 32, p = 2^-16"] = lambda: ops.merge(x, a, b, 1.0, *merge_draw)
@@ -153,10 +154,14 @@ def _mase(x: Tensor, device: str) -> dict[str, Callable[[], Any]]:
     if device != "cuda":
         return {}
     try:
-        from mase_triton.random_bitflip.functional import random_bitflip_fn  # type: ignore[import-not-found,unused-ignore]
+        from mase_triton.random_bitflip.functional import random_bitflip_fn
     except ImportError:
         return {}
-    return {f"mase-triton, p = 2^-{n}": lambda n=n: random_bitflip_fn(x, n, n, 0, 0, 100.0) for n in (16, 24)}
+
+    def flip(n: int) -> Callable[[], Any]:
+        return lambda: random_bitflip_fn(x, n, n, 0, 0, 100.0)
+
+    return {f"mase-triton, p = 2^-{n}": flip(n) for n in (16, 24)}
 
 
 def _small(device: str) -> list[Row]:
@@ -186,56 +191,79 @@ class _Root(nn.Module):
         self.linear = nn.Linear(columns, rows, bias=False, device=device, dtype=torch.bfloat16)
         self.linear.weight.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x)
-        return y
+
+def _clean(columns: int, rows: int, device: str) -> nn.Module:
+    return _Root(columns, rows, device).linear
 
 
-def _faulty(columns: int, rows: int, device: str) -> _Root:
+def _faulty(columns: int, rows: int, device: str, exact: bool = True, faults: bool = True) -> nn.Module:
     root = _Root(columns, rows, device)
     p = 2**-16
-    spec = BitFlipSpec(w_p_exp=p, w_p_frac=p, x_p_exp=p, x_p_frac=p, **_GUARD)
-    inject(root, spec, LoraSpec(r=_RANK, lora_alpha=_RANK))
-    return root
+    spec = BitFlipSpec(
+        *(p, p, 256.0),  # w_p_exp, w_p_frac, w_zero_out_t
+        *(p, p, 8192.0),  # and of x
+        exact_gradient=exact,
+    )
+    inject(root, spec if faults else BitFlipSpec(), LoraSpec(r=_RANK, lora_alpha=_RANK))
+    return root.linear
 
 
 def _peft(columns: int, rows: int, device: str) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=["linear"])
-    model: nn.Module = get_peft_model(_Root(columns, rows, device), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
-    return model
+    root = _Root(columns, rows, device)
+    inject_adapter_in_model(LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=["linear"]), root)
+    layer = root.linear
+    return layer.to(torch.bfloat16)  # adapters too, which is what makes PEFT fastest
 
 
 def _layers(device: str) -> list[Row]:
     rows = []
     for tokens, columns, out in ((4096, 8192, 28672), (4096, 4096, 4096)) if device == "cuda" else ((512, 1024, 1024),):
+        shape = (columns, out, device)
+        layers = _with_peft(shape)
+        layers["clean nn.Linear, frozen"] = _clean(*shape)
+        layers["faulty LoRA"] = _faulty(*shape)
+        layers["faulty LoRA, exact_gradient = false"] = _faulty(*shape, exact=False)
+        layers["our LoRA without faults"] = _faulty(*shape, faults=False)
         x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, out, device=device, dtype=torch.bfloat16)
-        layers: dict[str, tuple[nn.Module, bool]] = {"clean nn.Linear, frozen": (_Root(columns, out, device), True)}
-        try:
-            layers = {"clean LoRA (PEFT)": (_peft(columns, out, device), True), **layers}
-        except ImportError:
-            pass
-        layers["faulty LoRA"] = (_faulty(columns, out, device), True)
-        layers["faulty LoRA, faults off"] = (_faulty(columns, out, device), False)
-        functions, held = {}, {}
-        for name, (module, on) in layers.items():
-            for parameter_name, parameter in module.named_parameters():
-                if "lora_B" in parameter_name:  # not zero, as in training
+        for layer in layers.values():
+            for name, parameter in layer.named_parameters():
+                if "lora_B" in name:  # not zero, as in training
                     nn.init.normal_(parameter, std=0.01)
-            if device == "cuda":  # the layer, as a model's blocks are compiled, without what wraps a model
-                next(m for n, m in module.named_modules() if n.endswith("linear")).compile(fullgraph=True)
-            functions[name] = _step(module, x, grad, on)
-            held[name] = _held_gib(module, x, on) if device == "cuda" else 0.0
-        title = f"the layer, bfloat16, {tokens} tokens, {columns} -> {out}, r = {_RANK}, p = 2^-16, forward and backward"
+        title = (
+            f"the layer, bfloat16, {tokens} tokens, {columns} -> {out}, r = {_RANK}, p = 2^-16, forward and backward"
+        )
+        steps = {name: _step(layer, x, grad) for name, layer in layers.items()}
         if device != "cuda":
-            rows += _rows(title, medians(functions, device))
+            rows += _rows(title, medians(steps, device))
             continue
-        rows += _rows(f"{title}, compiled", medians(functions, device), held)
-        graphs = {name: _graph(function) for name, function in functions.items()}
+        for layer in layers.values():
+            layer.compile(fullgraph=True)
+        held = {name: _held_gib(layer, x) for name, layer in layers.items()}
+        rows += _rows(f"{title}, compiled", medians(steps, device), held)
+        graphs = {name: _graph(step) for name, step in steps.items()}
         rows += _rows(f"{title}, compiled, as CUDA graphs: the device alone", medians(graphs, device))
     return rows
+
+
+def _with_peft(shape: tuple[int, int, str]) -> dict[str, nn.Module]:
+    """PEFT's layer, where PEFT is installed, to compare with."""
+    try:
+        return {"clean LoRA (PEFT)": _peft(*shape)}
+    except ImportError:
+        return {}
+
+
+def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        x.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+        layer(x).backward(grad)
+
+    return step
 
 
 def _graph(step: Callable[[], None]) -> Callable[[], None]:
@@ -252,43 +280,18 @@ def _graph(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _forward(module: nn.Module, x: Tensor, on: bool) -> Callable[[], Tensor]:
-    if on:
-        return lambda: module(x)
-
-    def clean() -> Tensor:
-        with faults(module, flips=False, guard=False):
-            y: Tensor = module(x)
-        return y
-
-    return clean
-
-
-def _step(module: nn.Module, x: Tensor, grad: Tensor, on: bool) -> Callable[[], None]:
-    forward = _forward(module, x, on)
-
-    def step() -> None:
-        x.grad = None
-        for parameter in module.parameters():
-            parameter.grad = None
-        forward().backward(grad)
-
-    return step
-
-
-def _held_gib(module: nn.Module, x: Tensor, on: bool) -> float:
-    forward = _forward(module, x, on)
-    forward()  # compiles
+def _held_gib(layer: nn.Module, x: Tensor) -> float:
+    layer(x)  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    y = forward()
+    y = layer(x)
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated() - before
     del y
     return held / 2**30
 
 
-# -- printing -----------------------------------------------------------------------------------------------------------
+# -- printing -------------------------------------------------------------------------------------------------------
 
 
 def _tables(about: dict[str, str], rows: list[Row]) -> str:

@@ -43,7 +43,11 @@ def doctor() -> tuple[str, bool]:
         devices.append("cuda")
         lines += [f"GPU {i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     else:
-        built = f"torch {torch.__version__} is built with CUDA" if torch.version.cuda else "this torch is built without CUDA"
+        built = (
+            f"torch {torch.__version__} is built with CUDA"
+            if torch.version.cuda
+            else "this torch is built without CUDA"
+        )
         lines.append(f"no GPU that torch sees ({built})")
     healthy = True
     for device in devices:

@@ -67,7 +67,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
-    state = FaultState(spec.base_seed)
+    state = FaultState(spec.base_seed, spec.exact_gradient)
     head = _output_head(model)
     swapped: dict[int, FaultyLinear] = {}
     covered: list[str] = []
@@ -187,6 +187,7 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
     for layer in faulty_layers(model).values():
         layer_spec = spec.for_layer(layer.site)
         layer.x_fault, layer.w_fault = (layer_spec.x, layer_spec.w) if layer_spec else (Fault(), Fault())
+    fault_state(model).exact_gradient = spec.exact_gradient
     set_seed(model, spec.base_seed)
 
 

@@ -138,9 +138,9 @@ def test_the_operators_pass_torchs_own_checks():
     check(ops.flip_grad_.default, (x, grad, x, 0.01, 0.01, 1.0, *where))
     check(ops.flip_grad_.default, (x, None, x, 0.0, 0.01, None, *where))
     check(ops.merge.default, (x, a, b, 0.5, 0.01, 0.01, 1.0, *where))
-    check(ops.merge_grad.default, (x, a, b, 0.5, x, 0.0, 0.01, None, *where))
-    check(ops.merge_grad.default, (x, a, b, 0.5, x, 0.01, 0.01, 1.0, *where))
-    _, zeroed = ops.merge_grad(x, a, b, 0.5, x, 0.01, 0.01, 1.0, *where)
+    check(ops.merge_grad.default, (x, a, b, 0.5, x, True, 0.0, 0.01, None, *where))
+    check(ops.merge_grad.default, (x, a, b, 0.5, x, True, 0.01, 0.01, 1.0, *where))
+    _, zeroed = ops.merge_grad(x, a, b, 0.5, x, True, 0.01, 0.01, 1.0, *where)
     check(ops.take_back.default, (zeroed, sample((9, 30), x.dtype), sample((9, 40), x.dtype), a, b, 0.5))
 
 

@@ -56,7 +56,7 @@ def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
             coin, k, j, rest = split(p)
             coins = [draw(3, g, block) for g in range(group_count)]
 
-            def coin_of(e):
+            def coin_of(e, coins=coins):
                 word, h = divmod(e, lanes)
                 c, g = divmod(word, group_count)
                 return coins[g][c] >> (h * bits)
@@ -91,7 +91,9 @@ def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
 
 
 @pytest.mark.parametrize("dtype", LAYOUT)
-@pytest.mark.parametrize(("p_exp", "p_frac"), [(2**-9, 2**-8), (0.0, 2**-7), (0.3, 2**-9), (0.5, 0.0), (0.499, 0.3), (2**-8, 0.42)])
+@pytest.mark.parametrize(
+    ("p_exp", "p_frac"), [(2**-9, 2**-8), (0.0, 2**-7), (0.3, 2**-9), (0.5, 0.0), (0.499, 0.3), (2**-8, 0.42)]
+)
 def test_equal_to_a_scalar_implementation(dtype, p_exp, p_frac):
     n, offset, tick = 3000, 3 * BLOCK - 1000, 2**40 + 5
     expected = scalar_masks(dtype, p_exp, p_frac, n, KEY, tick, offset)

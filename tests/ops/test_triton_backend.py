@@ -129,9 +129,7 @@ def test_elements_beyond_two_to_the_31(p):
     x[begin:] = clean.to(DEVICE)
     if p < 2**-7:
         plan = triton_backend._device_plan(torch.bfloat16, p, p, x.device)
-        triton_backend.flip_sparse_(
-            x, plan, None, *draw(p, p, None)[3:], blocks=range(begin // BLOCK, n // BLOCK)
-        )
+        triton_backend.flip_sparse_(x, plan, None, *draw(p, p, None)[3:], blocks=range(begin // BLOCK, n // BLOCK))
         assert equal(x[begin:], expected_flip(clean, *draw(p, p, None, offset=begin))[0])
     assert (y[begin - 10 : begin] == 1).all()
 

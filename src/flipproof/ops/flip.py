@@ -1,13 +1,15 @@
 """The flip as PyTorch operators: dispatch, fake tensors, autograd; and the two functions that users import.
 
-They live in the ``flipproof`` library namespace and run on the backend of their tensors: NumPy on a CPU, Triton on a GPU.
+They live in the ``flipproof`` library namespace and run on the backend of their tensors: NumPy on a CPU, Triton on a
+GPU.
 
 ``flip``        a new tensor
 ``flip_``       in place
-``flip_grad_``  for backward: flips again, so that no mask need be stored, and zeroes a gradient in place where the guard
-                zeroed the value
+``flip_grad_``  for backward: flips again, so that no mask need be stored, and zeroes a gradient in place where the
+                guard zeroed the value
 ``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
-``merge_grad``  the same for backward, and which weights the guard zeroed, as the backend likes to keep it
+``merge_grad``  the same for backward and, where it is to be noted, which weights the guard zeroed, as the backend likes
+                to keep it
 ``take_back``   what to add to the adapters' gradients to take out what those weights contributed
 
 Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits
@@ -32,7 +34,7 @@ _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
 _LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!)? grad, Tensor after, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
-_LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, {_DRAW}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool note, {_DRAW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "take_back(Tensor zeroed, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)"
 )
@@ -81,7 +83,7 @@ def _flip(x: Tensor, *draw: Any) -> Tensor:
 def _flip_grad_in_place(x: Tensor, grad: Tensor | None, _after: Tensor, *draw: Any) -> Tensor:
     target = None if grad is None else grad.contiguous()
     y: Tensor = _backend(x).flip(x, target, *draw)
-    if grad is not None and target is not grad:
+    if grad is not None and target is not None and target is not grad:
         grad.copy_(target)
     return y
 
@@ -94,15 +96,15 @@ def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *draw
 
 @_implement("merge_grad")
 def _merge_grad(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, *draw: Any
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, note: bool, *draw: Any
 ) -> tuple[Tensor, Tensor]:
-    zeroed = _new_zeroed(weight, *draw[:3])
-    y = _backend(weight).merge(weight, lora_A, lora_B, scaling, None if draw[2] is None else zeroed, *draw)
+    zeroed = _new_zeroed(weight, note, *draw[:3])
+    y = _backend(weight).merge(weight, lora_A, lora_B, scaling, zeroed if zeroed.numel() else None, *draw)
     return y, zeroed
 
 
-def _new_zeroed(weight: Tensor, p_exp: float, p_frac: float, zero_out_t: float | None) -> Tensor:
-    if zero_out_t is None:
+def _new_zeroed(weight: Tensor, note: bool, p_exp: float, p_frac: float, zero_out_t: float | None) -> Tensor:
+    if zero_out_t is None or not note:
         return torch.empty(0, device=weight.device)
     zeroed: Tensor = _backend(weight).new_zeroed(weight, p_exp, p_frac)
     return zeroed
@@ -137,9 +139,9 @@ def _merge_fake(weight: Tensor, *_rest: Any) -> Tensor:
 
 @torch.library.register_fake("flipproof::merge_grad")
 def _merge_grad_fake(
-    weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, *draw: Any
+    weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, note: bool, *draw: Any
 ) -> tuple[Tensor, Tensor]:
-    return _flip_fake(weight), _new_zeroed(weight, *draw[:3])
+    return _flip_fake(weight), _new_zeroed(weight, note, *draw[:3])
 
 
 @torch.library.register_fake("flipproof::take_back")

@@ -13,14 +13,14 @@ The call (BALLS, i) gives four words: words 0 and 1 place the i-th ball of the e
 the mantissa field. The top 13 bits of the first word are the element, and (second word · bits of the field) >> 32 is
 the bit, counted from the field's lowest.
 
-**Dense.** Beyond p = 2⁻⁷ balls are dearer than random bits. There p is split: q, the first k binary digits of p,
-is drawn densely, and the rest r = (p − q) / (1 − 2q) sparsely on top; k is the smallest that leaves r ≤ 2⁻⁷, so
-p = 0.3 takes 6 digits and p = 1/4 takes two and no balls. One bit with probability q = 0.d1 d2 … dk is made from k
-random bits u by going from the last digit to the first: b ← majority(u, b, d), which is u OR b where the digit is 1
-and u AND b where it is 0. All lanes of a 32-bit word work at once, with the digits of both fields side by side in
-one mask per digit. The call (DIGITS, i << 16 | g) gives digit i (0 is the first after the point) of four words: word c is
-for the (c · G + g)-th 32-bit word of the block as it lies in memory, lowest element in the lowest bits; G = 8192 ·
-bits of an element / 128.
+**Dense.** Beyond p = 2⁻⁷ balls are dearer than random bits. There p is split: q, the first k binary digits of p, is
+drawn densely, and the rest r = (p − q) / (1 − 2q) sparsely on top; k is the smallest that leaves r ≤ 2⁻⁷, so p = 0.3
+takes 6 digits and p = 1/4 takes two and no balls. One bit with probability q = 0.d1 d2 … dk is made from k random bits
+u by going from the last digit to the first: b ← majority(u, b, d), which is u OR b where the digit is 1 and u AND b
+where it is 0. All lanes of a 32-bit word work at once, with the digits of both fields side by side in one mask per
+digit. The call (DIGITS, i << 16 | g) gives digit i (0 is the first after the point) of four words: word c is for the (c
+· G + g)-th 32-bit word of the block as it lies in memory, lowest element in the lowest bits; G = 8192 · bits of an
+element / 128.
 
 **Coins.** Close to 1/2 that would take ever more digits. So beyond p = 3/8 a bit is inverted where a fair coin says so
 and a bit s, which is 1 with probability 1 − 2p and drawn densely and sparsely as above, does not: coin AND NOT s. A
@@ -99,7 +99,8 @@ class Split(NamedTuple):
     """How a probability is drawn."""
 
     coin: bool
-    """Whether p = (1 − s) / 2 is a coin AND NOT a bit of probability s; the rest is then about s, and about p if not."""
+    """Whether p = (1 − s) / 2 is a coin AND NOT a bit of probability s; the rest is then about s, and about p if
+    not."""
     k: int
     j: int
     """A dense draw at j / 2^k ..."""

@@ -1,4 +1,5 @@
-"""The flip on a GPU: which of ``triton_kernels.py``'s kernels to launch, with what. The same functions as ``reference.py``."""
+"""The flip on a GPU: which of ``triton_kernels.py``'s kernels to launch, with what. The same functions as
+``reference.py``."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -58,7 +59,8 @@ class _DevicePlan(NamedTuple):
     """A ``FlipPlan`` as the kernels take it."""
 
     table: Tensor
-    """int64: the CDF of the exponent field, that of the mantissa field, the lane masks of the dense digits and coins."""
+    """int64: the CDF of the exponent field, that of the mantissa field, the lane masks of the dense digits and
+    coins."""
     n_exp: int
     n_frac: int
     steps: int
@@ -115,7 +117,8 @@ def flip(
     tick: Tensor,
     offset: int,
 ) -> Tensor:
-    """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard zeroed."""
+    """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard
+    zeroed."""
     dense = x.contiguous()
     y = torch.empty_like(x) if dense is x else dense
     flip_into(y, dense, grad, p_exp, p_frac, zero_out_t, key, tick, offset)
@@ -243,15 +246,15 @@ def flip_sparse_(
     )
 
 
-# -- the merged weight --------------------------------------------------------------------------------------------------
+# -- the merged weight ----------------------------------------------------------------------------------------------
 
 _TILE_ROWS, _TILE_COLUMNS = 64, 64
 _TILES = 8
 """Tiles to a program."""
 _STAGES = 3
 _MAX_LISTED = 1 / 256
-"""Share of the weights up to which those that flips may have zeroed are listed; beyond it, one by one costs more than the
-full gradient."""
+"""Share of the weights up to which those that flips may have zeroed are listed; beyond it, one by one costs more than
+the full gradient."""
 
 
 def merge(
@@ -267,7 +270,8 @@ def merge(
     tick: Tensor,
     offset: int,
 ) -> Tensor:
-    """guard(flip(W + scaling·B·A)) in W's dtype: weight (rows, columns), lora_A (r, columns), lora_B (rows, r), float32.
+    """guard(flip(W + scaling·B·A)) in W's dtype: weight (rows, columns), lora_A (r, columns), lora_B (rows, r),
+    float32.
 
     ``zeroed``, where given, is as ``new_zeroed`` made it and then says what the guard zeroed.
     """
@@ -339,7 +343,7 @@ def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
     return torch.empty(1 + room, dtype=torch.int64, device=weight.device)
 
 
-_ENTRIES, _CHUNK, _CHUNKS = 16, 64, 4
+_ENTRIES, _CHUNK, _CHUNKS = 16, 32, 8
 
 
 def take_back(

@@ -17,8 +17,8 @@ where there are many balls), so that a weight of 235 million elements is 224 pro
 the flips follow in place in a second launch. Each program notes whether it met a value out of range; a program of the
 second launch that finds one of its rows' so marked looks at all of its elements again.
 
-``triton_backend.py`` launches them. Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold while they advance, or CPU tensors,
-whose values go along with the launch. Nothing waits for the device.
+``triton_backend.py`` launches them. Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold
+while they advance, or CPU tensors, whose values go along with the launch. Nothing waits for the device.
 
 Run on CPU tensors by Triton's interpreter, TRITON_INTERPRET=1, the kernels are what they are on a GPU.
 """
@@ -37,13 +37,13 @@ _BLOCK, _BLOCK_LOG2 = tl.constexpr(BLOCK), tl.constexpr(BLOCK_LOG2)
 
 
 @triton.jit
-def _scalar(value):  # type: ignore[no-untyped-def]
+def _scalar(value):
     """A kernel argument that is a number or a pointer to one."""
     return tl.load(value) if value.dtype.is_ptr() else value
 
 
 @triton.jit
-def _philox(PURPOSE: tl.constexpr, index, block, tick, key):  # type: ignore[no-untyped-def]
+def _philox(PURPOSE: tl.constexpr, index, block, tick, key):
     """Four uniform 32-bit words for each of the broadcast (index, block): Philox4x32-10, counter as in philox.py."""
     c0 = (index | (PURPOSE << 28)).to(tl.uint32)
     c1 = block.to(tl.uint32)
@@ -64,7 +64,7 @@ def _philox(PURPOSE: tl.constexpr, index, block, tick, key):  # type: ignore[no-
 
 
 @triton.jit
-def _count(table_ptr, entries, steps, low, high):  # type: ignore[no-untyped-def]
+def _count(table_ptr, entries, steps, low, high):
     """How many of the ascending ``entries`` at ``table_ptr`` are not above the 63-bit uniform of two words."""
     uniform = (((high.to(tl.uint64) << 32) | low.to(tl.uint64)) >> 1).to(tl.int64)
     first = (uniform * 0).to(tl.int32)
@@ -79,7 +79,7 @@ def _count(table_ptr, entries, steps, low, high):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _counts(table_ptr, n_exp, n_frac, steps, block, tick, key):  # type: ignore[no-untyped-def]
+def _counts(table_ptr, n_exp, n_frac, steps, block, tick, key):
     """(balls in the sign and exponent field, balls in the mantissa field) of each block."""
     w0, w1, w2, w3 = _philox(_COUNTS, block * 0, block, tick, key)
     return _count(table_ptr, n_exp, steps, w0, w1), _count(table_ptr + n_exp, n_frac, steps, w2, w3)
@@ -89,7 +89,10 @@ def _counts(table_ptr, n_exp, n_frac, steps, block, tick, key):  # type: ignore[
 
 
 @triton.jit
-def _ball(where, what, block, tick, key, coins, FIRST_BIT: tl.constexpr, FIELD_BITS: tl.constexpr, BITS: tl.constexpr, COIN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _ball(
+    where, what, block, tick, key, coins,
+    FIRST_BIT: tl.constexpr, FIELD_BITS: tl.constexpr, BITS: tl.constexpr, COIN: tl.constexpr,
+):  # fmt: skip
     """(position in the block, bits to invert) of the balls that the words ``where`` and ``what`` place in one field."""
     position = (where >> (32 - _BLOCK_LOG2)).to(tl.int32)
     bit = ((what.to(tl.uint64) * FIELD_BITS) >> 32).to(tl.uint32) + FIRST_BIT
@@ -106,11 +109,11 @@ def _ball(where, what, block, tick, key, coins, FIRST_BIT: tl.constexpr, FIELD_B
 
 
 @triton.jit
-def _balls(  # type: ignore[no-untyped-def]
+def _balls(
     i, block, tick, key, k_exp, k_frac, start, n, coins, BITS: tl.constexpr, MANTISSA: tl.constexpr, COIN: tl.constexpr,
 ):  # fmt: skip
-    """The i-th balls of both fields of each block: for each field index in the tensor, bits to invert, and whether there
-    is such a ball and such an element."""
+    """The i-th balls of both fields of each block: for each field index in the tensor, bits to invert, and whether
+    there is such a ball and such an element."""
     w0, w1, w2, w3 = _philox(_BALLS, i, block, tick, key)
     e_position, e_flips = _ball(w0, w1, block, tick, key, coins, MANTISSA, BITS - MANTISSA, BITS, COIN)
     f_position, f_flips = _ball(w2, w3, block, tick, key, coins, 0, MANTISSA, BITS, COIN)
@@ -122,29 +125,33 @@ def _balls(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _invert(y_ptr, odd, index, flips, hit, limit, GUARD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """XOR ``flips`` into the elements ``index``, where ``hit``. ``odd`` is 1 where y begins in the upper half of a 32-bit
-    word. With GUARD: which elements were out of range right afterwards; the last of several balls on one element sees
-    what they made of it together."""
+def _word(y_ptr, odd, index):
+    """(pointer to the 32-bit word that holds each element ``index``, place of the element's lowest bit in the word).
+
+    ``odd`` is 1 where y begins in the upper half of a word."""
+    int32_ptr = tl.pointer_type(tl.int32)
     if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
         slot = index + odd
-        word_ptr = (y_ptr - odd).to(tl.pointer_type(tl.int32), bitcast=True) + (slot >> 1)
-        shift = ((slot & 1) << 4).to(tl.int32)
-        flips = flips << shift
-        MAGNITUDE: tl.constexpr = 0x7FFF
+        return (y_ptr - odd).to(int32_ptr, bitcast=True) + (slot >> 1), ((slot & 1) << 4).to(tl.int32)
     else:
-        word_ptr = y_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index
-        shift = 0
-        MAGNITUDE: tl.constexpr = 0x7FFFFFFF
-    before = tl.atomic_xor(word_ptr, flips, mask=hit, sem="relaxed")
-    if GUARD:
-        return hit & ((((before ^ flips) >> shift) & MAGNITUDE) >= limit)
-    else:
-        return hit
+        return y_ptr.to(int32_ptr, bitcast=True) + index, (index * 0).to(tl.int32)
 
 
 @triton.jit
-def _magnitude(x):  # type: ignore[no-untyped-def]
+def _invert(y_ptr, odd, index, flips, hit, limit, GUARD: tl.constexpr):
+    """XOR ``flips`` into the elements ``index``, where ``hit``. With GUARD: which elements were out of range right
+    afterwards; the last of several balls on one element sees what they made of it together."""
+    word_ptr, shift = _word(y_ptr, odd, index)
+    flips = flips << shift
+    before = tl.atomic_xor(word_ptr, flips, mask=hit, sem="relaxed")
+    if GUARD:
+        MAGNITUDE: tl.constexpr = (1 << (y_ptr.dtype.element_ty.primitive_bitwidth - 1)) - 1
+        hit = hit & ((((before ^ flips) >> shift) & MAGNITUDE) >= limit)
+    return hit
+
+
+@triton.jit
+def _magnitude(x):
     """Bit patterns of |x|: integers in the order of the magnitudes, NaN last."""
     if x.dtype.primitive_bitwidth == 16:
         return x.to(tl.int16, bitcast=True) & 0x7FFF
@@ -153,7 +160,7 @@ def _magnitude(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):  # type: ignore[no-untyped-def]
+def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):
     """Zero the elements ``index``, where ``looked_at``, whose magnitude is not below the guard's ``limit``; and the
     gradient with them."""
     # .cg: the atomics wrote to L2, so a line of L1 may be old
@@ -166,22 +173,15 @@ def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):  # typ
 
 
 @triton.jit
-def _guard_and_note(y_ptr, odd, list_ptr, room, index, looked_at, limit):  # type: ignore[no-untyped-def]
+def _guard_and_note(y_ptr, odd, list_ptr, room, index, looked_at, limit):
     """``_guard``, and append the index of each element it zeroes, once, to the list: the count, then up to ``room``
     indices in no order."""
     y = tl.load(y_ptr + index, mask=looked_at, other=0.0, cache_modifier=".cg")
     out = looked_at & (_magnitude(y) >= limit)
-    if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        slot = index + odd
-        word_ptr = (y_ptr - odd).to(tl.pointer_type(tl.int32), bitcast=True) + (slot >> 1)
-        shift = ((slot & 1) << 4).to(tl.int32)
-        keep = tl.where(shift == 0, -0x10000, 0xFFFF)
-        MAGNITUDE: tl.constexpr = 0x7FFF
-    else:
-        word_ptr = y_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + index
-        shift = 0
-        keep = tl.zeros(out.shape, dtype=tl.int32)
-        MAGNITUDE: tl.constexpr = 0x7FFFFFFF
+    word_ptr, shift = _word(y_ptr, odd, index)
+    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
+    keep = ~(0xFFFF << shift) if BITS == 16 else shift
+    MAGNITUDE: tl.constexpr = (1 << (BITS - 1)) - 1
     before = tl.atomic_and(word_ptr, keep, mask=out, sem="relaxed")
     mine = out & (((before >> shift) & MAGNITUDE) >= limit)  # and no other ball's on the same element
     place = tl.atomic_add(list_ptr + index * 0, mine.to(tl.int64), mask=mine, sem="relaxed")
@@ -189,7 +189,7 @@ def _guard_and_note(y_ptr, odd, list_ptr, room, index, looked_at, limit):  # typ
 
 
 @triton.jit
-def _guarded(y, grad_ptr, index, inside, limit, GRAD: tl.constexpr):  # type: ignore[no-untyped-def]
+def _guarded(y, grad_ptr, index, inside, limit, GRAD: tl.constexpr):
     """``y`` with zero where its magnitude is not below ``limit``; the gradient at ``index`` is zeroed in memory."""
     out = _magnitude(y) >= limit
     if GRAD:
@@ -197,17 +197,17 @@ def _guarded(y, grad_ptr, index, inside, limit, GRAD: tl.constexpr):  # type: ig
     return tl.where(out, tl.zeros_like(y), y)
 
 
-# -- dense digits -------------------------------------------------------------------------------------------------------
+# -- dense digits ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _no_digits(BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _no_digits(BITS: tl.constexpr):
     zero = tl.zeros((_BLOCK * BITS // 128,), dtype=tl.uint32)
     return zero, zero, zero, zero
 
 
 @triton.jit
-def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN: tl.constexpr):
     """The bits to invert by the dense digits, and the coins, as a quarter of the block's 32-bit words each: word c of
     group g is the c·G + g-th."""
     group = tl.arange(0, _BLOCK * BITS // 128)
@@ -234,7 +234,7 @@ def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN
 
 
 @triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "digits", "limit", "key", "tick"])
-def flip_block(  # type: ignore[no-untyped-def]
+def flip_block(
     x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, odd, n, offset, first_block,
     MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr, SPARSE: tl.constexpr,
     COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr,
@@ -315,7 +315,7 @@ def flip_block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "limit", "key", "tick", "blocks", "room"])
-def flip_sparse_(  # type: ignore[no-untyped-def]
+def flip_sparse_(
     y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
     far_ptr, columns, tile_columns, list_ptr, room,
     MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, STRIP_ROWS: tl.constexpr,
@@ -376,25 +376,25 @@ def flip_sparse_(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _halves(x):  # type: ignore[no-untyped-def]
+def _halves(x):
     """float32 as the sum of two bfloat16, to about 2⁻¹⁷."""
     high = x.to(tl.bfloat16)
     return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["limit"])
-def merge_tiles(  # type: ignore[no-untyped-def]
+def merge_tiles(
     w_ptr, a_ptr, b_ptr, y_ptr, far_ptr, list_ptr, scaling, limit, rows, columns, r,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     FAR: tl.constexpr, GUARD: tl.constexpr, NOTE: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """y <- w + scaling · b · a for TILES tiles one below the other; the loads of the next tiles run ahead.
 
-    FAR: note whether the guard would zero any of them; GUARD: zero it; NOTE: empty the list for the launch that follows.
-    HALVES: the product as three of bfloat16 halves, which keep what one would round away from a small adapter and
-    still cost less than the memory that the tile waits for.
+    FAR: note whether the guard would zero any of them; GUARD: zero it; NOTE: empty the list for the next launch.
+    HALVES: the product as three of bfloat16 halves, which keep what one would round away from a small adapter and still
+    cost less than the memory that the tile waits for.
     """
-    if NOTE:
+    if NOTE:  # for Triton not one condition: one half is known when compiling
         if tl.program_id(0) == 0:
             tl.store(list_ptr, 0)
     tile_columns = tl.cdiv(columns, TILE_COLUMNS)
@@ -435,15 +435,15 @@ def merge_tiles(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["room", "n"])
-def take_back(  # type: ignore[no-untyped-def]
+def take_back(
     list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, rows, columns, r,
     ENTRIES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Add to more_a and more_b, float64, what takes the listed weights out of the gradients of a and b.
 
-    One item of work is ENTRIES neighbours of the list, whose columns of grad_y often share a sector of memory, and CHUNKS
-    times CHUNK rows of the batch, all of whose loads are under way at once. Sums within an item are float32, and float64 beyond it, where the order of addition no
-    longer shows in a float32 result.
+    One item of work is ENTRIES neighbours of the list, whose columns of grad_y often share a sector of memory, and
+    CHUNKS times CHUNK rows of the batch, all of whose loads are under way at once. Sums within an item are float32, and
+    float64 beyond it, where the order of addition no longer shows in a float32 result.
     """
     count = tl.minimum(tl.load(list_ptr), room)
     groups = tl.cdiv(count, ENTRIES)
