@@ -36,7 +36,7 @@ class FaultState:
     """What the faulty layers of one model share: the tick of the current forward pass and which faults are on.
 
     ``tick`` is an int64 tensor made anew for each forward pass of the root module and never written again, so the
-    backward of an earlier pass keeps its own.
+    backward of an earlier pass keeps its own. All of it stays on the device that the layers are on.
     """
 
     def __init__(self, base_seed: int, exact_gradient: bool = True) -> None:
@@ -56,8 +56,9 @@ class FaultState:
         self.tick = self._next.clone()
 
     def set_tick(self, tick: int) -> None:
-        """The next forward pass of the root module has this tick; the one after it the next, and so on."""
-        self._next = torch.full((), tick, dtype=torch.int64, device=self._next.device)
+        """The next forward pass of the root module has this tick; the one after it the next, and so on. In place: a
+        CUDA graph that advances the ticks goes on from here."""
+        self._next.fill_(tick)
         self.tick = self._next.clone()
 
     def move_to(self, device: torch.device) -> None:
