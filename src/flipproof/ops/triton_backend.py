@@ -188,8 +188,8 @@ def flip_into(
             guard,
             grad is not None,
         ),
-        # 40 registers let six blocks share a multiprocessor, so that one's memory hides another's balls
-        **({"maxnreg": 40} if y.dtype.itemsize == 2 and not plan.dense else {}),
+        # 48 registers let five blocks share a multiprocessor, so that one's memory hides another's balls; 80 with digits
+        **({"maxnreg": 80 if plan.dense else 48} if y.dtype.itemsize == 2 else {}),
     )
 
 

@@ -247,24 +247,28 @@ def flip_block(
     tick = _scalar(tick).to(tl.int64)
     coins = tl.load(table_ptr + n_exp + n_frac + digits).to(tl.uint32) if COIN else 0
 
-    again = 0  # whether the whole block has to be looked at after the balls
     if not DENSE or (COPY and SPARSE):
         index = start + tl.arange(0, _BLOCK)
         inside = (index >= 0) & (index < n)
         x = tl.load(x_ptr + index, mask=inside, other=0.0)
         if GUARD and not (SPARSE or DENSE):
             x = _guarded(x, grad_ptr, index, inside, limit, GRAD)
+
+    if SPARSE:  # drawn while x is under way
+        k_exp, k_frac = _counts(table_ptr, n_exp, n_frac, steps, block, tick, key)
+        lane = tl.arange(0, LANES)
+        e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
+            lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
+        )
+
+    again = 0  # whether the whole block has to be looked at after the balls
+    if not DENSE or (COPY and SPARSE):
         if COPY or not SPARSE:
             tl.store(y_ptr + index, x, mask=inside)
         if GUARD and SPARSE and not DENSE:
             again = (tl.max(_magnitude(x).to(tl.int32)) >= limit).to(tl.int32)
 
     if SPARSE:
-        k_exp, k_frac = _counts(table_ptr, n_exp, n_frac, steps, block, tick, key)
-        lane = tl.arange(0, LANES)
-        e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
-            lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
-        )
         tl.debug_barrier()
         LOOK: tl.constexpr = GUARD and not DENSE
         e_far = _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, LOOK)
