@@ -138,10 +138,8 @@ def _operations(device: str) -> list[Row]:
 
     merge_draw = _draw(2**-16, 256.0, device)
     functions: dict[str, Callable[[], Any]] = {"clone()": x.clone}
-    functions |= {f"flip, guard, p = 2^-{n}": out_of_place(2.0**-n) for n in (24, 16, 12, 10, 8, 7)}
-    functions |= {
-        f"flip, guard, p = {p}": out_of_place(p) for p in (0.01, 0.05, 0.1, 0.2, 0.3, 0.37, 0.45, 0.4999, 0.5)
-    }
+    functions |= {f"flip, guard, p = 2^-{n}": out_of_place(2.0**-n) for n in (24, 16, 14, 12, 11, 10, 8, 7)}
+    functions |= {f"flip, guard, p = {p}": out_of_place(p) for p in (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.49, 0.4999, 0.5)}
     functions["flip, no guard, p = 2^-16"] = out_of_place(2**-16, None)
     functions |= {f"in place, p = 2^-{n}": in_place(2.0**-n) for n in (24, 16, 12)}
     functions["merge, flip, guard, r = 32, p = 2^-16"] = lambda: ops.merge(x, a, b, 1.0, *merge_draw)

@@ -188,7 +188,7 @@ def flip_into(
             guard,
             grad is not None,
         ),
-        # 48 registers let five blocks share a multiprocessor, so that one's memory hides another's balls; 80 with digits
+        # so few registers that enough blocks share a multiprocessor for one's memory to hide another's arithmetic
         **({"maxnreg": 80 if plan.dense else 48} if y.dtype.itemsize == 2 else {}),
     )
 
