@@ -9,6 +9,7 @@ import flipproof
 import flipproof.ops.flip
 from flipproof import BitFlipSpec, LoraSpec
 
+LISTED = {"w_zero_out_t": 0.1}  # few enough for a GPU's list of zeroed weights, which GUARDED's probabilities are not
 GPU = torch.cuda.is_available()
 BACKENDS = ["reference", "triton"]
 
@@ -62,7 +63,7 @@ def operands(layer, x, tick):
 
 
 @pytest.mark.parametrize("r", [0, 4])
-@pytest.mark.parametrize("spec", [FRACTION, GUARDED, {"w_p_frac": 0.02}, {"x_zero_out_t": 1.0}])
+@pytest.mark.parametrize("spec", [FRACTION, GUARDED, {"w_p_frac": 0.02}, {"x_zero_out_t": 1.0}, LISTED])
 @pytest.mark.parametrize("trainable_weight", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_gradients_equal_autograd_through_an_explicit_where_in_float64(r, spec, trainable_weight, backend):
@@ -144,12 +145,30 @@ def test_autocast_flips_in_the_compute_dtype():
     assert torch.equal(y, nn.functional.linear(flip_x, flip_w, layer.bias.bfloat16()))
 
 
+def test_autocast_does_not_part_backward_from_forward():
+    """Backward runs outside of autocast and has to find the weight that forward multiplied by."""
+    root, layer = make(FRACTION, r=4)
+    x = torch.randn(6, 48).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = root(x)
+    grad = torch.zeros_like(y)
+    grad[0, 3] = 1.0
+    y.backward(grad)
+    low = layer.weight.detach().bfloat16()
+    arguments = (low, layer.lora_A.detach(), layer.lora_B.detach(), layer.lora.scaling, 0.0, 0.05, None)
+    seen = torch.ops.flipproof.merge(*arguments, layer.w_key, torch.tensor(0), 0)
+    assert torch.equal(x.grad[0], seen[3])
+    flipped_x = flipproof.flip(x.detach(), p_frac=0.05, site="linear/x", seed=0, tick=0)
+    assert torch.equal(y, nn.functional.linear(flipped_x, seen, layer.bias.bfloat16()))
+
+
 def test_backward_keeps_no_more_than_the_inputs():
     root, layer = make(GUARDED, r=4)
     x = torch.randn(6, 48, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         root(x)
+    assert saved
     allowed = {t.data_ptr() for t in (x, layer.weight, layer.lora_A, layer.lora_B)}
     assert {t.data_ptr() for t in saved if t.numel() > 1} <= allowed
 
@@ -240,11 +259,12 @@ def test_checkpoint_recompute_draws_the_same_flips_even_after_later_forwards(use
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_the_gradient_passes_straight_through_zeroed_weights_where_exactness_is_switched_off(backend):
+@pytest.mark.parametrize("spec", [GUARDED, LISTED])
+def test_the_gradient_passes_straight_through_zeroed_weights_where_exactness_is_switched_off(backend, spec):
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(5)).to(backend)
     gradients = {}
     for exact in (True, False):
-        root, layer = make(GUARDED | {"exact_gradient": exact}, r=4)
+        root, layer = make(spec | {"exact_gradient": exact}, r=4)
         root.to(backend)
         y = root(x)
         y.backward(torch.ones_like(y))

@@ -13,9 +13,10 @@ incoming gradient and ⊙ keep for zeroing what the guard zeroed. Then
 
 Where W is frozen, the (out, in) matrix dYᵀ·X̃ is not formed: dA = s·(dY·B)ᵀ·X̃ and dB = s·dYᵀ·(X̃·Aᵀ), and what the few
 positions (o, i) zeroed by the guard contributed, g = Σ dY[:, o]·X̃[:, i], is taken back: s·B[o]·g from dA[:, i], and
-s·A[:, i]·g from dB[o]. The result is exact. ``exact_gradient = false`` in the config leaves that step out: the gradient
-then passes straight through the weights that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a small layer on a
-GPU saves 5% of its time (``benchmarks/README.md``).
+s·A[:, i]·g from dB[o]. The result is exact (on a GPU as long as they fit a list: ``triton_backend.new_zeroed``).
+``exact_gradient = false`` in the config leaves that step out: the gradient then passes straight through the weights that
+the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a small layer on a GPU saves a tenth of its time
+(``benchmarks/README.md``).
 """
 
 from typing import Any
@@ -211,6 +212,11 @@ def _fault_repr(fault: Fault) -> str:
     return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{kind})"
 
 
+def _draw(fault: Fault, key: Tensor, tick: Tensor, no_tick: Tensor, offset: int) -> tuple[Any, ...]:
+    """What the operators need beside the tensor."""
+    return *fault.draw, key, no_tick if fault.persistent else tick, offset
+
+
 class _FaultyMatmul(torch.autograd.Function):
     """flip(X) · flip(W + s·B·A)ᵀ + bias."""
 
@@ -234,8 +240,8 @@ class _FaultyMatmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, w_key, tick, no_tick)
         ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault, ctx.exact = scaling, x_fault, x_offset, w_fault, exact
-        x_draw = (*x_fault.draw, x_key, no_tick if x_fault.persistent else tick, x_offset)
-        w_draw = (*w_fault.draw, w_key, no_tick if w_fault.persistent else tick, 0)
+        x_draw = _draw(x_fault, x_key, tick, no_tick, x_offset)
+        w_draw = _draw(w_fault, w_key, tick, no_tick, 0)
         flipped_x, flipped_w = x, weight
         if x_fault.active:
             flipped_x = ops.flip(x, *x_draw)
@@ -251,8 +257,8 @@ class _FaultyMatmul(torch.autograd.Function):
         need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
-        x_draw = (*ctx.x_fault.draw, x_key, no_tick if ctx.x_fault.persistent else tick, ctx.x_offset)
-        w_draw = (*ctx.w_fault.draw, w_key, no_tick if ctx.w_fault.persistent else tick, 0)
+        x_draw = _draw(ctx.x_fault, x_key, tick, no_tick, ctx.x_offset)
+        w_draw = _draw(ctx.w_fault, w_key, tick, no_tick, 0)
         guarded_w = ctx.w_fault.zero_out_t is not None
         take_back = guarded_w and ctx.exact and (need_A or need_B)
         scaling = ctx.scaling

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from flipproof.ops import reference, triton_backend
-from flipproof.ops.parity import BLOCK
+from flipproof.ops.parity import BLOCK, flip_plan
 from flipproof.ops.philox import derive_key
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +56,7 @@ def expected_flip(x, *arguments):
 @pytest.mark.parametrize(("p_exp", "p_frac"), PROBABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_to_the_reference(dtype, p_exp, p_frac, t):
-    for n, offset, tick in ((8300, 2 * BLOCK - 1, 7), (5, 3, 0), (BLOCK, 5 * BLOCK, 2**40 + 5)):
+    for n, offset, tick in ((8300, 2 * BLOCK - 1, 7), (5, 3, 2**32 - 1), (BLOCK, 5 * BLOCK, 2**40 + 5)):
         x = sample(n, dtype)
         expected, kept = expected_flip(x, *draw(p_exp, p_frac, t, tick, offset))
         grad = torch.ones(n, device=DEVICE)
@@ -72,7 +72,7 @@ def test_equal_to_the_reference(dtype, p_exp, p_frac, t):
 def test_more_balls_than_lanes(p):
     """As in a block that got more balls than is likely."""
     x = sample(2 * BLOCK, torch.bfloat16)
-    assert triton_backend.flip_plan(torch.bfloat16, p, p).likely_balls > 48
+    assert flip_plan(torch.bfloat16, p, p).likely_balls > 48
     for t in (None, 100.0):
         expected, kept = expected_flip(x, *draw(p, p, t))
         y, grad = torch.empty_like(x, device=DEVICE), torch.ones(len(x), device=DEVICE)
@@ -145,7 +145,7 @@ def adapters(rows, columns, r, scale=0.3):
     )
 
 
-SHAPES = [(64, 64, 4), (130, 201, 3), (2048, 40, 32), (3, 9000, 17), (100, 128, 64)]
+SHAPES = [(64, 64, 4), (130, 201, 3), (2048, 40, 32), (3, 9000, 17), (100, 128, 100), (70, 66, 200)]
 
 
 @pytest.mark.parametrize(("rows", "columns", "r"), SHAPES)
@@ -189,6 +189,44 @@ def listed(zeroed, shape):
     mask = torch.zeros(shape, dtype=torch.bool)
     mask.view(-1)[indices] = True
     return mask
+
+
+@pytest.mark.parametrize("offset", [2 * BLOCK - 5, 2**31 + 7, 2**40])
+def test_a_shard_of_a_merged_weight_draws_its_part_of_the_whole(offset):
+    weight = sample(70 * 130, torch.bfloat16).view(70, 130).to(DEVICE)
+    weight[3, 5] = 50.0  # a clean value that the guard must find
+    a, b = (x.to(DEVICE) for x in adapters(70, 130, 3))
+    clean = triton_backend.merge(weight, a, b, 0.7, None, *draw(0.0, 0.0, None))
+    expected, kept = expected_flip(clean.cpu(), *draw(2**-13, 2**-13, 20.0, offset=offset))
+    zeroed = triton_backend.new_zeroed(weight, 2**-13, 2**-13)
+    y = triton_backend.merge(weight, a, b, 0.7, zeroed, *draw(2**-13, 2**-13, 20.0, offset=offset, device=DEVICE))
+    assert equal(y, expected)
+    assert torch.equal(listed(zeroed, kept.shape), ~kept)
+    assert not kept[3, 5]
+
+
+@pytest.mark.parametrize("rank", [4, 200])  # merged by the kernel, and by torch
+def test_adapters_of_another_dtype_and_strides(rank):
+    weight = sample(100 * 70, torch.bfloat16).view(70, 100).T.to(DEVICE)
+    a, b = (x.bfloat16().to(DEVICE) for x in adapters(100, 70, rank))
+    wide = [x.float() for x in (a, b)]
+    arguments = draw(2**-13, 2**-13, 3.0, device=DEVICE)
+    zeroed = [triton_backend.new_zeroed(weight, 2**-13, 2**-13) for _ in range(2)]
+    y = triton_backend.merge(weight, a.T.contiguous().T, b, 0.7, zeroed[0], *arguments)
+    expected = triton_backend.merge(weight.contiguous(), *wide, 0.7, zeroed[1], *arguments)
+    assert equal(y, expected)
+    assert torch.equal(*(listed(z, weight.shape) for z in zeroed))
+    assert torch.equal(listed(zeroed[0], weight.shape).any(), torch.tensor(True))
+
+
+def test_a_list_that_overflows_takes_nothing_back():
+    weight = sample(100 * 100, torch.bfloat16).view(100, 100).to(DEVICE)
+    a, b = (x.to(DEVICE) for x in adapters(100, 100, 4))
+    zeroed = triton_backend.new_zeroed(weight, 2**-16, 2**-16)
+    triton_backend.merge(weight, a, b, 0.7, zeroed, *draw(2**-16, 2**-16, 0.1, device=DEVICE))
+    assert int(zeroed[0]) > zeroed.numel() - 1
+    ones = torch.ones(10, 100, device=DEVICE)
+    assert not any(more.any() for more in triton_backend.take_back(zeroed, ones, ones, a, b, 0.7))
 
 
 @pytest.mark.parametrize("share", [0.001, 0.2])

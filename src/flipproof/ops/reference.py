@@ -81,7 +81,8 @@ def merge(
     weight (out, in), lora_A (r, in), lora_B (out, r). ``zeroed``, where given, is as ``new_zeroed`` made it and then
     says what the guard zeroed.
     """
-    y = torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):  # which forward may run in, but not backward
+        y = torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
     if zeroed is None:
         flip_(y, None, *draw)
     else:

@@ -90,8 +90,9 @@ def _device_plan(dtype: torch.dtype, p_exp: float, p_frac: float, device: torch.
 
 
 def _value(number: Tensor) -> Tensor | int:
-    """A number that is in CPU memory goes along with the launch."""
-    return int(number) if number.device.type == "cpu" else number
+    """A number that is in CPU memory goes along with the launch; the interpreter takes it from where it is, since it
+    does not get numbers from 2^31 to 2^32 right."""
+    return int(number) if number.device.type == "cpu" and not _INTERPRETED else number
 
 
 def _blocks(n: int, offset: int) -> range:
@@ -252,6 +253,8 @@ _TILE_ROWS, _TILE_COLUMNS = 64, 64
 _TILES = 8
 """Tiles to a program."""
 _STAGES = 3
+_MAX_RANK = 128
+"""Adapters of a larger rank do not fit beside a tile in every GPU's shared memory; torch merges them."""
 _MAX_LISTED = 1 / 256
 """Share of the weights up to which those that flips may have zeroed are listed; beyond it, one by one costs more than
 the full gradient."""
@@ -279,11 +282,19 @@ def merge(
     rows, columns = weight.shape
     y = torch.empty_like(weight)
     if y.numel() == 0:
+        if zeroed is not None:
+            zeroed.zero_()
         return y
     plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
     guard = zero_out_t is not None
     limit = 0 if zero_out_t is None else guard_bits(y.dtype, zero_out_t)
     masked = zeroed is not None and zeroed.dtype == torch.bool
+    r_tile = max(16, triton.next_power_of_2(lora_A.shape[0]))
+    if r_tile > _MAX_RANK:
+        # looked at as a whole below, so that no tile need say what it holds
+        lora_A, lora_B = lora_A.float(), lora_B.float()
+        y = torch.addmm(weight.float(), lora_B, lora_A, alpha=scaling).to(weight.dtype)
+        return _flip_merged(y, zeroed, p_exp, p_frac, zero_out_t, key, tick, offset)
     whole = plan.dense or masked  # every element is looked at again
     tile_columns = triton.cdiv(columns, _TILE_COLUMNS)
     programs = triton.cdiv(rows, _TILE_ROWS * _TILES) * tile_columns
@@ -311,9 +322,9 @@ def merge(
         (
             _TILE_ROWS,
             _TILE_COLUMNS,
-            max(16, triton.next_power_of_2(lora_A.shape[0])),
+            r_tile,
             _TILES,
-            _STAGES,
+            _STAGES if r_tile <= 64 else 1,  # shared memory holds them
             far is not None,
             guard and not (plan.sparse or whole or far),
             note,
@@ -321,20 +332,41 @@ def merge(
         ),
     )
     if whole:
-        kept = None if zeroed is None else torch.ones_like(zeroed)
-        flip_(y, kept, p_exp, p_frac, zero_out_t, key, tick, offset)
-        if kept is not None:
-            torch.logical_not(kept, out=zeroed)
-    elif far or plan.sparse:
+        return _flip_merged(y, zeroed, p_exp, p_frac, zero_out_t, key, tick, offset)
+    if far or plan.sparse:
         flip_sparse_(y, plan, far, key, tick, offset)
     return y
+
+
+def _flip_merged(y: Tensor, zeroed: Tensor | None, *draw: Any) -> Tensor:
+    """y <- guard(flip(y)), every element looked at; ``zeroed`` as for ``merge``."""
+    kept = None if zeroed is None else torch.ones(y.shape, dtype=torch.bool, device=y.device)
+    flip_(y, kept, *draw)
+    if zeroed is not None and kept is not None:
+        if zeroed.dtype == torch.bool:
+            torch.logical_not(kept, out=zeroed)
+        else:
+            _list(~kept, zeroed)
+    return y
+
+
+def _list(out: Tensor, zeroed: Tensor) -> None:
+    """The set positions of a mask, as the kernels list them, without waiting for how many there are."""
+    room = zeroed.numel() - 1
+    place = out.view(-1).cumsum(0)
+    zeroed[0] = place[-1]
+    # everything goes somewhere: what is not listed to the last place, which counts for nothing in a list so long
+    at = torch.where(out.view(-1) & (place <= room), place, room + 1)
+    wide = torch.empty(room + 2, dtype=torch.int64, device=out.device)
+    wide.scatter_(0, at, torch.arange(out.numel(), device=out.device))
+    zeroed[1:] = wide[1:-1]
 
 
 def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
     """Room for which elements of a weight the guard zeroed: a list (its length first) where flips are few, else a mask.
 
     The list has room for every element that flips can send out of range, and then some. If a threshold lies so deep in
-    the clean weights' range that more than 1/256 of them are zeroed, the gradient of the rest passes straight through.
+    the clean weights' range that it overflows (4096 and 1/256 of all), the gradient passes straight through.
     """
     bits = weight.dtype.itemsize * 8
     if bits * max(p_exp, p_frac) > _MAX_LISTED:

@@ -10,12 +10,12 @@ only what balls hit can be out of range, and of that only what was so after some
 only that is looked at again. Otherwise the whole block is. Where there are dense digits, they are drawn while the
 atomics work, and XORed and guarded on the way through registers.
 
-**In place** without a guard nothing but the flipped words is touched, and one lane serves one block (or a few lanes,
-where there are many balls), so that a weight of 235 million elements is 224 programs and not 28672.
+**In place** without a guard nothing but the flipped words is touched, and a few lanes serve one block, so that a weight
+of 235 million elements is 1792 programs and not 28672.
 
 **Merge.** ``W + s·B·A`` is made tile by tile, tiles being squares for the product and blocks being runs of a row, so
-the flips follow in place in a second launch. Each program notes whether it met a value out of range; a program of the
-second launch that finds one of its rows' so marked looks at all of its elements again.
+the flips follow in place in a second launch. Each program of the first notes whether it met a value out of range; where
+one did, the programs of the second that share rows with it look at all of their elements again.
 
 ``triton_backend.py`` launches them. Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold
 while they advance, or CPU tensors, whose values go along with the launch. Nothing waits for the device.
@@ -315,7 +315,7 @@ def flip_block(
                 _guard(y_ptr, grad_ptr, f_more, f_hit, limit, GRAD)
 
 
-# -- a lane, or a few, for each block: balls in place ---------------------------------------------------------------
+# -- a few lanes for each block: balls in place ---------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "limit", "key", "tick", "blocks", "room"])
@@ -346,7 +346,7 @@ def flip_sparse_(
         _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, False)
         _invert(y_ptr, odd, f_index, f_flips, f_hit, limit, False)
     if GUARD:
-        first_element = tl.program_id(0).to(tl.int64) * (GROUP * _BLOCK) + first_block * _BLOCK - offset
+        first_element = (first_block + tl.program_id(0).to(tl.int64) * GROUP) * _BLOCK - offset
         last_element = tl.minimum(first_element + GROUP * _BLOCK, n) - 1
         first_element = tl.maximum(first_element, 0)
         first_tile = first_element // columns // STRIP_ROWS * tile_columns
@@ -406,7 +406,7 @@ def merge_tiles(
     k = tl.arange(0, R)
     in_columns = (column < columns)[None, :]
     a_index = k.to(tl.int64)[:, None] * columns + column[None, :]
-    a = tl.load(a_ptr + a_index, mask=(k < r)[:, None] & in_columns, other=0.0) * scaling
+    a = tl.load(a_ptr + a_index, mask=(k < r)[:, None] & in_columns, other=0.0).to(tl.float32) * scaling
     if HALVES:
         a_high, a_low = _halves(a)
     first_tile = tl.program_id(0) // tile_columns * TILES
@@ -417,7 +417,7 @@ def merge_tiles(
         inside = in_rows & in_columns
         index = row[:, None] * columns + column[None, :]
         w = tl.load(w_ptr + index, mask=inside, other=0.0)
-        b = tl.load(b_ptr + row[:, None] * r + k[None, :], mask=in_rows & (k < r)[None, :], other=0.0)
+        b = tl.load(b_ptr + row[:, None] * r + k[None, :], mask=in_rows & (k < r)[None, :], other=0.0).to(tl.float32)
         if HALVES:
             b_high, b_low = _halves(b)
             product = tl.dot(b_high, a_high)
@@ -449,9 +449,10 @@ def take_back(
     CHUNKS times CHUNK rows of the batch, all of whose loads are under way at once. Sums within an item are float32, and
     float64 beyond it, where the order of addition no longer shows in a float32 result.
     """
-    count = tl.minimum(tl.load(list_ptr), room)
+    count = tl.load(list_ptr)
+    count = tl.where(count > room, 0, count)  # a part of them would be another part each time
     groups = tl.cdiv(count, ENTRIES)
-    k = tl.arange(0, R)
+    k = tl.arange(0, R).to(tl.int64)
     for item in range(tl.program_id(0).to(tl.int64), groups * tl.cdiv(n, CHUNKS * CHUNK), tl.num_programs(0)):
         entry = item % groups * ENTRIES + tl.arange(0, ENTRIES)
         there = entry < count
