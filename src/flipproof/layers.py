@@ -14,8 +14,8 @@ incoming gradient and ⊙ keep for zeroing what the guard zeroed. Then
 Where W is frozen, the (out, in) matrix dYᵀ·X̃ is not formed: dA = s·(dY·B)ᵀ·X̃ and dB = s·dYᵀ·(X̃·Aᵀ), and what the few
 positions (o, i) zeroed by the guard contributed, g = Σ dY[:, o]·X̃[:, i], is taken back: s·B[o]·g from dA[:, i], and
 s·A[:, i]·g from dB[o]. The result is exact (on a GPU as long as they fit a list: ``triton_backend.new_zeroed``).
-``exact_gradient = false`` in the config leaves that step out: the gradient then passes straight through the weights that
-the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a small layer on a GPU saves a tenth of its time
+``exact_gradient = false`` in the config leaves that step out: the gradient then passes straight through the weights
+that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a layer on a GPU saves 3 to 9% of its time
 (``benchmarks/README.md``).
 """
 
