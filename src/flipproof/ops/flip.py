@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flipproof.ops import reference
 from flipproof.ops.parity import DTYPES
-from flipproof.ops.philox import MAX_TICK, derive_key
+from flipproof.ops.philox import derive_key, tick_problem
 from flipproof.spec import check_seed, probability_problem, threshold_problem
 
 _DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset"
@@ -189,9 +189,8 @@ def _draw(
         probability_problem("p_exp", p_exp),
         probability_problem("p_frac", p_frac),
         threshold_problem("zero_out_t", zero_out_t),
+        tick_problem(tick),
     ]
-    if not 0 <= tick < MAX_TICK:
-        problems.append(f"tick = {tick!r}: ticks run from 0 to 2^48 - 1")
     if not 0 <= offset < 2**61:
         problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
     if found := [problem for problem in problems if problem]:

@@ -41,10 +41,15 @@ ROUNDS = 10
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
+def tick_problem(tick: int) -> str | None:
+    """One line naming what is wrong with a tick, or None where it is fine."""
+    return None if 0 <= tick < MAX_TICK else f"tick = {tick!r}: ticks run from 0 to 2^48 - 1"
+
+
 def check_tick(tick: int) -> int:
     """``tick`` itself, or a ValueError that says what a tick is."""
-    if not 0 <= tick < MAX_TICK:
-        raise ValueError(f"tick = {tick!r}: ticks run from 0 to 2^48 - 1")
+    if problem := tick_problem(tick):
+        raise ValueError(problem)
     return tick
 
 

@@ -108,21 +108,12 @@ def _odd(y: Tensor) -> int:
 # -- flips ------------------------------------------------------------------------------------------------------------
 
 
-def flip(
-    x: Tensor,
-    grad: Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-) -> Tensor:
-    """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard
-    zeroed."""
+def flip(x: Tensor, grad: Tensor | None, *draw: Any) -> Tensor:
+    """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard zeroed.
+    The other arguments are those of ``flip_into``."""
     dense = x.contiguous()
     y = torch.empty_like(x) if dense is x else dense
-    flip_into(y, dense, grad, p_exp, p_frac, zero_out_t, key, tick, offset)
+    flip_into(y, dense, grad, *draw)
     return y
 
 
@@ -289,77 +280,59 @@ def merge(
     guard = zero_out_t is not None
     limit = 0 if zero_out_t is None else guard_bits(y.dtype, zero_out_t)
     masked = zeroed is not None and zeroed.dtype == torch.bool
-    r_tile = max(16, triton.next_power_of_2(lora_A.shape[0]))
-    if r_tile > _MAX_RANK:
-        # looked at as a whole below, so that no tile need say what it holds
-        lora_A, lora_B = lora_A.float(), lora_B.float()
-        y = torch.addmm(weight.float(), lora_B, lora_A, alpha=scaling).to(weight.dtype)
-        return _flip_merged(y, zeroed, p_exp, p_frac, zero_out_t, key, tick, offset)
     whole = plan.dense or masked  # every element is looked at again
     tile_columns = triton.cdiv(columns, _TILE_COLUMNS)
     programs = triton.cdiv(rows, _TILE_ROWS * _TILES) * tile_columns
+    r_tile = max(16, triton.next_power_of_2(lora_A.shape[0]))
+    tiled = r_tile <= _MAX_RANK
     far = None
-    if guard and not whole and (plan.sparse or zeroed is not None):
-        far = _Far(limit, torch.empty(programs, dtype=torch.int8, device=y.device), columns, tile_columns, zeroed)
+    if guard and not whole and (plan.sparse or zeroed is not None or not tiled):
+        # of a product that torch makes nobody says what it holds, so all of it counts as out of range
+        programs_far = (torch.empty if tiled else torch.ones)(programs, dtype=torch.int8, device=y.device)
+        far = _Far(limit, programs_far, columns, tile_columns, zeroed)
     note = far is not None and zeroed is not None
-    _launch(
-        kernels.merge_tiles,
-        programs,
-        4,
-        (
-            weight,
-            lora_A,
-            lora_B,
-            y,
-            far.programs if far else y,
-            zeroed if note else plan.table,
-            scaling,
-            limit,
-            rows,
-            columns,
-            lora_A.shape[0],
-        ),
-        (
-            _TILE_ROWS,
-            _TILE_COLUMNS,
-            r_tile,
-            _TILES,
-            _STAGES if r_tile <= 64 else 1,  # shared memory holds them
-            far is not None,
-            guard and not (plan.sparse or whole or far),
-            note,
-            weight.dtype != torch.float32 and not _INTERPRETED,  # the interpreter cannot multiply bfloat16
-        ),
-    )
+    if tiled:
+        _launch(
+            kernels.merge_tiles,
+            programs,
+            4,
+            (
+                weight,
+                lora_A,
+                lora_B,
+                y,
+                far.programs if far else y,
+                zeroed if note else plan.table,
+                scaling,
+                limit,
+                rows,
+                columns,
+                lora_A.shape[0],
+            ),
+            (
+                _TILE_ROWS,
+                _TILE_COLUMNS,
+                r_tile,
+                _TILES,
+                _STAGES if r_tile <= 64 else 1,  # shared memory holds them
+                far is not None,
+                guard and not (plan.sparse or whole or far),
+                note,
+                weight.dtype != torch.float32 and not _INTERPRETED,  # the interpreter cannot multiply bfloat16
+            ),
+        )
+    else:
+        y = torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling).to(weight.dtype)
+        if zeroed is not None and note:
+            zeroed[:1].zero_()
     if whole:
-        return _flip_merged(y, zeroed, p_exp, p_frac, zero_out_t, key, tick, offset)
-    if far or plan.sparse:
+        kept = None if zeroed is None else torch.ones_like(zeroed)
+        flip_(y, kept, p_exp, p_frac, zero_out_t, key, tick, offset)
+        if kept is not None:
+            torch.logical_not(kept, out=zeroed)
+    elif far or plan.sparse:
         flip_sparse_(y, plan, far, key, tick, offset)
     return y
-
-
-def _flip_merged(y: Tensor, zeroed: Tensor | None, *draw: Any) -> Tensor:
-    """y <- guard(flip(y)), every element looked at; ``zeroed`` as for ``merge``."""
-    kept = None if zeroed is None else torch.ones(y.shape, dtype=torch.bool, device=y.device)
-    flip_(y, kept, *draw)
-    if zeroed is not None and kept is not None:
-        if zeroed.dtype == torch.bool:
-            torch.logical_not(kept, out=zeroed)
-        else:
-            _list(~kept, zeroed)
-    return y
-
-
-def _list(out: Tensor, zeroed: Tensor) -> None:
-    """The set positions of a mask, as the kernels list them, without waiting for how many there are."""
-    room = zeroed.numel() - 1
-    place = out.view(-1).cumsum(0)
-    zeroed[0] = place[-1]
-    # everything goes somewhere: what is not listed to the last place, which counts for nothing in a list so long
-    at = torch.where(out.view(-1) & (place <= room), place, room + 1)
-    wide = torch.empty(room + 2, dtype=torch.int64, device=out.device)
-    wide.scatter_(0, at, torch.arange(out.numel(), device=out.device))
-    zeroed[1:] = wide[1:-1]
 
 
 def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The flip in Triton: the same draw as ``reference.py``, bit for bit, at the speed of memory.
 
-``parity.py`` explains the algorithm and ``philox.py`` the counters. A tensor has one program, or one lane, per block of
-8192 elements, and what a block does depends on nothing but its own elements and its own numbers.
+``parity.py`` explains the algorithm and ``philox.py`` the counters. A tensor has one program, or a few lanes, per block
+of 8192 elements, and what a block does depends on nothing but its own elements and its own numbers.
 
 **Order within a block.** Elements are copied; a barrier; the balls are XORed into memory by relaxed atomics on 32-bit
 words, since two balls may hit one word and the order of XORs does not matter; a barrier; the guard. While copying, the
@@ -427,7 +427,7 @@ def merge_tiles(
             product = tl.dot(b, a, input_precision="ieee")
         y = (w.to(tl.float32) + product).to(w.dtype)
         if GUARD:
-            y = tl.where(_magnitude(y) >= limit, tl.zeros_like(y), y)
+            y = _guarded(y, y_ptr, index, inside, limit, False)
         tl.store(y_ptr + index, y, mask=inside)
         if FAR:  # what is not inside is zero
             largest = tl.maximum(largest, tl.max(_magnitude(y).to(tl.int32), axis=1))
