@@ -1,6 +1,8 @@
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # packed tokens of tests are not the user's
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -8,7 +8,7 @@ from scipy import stats
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.checkpoint import save_adapter
+from flipproof.adapter import save_adapter
 from flipproof.config import ConfigError, load_config
 from flipproof.data import PackedText
 from flipproof.evaluate import Arm, arms_table, evaluate, fault_seeds, gap_closed, mean_loss, measure_arms, t_interval

@@ -133,7 +133,7 @@ train_module.train(load_config([{str(tmp_path / "config.toml")!r}]))
 
     with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
         train(config)
-    train(config, resume=True)
+    train(config, resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -153,7 +153,7 @@ def test_resume_after_a_crash_with_lines_beyond_the_checkpoint(base, tmp_path, m
     with (tmp_path / "crashed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "los')
     assert len((tmp_path / "crashed" / "metrics.jsonl").read_text().splitlines()) == 6
-    train(config, resume=True)
+    train(config, resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "crashed")
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_stops_the_resume(base, tmp_path):
     next((tmp_path / "run" / "checkpoints" / "step-6").glob("*.distcp")).write_bytes(b"")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match=r"step-6.*distcp is damaged.*resume from step-4"):
-        train(config, resume=True)
+        train(config, resume="auto")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 

@@ -1,9 +1,12 @@
-"""What is written so that it can be read again: training checkpoints (DCP), PEFT adapters, Hugging Face models.
+"""Training checkpoints: written by all processes beside training (DCP), complete or not there at all.
 
-A training checkpoint is a directory ``checkpoints/step-N`` that holds what training changes (trainable parameters,
-optimizer state, the global RNG for models with dropout) and a manifest with the size and hash of each file. It is
-written under another name and renamed when it is complete, so a crash while saving never costs the last good one.
-Everything else that a resumed run needs (learning rate, data order, ticks) is a function of the step.
+A checkpoint is a directory ``checkpoints/step-N`` that holds what training changes (trainable parameters, optimizer
+state, how much data was used) and a manifest with the size and hash of each file. Each process copies what it holds to
+the CPU's memory, and a thread writes it while training goes on. The directory has another name until every process is
+done, so a crash while saving never costs the last good one. Everything else that a resumed run needs (learning rate,
+data order, ticks) is a function of the step.
+
+DCP stores tensors by their place in the whole, so any number of processes reads what any other number wrote.
 """
 
 import hashlib
@@ -12,11 +15,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,59 +32,101 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.utils._pytree import tree_map_only
 
-from flipproof.config import ConfigError
-from flipproof.inject import faulty_layers, iter_faulty
+from flipproof.config import CheckpointConfig, ConfigError
+from flipproof.parallel import World
 from flipproof.runlog import write_json
-from flipproof.spec import LoraSpec
 
 MANIFEST = "manifest.json"
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
+Progress = dict[str, Tensor]
+"""What a run has used beside its steps, by name: scalar tensors, changed in place when a checkpoint is loaded."""
 
 
-def save_checkpoint(
-    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int
-) -> Path:
-    """Write ``directory/step-N`` completely or not at all, then delete all but the last ``keep_last``."""
-    final, unfinished = directory / f"step-{step}", directory / f".step-{step}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    with _one_process():
-        dcp.save(_state(model, optimizer), checkpoint_id=unfinished, no_dist=True)
-    files = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
-    write_json(unfinished / MANIFEST, {"step": step, "files": files})
-    for file in unfinished.iterdir():
-        _sync(file)
-    if final.exists():  # left by a run that resumed from an earlier step
-        shutil.rmtree(final)
-    os.rename(unfinished, final)
-    _sync(directory)
-    for old in list_checkpoints(directory)[:-keep_last]:
-        shutil.rmtree(old)
-    return final
+class Checkpointer:
+    """Writes the checkpoints of a run into ``directory``, one at a time."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, world: World) -> None:
+        self.directory, self.config, self.world = directory, config, world
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write ``step-N`` after the one before it, then delete all but the last ``keep_last``. All processes call."""
+        self.wait()
+        full = self.config.state_dict_type == "full"
+        options = StateDictOptions(ignore_frozen_params=True, strict=False, cpu_offload=True, full_state_dict=full)
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+        state = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
+        # a copy: training goes on with the tensors themselves, which on a CPU these are
+        state = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
+        if self.config.asynchronous:
+            self._pending = self._thread.submit(self._write, step, state)
+        else:
+            self._write(step, state)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete. Raises what writing it raised."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        final, unfinished = self.directory / f"step-{step}", self.directory / f".step-{step}.unfinished"
+        world, alone = self.world, self.world.size == 1
+        if world.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        if not alone:
+            dist.barrier(group=world.writers)
+        if alone or self.config.state_dict_type == "sharded":
+            with _one_process():
+                dcp.save(state, checkpoint_id=unfinished, process_group=world.writers, no_dist=alone)
+        elif world.first:
+            with _one_process():
+                dcp.save(state, checkpoint_id=unfinished, no_dist=True)
+        # each process vouches for the files that it wrote
+        prefixes = (f"__{world.rank}_", *([".metadata"] if world.first else []))
+        mine = [file for file in sorted(unfinished.iterdir()) if file.name.startswith(prefixes)]
+        files = {file.name: _fingerprint(file) for file in mine}
+        for file in mine:
+            _sync(file)
+        if not alone:
+            gathered: list[Any] = [None] * world.size
+            dist.all_gather_object(gathered, files, group=world.writers)
+            files = {name: value for part in gathered for name, value in part.items()}
+        if not world.first:
+            return
+        write_json(unfinished / MANIFEST, {"step": step, "files": files})
+        _sync(unfinished / MANIFEST)
+        if final.exists():  # left by a run that resumed from an earlier step
+            shutil.rmtree(final)
+        os.rename(unfinished, final)
+        _sync(self.directory)
+        for old in list_checkpoints(self.directory)[: -self.config.keep_last]:
+            shutil.rmtree(old)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore trainable parameters, optimizer and RNG in place; returns the step.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> int:
+    """Restore trainable parameters, optimizer and progress in place; returns the step. All processes call.
 
     Raises:
         ConfigError: naming the file, where one is missing, damaged or does not fit the model.
     """
-    state = _state(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
     _load(state, path)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINABLE
     )
-    torch.set_rng_state(state["rng"])
-    return _step(path)
+    return step_of(path)
 
 
 def load_trained_weights(path: Path, model: nn.Module) -> int:
@@ -87,40 +134,59 @@ def load_trained_weights(path: Path, model: nn.Module) -> int:
     state = {"model": get_model_state_dict(model, options=_TRAINABLE)}
     _load(state, path)
     set_model_state_dict(model, state["model"], options=_TRAINABLE)
-    return _step(path)
+    return step_of(path)
+
+
+def find_checkpoint(directory: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from: ``resume`` by name, or for "auto" the last one; None where there is none.
+
+    Raises:
+        ConfigError: where there is none of that name, naming those that are there.
+    """
+    found = list_checkpoints(directory)
+    if resume is None or (resume == "auto" and not found):
+        return None
+    if resume == "auto":
+        return found[-1]
+    names = [path.name for path in found]
+    if resume not in names:
+        raise ConfigError([f"--resume {resume}: {directory} holds {', '.join(names) or 'no complete checkpoint'}"])
+    return directory / resume
 
 
 def _load(state: dict[str, Any], path: Path) -> None:
-    if problems := checkpoint_problems(path):
-        earlier = [other.name for other in list_checkpoints(path.parent) if _step(other) < _step(path)]
-        way_out = f"; delete {path} to resume from {earlier[-1]}" if earlier else ""
+    problems = checkpoint_problems(path)
+    if problems:
+        earlier = [other.name for other in list_checkpoints(path.parent) if step_of(other) < step_of(path)]
+        way_out = f"; --resume {earlier[-1]} goes on from the one before" if earlier else ""
         raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
     try:
         with _one_process():
-            dcp.load(state, checkpoint_id=path, no_dist=True)
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError([f"checkpoint {path} does not fit this model and config ({reason})"]) from error
 
 
 def checkpoint_problems(path: Path) -> list[str]:
-    """What keeps a checkpoint from being read, one line per file."""
+    """What keeps a checkpoint from being read, one line per file. Of several processes, which all must call, each reads
+    a part of the files."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError):
         return [f"{MANIFEST} is missing or damaged"]
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     problems = []
-    for name, expected in files.items():
+    for name, expected in list(files.items())[rank::size]:
         if not (path / name).exists():
             problems.append(f"{name} is missing")
         elif _fingerprint(path / name) != expected:
             problems.append(f"{name} is damaged (size or hash differ from the manifest)")
-    return problems
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
-    return {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
+    if size == 1:
+        return problems
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, problems)
+    return [problem for part in gathered for problem in part]
 
 
 @contextmanager
@@ -131,7 +197,7 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
@@ -146,108 +212,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def save_adapter(model: nn.Module, directory: Path, base_model: str | None) -> None:
-    """Write the adapters as PEFT does, so that ``PeftModel.from_pretrained(base, directory)`` opens them."""
-    from safetensors.torch import save_file
-
-    layers = faulty_layers(model)
-    lora = next(iter(layers.values())).lora
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if layer.lora_A is None or layer.lora_B is None:
-            raise ConfigError([f"{name} has no adapter (lora.r = 0): there is none to write"])
-        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
-        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    write_json(
-        directory / _ADAPTER_CONFIG,
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-            # whole names: a suffix such as "q_proj" would also match layers that were skipped
-            "target_modules": sorted(layers),
-        },
-    )
-
-
-def adapter_spec(directory: Path) -> LoraSpec:
-    """Rank and scaling of a PEFT adapter. Raises ConfigError where the directory holds no plain LoRA."""
-    try:
-        config = json.loads((directory / _ADAPTER_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"adapter {directory}: {_ADAPTER_CONFIG} is missing or damaged"]) from error
-    unsupported = [
-        key
-        for key in (
-            "use_dora",
-            "use_rslora",
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "fan_in_fan_out",
-        )
-        if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA" or unsupported:
-        what = f"it uses {', '.join(unsupported)}" if unsupported else f"peft_type is {config.get('peft_type')!r}"
-        raise ConfigError([f"adapter {directory}: plain LoRA is read; {what}"])
-    return LoraSpec(r=config["r"], lora_alpha=config["lora_alpha"])
-
-
-@torch.no_grad()
-def load_adapter(model: nn.Module, directory: Path) -> None:
-    """Load a PEFT adapter into the model's faulty layers.
-
-    Raises:
-        ConfigError: naming what does not fit, and nothing is changed.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(directory / _ADAPTER_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError([f"adapter {directory}: {_ADAPTER_WEIGHTS} is missing or damaged"]) from error
-    targets: dict[str, Tensor] = {}
-    for name, layer in faulty_layers(model).items():
-        for matrix in ("lora_A", "lora_B"):
-            parameter = getattr(layer, matrix)
-            if parameter is not None:
-                targets[f"{_PEFT_PREFIX}{name}.{matrix}.weight"] = parameter
-    problems = [f"the model has no layer for {key}" for key in tensors.keys() - targets.keys()]
-    problems += [f"{key} is missing" for key in targets.keys() - tensors.keys()]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, the model's layer has {tuple(targets[key].shape)}"
-        for key in tensors.keys() & targets.keys()
-        if tensors[key].shape != targets[key].shape
-    ]
-    if problems:
-        problems.sort()
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise ConfigError([f"adapter {directory} does not fit this model: {problems[0]}{more}"])
-    for key, parameter in targets.items():
-        parameter.copy_(tensors[key])
-
-
-@torch.no_grad()
-def save_model(model: nn.Module, directory: Path, tokenizer: Any) -> None:
-    """Write a Hugging Face model with the adapters merged, which ``AutoModelForCausalLM`` opens. The model stays as
-    it is.
-    """
-    merged = {f"{name}.weight": layer.merged_weight() for name, layer in iter_faulty(model)}
-    state = {
-        name: merged.get(name, tensor)
-        for name, tensor in model.state_dict().items()
-        if not name.endswith((".lora_A", ".lora_B"))
-    }
-    model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
-    tokenizer.save_pretrained(directory)

@@ -4,6 +4,7 @@ Whatever the user can get wrong ends in one clear line per problem on stderr and
 """
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ from flipproof.config import (
     preset_text,
     split_overrides,
 )
+
+EXIT_REQUEUE = 75
+"""sysexits.h's EX_TEMPFAIL: stopped by SIGTERM with a checkpoint, so starting again with --resume goes on."""
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -56,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_up_logging()
     try:
-        VERBS[verb][0](_Parser(prog=f"flipproof {verb}", description=VERBS[verb][1]), rest)
+        return VERBS[verb][0](_Parser(prog=f"flipproof {verb}", description=VERBS[verb][1]), rest) or 0
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"flipproof {verb}: error: {problem}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node see the same
+            for problem in error.problems:
+                print(f"flipproof {verb}: error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"flipproof {verb}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _usage() -> str:
@@ -72,20 +76,40 @@ def _usage() -> str:
     return f"usage: flipproof VERB [options]\n\n{verbs}\n\nflipproof VERB --help says more."
 
 
-def _train(parser: _Parser, argv: list[str]) -> None:
+def _say(result: object) -> None:
+    """Print what a verb has to say, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(result)
+
+
+def _train(parser: _Parser, argv: list[str]) -> int:
     _add_config_arguments(parser)
     parser.add_argument("--steps", type=str, metavar="N", help="Optimizer steps; the same as --training.steps.")
     parser.add_argument("--dry-run", action="store_true", help="Validate, print the resolved config and stop.")
-    parser.add_argument("--resume", action="store_true", help="Continue from the run directory's last checkpoint.")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        type=str,
+        metavar="auto|step-N",
+        help="Continue from the run directory's last checkpoint, if there is one, or from the one named.",
+    )
+    parser.add_argument("--profile", action="store_true", help="Write traces; the same as --logging.profile true.")
     overrides, rest = split_overrides(argv)
     args = parser.parse_args(rest, defaults=False)
     config = _config(args, overrides)
     if args.get("dry_run"):
-        print(config.to_toml(), end="")
-        return
-    from flipproof.train import train
+        _say(config.to_toml().rstrip())
+        return 0
+    from flipproof.runlog import logger
+    from flipproof.train import Interrupted, train
 
-    print(train(config, resume=bool(args.get("resume"))))
+    try:
+        _say(train(config, resume=args.get("resume")))
+    except Interrupted as reason:
+        logger.warning("%s", reason)
+        return EXIT_REQUEUE
+    return 0
 
 
 def _eval(parser: _Parser, argv: list[str]) -> None:
@@ -105,7 +129,7 @@ def _eval(parser: _Parser, argv: list[str]) -> None:
     from flipproof.evaluate import arms_table, evaluate
 
     adapter, to = (Path(path) if (path := args.get(name)) else None for name in ("adapter", "to"))
-    print(arms_table(evaluate(config, adapter, to)))
+    _say(arms_table(evaluate(config, adapter, to)))
 
 
 def _export(parser: _Parser, argv: list[str]) -> None:
@@ -120,7 +144,7 @@ def _export(parser: _Parser, argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from flipproof.export import export
 
-    print(export(Path(args.run), Path(args.to), args.format))
+    _say(export(Path(args.run), Path(args.to), args.format))
 
 
 def _config_verb(parser: _Parser, argv: list[str]) -> None:
@@ -177,14 +201,15 @@ def _config(args: jsonargparse.Namespace, overrides: dict[str, dict[str, Any]]) 
         "model_path": ("model", "hf_model_path"),
         "num_samples": ("eval", "num_samples"),
         "trials": ("eval", "trials"),
+        "profile": ("logging", "profile"),
     }
     for flag, (section, key) in shorthands.items():
-        if (value := args.get(flag)) is not None:
+        if (value := args.get(flag)) not in (None, False):
             overrides.setdefault(section, {})[key] = value
     return load_config(args.get("config") or [], overrides)
 
 
-VERBS: dict[str, tuple[Callable[[_Parser, list[str]], None], str]] = {
+VERBS: dict[str, tuple[Callable[[_Parser, list[str]], int | None], str]] = {
     "demo": (_demo, "The whole story on a small model made here: minutes on two cores, no network."),
     "train": (_train, "Train with bit flips: LoRA adapters, the whole model, or from scratch."),
     "eval": (_eval, "Perplexity with and without faults, guard and training, side by side."),

@@ -81,11 +81,14 @@ class TrainingConfig:
     seq_len: int = 2048
     """Tokens per sequence."""
     local_batch_size: int = 1
-    """Sequences per process and micro-batch."""
+    """Sequences per process and micro-batch; the global micro-batch is those of all processes."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
-    steps: int = 1000
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps. Default: what tokens_per_parameter gives, or 1000."""
+    tokens_per_parameter: float | None = None
+    """Length of the run where steps is not given, in training tokens per parameter of the model: 0.01 is 1%. The steps
+    follow from it with batch, accumulation and number of processes."""
     lr: float = 2e-4
     """Peak learning rate of AdamW (betas 0.9 and 0.95)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -102,15 +105,23 @@ class TrainingConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
+    activation_checkpointing: Literal["none", "full", "selective", "auto"] | int = "auto"
+    """What backward computes anew instead of keeping: nothing, every block (full), every n-th block (a number), or in
+    every block all but matrix products and attention (selective). auto keeps as much as the GPU's memory allows; on a
+    CPU it is none."""
+    compile: bool | None = None
+    """Compile the model's blocks with torch.compile. Default: on a GPU."""
 
     def problems(self) -> list[str]:
         problems = _at_least(self, 0, "weight_decay", "warmup_steps", "max_norm", "save_freq", "seed")
+        if isinstance(self.activation_checkpointing, int):
+            problems += _at_least(self, 1, "activation_checkpointing")
+        if self.tokens_per_parameter is not None and not self.tokens_per_parameter > 0:
+            problems.append(f"tokens_per_parameter = {self.tokens_per_parameter!r}: a positive number is allowed")
         problems += _at_least(self, 1, "local_batch_size", "gradient_accumulation_steps", "steps", "log_freq")
         problems += _at_least(self, 2, "seq_len")
         if not self.lr > 0:
             problems.append(f"lr = {self.lr!r}: a positive number is allowed")
-        if "float16" in (self.dtype, self.mixed_precision_param):
-            problems.append("dtype float16 would need loss scaling, which is not there; use bfloat16 or float32")
         return problems
 
 
@@ -118,11 +129,39 @@ class TrainingConfig:
 class ParallelismConfig:
     """How the model is spread over processes."""
 
-    fsdp_degree: int = 1
-    """Processes over which parameters, gradients and optimizer state are sharded."""
+    fsdp_degree: int | None = None
+    """Processes over which parameters, gradients and optimizer state are sharded. Default: all of them; with
+    hybrid_shard those of one node."""
+    replicas: int | None = None
+    """Copies of the sharded model, each with data of its own. The processes are fsdp_degree x replicas. Default: 1;
+    with hybrid_shard as many as the processes give."""
+    sharding_strategy: Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"] = "full_shard"
+    """full_shard (ZeRO-3) gathers a block's parameters for forward and again for backward; shard_grad_op (ZeRO-2) keeps
+    them in between; hybrid_shard shards within groups of fsdp_degree processes and replicates over the groups; no_shard
+    (DDP) gives every process the whole model."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in the CPU's memory between uses."""
+    forward_prefetch: int = 1
+    """Blocks whose parameters are gathered ahead of their turn in forward; 0 leaves it to FSDP."""
+    backward_prefetch: int = 1
+    """The same in backward."""
+    keep_gathered: bool = False
+    """Keep parameters gathered between the micro-batches of a step: less communication, the memory of the whole
+    model."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run, and says which process waited in which."""
 
     def problems(self) -> list[str]:
-        return _at_least(self, 1, "fsdp_degree")
+        problems = _at_least(self, 1, "fsdp_degree", "replicas")
+        problems += _at_least(self, 0, "forward_prefetch", "backward_prefetch")
+        if not self.timeout_minutes > 0:
+            problems.append(f"timeout_minutes = {self.timeout_minutes!r}: a positive number is allowed")
+        if self.sharding_strategy == "no_shard":
+            if (self.fsdp_degree or 1) != 1:
+                problems.append(f"fsdp_degree = {self.fsdp_degree!r}: no_shard allows 1")
+            if self.cpu_offload:
+                problems.append("cpu_offload = True: no_shard keeps the whole model on the device")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -163,6 +202,14 @@ class LoggingConfig:
 
     run_dir: str = "runs/default"
     """The run's directory: config, metrics, checkpoints, exports, results."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run's directory."""
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Log to Weights & Biases: to its server, or into the run's directory for wandb sync."""
+    wandb_project: str = "flipproof"
+    """The W&B project."""
+    profile: bool = False
+    """Write torch.profiler traces of a few steps and a snapshot of GPU memory into the run's directory."""
 
     def problems(self) -> list[str]:
         return []
@@ -174,6 +221,11 @@ class CheckpointConfig:
 
     keep_last: int = 2
     """How many checkpoints are kept; older ones are deleted after a newer one is complete."""
+    asynchronous: bool = True
+    """Write while training goes on; False waits for the disk."""
+    state_dict_type: Literal["sharded", "full"] = "sharded"
+    """sharded: every process writes what it holds. full: process 0 gathers everything and writes one file. Either is
+    read by any number of processes."""
 
     def problems(self) -> list[str]:
         return _at_least(self, 1, "keep_last")

@@ -11,28 +11,46 @@ nothing else.
 **Held out.** Unless evaluation text is given, documents are shuffled once by a fixed seed and the first of the packed
 sequences are kept out of training: ``held_out_tokens``, or a tenth of a small source. Which ones does not depend on the
 length of the run, and no more of the source is read and tokenised than a run needs.
+
+**Packed once.** The tokens, not yet cut, are a file ``flipproof/KEY.npy`` in the cache directory of ``datasets``, which
+every process maps into memory: the processes of a node share its pages, and a resumed run tokenises nothing. KEY is a
+hash of all that the tokens depend on, so a file is never out of date, only unused; between runs any may be deleted.
+Whoever first takes the lock of a key packs, and the others wait for the lock and find the file. A file gets its name
+when it is complete, so even where a file system has no locks the worst is that two processes do the same work.
 """
 
+import hashlib
+import json
+import os
 import sysconfig
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from flipproof.config import ConfigError, DataConfig
+from flipproof.runlog import logger
 
 _SUFFIX_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _WAYS_OUT = "give a local file or folder as data.source, or data.source = 'stdlib', which needs no network"
+_PACKING = 1  # part of every key: to be raised when _write_tokens makes other tokens of the same text
+_BATCH_CHARACTERS = 2**21  # enough texts for the tokenizer's threads, and about 0.3 GB while it works
 
 
 @dataclass(frozen=True)
 class PackedText:
-    """Token ids of shape (sequences, seq_len), int32, and where the text came from."""
+    """Token ids of shape (sequences, seq_len), int32, and where the text came from.
+
+    Those that ``load_text`` gives are mapped from a file, read-only.
+    """
 
     sequences: np.ndarray
     source: str
@@ -71,7 +89,7 @@ def load_text(
 
     Raises:
         ConfigError: for a source that cannot be read, has no such column, is empty, or is shorter than one sequence of
-            training and one of held-out text.
+            training and one of held-out text; and for a cache directory that cannot be written.
     """
     if config.eval_source is not None:
         sequences = _pack(config.source, config, tokenizer, seq_len, None if needed is None else needed * seq_len)
@@ -103,17 +121,7 @@ def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedTex
 def _pack(source: str, config: DataConfig, tokenizer: Any, seq_len: int, enough: int | None) -> np.ndarray:
     """Sequences of the first ``enough`` tokens of a source (None: all), and of no more than ``max_tokens``."""
     limits = [limit for limit in (enough, config.max_tokens) if limit is not None]
-    max_tokens = min(limits, default=None)
-    end = tokenizer.eos_token_id
-    pieces: list[np.ndarray] = []
-    total = 0
-    for texts in _text_batches(source, config.text_column):
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(np.array(ids if end is None else [*ids, end], dtype=np.int32))
-            total += len(pieces[-1])
-        if max_tokens is not None and total >= max_tokens:
-            break
-    flat = np.concatenate(pieces)[:max_tokens] if pieces else np.empty(0, dtype=np.int32)
+    flat = _packed_tokens(source, config.text_column, tokenizer, min(limits, default=None))
     if len(flat) < seq_len:
         raise ConfigError(
             [
@@ -124,21 +132,119 @@ def _pack(source: str, config: DataConfig, tokenizer: Any, seq_len: int, enough:
     return flat[: len(flat) // seq_len * seq_len].reshape(-1, seq_len)
 
 
-def _text_batches(source: str, column: str, size: int = 64) -> Iterator[list[str]]:
-    """Non-empty texts of a source, some at a time, in an order that does not change from run to run."""
-    dataset = _stdlib_dataset() if source == "stdlib" else _open_dataset(source, column)
-    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(dataset))
-    found = False
-    for start in range(0, len(order), size):
-        texts = [text for text in dataset[order[start : start + size]][column] if text and not text.isspace()]
-        if texts:
-            found = True
-            yield texts
-    if not found:
-        raise ConfigError([f"data source {source!r} holds no text"])
+def _packed_tokens(source: str, column: str, tokenizer: Any, limit: int | None) -> np.memmap:
+    """The first ``limit`` tokens of a source (None: all), from the cache; whoever finds none there packs them."""
+    import datasets
+
+    directory = Path(datasets.config.HF_DATASETS_CACHE) / "flipproof"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        dataset = _stdlib_dataset() if source == "stdlib" else _open_dataset(source, column)
+        order = np.random.Generator(np.random.Philox(key=0)).permutation(len(dataset))
+        path = directory / f"{_key(dataset, order, tokenizer, limit)}.npy"
+        if (tokens := _finished(path)) is None:
+            logger.info("data source %r is tokenised into %s", source, path)
+            with FileLock(path.with_suffix(".lock")):
+                if (tokens := _finished(path)) is None:
+                    _write_tokens(path, source, _text_batches(dataset, order), tokenizer, limit)
+                    tokens = np.load(path, mmap_mode="r")
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"the cache directory {directory} cannot be written ({error}); "
+                "name another one in the environment variable HF_DATASETS_CACHE"
+            ]
+        ) from error
+    return tokens
+
+
+def _key(dataset: Any, order: np.ndarray, tokenizer: Any, limit: int | None) -> str:
+    """Equal in every process for the same tokens; another one wherever the tokens might be others."""
+    from datasets.fingerprint import Hasher
+
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Each call of a tokenizer sets these two anew: here they only tell what its last call was.
+        del state["truncation"], state["padding"]
+        state["split_special_tokens"] = tokenizer.split_special_tokens
+    else:
+        state = Hasher.hash(tokenizer)
+    depends_on = {
+        "packing": _PACKING,
+        # Of a file: its path and the time of its last change; of Hub data: the revision; of "stdlib": the texts.
+        # All three: the column. datasets keeps its own cache by the same.
+        "texts": dataset._fingerprint,
+        "order": hashlib.sha256(order.tobytes()).hexdigest(),
+        "tokenizer": [type(tokenizer).__qualname__, state],
+        "versions": [version("tokenizers"), version("transformers")],
+        "end": tokenizer.eos_token_id,
+        "limit": limit,
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _finished(path: Path) -> np.memmap | None:
+    """The tokens of a packed file; None where there is none, or a damaged one."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+        return tokens if path.stat().st_size == tokens.offset + tokens.nbytes else None
+    except (OSError, EOFError, ValueError):  # absent; empty; shorter than the shape in its header says
+        return None
+
+
+def _write_tokens(path: Path, source: str, batches: Iterator[list[str]], tokenizer: Any, limit: int | None) -> None:
+    """Tokenise texts, each followed by the end-of-text token, into a file that appears when it is complete."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    total = 0
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            _write_header(file, 0)
+            for texts in batches:
+                encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+                tokens = np.concatenate([np.array([*ids, *end], dtype="<i4") for ids in encoded["input_ids"]])
+                if limit is not None:
+                    tokens = tokens[: limit - total]
+                file.write(tokens.tobytes())
+                total += len(tokens)
+                if total == limit:
+                    break
+            if total == 0:
+                raise ConfigError([f"data source {source!r} holds no text"])
+            file.seek(0)
+            _write_header(file, total)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine could leave the name without the tokens
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_header(file: BinaryIO, total: int) -> None:
+    # NumPy leaves room for the first axis to grow: the header is as long for any total.
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (total,)})
+
+
+def _text_batches(dataset: Any, order: np.ndarray) -> Iterator[list[str]]:
+    """The non-empty texts of a data set of one column, some at a time."""
+    (column,) = dataset.column_names
+    batch: list[str] = []
+    characters = 0
+    for start in range(0, len(order), 64):
+        for text in dataset[order[start : start + 64]][column]:
+            if not text or text.isspace():
+                continue
+            batch.append(text)
+            characters += len(text)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _open_dataset(source: str, column: str) -> Any:
+    """A source as a data set of its text column alone."""
     import datasets
 
     path = Path(source)
@@ -161,7 +267,7 @@ def _open_dataset(source: str, column: str) -> Any:
         raise ConfigError(
             [f"data.text_column = {column!r}: {source!r} has the columns {', '.join(dataset.column_names)}"]
         )
-    return dataset
+    return dataset.select_columns(column)
 
 
 def _local_files(path: Path) -> tuple[str, list[str]]:

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from flipproof import runlog
-from flipproof.checkpoint import load_adapter
+from flipproof import parallel, runlog
+from flipproof.adapter import load_adapter
+from flipproof.build import build_model
 from flipproof.config import RunConfig, load_config
 from flipproof.data import PackedText, load_held_out
 from flipproof.evaluate import Arm, arms_table, fault_seeds, gap_closed, measure_arms
 from flipproof.export import export
-from flipproof.inject import faults, inject, set_faults
-from flipproof.model import load_model, load_tokenizer, to_device
+from flipproof.inject import faults, set_faults
+from flipproof.model import load_tokenizer
 from flipproof.runlog import check_run_dir, logger
 from flipproof.train import train
 
@@ -50,8 +51,8 @@ def demo(run_dir: Path) -> None:
     logger.info("3. Perplexity against the flip probability, and a sample of text")
     tokenizer = load_tokenizer(config.model)
     text = load_held_out(config.data, tokenizer, config.training.seq_len)
-    model = to_device(load_model(config.model, tokenizer, config.training.dtype, config.training.seed))
-    inject(model, config.bitflip, config.lora)
+    with parallel.start(config.parallelism) as world:
+        model = build_model(config, tokenizer, world, config.lora)
     load_adapter(model, run_dir / "adapter")
     points = sweep_p(config, model, text)
     arms = {

@@ -12,7 +12,7 @@ mean would move with other faults on this text.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ import torch
 from scipy import stats
 from torch import nn
 
-from flipproof import runlog
-from flipproof.checkpoint import adapter_spec, load_adapter
+from flipproof import parallel, runlog
+from flipproof.adapter import adapter_spec, load_adapter
+from flipproof.build import build_model
 from flipproof.config import ConfigError, RunConfig
 from flipproof.data import PackedText, load_held_out
-from flipproof.inject import faults, inject, is_faulty
-from flipproof.model import compute_context, load_model, load_tokenizer, to_device
+from flipproof.inject import faults, is_faulty
+from flipproof.loss import IGNORED, next_token_loss
+from flipproof.model import compute_context, load_tokenizer
+from flipproof.parallel import World
 from flipproof.runlog import logger
 
 BASE_ARMS = ("clean", "guard", "flipped")
@@ -88,24 +91,36 @@ def fault_seeds(base_seed: int, trials: int) -> list[int]:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, text: PackedText, num_samples: int, batch_size: int) -> tuple[float, int]:
+def mean_loss(
+    model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World | None = None
+) -> tuple[float, int]:
     """(token-weighted mean cross-entropy in nats, predicted tokens) over ``num_samples`` sequences spread evenly over
-    the text, or all of it where it has fewer."""
+    the text, or all of it where it has fewer.
+
+    ``batch_size`` sequences at a time in each process; all processes return the same.
+    """
+    world = world or World(0, 1, next(model.parameters()).device)
     n = min(num_samples, len(text))
     chosen = np.arange(n) * len(text) // n
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     try:
-        for start in range(0, n, batch_size):
-            ids = text.batch(chosen[start : start + batch_size]).to(device)
-            predicted = ids.shape[0] * (ids.shape[1] - 1)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            total += float(loss.double()) * predicted
+        for start in range(0, n, batch_size * world.size):
+            here = chosen[start + world.rank * batch_size :][:batch_size]
+            # Every process runs as many passes on as many rows, so that rows keep their place in the whole batch.
+            short = batch_size - len(here) if world.size > 1 else 0
+            ids = text.batch(np.concatenate([here, chosen[:1].repeat(short)])).to(world.device)
+            labels = ids.clone()
+            labels[len(here) :] = IGNORED
+            predicted = len(here) * (ids.shape[1] - 1)
+            loss = float(next_token_loss(model, ids, labels).double())
+            if predicted:
+                total += loss * predicted
             tokens += predicted
     finally:
         model.train(was_training)
+    total, tokens = world.total(total), round(world.total(tokens))
     loss_value = total / tokens
     # NaN, too, is a model that flips have broken: it predicts nothing.
     return (loss_value if math.isfinite(loss_value) else math.inf), tokens
@@ -119,6 +134,7 @@ def measure_arms(
     seeds: Sequence[int],
     num_samples: int,
     batch_size: int,
+    world: World | None = None,
 ) -> dict[str, Arm]:
     """The named arms of a model; one without faulty layers has the arm ``clean`` alone."""
     arms = {}
@@ -129,7 +145,7 @@ def measure_arms(
         for seed in seeds if flips else [None]:
             on = partial(faults, model, flips=flips, guard=guard, adapters=name in TRAINED_ARMS, seed=seed)
             with on() if is_faulty(model) else nullcontext():
-                loss, tokens = mean_loss(model, text, num_samples, batch_size)
+                loss, tokens = mean_loss(model, text, num_samples, batch_size, world)
             losses.append(loss)
         arms[name] = Arm.from_losses(losses, tokens)
     return arms
@@ -157,26 +173,30 @@ def evaluate(config: RunConfig, adapter: Path | None = None, to: Path | None = N
     """
     if to is not None and (to / runlog.RESULTS).exists():
         raise ConfigError([f"{to / runlog.RESULTS} exists already; name another directory"])
-    tokenizer = load_tokenizer(config.model)
-    text = load_held_out(config.data, tokenizer, config.training.seq_len)
-    model = to_device(load_model(config.model, tokenizer, config.training.dtype, config.training.seed))
-    lora = adapter_spec(adapter) if adapter else None
-    names: tuple[str, ...] = ("clean",)
-    if lora or config.bitflip.any_fault:
-        logger.info("%s", inject(model, config.bitflip, lora))
-        names = BASE_ARMS + (TRAINED_ARMS if adapter else ())
-    else:
-        logger.info("no faults are configured (bitflip.*): the clean arm alone is measured")
-    if adapter:
-        load_adapter(model, adapter)
-    arms = measure_config_arms(config, names, model, text)
-    if to is not None:
-        to.mkdir(parents=True, exist_ok=True)
-        write_results(to, config, arms, model, text)
+    # what is kept for a backward pass does not matter here
+    config = replace(config, training=replace(config.training, activation_checkpointing="none"))
+    with parallel.start(config.parallelism) as world:
+        tokenizer = load_tokenizer(config.model)
+        text = load_held_out(config.data, tokenizer, config.training.seq_len)
+        lora = adapter_spec(adapter) if adapter else None
+        model = build_model(config, tokenizer, world, lora)
+        names: tuple[str, ...] = ("clean",)
+        if is_faulty(model):
+            names = BASE_ARMS + (TRAINED_ARMS if adapter else ())
+        else:
+            logger.info("no faults are configured (bitflip.*): the clean arm alone is measured")
+        if adapter:
+            load_adapter(model, adapter)
+        arms = measure_config_arms(config, names, model, text, world)
+        if to is not None and world.first:
+            to.mkdir(parents=True, exist_ok=True)
+            write_results(to, config, arms, model, text)
     return arms
 
 
-def measure_config_arms(config: RunConfig, names: Sequence[str], model: nn.Module, text: PackedText) -> dict[str, Arm]:
+def measure_config_arms(
+    config: RunConfig, names: Sequence[str], model: nn.Module, text: PackedText, world: World
+) -> dict[str, Arm]:
     """``measure_arms`` with the config's seeds, samples, batch and compute dtype."""
     with compute_context(config.training, model):
         return measure_arms(
@@ -186,6 +206,7 @@ def measure_config_arms(config: RunConfig, names: Sequence[str], model: nn.Modul
             seeds=fault_seeds(config.bitflip.base_seed, config.eval.trials),
             num_samples=config.eval.num_samples,
             batch_size=config.training.local_batch_size,
+            world=world,
         )
 
 

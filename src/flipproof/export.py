@@ -2,14 +2,16 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from flipproof import runlog
-from flipproof.checkpoint import list_checkpoints, load_trained_weights, save_adapter, save_model
+from flipproof import parallel, runlog
+from flipproof.adapter import save_adapter
+from flipproof.build import build_model
+from flipproof.checkpoint import list_checkpoints, load_trained_weights
 from flipproof.config import ConfigError, load_config
-from flipproof.inject import inject
-from flipproof.model import load_model, load_tokenizer
+from flipproof.model import load_tokenizer, save_model
 from flipproof.runlog import logger
 
 
@@ -32,17 +34,22 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
         raise ConfigError([f"{run_dir} holds no complete checkpoint"])
     if kind == "adapter" and not config.lora.r:
         raise ConfigError([f"{run_dir} trained no adapter (lora.r = 0); export it with --format model"])
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, tokenizer, config.training.dtype, config.training.seed)
-    if config.faulty:
-        inject(model, config.bitflip, config.lora)
-    step = load_trained_weights(checkpoints[-1], model)
+    # as many processes as there are, whatever trained it
+    parallelism = replace(config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy="full_shard")
+    config = replace(config, parallelism=parallelism)
     unfinished = to.with_name(f".{to.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if kind == "adapter":
-        save_adapter(model, unfinished, config.model.hf_model_path)
-    else:
-        save_model(model, unfinished, tokenizer)
-    os.rename(unfinished, to)
+    with parallel.start(parallelism) as world:
+        tokenizer = load_tokenizer(config.model)
+        model = build_model(config, tokenizer, world, config.lora)
+        step = load_trained_weights(checkpoints[-1], model)
+        if world.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        world.wait()
+        if kind == "adapter":
+            save_adapter(model, unfinished, config.model.hf_model_path, writes=world.first)
+        else:
+            save_model(model, unfinished, tokenizer, world)
+        if world.first:
+            os.rename(unfinished, to)
     logger.info("step %d of %s as a %s", step, run_dir, "PEFT adapter" if kind == "adapter" else "Hugging Face model")
     return to

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flipproof.ops import flip as _operators  # noqa: F401 - registers them
 from flipproof.ops.philox import derive_key
+from flipproof.shards import assign_, local, whole
 from flipproof.spec import Fault, LoraSpec
 
 ops = torch.ops.flipproof
@@ -138,8 +139,8 @@ class FaultyLinear(nn.Linear):
             return
         generator = torch.Generator().manual_seed(derive_key(0, f"{self.site}/lora_A"))
         bound = self.in_features**-0.5
+        assign_(self.lora_A, torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
         with torch.no_grad():
-            self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
             self.lora_B.zero_()
 
     def refresh_keys(self) -> None:
@@ -161,11 +162,16 @@ class FaultyLinear(nn.Linear):
         return self
 
     def merged_weight(self) -> Tensor:
-        """W + s·B·A in W's dtype, computed in the adapters'; W itself where there are no adapters."""
+        """W + s·B·A in W's dtype, computed in the adapters'; W itself where there are no adapters.
+
+        Of a sharded layer the rows that this process holds; all processes must call.
+        """
+        weight: Tensor = local(self.weight)
         if self.lora_A is None or self.lora_B is None:
-            return self.weight
-        merged = torch.addmm(self.weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.lora.scaling)
-        return merged.to(self.weight.dtype)
+            return weight
+        # rows of W and of B are sharded alike
+        lora_A, lora_B = whole(self.lora_A), local(self.lora_B)
+        return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=self.lora.scaling).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
@@ -215,6 +221,13 @@ def _fault_repr(fault: Fault) -> str:
 def _draw(fault: Fault, key: Tensor, tick: Tensor, no_tick: Tensor, offset: int) -> tuple[Any, ...]:
     """What the operators need beside the tensor."""
     return *fault.draw, key, no_tick if fault.persistent else tick, offset
+
+
+def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: tuple[Any, ...]) -> Tensor:
+    """x̃ as forward had it, drawn again ``after`` a gradient has arrived, so that no compiler keeps forward's for it.
+    ``grad``, where given, becomes 0 where the guard zeroed."""
+    y: Tensor = ops.flip_again(x, after, *draw) if grad is None else ops.flip_grad_(x, grad, after, *draw)
+    return y
 
 
 class _FaultyMatmul(torch.autograd.Function):
@@ -270,16 +283,16 @@ class _FaultyMatmul(torch.autograd.Function):
             if guarded_w:
                 kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
             if ctx.w_fault.active:
-                flipped_w = ops.flip_grad_(flipped_w, kept, grad_y, *w_draw)
+                flipped_w = _flip_again(flipped_w, kept, grad_y, w_draw)
         elif lora_A is not None:
             flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, take_back, *w_draw)
         elif ctx.w_fault.active:
-            flipped_w = ops.flip_grad_(weight, None, grad_y, *w_draw)
+            flipped_w = _flip_again(weight, None, grad_y, w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
         flipped_x = x
         if ctx.x_fault.active:
-            flipped_x = ops.flip_grad_(x, grad_x, grad_y, *x_draw)
+            flipped_x = _flip_again(x, grad_x, grad_y, x_draw)
         flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:
             grad_bias = grad_y.sum(0)

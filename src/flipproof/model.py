@@ -4,17 +4,23 @@ What trains is what ``AutoModelForCausalLM.from_pretrained`` opens. A flavor is 
 AICrossSim-CLM, and the small ones of the demo and the tests.
 """
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from flipproof.config import ConfigError, ModelConfig, TrainingConfig
-from flipproof.ops.flip import BACKENDS
-from flipproof.runlog import logger
+from flipproof.inject import iter_faulty
+from flipproof.ops.philox import derive_key
+from flipproof.parallel import World
+from flipproof.runlog import write_json
+from flipproof.shards import assign_, like, local, whole
 
 _LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,
@@ -94,16 +100,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_hub(AutoTokenizer.from_pretrained, name, "model.tokenizer", "a tokenizer")
 
 
-def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int) -> nn.Module:
-    """A causal language model: loaded, or initialised from ``seed`` without touching the global RNG.
-
-    ``dtype`` by name; None is the checkpoint's own, or float32 from scratch.
+def model_config(config: ModelConfig, tokenizer: Any) -> Any:
+    """The ``transformers`` config of the model that the run names.
 
     Raises:
-        ConfigError: for an unknown flavor, one that contradicts the checkpoint, a model that cannot be read, or a
+        ConfigError: for an unknown flavor, one that contradicts the checkpoint, a config that cannot be read, or a
             vocabulary smaller than the tokenizer's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, LlamaConfig
 
     shape = None
     if config.flavor is not None:
@@ -115,15 +119,45 @@ def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int
         _check_flavor(config, hf_config, shape)
     else:
         hf_config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # type: ignore[arg-type]
-    if len(tokenizer) > hf_config.vocab_size:
+    if len(tokenizer) > hf_config.get_text_config().vocab_size:
         raise ConfigError(
             [f"model.tokenizer has {len(tokenizer)} tokens; the model's vocabulary has {hf_config.vocab_size}"]
         )
+    return hf_config
+
+
+def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Module:
+    """The model's skeleton on the meta device: shapes and names without memory. ``materialise`` gives it weights.
+
+    Raises as ``model_config`` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_config = model_config(config, tokenizer)
+    own = hf_config.get_text_config().dtype if config.init == "pretrained" else None
+    torch_dtype = getattr(torch, dtype) if dtype else own or torch.float32
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=torch_dtype)
+    return model
+
+
+def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int) -> nn.Module:
+    """A causal language model in one process's memory: loaded, or initialised from ``seed`` without touching the global
+    RNG.
+
+    ``dtype`` by name; None is the checkpoint's own, or float32 from scratch.
+
+    Raises:
+        ConfigError: as ``model_config`` does, or for weights that cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
     if config.init == "random":
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype or "float32"))
-    return _from_hub(
+        model = model_on_meta(config, tokenizer, dtype)
+        materialise(model, config, seed, torch.device("cpu"))
+        return model
+    model_config(config, tokenizer)
+    return _from_hub(  # type: ignore[no-any-return]
         AutoModelForCausalLM.from_pretrained,
         config.hf_model_path,
         "model.hf_model_path",
@@ -162,18 +196,186 @@ def _from_hub(load: Any, name: str | None, key: str, what: str, **kwargs: Any) -
         ) from error
 
 
-def to_device(model: nn.Module) -> nn.Module:
-    """``model`` on the GPU where there is one. Says what flips its bits there: no backend is chosen silently."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
-    logger.info("the model runs on %s; its bits are flipped by: %s", name, BACKENDS[device.type])
-    return model.to(device)
+# -- from the meta device to memory ------------------------------------------------------------------------------------
+
+
+def materialise(model: nn.Module, config: ModelConfig, seed: int, device: torch.device) -> None:
+    """Give a model on the meta device, sharded or not, memory on ``device`` and its weights: loaded from safetensors,
+    or initialised.
+
+    Of a sharded model each process holds, reads and writes its shards only. A module's initial weights depend on
+    ``seed`` and its name alone, so they are the same however the model is sharded.
+
+    Raises:
+        ConfigError: where weights are missing, or are not those of this model; all processes raise.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()  # type: ignore[operator]
+    for buffer in _computed_buffers(model):
+        if buffer.is_floating_point():
+            buffer.fill_(math.nan)  # to see below that each is computed again
+    if config.init == "random":
+        _initialise(model, seed)
+    else:
+        _load_weights(model, str(config.hf_model_path))
+        for _, module in model.named_modules():
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)  # type: ignore[operator]
+    if any(buffer.isnan().any() for buffer in _computed_buffers(model)):
+        raise ConfigError([f"{type(model).__name__} does not compute its buffers anew; start it in one process"])
+    for _, layer in iter_faulty(model):
+        layer.reset_lora_parameters()
+
+
+def _computed_buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that no checkpoint holds, such as the frequencies of a rotary embedding."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module, seed: int) -> None:
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if not key.startswith("lora_")}
+        if not own and not module._buffers:
+            continue
+        # transformers initialises whole parameters, so the module lends it some, one module at a time
+        lent = {
+            key: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=local(p).device)) for key, p in own.items()
+        }
+        held, module._parameters = module._parameters, module._parameters | lent
+        try:
+            with torch.random.fork_rng({p.device for p in lent.values() if p.is_cuda}):
+                torch.manual_seed(derive_key(seed, name))
+                model._init_weights(module)  # type: ignore[operator]
+        finally:
+            module._parameters = held
+        for key, parameter in own.items():
+            assign_(parameter, lent[key])
+
+
+def _load_weights(model: nn.Module, name: str) -> None:
+    """Read the model's tensors from safetensors: of a sharded one each process the rows that it holds."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    directory = _snapshot(name)
+    wanted = {
+        key: tensor
+        for key, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()
+        if not key.endswith((".lora_A", ".lora_B"))
+    }
+    computed = {id(buffer) for buffer in _computed_buffers(model)}
+    wanted = {key: tensor.detach() for key, tensor in wanted.items() if id(tensor) not in computed}
+    reader = HuggingFaceStorageReader(str(directory))
+    held = reader.read_metadata().state_dict_metadata
+    problems = [f"{key} is missing" for key in wanted.keys() - held.keys()]
+    problems += [
+        f"{key} has shape {tuple(held[key].size)}, the model's has {tuple(tensor.shape)}"  # type: ignore[union-attr]
+        for key, tensor in wanted.items()
+        if key in held and held[key].size != tensor.shape  # type: ignore[union-attr]
+    ]
+    if problems:
+        problems.sort()
+        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise ConfigError(
+            [
+                f"model.hf_model_path = {name!r}: the safetensors are not those of {type(model).__name__} by name: "
+                f"{problems[0]}{more}; from_pretrained and save_pretrained rewrite them"
+            ]
+        )
+    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def _snapshot(name: str) -> Path:
+    """The directory of a model's safetensors, fetched from the Hub where it is not local."""
+    if Path(name).is_dir():
+        directory = Path(name)
+    else:
+        from huggingface_hub import snapshot_download
+
+        directory = Path(
+            _from_hub(
+                lambda repo: snapshot_download(repo, allow_patterns=["*.safetensors", "*.json"]),
+                name,
+                "model.hf_model_path",
+                "safetensors",
+            )
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError([f"model.hf_model_path = {name!r}: no safetensors there, which several processes read"])
+    return directory
 
 
 def compute_context(training: TrainingConfig, model: nn.Module) -> AbstractContextManager[Any]:
-    """Autocast to ``mixed_precision_param`` where that differs from the weights' dtype."""
+    """Autocast to ``mixed_precision_param`` where that differs from the weights' dtype; FSDP casts what it gathers."""
     # the first parameter is the embedding, of the model's dtype; adapters come later
     parameter = next(model.parameters())
+    if isinstance(model, FSDPModule):
+        return nullcontext()
     if training.mixed_precision_param is None or getattr(torch, training.mixed_precision_param) == parameter.dtype:
         return nullcontext()
     return torch.autocast(parameter.device.type, dtype=getattr(torch, training.mixed_precision_param))
+
+
+# -- to disk ----------------------------------------------------------------------------------------------------------
+
+_FILE_BYTES = 4 * 2**30
+
+
+@torch.no_grad()
+def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World | None = None) -> None:
+    """Write a Hugging Face model with the adapters merged, which ``AutoModelForCausalLM`` opens. The model stays as
+    it is.
+
+    Of a sharded model all processes must call; each gathers one tensor at a time and writes some of the files.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    layers = {f"{name}.weight": layer for name, layer in iter_faulty(model)}
+    if world is None or world.size == 1:
+        merged = {name: layer.merged_weight() for name, layer in layers.items()}
+        model.save_pretrained(directory, state_dict=state | merged)  # type: ignore[operator]
+        tokenizer.save_pretrained(directory)
+        return
+
+    from safetensors.torch import save_file
+
+    for name in model.all_tied_weights_keys:  # type: ignore[union-attr]
+        state.pop(name, None)
+    files: list[list[str]] = [[]]
+    room = _FILE_BYTES
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        if files[-1] and size > room:
+            files.append([])
+            room = _FILE_BYTES
+        files[-1].append(name)
+        room -= size
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if world.first:
+        directory.mkdir(parents=True, exist_ok=True)
+    world.wait()
+    for i, held in enumerate(files):
+        tensors = {}
+        for name in held:
+            tensor = state[name]
+            if name in layers:
+                tensor = like(layers[name].merged_weight(), tensor)
+            tensor = whole(tensor)
+            if i % world.size == world.rank:
+                tensors[name] = tensor.cpu().contiguous()
+        if i % world.size == world.rank:
+            save_file(tensors, directory / names[i], metadata={"format": "pt"})
+    if world.first:
+        where = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        model.config.save_pretrained(directory)  # type: ignore[union-attr, operator]
+        if model.can_generate():  # type: ignore[operator]
+            model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
+        tokenizer.save_pretrained(directory)
+    world.wait()

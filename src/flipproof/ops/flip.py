@@ -5,15 +5,15 @@ GPU.
 
 ``flip``        a new tensor
 ``flip_``       in place
-``flip_grad_``  for backward: flips again, so that no mask need be stored, and zeroes a gradient in place where the
-                guard zeroed the value
+``flip_again``  for backward: flips again, so that nothing need be kept
+``flip_grad_``  the same, and zeroes a gradient in place where the guard zeroed the value
 ``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
 ``merge_grad``  the same for backward and, where it is to be noted, which weights the guard zeroed, as the backend likes
                 to keep it
 ``take_back``   what to add to the adapters' gradients to take out what those weights contributed
 
 Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits
-for the device. The two for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
+for the device. Those for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
 neither merge them with their like in forward nor run them there and keep the result.
 """
 
@@ -32,7 +32,8 @@ _MERGE = "Tensor weight, Tensor lora_A, Tensor lora_B, float scaling"
 _LIBRARY = torch.library.Library("flipproof", "DEF")
 _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
-_LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!)? grad, Tensor after, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"flip_again(Tensor x, Tensor after, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!) grad, Tensor after, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool note, {_DRAW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -79,11 +80,16 @@ def _flip(x: Tensor, *draw: Any) -> Tensor:
     return y
 
 
+@_implement("flip_again")
+def _flip_again(x: Tensor, _after: Tensor, *draw: Any) -> Tensor:
+    return _flip(x, *draw)
+
+
 @_implement("flip_grad_")
-def _flip_grad_in_place(x: Tensor, grad: Tensor | None, _after: Tensor, *draw: Any) -> Tensor:
-    target = None if grad is None else grad.contiguous()
+def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *draw: Any) -> Tensor:
+    target = grad.contiguous()
     y: Tensor = _backend(x).flip(x, target, *draw)
-    if grad is not None and target is not None and target is not grad:
+    if target is not grad:
         grad.copy_(target)
     return y
 
@@ -127,8 +133,13 @@ def _flip_in_place_fake(x: Tensor, *_draw: Any) -> None:
     _backend(x)
 
 
+@torch.library.register_fake("flipproof::flip_again")
+def _flip_again_fake(x: Tensor, _after: Tensor, *_draw: Any) -> Tensor:
+    return _flip_fake(x)
+
+
 @torch.library.register_fake("flipproof::flip_grad_")
-def _flip_grad_in_place_fake(x: Tensor, _grad: Tensor | None, _after: Tensor, *_draw: Any) -> Tensor:
+def _flip_grad_in_place_fake(x: Tensor, _grad: Tensor, _after: Tensor, *_draw: Any) -> Tensor:
     return _flip_fake(x)
 
 

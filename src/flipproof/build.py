@@ -1,0 +1,44 @@
+"""From a config to a model that runs: built or loaded, made faulty, spread over the processes, on its device."""
+
+import torch
+from torch import nn
+
+from flipproof.config import RunConfig
+from flipproof.inject import inject
+from flipproof.loss import fuse_loss
+from flipproof.model import load_model, materialise, model_on_meta
+from flipproof.ops.flip import BACKENDS
+from flipproof.parallel import World, parallelize
+from flipproof.runlog import logger
+from flipproof.spec import LoraSpec
+
+
+def build_model(config: RunConfig, tokenizer: object, world: World, lora: LoraSpec | None = None) -> nn.Module:
+    """The run's model on this process's device, with the faults of ``config.bitflip`` and adapters of ``lora``.
+
+    Several processes build it on the meta device and read their own shards; a single one reads it as ``transformers``
+    does, which also knows older formats.
+
+    Raises:
+        ConfigError: for a model that cannot be built, or faults that match no layer.
+    """
+    dtype, seed = config.training.dtype, config.training.seed
+    in_one_piece = world.size == 1 and config.model.init == "pretrained"
+    if in_one_piece:
+        model = load_model(config.model, tokenizer, dtype, seed)
+    else:
+        model = model_on_meta(config.model, tokenizer, dtype)
+    fuse_loss(model)
+    lora = lora or LoraSpec()
+    if lora.r or config.bitflip.any_fault:
+        logger.info("%s", inject(model, config.bitflip, lora))
+    parallelize(model, config, world)
+    if in_one_piece:
+        model.to(world.device)
+    else:
+        materialise(model, config.model, seed, torch.device("cpu") if config.parallelism.cpu_offload else world.device)
+    # no backend is chosen silently
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "the CPU"
+    spread = f" in each of {world.size} processes" if world.size > 1 else ""
+    logger.info("the model runs on %s%s; its bits are flipped by: %s", name, spread, BACKENDS[world.device.type])
+    return model

@@ -1,0 +1,245 @@
+"""Many processes: who they are, and how a model is spread over them.
+
+The engine is PyTorch's: ``torchrun`` starts the processes, a DeviceMesh arranges them, FSDP2 (``fully_shard``) shards,
+gathers and reduces; ``no_shard`` is DistributedDataParallel. ``parallelize`` reads as what happens to a model, in
+order: recomputation, compilation, sharding. Each block is a unit of its own, gathered for its turn and freed after.
+
+**The same run on any number of processes.** The global micro-batch is the local ones one after the other, rank 0's rows
+first. Draws are keyed by the index in the whole tensor (``layers.py``), so a process draws for its own rows what one
+process would have drawn for them, and all processes see the same faulty weights.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from flipproof import recompute
+from flipproof.config import ConfigError, ParallelismConfig, RunConfig
+from flipproof.inject import fault_state, is_faulty
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    """Dimensions "replicate" and "shard"; None where there is one process."""
+    cpu_group: dist.ProcessGroup | None = None
+    """All processes, for numbers on the CPU."""
+    writers: dist.ProcessGroup | None = None
+    """All processes again, for the threads that write checkpoints."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that logs and writes for all."""
+        return self.rank == 0
+
+    def total(self, value: float) -> float:
+        """The sum of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of all processes' scalars."""
+        return self.total(float(value)) / self.size
+
+    def _reduced(self, value: float, how: Any) -> float:
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, how, group=self.cpu_group)
+        return float(tensor)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier(group=self.cpu_group)
+
+
+def layout(config: ParallelismConfig, size: int, node_size: int) -> tuple[int, int]:
+    """(replicas, processes over which each is sharded) for ``size`` processes, ``node_size`` of them on each node.
+
+    Raises:
+        ConfigError: where that is not what the config says, naming both numbers and the flag to change.
+    """
+    started = f"{size} process was started" if size == 1 else f"{size} processes were started"
+    if config.sharding_strategy == "no_shard":
+        if config.replicas not in (None, size):
+            raise ConfigError([f"{started}, but parallelism.replicas = {config.replicas}; start {config.replicas}"])
+        return size, 1
+    degree, replicas = config.fsdp_degree, config.replicas
+    if config.sharding_strategy == "hybrid_shard":
+        degree = degree or (size // replicas if replicas else min(size, node_size))
+        replicas = replicas or max(1, size // degree)
+    replicas = replicas or 1
+    degree = degree or max(1, size // replicas)
+    if degree * replicas != size:
+        fitting, rest = divmod(size, replicas)
+        mend = f" or set --parallelism.fsdp_degree {fitting}" if not rest else ""
+        raise ConfigError(
+            [
+                f"{started}, but parallelism.fsdp_degree x replicas = {degree} x {replicas} = {degree * replicas}; "
+                f"start {degree * replicas} (torchrun --nproc_per_node){mend}"
+            ]
+        )
+    return replicas, degree
+
+
+@contextmanager
+def start(config: ParallelismConfig, dumps: Path = Path("hangs")) -> Iterator[World]:
+    """Join the processes that torchrun started, for as long as the context lasts; without torchrun, be the only one.
+
+    Args:
+        dumps: directory for what NCCL's flight recorder writes when a collective hangs.
+
+    Raises:
+        ConfigError: where the processes are not those that the config shards over, or have no GPU each.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    replicas, degree = layout(config, size, node_size)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and node_size > torch.cuda.device_count():
+        raise ConfigError(
+            [f"{node_size} processes were started on a node of {torch.cuda.device_count()} GPUs; start one for each"]
+        )
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    # What was under way when a collective hangs: each process writes its last collectives when one times out.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dumps / "nccl-rank-"))
+    timeout = timedelta(minutes=config.timeout_minutes)
+    dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=timeout)
+    try:
+        mesh = init_device_mesh(device.type, (replicas, degree), mesh_dim_names=("replicate", "shard"))
+        groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
+        world = World(dist.get_rank(), size, device, mesh, *groups)
+        yield world
+        world.wait()  # a process that leaves while others still talk to it takes them down
+    finally:
+        dist.destroy_process_group()
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: of all its lists of modules the one with most parameters."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda found: sum(p.numel() for module in found for p in module.parameters()), default=[])
+
+
+def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
+    """Recomputation, compilation and sharding, in place; a model on the meta device stays there.
+
+    Parameters that are sharded become DTensors. Faulty layers learn which rows of the global batch are theirs.
+    """
+    training, parallelism = config.training, config.parallelism
+    layers = blocks(model)
+    compiled = training.compile if training.compile is not None else world.device.type == "cuda"
+    recompute.prepare(layers, compiled)
+    recompute.set_kept(layers, _mode(config, world))
+    if compiled:
+        # The first block's input needs no gradient where the embedding is frozen. With one it is a block like the
+        # others, and compiled with them.
+        model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+    if is_faulty(model):
+        fault_state(model).rank = world.rank
+    if world.mesh is None or parallelism.sharding_strategy == "no_shard":
+        return
+
+    param_dtype = training.mixed_precision_param
+    weight_dtype = next(model.parameters()).dtype
+    options: dict[str, Any] = {
+        "mesh": world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(
+            # where the weights have that dtype already, adapters and their gathering stay float32
+            param_dtype=None
+            if param_dtype is None or getattr(torch, param_dtype) == weight_dtype
+            else _dtype(param_dtype),
+            reduce_dtype=_dtype(training.mixed_precision_reduce),
+        ),
+        "offload_policy": CPUOffloadPolicy() if parallelism.cpu_offload else OffloadPolicy(),
+        "reshard_after_forward": parallelism.sharding_strategy != "shard_grad_op",
+    }
+    # Faulty layers return their root's output as a view of itself, which nobody changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for layer in layers:
+        fully_shard(layer, **options)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is not embedding.weight:
+        fully_shard(embedding, **options)
+        # its backward needs no weights (loss.py), and comes right after its forward
+        fully_shard(head, **options | {"reshard_after_forward": False})
+    fully_shard(model, **options | {"reshard_after_forward": False})
+    _prefetch(layers, parallelism)
+
+
+def _require_grad(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _mode(config: RunConfig, world: World) -> str | int:
+    mode = config.training.activation_checkpointing
+    return "none" if mode == "auto" and world.device.type == "cpu" else mode
+
+
+def _prefetch(layers: list[nn.Module], config: ParallelismConfig) -> None:
+    ahead, behind = config.forward_prefetch, config.backward_prefetch
+    for i, layer in enumerate(layers):
+        assert isinstance(layer, FSDPModule)
+        if ahead:
+            layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + ahead])  # type: ignore[arg-type]
+        if behind:
+            layer.set_modules_to_backward_prefetch(layers[max(0, i - behind) : i][::-1])  # type: ignore[arg-type]
+
+
+class Gradients:
+    """When processes exchange gradients: after the last micro-batch of a step, not before.
+
+    ``forward`` is what to call for a training forward pass: the model, or with ``no_shard`` what wraps it.
+    """
+
+    def __init__(self, model: nn.Module, config: ParallelismConfig, world: World) -> None:
+        self._keep = config.keep_gathered
+        self._model = model
+        self.forward: Callable[..., Any] = model
+        if world.size > 1 and not isinstance(model, FSDPModule):
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.forward = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Forward and backward of a micro-batch run within this context."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(last)
+            self._model.set_is_last_backward(last)
+            if self._keep:
+                self._model.set_reshard_after_backward(last)
+                self._model.set_reshard_after_forward(False)
+        elif isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
+            return self.forward.no_sync()
+        return nullcontext()

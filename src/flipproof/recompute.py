@@ -1,0 +1,123 @@
+"""Activation checkpointing: what backward computes anew instead of keeping it from forward.
+
+Each block of a model keeps one of three things for its backward pass:
+
+- ``everything`` that backward needs (with torch.compile, less: its partitioner recomputes what is cheap);
+- ``products``: the results of matrix products and of attention, which cost nearly all of the time; the rest, norms,
+  rotations, activations and flips, is computed again;
+- ``nothing`` but its input: the block runs again.
+
+``fit`` picks the most that the memory of the GPU holds: it tries a step with ``nothing``, one with ``products``, and
+spreads what is left over as many blocks as it is enough for.
+
+Flips come out the same when they are drawn again, since a draw is a function of its key (``layers.py``), so none of
+this changes a result.
+
+A block compiled with torch.compile has the recomputation inside of what is compiled: there the last product of a block,
+whose result backward does not need, is not computed again. FSDP's hooks stay outside.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flipproof.runlog import logger
+
+Keep = Literal["everything", "products", "nothing"]
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_fused_attention_overrideable.default,
+}
+
+
+def _policy(kept: frozenset[Any], _context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.MUST_RECOMPUTE
+
+
+_keep_products = partial(create_selective_checkpoint_contexts, partial(_policy, frozenset(_PRODUCTS)))
+_keep_nothing = partial(create_selective_checkpoint_contexts, partial(_policy, frozenset()))
+
+
+def _run(forward: Callable[..., Any], block: nn.Module, keep: Keep, *args: Any, **kwargs: Any) -> Any:
+    if keep == "everything":
+        return forward(block, *args, **kwargs)
+    contexts: dict[str, Any] = {}
+    if keep == "products":
+        contexts = {"context_fn": _keep_products}
+    elif torch.compiler.is_compiling():  # which would keep what custom autograd functions compute, if it were not told
+        contexts = {"context_fn": _keep_nothing}
+    return checkpoint(partial(forward, block), *args, use_reentrant=False, **contexts, **kwargs)
+
+
+class Recomputing:
+    """Mixed into a block's class: a forward that keeps what ``keep`` says."""
+
+    keep: Keep = "everything"
+    run: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.keep if torch.is_grad_enabled() else "everything", *args, **kwargs)
+
+
+@cache
+def _recomputing(block: type[Any], compiled: bool) -> type[nn.Module]:
+    # One class for all blocks of a kind, so that torch.compile sees one function and compiles it once.
+    def run(self: nn.Module, keep: Keep, *args: Any, **kwargs: Any) -> Any:
+        return _run(block.forward, self, keep, *args, **kwargs)
+
+    return type(block.__name__, (Recomputing, block), {"run": torch.compile(run, fullgraph=True) if compiled else run})
+
+
+def prepare(blocks: list[nn.Module], compiled: bool) -> None:
+    """Give each block a ``keep`` and, if asked, compile it, in place; its class becomes a subclass of what it was."""
+    for block in blocks:
+        block.__class__ = _recomputing(type(block), compiled)  # type: ignore[arg-type]
+    if compiled:
+        # every arm of an evaluation and every ``keep`` is a variant of the one function
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+
+def set_kept(blocks: list[nn.Module], mode: str | int) -> None:
+    """Apply ``training.activation_checkpointing``; auto begins with nothing kept."""
+    for i, block in enumerate(blocks):
+        keep: Keep = "everything"
+        if mode in ("full", "auto") or (isinstance(mode, int) and i % mode == 0):
+            keep = "nothing"
+        elif mode == "selective":
+            keep = "products"
+        block.keep = keep  # type: ignore[assignment]
+
+
+def fit(blocks: list[nn.Module], trial: Callable[[], tuple[float, float]], room: Callable[[], float]) -> None:
+    """Keep the products of as many blocks as memory has room for.
+
+    Args:
+        trial: runs a micro-step and gives (GiB held after its forward, GiB at its peak), the most of any process.
+        room: after a trial, the GiB that a step's peak may reach in every process.
+    """
+    set_kept(blocks, "full")
+    held, peak = trial()
+    tried = blocks[: max(1, len(blocks) // 8)]
+    for block in tried:
+        block.keep = "products"  # type: ignore[assignment]
+    held_more, _ = trial()
+    cost = max((held_more - held) / len(tried), 1e-3)
+    fits = max(0, min(len(blocks), int((room() - peak) / cost)))
+    for i, block in enumerate(blocks):
+        block.keep = "products" if i < fits else "nothing"  # type: ignore[assignment]
+    logger.info(
+        "activation checkpointing: %d of %d blocks keep their products, %.2f GiB each, above a peak of %.1f GiB",
+        *(fits, len(blocks), cost, peak),
+    )

@@ -1,0 +1,34 @@
+"""Which part of a tensor this process holds: of a plain tensor the whole, of a sharded one (DTensor) its own shard."""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that this process holds, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign_(tensor: Tensor, full: Tensor) -> None:
+    """Write ``full``, which every process has, into ``tensor``: each process its own part, nothing is sent."""
+    if isinstance(tensor, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(full.shape, tensor.device_mesh, tensor.placements)
+        full = full[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    local(tensor).copy_(full)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, on every process; for a sharded one all of them must call. A plain tensor is itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, tensor: Tensor) -> Tensor:
+    """``part``, this process's, as a tensor that is sharded as ``tensor`` is."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
+    )
