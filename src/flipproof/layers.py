@@ -6,7 +6,8 @@ where r > 0.
 **Forward** is one matrix product on the merged, flipped weight; there is no separate LoRA branch.
 
 **Backward** draws the flips again, since a draw is a function of its key: what is kept between forward and backward
-is X, W, A and B, as for a clean LoRA layer. Write X̃ and W̃ for the operands after flip and guard, dY for the
+is X, W, A and B, as for a clean LoRA layer. (Where activation checkpointing runs forward again just before backward,
+that run's W̃ is kept for it: ``recomputed``.) Write X̃ and W̃ for the operands after flip and guard, dY for the
 incoming gradient and ⊙ keep for zeroing what the guard zeroed. Then
 
     dX = (dY · W̃) ⊙ keep_x        dW = (dYᵀ · X̃) ⊙ keep_w        dA = s · Bᵀ · dW        dB = s · dW · Aᵀ
@@ -110,6 +111,8 @@ class FaultyLinear(nn.Linear):
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    recomputed = False
+    """Whether activation checkpointing is around this layer, so that what forward saves lives for a moment only."""
 
     def __init__(
         self, linear: nn.Linear, site: str, x_fault: Fault, w_fault: Fault, lora: LoraSpec, state: FaultState
@@ -203,6 +206,7 @@ class FaultyLinear(nn.Linear):
             tick,
             no_tick,
             state.exact_gradient,
+            self.recomputed,
         )
         return y
 
@@ -250,33 +254,38 @@ class _FaultyMatmul(torch.autograd.Function):
         tick: Tensor,
         no_tick: Tensor,
         exact: bool,
+        recomputed: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, w_key, tick, no_tick)
-        ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault, ctx.exact = scaling, x_fault, x_offset, w_fault, exact
+        need_w, _, need_A, need_B = ctx.needs_input_grad[1:5]
+        ctx.take_back = w_fault.zero_out_t is not None and exact and (need_A or need_B) and not need_w
+        ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault = scaling, x_fault, x_offset, w_fault
         x_draw = _draw(x_fault, x_key, tick, no_tick, x_offset)
         w_draw = _draw(w_fault, w_key, tick, no_tick, 0)
-        flipped_x, flipped_w = x, weight
+        flipped_x, flipped_w, merged, zeroed = x, weight, None, None
         if x_fault.active:
             flipped_x = ops.flip(x, *x_draw)
-        if lora_A is not None:
+        if lora_A is not None and recomputed and not need_w:
+            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, x, ctx.take_back, *w_draw)
+            merged = flipped_w
+        elif lora_A is not None:
             flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *w_draw)
         elif w_fault.active:
             flipped_w = ops.flip(weight, *w_draw)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, w_key, tick, no_tick, merged, zeroed)
         return F.linear(flipped_x, flipped_w, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, x_key, w_key, tick, no_tick = ctx.saved_tensors
+        x, weight, lora_A, lora_B, x_key, w_key, tick, no_tick, merged, zeroed = ctx.saved_tensors
         need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
         x_draw = _draw(ctx.x_fault, x_key, tick, no_tick, ctx.x_offset)
         w_draw = _draw(ctx.w_fault, w_key, tick, no_tick, 0)
         guarded_w = ctx.w_fault.zero_out_t is not None
-        take_back = guarded_w and ctx.exact and (need_A or need_B)
         scaling = ctx.scaling
 
-        flipped_w, zeroed, kept = weight, None, None
+        flipped_w, kept = weight, None
         if need_w:
             if lora_A is not None:
                 flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *Fault().draw, w_key, no_tick, 0)
@@ -284,8 +293,10 @@ class _FaultyMatmul(torch.autograd.Function):
                 kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
             if ctx.w_fault.active:
                 flipped_w = _flip_again(flipped_w, kept, grad_y, w_draw)
+        elif merged is not None:
+            flipped_w = merged
         elif lora_A is not None:
-            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, take_back, *w_draw)
+            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, ctx.take_back, *w_draw)
         elif ctx.w_fault.active:
             flipped_w = _flip_again(weight, None, grad_y, w_draw)
         if need_x:
@@ -308,7 +319,7 @@ class _FaultyMatmul(torch.autograd.Function):
             a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
             grad_A = ((grad_y @ b).T @ flipped_x).to(lora_A.dtype) * scaling
             grad_B = (grad_y.T @ (flipped_x @ a.T)).to(lora_B.dtype) * scaling
-            if take_back:
+            if ctx.take_back:
                 more_A, more_B = ops.take_back(zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
                 grad_A, grad_B = (grad_A + more_A).to(lora_A.dtype), (grad_B + more_B).to(lora_B.dtype)
-        return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 9
+        return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 10

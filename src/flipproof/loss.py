@@ -101,16 +101,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             part, counts = hidden[start : start + rows], counted[start : start + rows, None]
             target = targets[start : start + rows, None].where(counts, 0)
-            logits = F.linear(part, weight, bias).float()
-            norm = logits.logsumexp(1, keepdim=True)
-            total += (norm - logits.gather(1, target)).where(counts, 0.0).sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            grad = logits.sub_(norm).exp_()  # divided by n in backward, where a loss scale keeps it in float16's range
-            grad.scatter_add_(1, target, torch.full_like(norm, -1.0)).mul_(counts)
+            losses, grad = _losses_and_gradient(F.linear(part, weight, bias), target, counts)
+            total += losses.sum()
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+                grad_bias += grad.sum(0, dtype=torch.float32)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
@@ -123,3 +117,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *held, n = ctx.saved_tensors
         scale = grads[0] / n
         return *(None if grad is None else grad * scale for grad in held), None
+
+
+def _losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (n, 1) in float32 of rows of logits (n, v), and its gradient times n, 0 for rows that do not count.
+
+    Divided by n it might leave float16's range; backward does that, after a loss scale came in.
+    """
+    run = _fused if logits.is_cuda else _eager_losses_and_gradient
+    return run(logits, target, counts)
+
+
+def _eager_losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    wide = logits.float()
+    norm = wide.logsumexp(1, keepdim=True)
+    losses = (norm - wide.gather(1, target)).where(counts, 0.0)
+    hit = torch.arange(logits.shape[1], device=logits.device) == target
+    return losses, (((wide - norm).exp() - hit.float()) * counts).to(logits.dtype)
+
+
+_fused = torch.compile(_eager_losses_and_gradient)
+"""As one pass over the logits for each result, where the kernel pays."""

@@ -157,7 +157,7 @@ def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int
         materialise(model, config, seed, torch.device("cpu"))
         return model
     model_config(config, tokenizer)
-    return _from_hub(  # type: ignore[no-any-return]
+    return _from_hub(
         AutoModelForCausalLM.from_pretrained,
         config.hf_model_path,
         "model.hf_model_path",

@@ -122,6 +122,8 @@ def start(config: ParallelismConfig, dumps: Path = Path("hangs")) -> Iterator[Wo
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
+        # blocks of all sizes come and go; what is free must not lie in pieces that fit nothing
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     if size == 1:
         yield World(0, 1, device)
@@ -178,7 +180,10 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
             else _dtype(param_dtype),
             reduce_dtype=_dtype(training.mixed_precision_reduce),
         ),
-        "offload_policy": CPUOffloadPolicy() if parallelism.cpu_offload else OffloadPolicy(),
+        # pinned for the sake of copies to a GPU; without one there is nothing that pins
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        if parallelism.cpu_offload
+        else OffloadPolicy(),
         "reshard_after_forward": parallelism.sharding_strategy != "shard_grad_op",
     }
     # Faulty layers return their root's output as a view of itself, which nobody changes in place.

@@ -1,14 +1,15 @@
 """Activation checkpointing: what backward computes anew instead of keeping it from forward.
 
-Each block of a model keeps one of three things for its backward pass:
+Each block of a model keeps one of these for its backward pass:
 
 - ``everything`` that backward needs (with torch.compile, less: its partitioner recomputes what is cheap);
 - ``products``: the results of matrix products and of attention, which cost nearly all of the time; the rest, norms,
   rotations, activations and flips, is computed again;
+- ``weights``: the same, and the faulty layers' merged weights;
 - ``nothing`` but its input: the block runs again.
 
-``fit`` picks the most that the memory of the GPU holds: it tries a step with ``nothing``, one with ``products``, and
-spreads what is left over as many blocks as it is enough for.
+``fit`` picks the most that the memory of the GPU holds: it tries a step with ``nothing``, some blocks with
+``products``, some with ``weights``, and gives as many blocks as possible the first, then the second.
 
 Flips come out the same when they are drawn again, since a draw is a function of its key (``layers.py``), so none of
 this changes a result.
@@ -25,9 +26,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from flipproof.layers import FaultyLinear
 from flipproof.runlog import logger
 
-Keep = Literal["everything", "products", "nothing"]
+Keep = Literal["everything", "weights", "products", "nothing"]
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -46,18 +48,23 @@ def _policy(kept: frozenset[Any], _context: Any, op: Any, *_args: Any, **_kwargs
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.MUST_RECOMPUTE
 
 
-_keep_products = partial(create_selective_checkpoint_contexts, partial(_policy, frozenset(_PRODUCTS)))
-_keep_nothing = partial(create_selective_checkpoint_contexts, partial(_policy, frozenset()))
+def _keeping(ops: set[Any]) -> Callable[[], Any]:
+    return partial(create_selective_checkpoint_contexts, partial(_policy, frozenset(ops)))
+
+
+_CONTEXTS: dict[Keep, Callable[[], Any]] = {
+    "weights": _keeping(_PRODUCTS | {torch.ops.flipproof.merge_grad.default}),
+    "products": _keeping(_PRODUCTS),
+    "nothing": _keeping(set()),
+}
 
 
 def _run(forward: Callable[..., Any], block: nn.Module, keep: Keep, *args: Any, **kwargs: Any) -> Any:
     if keep == "everything":
         return forward(block, *args, **kwargs)
-    contexts: dict[str, Any] = {}
-    if keep == "products":
-        contexts = {"context_fn": _keep_products}
-    elif torch.compiler.is_compiling():  # which would keep what custom autograd functions compute, if it were not told
-        contexts = {"context_fn": _keep_nothing}
+    contexts: dict[str, Any] = {"context_fn": _CONTEXTS[keep]}
+    if keep == "nothing" and not torch.compiler.is_compiling():
+        contexts = {}  # compiled, custom autograd functions would be kept if nothing were said
     return checkpoint(partial(forward, block), *args, use_reentrant=False, **contexts, **kwargs)
 
 
@@ -92,32 +99,46 @@ def prepare(blocks: list[nn.Module], compiled: bool) -> None:
 def set_kept(blocks: list[nn.Module], mode: str | int) -> None:
     """Apply ``training.activation_checkpointing``; auto begins with nothing kept."""
     for i, block in enumerate(blocks):
-        keep: Keep = "everything"
         if mode in ("full", "auto") or (isinstance(mode, int) and i % mode == 0):
-            keep = "nothing"
-        elif mode == "selective":
-            keep = "products"
-        block.keep = keep  # type: ignore[assignment]
+            keep(block, "nothing")
+        else:
+            keep(block, "products" if mode == "selective" else "everything")
+
+
+def keep(block: nn.Module, what: Keep) -> None:
+    """Let a prepared block keep this for its backward pass."""
+    block.keep = what  # type: ignore[assignment]
+    for module in block.modules():
+        if isinstance(module, FaultyLinear):
+            module.recomputed = what != "everything"
 
 
 def fit(blocks: list[nn.Module], trial: Callable[[], tuple[float, float]], room: Callable[[], float]) -> None:
-    """Keep the products of as many blocks as memory has room for.
+    """Keep the products of as many blocks as memory has room for, and the weights of as many of those as it still has.
 
     Args:
         trial: runs a micro-step and gives (GiB held after its forward, GiB at its peak), the most of any process.
         room: after a trial, the GiB that a step's peak may reach in every process.
     """
+
+    def cost(what: Keep, than: float) -> float:
+        """GiB more that a block holds when it keeps this than in the trial that held ``than``."""
+        for block in tried:
+            keep(block, what)
+        return max((trial()[0] - than) / len(tried), 1e-3)
+
+    tried = blocks[: max(1, len(blocks) // 8)]
     set_kept(blocks, "full")
     held, peak = trial()
-    tried = blocks[: max(1, len(blocks) // 8)]
-    for block in tried:
-        block.keep = "products"  # type: ignore[assignment]
-    held_more, _ = trial()
-    cost = max((held_more - held) / len(tried), 1e-3)
-    fits = max(0, min(len(blocks), int((room() - peak) / cost)))
+    products, weights = cost("products", held), cost("weights", held)
+    left = room() - peak
+    with_products = max(0, min(len(blocks), int(left / products)))
+    left -= with_products * products
+    with_weights = max(0, min(with_products, int(left / max(weights - products, 1e-3))))
     for i, block in enumerate(blocks):
-        block.keep = "products" if i < fits else "nothing"  # type: ignore[assignment]
+        keep(block, "weights" if i < with_weights else "products" if i < with_products else "nothing")
     logger.info(
-        "activation checkpointing: %d of %d blocks keep their products, %.2f GiB each, above a peak of %.1f GiB",
-        *(fits, len(blocks), cost, peak),
+        "activation checkpointing: a step peaks at %.1f GiB and has %.1f GiB more; of %d blocks %d keep their products "
+        "(%.2f GiB each), %d also their merged weights (%.2f GiB)",
+        *(peak, room() - peak, len(blocks), with_products, products, with_weights, weights - products),
     )

@@ -8,8 +8,8 @@ GPU.
 ``flip_again``  for backward: flips again, so that nothing need be kept
 ``flip_grad_``  the same, and zeroes a gradient in place where the guard zeroed the value
 ``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
-``merge_grad``  the same for backward and, where it is to be noted, which weights the guard zeroed, as the backend likes
-                to keep it
+``merge_grad``  the same for backward, or from a forward that keeps it, and, where it is to be noted, which weights
+                the guard zeroed, as the backend likes to keep it
 ``take_back``   what to add to the adapters' gradients to take out what those weights contributed
 
 Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits

@@ -1,0 +1,143 @@
+"""Training steps of whole models, sharded or not: tokens per second and memory, with faults, without, and beside PEFT.
+
+    python benchmarks/training.py 8B
+    torchrun --nproc_per_node=4 benchmarks/training.py 70B --variants full/faults full/clean full/peft
+
+A variant is ACTIVATION_CHECKPOINTING/WHAT[/section.key=value...]. WHAT is ``faults`` (p = 2^-16 for every bit, both guards,
+r = 32), ``clean`` (our layer with adapters, nothing flips) or ``peft`` (PEFT's layer, adapters in bfloat16, which makes it
+fastest). All take the same path: random weights, 2 x 2048 random tokens in each process, blocks compiled, the loss
+without logits, AdamW on the adapters after each micro-step. Figures are means of six steps after three.
+"""
+
+import argparse
+import gc
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from flipproof import parallel, recompute
+from flipproof.build import build_model
+from flipproof.config import RunConfig, load_config
+from flipproof.inject import is_faulty, set_tick
+from flipproof.loss import fuse_loss, next_token_loss
+from flipproof.model import byte_tokenizer, materialise, model_on_meta
+from flipproof.parallel import Gradients, World
+from flipproof.shards import local
+from flipproof.throughput import communication_share
+from flipproof.train import make_optimizer
+
+_P = 2.0**-16
+_FAULTS: dict[str, Any] = {
+    "w_p_exp": _P, "w_p_frac": _P, "w_zero_out_t": 256.0, "x_p_exp": _P, "x_p_frac": _P, "x_zero_out_t": 8192.0
+}  # fmt: skip
+_STEPS = 6
+
+
+def _config(flavor: str, rows: int, variant: str) -> RunConfig:
+    mode, what, *more = variant.split("/")
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"flavor": flavor, "init": "random", "tokenizer": "bytes"},
+        "training": {
+            "seq_len": 2048,
+            "local_batch_size": rows,
+            "dtype": "bfloat16",
+            "mixed_precision_param": "bfloat16",
+            "activation_checkpointing": "selective" if mode == "weights" else mode,
+        },
+        "lora": {"r": 32, "lora_alpha": 32},
+        "bitflip": _FAULTS if what == "faults" else {},
+    }
+    for override in more:
+        name, value = override.split("=")
+        section, key = name.split(".")
+        tree.setdefault(section, {})[key] = value
+    return load_config([], tree)
+
+
+def _peft_model(config: RunConfig, world: World) -> nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = model_on_meta(config.model, byte_tokenizer(), config.training.dtype)
+    with torch.device("meta"):
+        inject_adapter_in_model(
+            LoraConfig(r=config.lora.r, lora_alpha=config.lora.lora_alpha, target_modules="all-linear"), model
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model.to(torch.bfloat16)
+    fuse_loss(model)
+    parallel.parallelize(model, config, world)
+    materialise(model, config.model, 0, world.device)
+    return model
+
+
+def measure(config: RunConfig, variant: str, world: World) -> str:
+    """One line of the table."""
+    mode, what, *_ = variant.split("/")
+    model = _peft_model(config, world) if what == "peft" else build_model(config, byte_tokenizer(), world, config.lora)
+    if mode == "weights":
+        for block in parallel.blocks(model):
+            recompute.keep(block, "weights")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # not zero, as in training
+            nn.init.normal_(local(parameter.data), std=1e-4)
+    training = config.training
+    gradients, optimizer = Gradients(model, config.parallelism, world), make_optimizer(model, training)
+    generator = torch.Generator().manual_seed(world.rank)
+    ids = torch.randint(0, 256, (training.local_batch_size, training.seq_len), generator=generator).to(world.device)
+    model.train()
+
+    def step(tick: int) -> torch.Tensor:
+        if is_faulty(model):
+            set_tick(model, tick)
+        with gradients.micro_batch(last=True):
+            loss = next_token_loss(model, ids, forward=gradients.forward)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    for tick in range(3):
+        step(tick)
+    torch.cuda.synchronize()
+    world.wait()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for tick in range(3, 3 + _STEPS):
+        loss = step(tick)
+    torch.cuda.synchronize()
+    world.wait()
+    seconds = (time.perf_counter() - began) / _STEPS
+    peak = world.largest(torch.cuda.max_memory_allocated() / 2**30)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(0)
+        torch.cuda.synchronize()
+    running, exposed = communication_share(profile) or (0.0, 0.0)
+    tokens = ids.numel() * world.size
+    return (
+        f"{variant:<60} {tokens / seconds:>8.0f} tokens/s {seconds * 1e3:>8.1f} ms {peak:>6.1f} GiB  "
+        f"communication {running:>4.0%}, exposed {exposed:>4.0%}  loss {world.mean(loss):.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("flavor")
+    parser.add_argument("--rows", type=int, default=2, help="sequences in each process")
+    parser.add_argument("--variants", nargs="+", default=["none/faults", "none/clean", "none/peft"])
+    arguments = parser.parse_args()
+    for variant in arguments.variants:
+        config = _config(arguments.flavor, arguments.rows, variant)
+        with parallel.start(config.parallelism) as world:
+            line = measure(config, variant, world)
+            if world.first:
+                print(line, flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
