@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ class World:
             dist.barrier(group=self.cpu_group)
 
 
-def layout(config: ParallelismConfig, size: int, node_size: int) -> tuple[int, int]:
-    """(replicas, processes over which each is sharded) for ``size`` processes, ``node_size`` of them on each node.
+def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, int]:
+    """(replicas, processes over which each is sharded) for ``size`` processes, ``on_a_node`` of them on each node.
 
     Raises:
         ConfigError: where that is not what the config says, naming both numbers and the flag to change.
@@ -86,7 +86,7 @@ def layout(config: ParallelismConfig, size: int, node_size: int) -> tuple[int, i
         return size, 1
     degree, replicas = config.fsdp_degree, config.replicas
     if config.sharding_strategy == "hybrid_shard":
-        degree = degree or (size // replicas if replicas else min(size, node_size))
+        degree = degree or (size // replicas if replicas else min(size, on_a_node))
         replicas = replicas or max(1, size // degree)
     replicas = replicas or 1
     degree = degree or max(1, size // replicas)
@@ -113,13 +113,10 @@ def start(config: ParallelismConfig, dumps: Path = Path("hangs")) -> Iterator[Wo
         ConfigError: where the processes are not those that the config shards over, or have no GPU each.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    replicas, degree = layout(config, size, node_size)
+    layout(config, size, node_size(size))  # before anything is started
     on_gpu = torch.cuda.is_available()
-    if on_gpu and node_size > torch.cuda.device_count():
-        raise ConfigError(
-            [f"{node_size} processes were started on a node of {torch.cuda.device_count()} GPUs; start one for each"]
-        )
+    if on_gpu and node_size(size) > (gpus := torch.cuda.device_count()):
+        raise ConfigError([f"{node_size(size)} processes were started on a node of {gpus} GPUs; start one for each"])
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         # blocks of all sizes come and go; what is free must not lie in pieces that fit nothing
@@ -135,13 +132,26 @@ def start(config: ParallelismConfig, dumps: Path = Path("hangs")) -> Iterator[Wo
     timeout = timedelta(minutes=config.timeout_minutes)
     dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=timeout)
     try:
-        mesh = init_device_mesh(device.type, (replicas, degree), mesh_dim_names=("replicate", "shard"))
         groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
-        world = World(dist.get_rank(), size, device, mesh, *groups)
+        world = arrange(World(dist.get_rank(), size, device, None, *groups), config)
         yield world
         world.wait()  # a process that leaves while others still talk to it takes them down
     finally:
         dist.destroy_process_group()
+
+
+def arrange(world: World, config: ParallelismConfig) -> World:
+    """The processes of ``world``, arranged as another config shards over them."""
+    if world.size == 1:
+        return world
+    replicas, degree = layout(config, world.size, node_size(world.size))
+    mesh = init_device_mesh(world.device.type, (replicas, degree), mesh_dim_names=("replicate", "shard"))
+    return replace(world, mesh=mesh)
+
+
+def node_size(size: int) -> int:
+    """How many of ``size`` processes torchrun started on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

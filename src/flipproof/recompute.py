@@ -1,15 +1,15 @@
 """Activation checkpointing: what backward computes anew instead of keeping it from forward.
 
-Each block of a model keeps one of these for its backward pass:
+Each block of a model keeps one of these for its backward pass, from least to most:
 
-- ``everything`` that backward needs (with torch.compile, less: its partitioner recomputes what is cheap);
+- ``nothing`` but its input: the block runs again;
 - ``products``: the results of matrix products and of attention, which cost nearly all of the time; the rest, norms,
   rotations, activations and flips, is computed again;
-- ``weights``: the same, and the faulty layers' merged weights;
-- ``nothing`` but its input: the block runs again.
+- ``everything`` that backward needs (with torch.compile, less: its partitioner recomputes what is cheap);
+- ``weights``: everything, and the faulty layers' merged weights, which they otherwise merge again for backward.
 
-``fit`` picks the most that the memory of the GPU holds: it tries a step with ``nothing``, some blocks with
-``products``, some with ``weights``, and gives as many blocks as possible the first, then the second.
+``fit`` picks the most that the memory of the GPU holds: it goes through this list as long as all blocks find room, each
+cost being that of a trial step, and the level that does not fit goes to as many blocks as it does.
 
 Flips come out the same when they are drawn again, since a draw is a function of its key (``layers.py``), so none of
 this changes a result.
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from flipproof.layers import FaultyLinear
 from flipproof.runlog import logger
 
-Keep = Literal["everything", "weights", "products", "nothing"]
+Keep = Literal["nothing", "products", "everything", "weights"]
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -53,14 +53,13 @@ def _keeping(ops: set[Any]) -> Callable[[], Any]:
 
 
 _CONTEXTS: dict[Keep, Callable[[], Any]] = {
-    "weights": _keeping(_PRODUCTS | {torch.ops.flipproof.merge_grad.default}),
     "products": _keeping(_PRODUCTS),
     "nothing": _keeping(set()),
 }
 
 
 def _run(forward: Callable[..., Any], block: nn.Module, keep: Keep, *args: Any, **kwargs: Any) -> Any:
-    if keep == "everything":
+    if keep in ("everything", "weights"):
         return forward(block, *args, **kwargs)
     contexts: dict[str, Any] = {"context_fn": _CONTEXTS[keep]}
     if keep == "nothing" and not torch.compiler.is_compiling():
@@ -114,31 +113,30 @@ def keep(block: nn.Module, what: Keep) -> None:
 
 
 def fit(blocks: list[nn.Module], trial: Callable[[], tuple[float, float]], room: Callable[[], float]) -> None:
-    """Keep the products of as many blocks as memory has room for, and the weights of as many of those as it still has.
+    """Keep as much as memory has room for.
 
     Args:
         trial: runs a micro-step and gives (GiB held after its forward, GiB at its peak), the most of any process.
         room: after a trial, the GiB that a step's peak may reach in every process.
     """
-
-    def cost(what: Keep, than: float) -> float:
-        """GiB more that a block holds when it keeps this than in the trial that held ``than``."""
-        for block in tried:
-            keep(block, what)
-        return max((trial()[0] - than) / len(tried), 1e-3)
-
     tried = blocks[: max(1, len(blocks) // 8)]
     set_kept(blocks, "full")
     held, peak = trial()
-    products, weights = cost("products", held), cost("weights", held)
     left = room() - peak
-    with_products = max(0, min(len(blocks), int(left / products)))
-    left -= with_products * products
-    with_weights = max(0, min(with_products, int(left / max(weights - products, 1e-3))))
-    for i, block in enumerate(blocks):
-        keep(block, "weights" if i < with_weights else "products" if i < with_products else "nothing")
-    logger.info(
-        "activation checkpointing: a step peaks at %.1f GiB and has %.1f GiB more; of %d blocks %d keep their products "
-        "(%.2f GiB each), %d also their merged weights (%.2f GiB)",
-        *(peak, room() - peak, len(blocks), with_products, products, with_weights, weights - products),
-    )
+    said = [f"a step that keeps nothing peaks at {peak:.1f} GiB and leaves {left:.1f} GiB"]
+    levels: tuple[Keep, ...] = ("products", "everything", "weights")
+    for level in levels:
+        before: Keep = blocks[0].keep  # type: ignore[assignment]
+        for block in tried:
+            keep(block, level)
+        held_before, held = held, trial()[0]
+        cost = max((held - held_before) / len(tried), 1e-3)
+        fits = max(0, min(len(blocks), int(left / cost)))
+        for i, block in enumerate(blocks):
+            keep(block, level if i < fits else before)
+        left -= fits * cost
+        said.append(f"{level} of {fits} blocks at {cost:.2f} GiB each")
+        if fits < len(blocks):
+            break
+        held += (len(blocks) - len(tried)) * cost
+    logger.info("activation checkpointing: %s", "; kept: ".join([said[0], ", ".join(said[1:])]))
