@@ -28,10 +28,10 @@ def build_model(config: RunConfig, tokenizer: object, world: World, lora: LoraSp
         model = load_model(config.model, tokenizer, dtype, seed)
     else:
         model = model_on_meta(config.model, tokenizer, dtype)
-    fuse_loss(model)
     lora = lora or LoraSpec()
     if lora.r or config.bitflip.any_fault:
         logger.info("%s", inject(model, config.bitflip, lora))
+    fuse_loss(model)
     parallelize(model, config, world)
     if in_one_piece:
         model.to(world.device)

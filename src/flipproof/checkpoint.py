@@ -53,7 +53,8 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write ``step-N`` after the one before it, then delete all but the last ``keep_last``. All processes call."""
+        """Write ``step-N`` after the one before it, then delete all but the last ``keep_last``, and any of later steps,
+        which this run does not go on from. All processes call."""
         self.wait()
         full = self.config.state_dict_type == "full"
         options = StateDictOptions(ignore_frozen_params=True, strict=False, cpu_offload=True, full_state_dict=full)
@@ -104,8 +105,11 @@ class Checkpointer:
             shutil.rmtree(final)
         os.rename(unfinished, final)
         _sync(self.directory)
-        for old in list_checkpoints(self.directory)[: -self.config.keep_last]:
-            shutil.rmtree(old)
+        complete = list_checkpoints(self.directory)
+        # later ones were left by a run that this one does not go on from
+        stale = [path for path in complete if step_of(path) > step]
+        for path in stale + complete[: -self.config.keep_last - len(stale)]:
+            shutil.rmtree(path)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

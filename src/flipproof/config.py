@@ -72,10 +72,10 @@ class TrainingConfig:
     """How to train."""
 
     dtype: Dtype | None = None
-    """Dtype of the model's weights, and so of the bits that flip; adapters are float32. Default: the checkpoint's, or
+    """Dtype of the model's weights, and of the bits that flip; adapters are float32. Default: the checkpoint's, or
     float32 from scratch."""
     mixed_precision_param: Dtype | None = None
-    """Dtype to compute in, where it is not dtype."""
+    """Dtype to compute in, where it is not dtype; bits then flip in this one."""
     mixed_precision_reduce: Dtype = "float32"
     """Dtype of gradient reductions between processes."""
     seq_len: int = 2048

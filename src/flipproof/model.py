@@ -114,7 +114,8 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
         if config.flavor not in FLAVORS:
             raise ConfigError([f"model.flavor = {config.flavor!r}: known are {', '.join(FLAVORS)}"])
         shape = FLAVORS[config.flavor]
-    if config.hf_model_path is not None:
+    # from scratch a flavor is all there is to know: neither network nor weights are needed
+    if config.hf_model_path is not None and (shape is None or config.init == "pretrained"):
         hf_config = _from_hub(AutoConfig.from_pretrained, config.hf_model_path, "model.hf_model_path", "a model")
         _check_flavor(config, hf_config, shape)
     else:
@@ -220,6 +221,8 @@ def materialise(model: nn.Module, config: ModelConfig, seed: int, device: torch.
         _load_weights(model, str(config.hf_model_path))
         for _, module in model.named_modules():
             if module._non_persistent_buffers_set:
+                for parameter in module.parameters(recurse=False):
+                    parameter._is_hf_initialized = True  # it is loaded: transformers leaves it alone
                 model._init_weights(module)  # type: ignore[operator]
     if any(buffer.isnan().any() for buffer in _computed_buffers(model)):
         raise ConfigError([f"{type(model).__name__} does not compute its buffers anew; start it in one process"])

@@ -119,24 +119,27 @@ def fit(blocks: list[nn.Module], trial: Callable[[], tuple[float, float]], room:
         trial: runs a micro-step and gives (GiB held after its forward, GiB at its peak), the most of any process.
         room: after a trial, the GiB that a step's peak may reach in every process.
     """
-    tried = blocks[: max(1, len(blocks) // 8)]
+    tried = blocks[:2]
     set_kept(blocks, "full")
-    held, peak = trial()
-    left = room() - peak
-    said = [f"a step that keeps nothing peaks at {peak:.1f} GiB and leaves {left:.1f} GiB"]
+    said = []
+    cost = 0.0
     levels: tuple[Keep, ...] = ("products", "everything", "weights")
     for level in levels:
         before: Keep = blocks[0].keep  # type: ignore[assignment]
+        held, peak = trial()
+        left = room() - peak
+        said.append(f"{before} of all: a peak of {peak:.1f} GiB, {left:.1f} GiB left")
+        if left < 4 * cost * len(tried):  # the trial itself must fit, and levels cost a few times each other at most
+            break
         for block in tried:
             keep(block, level)
-        held_before, held = held, trial()[0]
-        cost = max((held - held_before) / len(tried), 1e-3)
+        cost = max((trial()[0] - held) / len(tried), 1e-3)
         fits = max(0, min(len(blocks), int(left / cost)))
         for i, block in enumerate(blocks):
             keep(block, level if i < fits else before)
-        left -= fits * cost
-        said.append(f"{level} of {fits} blocks at {cost:.2f} GiB each")
         if fits < len(blocks):
+            said.append(f"{level} of {fits} at {cost:.2f} GiB each")
             break
-        held += (len(blocks) - len(tried)) * cost
-    logger.info("activation checkpointing: %s", "; kept: ".join([said[0], ", ".join(said[1:])]))
+    else:
+        said.append("weights of all")
+    logger.info("activation checkpointing keeps of %d blocks %s", len(blocks), "; ".join(said))

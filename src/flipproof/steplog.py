@@ -33,8 +33,9 @@ class StepLog:
         self._trackers = Trackers(config, first_step) if world.first else None
         self._profile = config.logging.profile
         self._profiler: StepProfiler | None = None
-        dtype = getattr(torch, training.mixed_precision_param or "") if training.mixed_precision_param else None
-        peak = peak_flops(world.device, dtype or next(model.parameters()).dtype)
+        computed_in = training.mixed_precision_param
+        dtype = getattr(torch, computed_in) if computed_in else next(model.parameters()).dtype
+        peak = peak_flops(world.device, dtype)
         flops = flops_per_token(model, training.seq_len)
         self._mfu_per_rate = None if peak is None else flops / (peak * world.size)
         """MFU of one token per second."""

@@ -21,7 +21,7 @@ from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
 from flipproof.build import build_model
 from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
-from flipproof.config import RunConfig, TrainingConfig
+from flipproof.config import ConfigError, RunConfig, TrainingConfig
 from flipproof.data import load_text, training_indices
 from flipproof.evaluate import (
     BASE_ARMS,
@@ -64,6 +64,13 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
     """
     run_dir = Path(config.logging.run_dir)
     check_trackers(config.logging)
+    if config.training.dtype == "float16" and not config.lora.r:
+        raise ConfigError(
+            [
+                "training.dtype = 'float16' with lora.r = 0: AdamW cannot train float16 weights; use float32 with "
+                "training.mixed_precision_param = 'float16', or adapters"
+            ]
+        )
     with parallel.start(config.parallelism, run_dir / HANGS) as world:
         runlog.check_run_dir(run_dir, resume is not None)
         checkpoint = find_checkpoint(run_dir / "checkpoints", resume)
