@@ -1,28 +1,32 @@
-import json
-import shutil
+import threading
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 import flipproof
-from flipproof import BitFlipSpec, LoraSpec
+from flipproof import BitFlipSpec, LoraSpec, checkpoint
 from flipproof.checkpoint import (
-    adapter_spec,
+    Checkpointer,
     checkpoint_problems,
+    find_checkpoint,
     list_checkpoints,
-    load_adapter,
     load_checkpoint,
     load_trained_weights,
-    save_adapter,
-    save_checkpoint,
-    save_model,
 )
-from flipproof.config import ConfigError
-from flipproof.model import byte_tokenizer
+from flipproof.config import CheckpointConfig, ConfigError
+from flipproof.parallel import World
 
 SPEC = BitFlipSpec(w_p_frac=0.01)
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def train_on(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        ids = torch.randint(0, 256, (2, 16), generator=generator)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def trained(make, seed=0, r=2):
@@ -30,25 +34,50 @@ def trained(make, seed=0, r=2):
     model = make()
     flipproof.inject(model, SPEC, LoraSpec(r=r, lora_alpha=6))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(3):
-        ids = torch.randint(0, 256, (2, 16), generator=generator)
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_on(model, optimizer, seed)
     return model, optimizer
 
 
+def progress(sequences=0, scale=1.0):
+    return {"sequences": torch.tensor(sequences), "loss_scale": torch.tensor(scale, dtype=torch.float64)}
+
+
+def saver(directory, keep_last=2, **options):
+    return Checkpointer(directory, CheckpointConfig(keep_last=keep_last, **options), ALONE)
+
+
+def save(directory, step, model, optimizer, used=None, **options):
+    """One checkpoint, complete."""
+    checkpoints = saver(directory, **options)
+    checkpoints.save(step, model, optimizer, used or progress())
+    checkpoints.wait()
+    return directory / f"step-{step}"
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Background writing waits at its last file until this event is set."""
+    event, write_json = threading.Event(), checkpoint.write_json
+    monkeypatch.setattr(checkpoint, "write_json", lambda *a: (event.wait(60), write_json(*a)))
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("state_dict_type", ["sharded", "full"])
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("r", [0, 2])
-def test_a_checkpoint_restores_weights_optimizer_and_rng_bitwise(tiny_llama, tmp_path, r):
+def test_a_checkpoint_restores_weights_optimizer_and_progress_bitwise(
+    tiny_llama, tmp_path, r, asynchronous, state_dict_type
+):
     model, optimizer = trained(tiny_llama, r=r)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    path = save_checkpoint(tmp_path, 3, model, optimizer, keep_last=2)
-    torch.rand(5)
+    options = {"asynchronous": asynchronous, "state_dict_type": state_dict_type}
+    path = save(tmp_path, 3, model, optimizer, progress(96, 2.0**-7), **options)
     other, other_optimizer = trained(tiny_llama, seed=1, r=r)
-    assert load_checkpoint(path, other, other_optimizer) == 3
-    assert torch.equal(torch.get_rng_state(), state)
+    used = progress()
+    tensors = dict(used)
+    assert load_checkpoint(path, other, other_optimizer, used) == 3
+    assert {name: float(value) for name, value in used.items()} == {"sequences": 96, "loss_scale": 2.0**-7}
+    assert all(used[name] is tensors[name] for name in tensors)  # in place
     for (name, one), (_, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(one, two), name
     one, two = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
@@ -60,10 +89,60 @@ def test_a_checkpoint_restores_weights_optimizer_and_rng_bitwise(tiny_llama, tmp
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), third.parameters(), strict=True))
 
 
+def test_a_fresh_model_and_optimizer_go_on_as_the_old_ones_would(tiny_llama, tmp_path):
+    """Adam's moments and step are all there: the next steps are bitwise those of the run that saved."""
+    model, optimizer = trained(tiny_llama)
+    path = save(tmp_path, 3, model, optimizer)
+    train_on(model, optimizer, seed=5)
+    other = tiny_llama()
+    flipproof.inject(other, SPEC, LoraSpec(r=2, lora_alpha=6))
+    flipproof.set_tick(other, 3)
+    fresh = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.05)
+    load_checkpoint(path, other, fresh, progress())
+    train_on(other, fresh, seed=5)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_writing_in_the_background_holds_the_step_that_it_was_asked_for(tiny_llama, tmp_path, held):
+    """Training goes on, changing weights, moments and progress in place, while a thread writes what they were."""
+    model, optimizer = trained(tiny_llama)
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    used = progress(7)
+    checkpoints = saver(tmp_path)
+    checkpoints.save(1, model, optimizer, used)
+    assert not list_checkpoints(tmp_path)  # not complete, so not there
+    train_on(model, optimizer, seed=5)
+    used["sequences"].fill_(1000)
+    held.set()
+    checkpoints.wait()
+    loaded, other = progress(), trained(tiny_llama, seed=1)
+    load_checkpoint(tmp_path / "step-1", *other, loaded)
+    assert int(loaded["sequences"]) == 7
+    assert all(torch.equal(one, two) for one, two in zip(before, other[0].parameters(), strict=True))
+    restored = [state["exp_avg"] for state in other[1].state.values()]
+    assert all(torch.equal(one, two) for one, two in zip(moments, restored, strict=True))
+    assert any(not torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
+def test_a_save_waits_for_the_one_before(tiny_llama, tmp_path, held):
+    model, optimizer = trained(tiny_llama)
+    checkpoints = saver(tmp_path)
+    checkpoints.save(1, model, optimizer, progress())
+    threading.Timer(0.2, held.set).start()
+    checkpoints.save(2, model, optimizer, progress())
+    assert held.is_set()
+    assert tmp_path / "step-1" in list_checkpoints(tmp_path)
+    checkpoints.wait()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1", "step-2"]
+
+
 def test_the_last_few_are_kept_in_order_of_steps(tiny_llama, tmp_path):
     model, optimizer = trained(tiny_llama)
+    checkpoints = saver(tmp_path)
     for step in (2, 9, 10, 100):
-        save_checkpoint(tmp_path, step, model, optimizer, keep_last=2)
+        checkpoints.save(step, model, optimizer, progress())
+    checkpoints.wait()
     (tmp_path / "step-x").mkdir()
     (tmp_path / ".step-101.unfinished").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10", "step-100"]
@@ -71,23 +150,37 @@ def test_the_last_few_are_kept_in_order_of_steps(tiny_llama, tmp_path):
 
 def test_a_crash_while_saving_leaves_the_last_one(tiny_llama, tmp_path, monkeypatch):
     model, optimizer = trained(tiny_llama)
-    save_checkpoint(tmp_path, 1, model, optimizer, keep_last=1)
-    import flipproof.checkpoint as checkpoint
-
+    options = {"keep_last": 1, "asynchronous": False}
+    save(tmp_path, 1, model, optimizer, **options)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            save_checkpoint(tmp_path, 2, model, optimizer, keep_last=1)
+            save(tmp_path, 2, model, optimizer, **options)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1"]
-    save_checkpoint(tmp_path, 2, model, optimizer, keep_last=1)
+    save(tmp_path, 2, model, optimizer, **options)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-2"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "no manifest"])
-def test_damage_is_refused_by_name_and_the_previous_one_offered(tiny_llama, tmp_path, damage):
+@pytest.mark.parametrize("then", ["save", "wait"])
+def test_what_fails_in_the_background_is_raised_at_the_next_save_or_wait(tiny_llama, tmp_path, monkeypatch, then):
     model, optimizer = trained(tiny_llama)
-    save_checkpoint(tmp_path, 1, model, optimizer, keep_last=2)
-    path = save_checkpoint(tmp_path, 2, model, optimizer, keep_last=2)
+    checkpoints = saver(tmp_path)
+    checkpoints.save(1, model, optimizer, progress())
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    checkpoints.save(2, model, optimizer, progress())
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(3, model, optimizer, progress()) if then == "save" else checkpoints.wait()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1"]
+    assert not checkpoint_problems(tmp_path / "step-1")
+
+
+@pytest.mark.parametrize("state_dict_type", ["sharded", "full"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "no manifest"])
+def test_damage_is_refused_by_name_and_the_previous_one_offered(tiny_llama, tmp_path, damage, state_dict_type):
+    model, optimizer = trained(tiny_llama)
+    for step in (1, 2):
+        path = save(tmp_path, step, model, optimizer, state_dict_type=state_dict_type)
     victim = next(path.glob("*.distcp"))
     if damage == "missing":
         victim.unlink()
@@ -101,83 +194,36 @@ def test_damage_is_refused_by_name_and_the_previous_one_offered(tiny_llama, tmp_
         victim = path / "manifest.json"
         victim.unlink()
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ConfigError, match=rf"step-2.*{victim.name}.*resume from step-1"):
-        load_checkpoint(path, model, optimizer)
+    used = progress(5)
+    with pytest.raises(ConfigError, match=rf"step-2.*{victim.name}.*--resume step-1 goes on from the one before"):
+        load_checkpoint(path, model, optimizer, used)
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    assert int(used["sequences"]) == 5
     assert not checkpoint_problems(tmp_path / "step-1")
+    (tmp_path / "step-1").rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="step-2") as error:
+        load_checkpoint(path, model, optimizer, used)
+    assert "goes on" not in str(error.value)  # there is none before
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_llama, tmp_path):
-    path = save_checkpoint(tmp_path, 1, *trained(tiny_llama), keep_last=1)
+    path = save(tmp_path, 1, *trained(tiny_llama))
     with pytest.raises(ConfigError, match="does not fit"):
-        load_checkpoint(path, *trained(tiny_llama, r=3))
+        load_checkpoint(path, *trained(tiny_llama, r=3), progress())
 
 
-def test_peft_opens_the_adapter_with_the_same_logits(tiny_llama, tmp_path, token_ids):
-    model, _ = trained(tiny_llama)
-    tiny_llama().save_pretrained(tmp_path / "base")
-    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    opened = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    with torch.no_grad(), flipproof.faults(model.eval(), flips=False, guard=False):
-        expected = model(token_ids).logits
-        torch.testing.assert_close(opened(token_ids).logits, expected, rtol=0, atol=1e-5)
-        assert not torch.allclose(tiny_llama().eval()(token_ids).logits, expected, atol=1e-2)
-
-
-def test_an_adapter_comes_back_bitwise(tiny_llama, tmp_path):
-    model, _ = trained(tiny_llama)
-    save_adapter(model, tmp_path, None)
-    lora = adapter_spec(tmp_path)
-    assert lora == LoraSpec(r=2, lora_alpha=6)
-    other = tiny_llama()
-    flipproof.inject(other, SPEC, lora)
-    load_adapter(other, tmp_path)
-    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
-
-
-def test_adapters_that_do_not_fit_are_refused_and_change_nothing(tiny_llama, tmp_path):
-    model, _ = trained(tiny_llama)
-    save_adapter(model, tmp_path / "a", None)
-
-    def refused(words, spec=SPEC, r=2, **changes):
-        other = tiny_llama(**changes)
-        flipproof.inject(other, spec, LoraSpec(r=r))
-        before = [p.clone() for p in other.parameters()]
-        with pytest.raises(ConfigError, match=words):
-            load_adapter(other, tmp_path / "a")
-        assert all(torch.equal(one, two) for one, two in zip(before, other.parameters(), strict=True))
-
-    refused("shape", intermediate_size=96)
-    refused("shape", r=3)
-    refused("has no layer for .*down_proj", spec=BitFlipSpec(w_p_frac=0.1, skip_patterns=["down_proj"]))
-    refused("is missing", num_hidden_layers=3)
-    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"short")
-    refused("adapter_model.safetensors is missing or damaged")
-
-
-def test_adapters_of_other_kinds_are_refused(tiny_llama, tmp_path):
-    model, _ = trained(tiny_llama)
-    save_adapter(model, tmp_path / "a", None)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    for change, words in (({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora")):
-        shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        (tmp_path / "b").mkdir()
-        (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ConfigError, match=words):
-            adapter_spec(tmp_path / "b")
-    with pytest.raises(ConfigError, match=r"adapter_config\.json is missing"):
-        adapter_spec(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_plain_transformers_opens_the_merged_model(tiny_llama, tmp_path, token_ids, tied):
-    model, _ = trained(lambda: tiny_llama(tie_word_embeddings=tied))
-    save_model(model, tmp_path, byte_tokenizer())
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not any("lora" in name for name in opened.state_dict())
-    with torch.no_grad():
-        got = opened(token_ids).logits
-        with flipproof.faults(model.eval(), flips=False, guard=False):
-            torch.testing.assert_close(got, model(token_ids).logits, rtol=0, atol=1e-5)
-    assert any(isinstance(module, flipproof.FaultyLinear) for module in model.modules())
+def test_find_checkpoint(tiny_llama, tmp_path):
+    assert find_checkpoint(tmp_path / "nowhere", "auto") is None
+    with pytest.raises(ConfigError, match=r"--resume step-1: .*nowhere holds no complete checkpoint"):
+        find_checkpoint(tmp_path / "nowhere", "step-1")
+    model, optimizer = trained(tiny_llama)
+    for step in (9, 10):
+        save(tmp_path, step, model, optimizer)
+    (tmp_path / ".step-11.unfinished").mkdir()
+    assert find_checkpoint(tmp_path, None) is None
+    assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-10"
+    assert find_checkpoint(tmp_path, "step-9") == tmp_path / "step-9"
+    for name in ("step-11", ".step-11.unfinished", "latest", ""):
+        with pytest.raises(ConfigError, match=r"holds step-9, step-10") as error:
+            find_checkpoint(tmp_path, name)
+        assert f"--resume {name}:" in str(error.value)

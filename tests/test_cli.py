@@ -97,10 +97,12 @@ def test_bad_input_is_one_clear_line_each(capsys, tmp_path, model_dir, monkeypat
     (tmp_path / "bad.toml").write_text(bad)
     fails(capsys, ["train", "--config", "bad.toml"], "training.lrr: unknown key; did you mean lr?", "w_p_exp = 0.7")
     fails(capsys, ["train", "--config", "gone.toml"], "gone.toml: No such file")
-    fails(capsys, ["train", "--config", "70b"], "fsdp_degree = 4, but 1 process")
+    fails(capsys, ["train", "--config", "70b"], "1 process was started, but parallelism.fsdp_degree x replicas = 4")
     fails(capsys, ["train", "--config", "70b", "--stpes", "3"], "--stpes: unknown flag; did you mean --steps?")
     fails(capsys, ["train", "--config", "70b", "--steps", "many"], "training.steps = 'many'")
     fails(capsys, ["train", "--config", "70b", "--training.lr"], "--training.lr: a value is missing")
+    fails(capsys, ["train", "--model.hf_model_path", model_dir, "--resume", "step-3"],
+          "--resume step-3: runs/default/checkpoints holds no complete checkpoint")  # fmt: skip
     fails(capsys, ["eval", model_dir, "--bitflip.x_zero_out_t", "nan", *SMALL], "x_zero_out_t = nan")
     fails(capsys, ["eval", "no/model", *SMALL], "no local directory, and the Hub did not give")
     fails(capsys, ["eval", model_dir, "--bitflip.w_p_exp", "0.1", "--bitflip.include_patterns", '["q_prj"]', *SMALL],

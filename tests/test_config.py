@@ -177,13 +177,19 @@ a = 1
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
-        ("training", "steps", "2.5", "training.steps = '2.5': int is allowed"),
+        ("training", "steps", "2.5", "training.steps = '2.5': int | None is allowed"),
         ("training", "dtype", "bf16", "bfloat16"),
-        ("training", "dtype", "float16", "loss scaling"),
+        ("training", "tokens_per_parameter", "0", "training.tokens_per_parameter = 0.0: a positive number"),
+        ("training", "activation_checkpointing", "0", "training.activation_checkpointing = 0: at least 1"),
+        ("training", "activation_checkpointing", "some", "training.activation_checkpointing = 'some'"),
         ("training", "lr", "-1", "training.lr = -1.0"),
         ("training", "seq_len", "1", "training.seq_len = 1"),
         ("data", "held_out_tokens", "0", "data.held_out_tokens = 0"),
         ("parallelism", "fsdp_degree", "0", "parallelism.fsdp_degree = 0"),
+        ("parallelism", "replicas", "0", "parallelism.replicas = 0"),
+        ("parallelism", "timeout_minutes", "0", "parallelism.timeout_minutes = 0.0"),
+        ("parallelism", "sharding_strategy", "zero3", "full_shard"),
+        ("checkpoint", "state_dict_type", "flat", "sharded"),
         ("lora", "r", "-2", "lora.r = -2"),
         ("bitflip", "x_zero_out_t", "nan", "bitflip.x_zero_out_t = nan"),
         ("lora", "lora_alpha", "inf", "lora.lora_alpha = inf"),
@@ -196,6 +202,21 @@ def test_values_out_of_range_name_key_value_and_what_is_allowed(section, key, va
     found = problems([], {"model": {"hf_model_path": "m"}, section: {key: value}})
     assert len(found) == 1
     assert words in found[0]
+
+
+def test_no_shard_has_the_whole_model_in_every_process():
+    parallelism = {"sharding_strategy": "no_shard", "fsdp_degree": 2, "cpu_offload": True}
+    found = problems([], {"model": {"hf_model_path": "m"}, "parallelism": parallelism})
+    assert found == [
+        "parallelism.fsdp_degree = 2: no_shard allows 1",
+        "parallelism.cpu_offload = True: no_shard keeps the whole model on the device",
+    ]
+
+
+@pytest.mark.parametrize("value", ["none", "full", "selective", "auto", "3"])
+def test_activation_checkpointing_is_a_word_or_a_number(value):
+    config = load_config([], {"model": {"hf_model_path": "m"}, "training": {"activation_checkpointing": value}})
+    assert config.training.activation_checkpointing == (3 if value == "3" else value)
 
 
 def test_a_model_must_be_named():

@@ -1,9 +1,24 @@
 import pytest
 import torch
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import flipproof
+from flipproof import BitFlipSpec, LoraSpec
 from flipproof.config import ConfigError, ModelConfig, TrainingConfig
-from flipproof.model import FLAVORS, byte_tokenizer, compute_context, load_model, load_tokenizer
+from flipproof.model import (
+    FLAVORS,
+    byte_tokenizer,
+    compute_context,
+    load_model,
+    load_tokenizer,
+    materialise,
+    model_on_meta,
+    save_model,
+)
+
+CPU = torch.device("cpu")
 
 
 def test_bytes_round_trip_and_the_tokenizer_is_saved_as_hugging_face_does(tmp_path):
@@ -76,3 +91,203 @@ def test_mixed_precision_computes_in_the_other_dtype(tiny_llama, token_ids):
         assert model(token_ids).logits.dtype == torch.bfloat16
     with compute_context(TrainingConfig(mixed_precision_param="float32"), model):
         assert model(token_ids).logits.dtype == torch.float32
+
+
+# -- from the meta device ----------------------------------------------------------------------------------------------
+
+
+def materialised(config, dtype=None, seed=0, prepare=lambda model: None):
+    model = model_on_meta(config, byte_tokenizer(), dtype)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    prepare(model)
+    materialise(model, config, seed, CPU)
+    return model
+
+
+def assert_equal_models(model, expected):
+    """Parameters, all buffers, those in no checkpoint included, and the logits."""
+    for kind in ("named_parameters", "named_buffers"):
+        got, wanted = dict(getattr(model, kind)()), dict(getattr(expected, kind)())
+        assert got.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert got[name].dtype == tensor.dtype, name
+            assert got[name].device == tensor.device, name
+            assert torch.equal(got[name], tensor), name
+    ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, expected.eval()(ids).logits)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_parameters": LLAMA3_ROPE}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+@pytest.mark.parametrize(
+    ("saved", "asked"), [("float32", None), ("bfloat16", None), ("float32", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_pretrained_weights_are_those_of_from_pretrained(tiny_llama, tmp_path, changes, size, saved, asked):
+    tiny_llama(**changes).to(getattr(torch, saved)).save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "20KB")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=asked or "auto")
+    model = materialised(ModelConfig(hf_model_path=str(tmp_path)), asked)
+    assert model.dtype == getattr(torch, asked or saved)
+    if "rope_parameters" in changes:  # it does differ from the plain one
+        assert not torch.equal(model.model.rotary_emb.inv_freq, tiny_llama().model.rotary_emb.inv_freq)
+    if "tie_word_embeddings" in changes:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_equal_models(model, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+        ("Phi", {"intermediate_size": 64}),
+        ("Gemma2", {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16}),
+        ("Qwen2", {"intermediate_size": 64, "num_key_value_heads": 1}),
+    ],
+)
+def test_other_families_too(tmp_path, kind, more):
+    """With biases, learned positions, tied embeddings and an embedding's scale in a buffer."""
+    import transformers
+
+    shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape, **more))
+    for parameter in made.parameters():  # biases and norms that an initialisation would not give
+        nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_equal_models(materialised(ModelConfig(hf_model_path=str(tmp_path))), expected)
+
+
+def test_a_checkpoint_with_other_names_than_the_model_is_refused(tmp_path):
+    """transformers writes GPT-NeoX's head under its older name and renames it when it reads."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**shape, intermediate_size=64)).save_pretrained(tmp_path)
+    config = ModelConfig(hf_model_path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"are not those of GPTNeoXForCausalLM by name: lm_head.weight is missing"):
+        materialised(config)
+    assert load_model(config, byte_tokenizer(), None, 0).lm_head.weight.any()  # as one process reads it
+
+
+def test_with_faults_the_base_weights_are_the_same_and_adapters_begin_as_always(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    spec, lora = BitFlipSpec(w_p_frac=0.1, x_p_frac=0.1), LoraSpec(r=2)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    flipproof.inject(expected, spec, lora)
+    config = ModelConfig(hf_model_path=str(tmp_path))
+    assert_equal_models(materialised(config, prepare=lambda model: flipproof.inject(model, spec, lora)), expected)
+
+
+def test_tensors_that_are_missing_or_misshapen_are_refused_by_name(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    path, config = tmp_path / "model.safetensors", ModelConfig(hf_model_path=str(tmp_path))
+    whole = load_file(path)
+    up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+
+    def refused(tensors, words):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=words) as error:
+            materialised(config)
+        assert "the safetensors are not those of LlamaForCausalLM by name" in str(error.value)
+
+    refused({k: v for k, v in whole.items() if k != up}, rf"{up} is missing; from_pretrained and save_pretrained")
+    refused({k: v for k, v in whole.items() if k not in (up, norm)}, rf"{up} is missing \(and 1 more like it\)")
+    refused(whole | {up: whole[up].T.contiguous()}, rf"{up} has shape \(32, 64\), the model's has \(64, 32\)")
+    refused(whole | {norm: whole[norm][:31].clone()}, rf"{norm} has shape \(31,\), the model's has \(32,\)")
+    save_file(whole | {"extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+    assert_equal_models(materialised(config), tiny_llama())  # more than the model has does no harm
+    path.unlink()
+    with pytest.raises(ConfigError, match="no safetensors there"):
+        materialised(config)
+
+
+RANDOM = ModelConfig(flavor="demo", init="random")
+
+
+def test_random_weights_depend_on_the_seed_and_have_the_std_of_the_config():
+    """0.02 for Llama. A std of n normal draws is within 6 / sqrt(2 n) of it, relatively; false alarm 2e-9 a matrix."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = (materialised(RANDOM, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    std = one.config.initializer_range
+    assert std == 0.02
+    drawn = []
+    for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        if "norm" in name:
+            assert torch.equal(a, torch.ones_like(a))
+            continue
+        assert not torch.equal(a, c), name
+        bound = 6 / (2 * a.numel()) ** 0.5
+        assert a.std().item() == pytest.approx(std, rel=bound), name
+        assert abs(a.mean().item()) < 6 * std / a.numel() ** 0.5
+        drawn.append(a.flatten()[:16])
+    # no two modules begin alike, though each has a generator of its own
+    assert len({tuple(part.tolist()) for part in drawn}) == len(drawn) == 2 + 4 * 7
+    assert_equal_models(one, two)
+
+
+def test_random_weights_do_not_depend_on_faults_and_adapters():
+    spec = BitFlipSpec(w_p_frac=0.1)
+    plain = dict(materialised(RANDOM).named_parameters())
+    faulty = materialised(RANDOM, prepare=lambda model: flipproof.inject(model, spec, LoraSpec(r=2)))
+    held = dict(faulty.named_parameters())
+    assert all(torch.equal(held[name], parameter) for name, parameter in plain.items())
+    expected = load_model(RANDOM, byte_tokenizer(), None, 0)
+    flipproof.inject(expected, spec, LoraSpec(r=2))
+    assert_equal_models(faulty, expected)
+
+
+def test_random_weights_have_the_buffers_of_a_model_made_at_once():
+    with torch.random.fork_rng():
+        expected = AutoModelForCausalLM.from_config(materialised(RANDOM).config)
+    got = dict(materialised(RANDOM).named_buffers())
+    assert got
+    assert all(torch.equal(got[name], buffer) for name, buffer in expected.named_buffers())
+
+
+def test_random_weights_of_a_tied_model_in_bfloat16(tiny_llama, tmp_path):
+    tiny_llama(tie_word_embeddings=True).config.save_pretrained(tmp_path)
+    config = ModelConfig(hf_model_path=str(tmp_path), init="random")
+    model = materialised(config, "bfloat16")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.float().std().item() == pytest.approx(0.02, rel=6 / (2 * 258 * 32) ** 0.5)
+
+
+# -- to disk -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_transformers_opens_the_merged_model(tiny_llama, tmp_path, token_ids, tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    flipproof.inject(model, BitFlipSpec(w_p_frac=0.01), LoraSpec(r=2, lora_alpha=6))
+    for layer in flipproof.faulty_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_model(model, tmp_path, byte_tokenizer())
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any("lora" in name for name in opened.state_dict())
+    with torch.no_grad():
+        got = opened(token_ids).logits
+        with flipproof.faults(model.eval(), flips=False, guard=False):
+            torch.testing.assert_close(got, model(token_ids).logits, rtol=0, atol=1e-5)
+        plain = tiny_llama(tie_word_embeddings=tied).eval()(token_ids).logits
+        assert not torch.allclose(got, plain, atol=1e-2)
+    # the model stays as it is
+    assert any(isinstance(module, flipproof.FaultyLinear) for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path)("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]

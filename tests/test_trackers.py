@@ -3,6 +3,7 @@ import importlib
 import json
 import struct
 import sys
+import time
 from types import ModuleType
 
 import numpy as np
@@ -118,9 +119,11 @@ def wandb_records(path):
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position = path.read_bytes(), 7
-    while position < len(data):
+    while position + 7 <= len(data):
         _, length, kind = struct.unpack_from("<IHB", data, position)
         assert kind == 1
+        if position + 7 + length > len(data):
+            return
         yield Record.FromString(data[position + 7 : position + 7 + length])
         position += 7 + length
 
@@ -130,6 +133,10 @@ def test_wandb_offline_writes_the_history_into_the_run(config, tmp_path, monkeyp
     run(config(wandb="offline"), 0, 3)
     identity = (tmp_path / "run" / "wandb_id").read_text().strip()
     (path,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{identity}.wandb")
+    for _ in range(300):  # W&B's own process may still be writing
+        if sum(record.HasField("history") for record in wandb_records(path)) == 3:
+            break
+        time.sleep(0.1)
     rows = []
     for record in wandb_records(path):
         if record.HasField("run"):

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 _CHUNK = 2**27
 """Logits held at a time, at most: 512 MiB in float32."""
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_CHANGES_LOGITS = (
+    *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+    *("logit_scale", "logits_scaling", "lm_head_multiplier"),
+)
 """Keys of transformers configs of models that work on the logits after the head."""
 IGNORED = -100
 """A label that counts for nothing, as in transformers."""

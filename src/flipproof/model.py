@@ -287,8 +287,8 @@ def _load_weights(model: nn.Module, name: str) -> None:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise ConfigError(
             [
-                f"model.hf_model_path = {name!r}: the safetensors are not those of {type(model).__name__} by name: "
-                f"{problems[0]}{more}; from_pretrained and save_pretrained rewrite them"
+                f"model.hf_model_path = {name!r}: several processes read safetensors by the names that "
+                f"{type(model).__name__} gives its weights: {problems[0]}{more}; one process reads other formats too"
             ]
         )
     dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())

@@ -79,7 +79,7 @@ class Metrics:
 
     def write(self, **values: Any) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
 
 
 def peak_memory_gib() -> float:

@@ -221,7 +221,7 @@ class _Run:
                     loss, grad_norm = self._step(step, lr)
                 done = step + 1
                 stopping = world.largest(float(stop.requested)) > 0 and done < training.steps
-                if done % training.log_freq == 0 or done == training.steps or stopping:
+                if done % training.log_freq == 0 or done == training.steps:
                     log.write(done, loss=world.mean(loss), lr=lr, grad_norm=float(grad_norm))
                 if (training.save_freq and done % training.save_freq == 0) or done == training.steps or stopping:
                     checkpoints.save(done, self.model, self.optimizer, self.progress)

@@ -1,0 +1,151 @@
+"""Runs several ``flipproof`` command lines one after the other in the processes that torchrun started once.
+
+What takes time in a small run is to start Python and import torch, so a launch does as much as it can:
+
+    torchrun --nproc_per_node=2 sharded_jobs.py jobs.json
+
+jobs.json is a list of {"name", "argv", "port", "patch"}. The processes of a job meet at a port of its own. What a job
+says is left beside jobs.json as ``NAME.RANK.out`` and ``NAME.RANK.err``, its exit code in ``NAME.RANK.json``.
+
+``patch`` names a function below that is called first, with rank and directory. Such a job, which may kill its process,
+has one of its own, forked before the others begin; -9 is SIGKILL's exit code. Where there is a single job, it is not
+forked, so that torchrun sees all of it.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import flipproof.checkpoint as checkpoint_module
+import flipproof.cli
+import flipproof.model as model_module
+import flipproof.train as train_module
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_1_hangs_in_step_5(rank, directory):
+    """Leaves its process id in ``reached``; the others wait for it in step 5."""
+    learning_rate = train_module.learning_rate
+
+    def hang(training, step):
+        if step == 4 and rank == 1:
+            (directory / "reached").write_text(str(os.getpid()))
+            time.sleep(600)
+        return learning_rate(training, step)
+
+    train_module.learning_rate = hang
+
+
+def rank_1_dies_while_it_writes_step_4(rank, _directory):
+    """And leaves half a file."""
+    fingerprint = checkpoint_module._fingerprint
+
+    def die_at_step_4(file):
+        if rank == 1 and file.parent.name == ".step-4.unfinished":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            die()
+        return fingerprint(file)
+
+    checkpoint_module._fingerprint = die_at_step_4
+
+
+def rank_0_dies_before_step_4_gets_its_name(rank, _directory):
+    rename = os.rename
+
+    def die_at_step_4(source, target):
+        if rank == 0 and Path(target).name == "step-4":
+            die()
+        rename(source, target)
+
+    os.rename = die_at_step_4
+
+
+def rank_1_gets_sigterm_in_step_3(rank, _directory):
+    learning_rate = train_module.learning_rate
+
+    def ask_to_stop(training, step):
+        if step == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(training, step)
+
+    train_module.learning_rate = ask_to_stop
+
+
+def step_3_waits_for_sigterm(rank, directory):
+    """Leaves ``reached`` when rank 0 waits; the step goes on when a process has noted the signal."""
+    learning_rate, note = train_module.learning_rate, train_module._StopRequest._note
+
+    def wait(training, step):
+        if step == 2:
+            if rank == 0:
+                (directory / "reached").write_text(str(os.getpid()))
+            while not (directory / "noted").exists():
+                time.sleep(0.05)
+        return learning_rate(training, step)
+
+    def note_and_tell(self, *args):
+        note(self, *args)
+        (directory / "noted").touch()
+
+    train_module.learning_rate, train_module._StopRequest._note = wait, note_and_tell
+
+
+def run(job, rank, directory):
+    """The exit code of one job."""
+    os.environ["MASTER_PORT"] = str(job["port"])
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own store remembers the job before
+    model_module._FILE_BYTES = 16 * 2**10  # of which even a tiny model needs several
+    if job["patch"]:
+        globals()[job["patch"]](rank, directory)
+    if job["argv"][0] == "load":
+        from sharded_load import load
+
+        return load(*job["argv"][1:])
+    return flipproof.cli.main(job["argv"])
+
+
+def redirect(stem):
+    """Send what this process says from now on to the files of a job."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for stream, kind in ((1, "out"), (2, "err")):
+        file = os.open(f"{stem}.{kind}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, stream)
+        os.close(file)
+
+
+def run_forked(job, rank, directory):
+    child = os.fork()
+    if child == 0:
+        redirect(directory / f"{job['name']}.{rank}")
+        sys.exit(run(job, rank, directory))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main():
+    directory, rank = Path(sys.argv[1]).parent, int(os.environ["RANK"])
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    for job in sorted(jobs, key=lambda job: job["patch"] is None):
+        start = time.perf_counter()
+        if job["patch"] and len(jobs) > 1:
+            code = run_forked(job, rank, directory)
+        else:
+            if len(jobs) > 1:
+                redirect(directory / f"{job['name']}.{rank}")
+            code = run(job, rank, directory)
+        result = {"code": code, "seconds": round(time.perf_counter() - start, 1)}
+        (directory / f"{job['name']}.{rank}.json").write_text(json.dumps(result))
+    sys.exit(code if len(jobs) == 1 else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A pretrained model, loaded into shards, against ``from_pretrained``; called by ``sharded_jobs.py``."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint
+from transformers import AutoModelForCausalLM
+
+from flipproof import parallel
+from flipproof.build import build_model
+from flipproof.config import load_config
+from flipproof.model import load_tokenizer
+from flipproof.shards import local, whole
+
+
+class CountingReader(torch.distributed.checkpoint.HuggingFaceStorageReader):
+    """Counts the elements that are read from the files, and of which tensors."""
+
+    elements = 0
+
+    def _process_read_request(self, f, req, planner):
+        class Slices:
+            def get_slice(self, name):
+                whole_slice = f.get_slice(name)
+
+                class Slice:
+                    def __getitem__(self, index):
+                        part = whole_slice[index]
+                        CountingReader.elements += part.numel()
+                        return part
+
+                return Slice()
+
+        super()._process_read_request(Slices(), req, planner)
+
+
+def load(directory, dtype, to):
+    """Leaves ``TO.RANK.json``: the names of tensors that differ in value, shape or dtype, and element counts."""
+    torch.distributed.checkpoint.HuggingFaceStorageReader = CountingReader
+    CountingReader.elements = 0
+    config = load_config([], {"model": {"hf_model_path": directory}, "training": {"dtype": dtype}})
+    with parallel.start(config.parallelism) as world:
+        model = build_model(config, load_tokenizer(config.model), world)
+        expected = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+        theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
+        mine = dict(model.named_parameters()) | dict(model.named_buffers())
+        gathered = {name: whole(tensor.detach()) for name, tensor in mine.items()}
+        differ = [
+            name
+            for name, tensor in theirs.items()
+            if name not in gathered
+            or gathered[name].dtype != tensor.dtype
+            or not torch.equal(gathered[name], tensor.detach())
+        ]
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        result = {
+            "differ": differ + sorted(mine.keys() - theirs.keys()),
+            "names": sorted(mine),
+            "tied": head.weight is embedding.weight,
+            "total": sum(p.numel() for p in model.parameters()),
+            "held": sum(local(p).numel() for p in model.parameters()),
+            "rows": sum(p[0].numel() for p in theirs.values() if p.requires_grad),  # one of each parameter
+            "read": CountingReader.elements,
+        }
+        Path(f"{to}.{os.environ['RANK']}.json").write_text(json.dumps(result))
+    return 0
