@@ -361,6 +361,8 @@ def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World |
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     if world.first:
         directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("model*.safetensors*"):  # of an earlier export, in other files than these
+            old.unlink()
     world.wait()
     for i, held in enumerate(files):
         tensors = {}
