@@ -1,4 +1,5 @@
 import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -146,6 +147,34 @@ def test_the_last_few_are_kept_in_order_of_steps(tiny_llama, tmp_path):
     (tmp_path / "step-x").mkdir()
     (tmp_path / ".step-101.unfinished").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10", "step-100"]
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_drops_the_later_ones(tiny_llama, tmp_path):
+    """Else "auto" would go on from one that this run never saw, and keep_last delete the new ones."""
+    model, optimizer = trained(tiny_llama)
+    for step in (50, 75, 100):
+        save(tmp_path, step, model, optimizer, keep_last=3)
+    save(tmp_path, 60, model, optimizer, keep_last=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-50", "step-60"]
+
+
+def test_weight_decay_is_the_configs_and_not_the_checkpoints(tiny_llama, tmp_path):
+    path = save(tmp_path, 1, *trained(tiny_llama))
+    model, optimizer = trained(tiny_llama)
+    optimizer.param_groups[0]["weight_decay"] = 0.25
+    load_checkpoint(path, model, optimizer, progress())
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_a_failed_write_is_noticed_without_waiting(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    checkpoints = saver(tmp_path)
+    checkpoints.check()  # nothing under way
+    checkpoints.save(1, *trained(tiny_llama), progress())
+    wait([checkpoints._pending])
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.check()
+    checkpoints.check()
 
 
 def test_a_crash_while_saving_leaves_the_last_one(tiny_llama, tmp_path, monkeypatch):

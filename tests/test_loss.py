@@ -298,3 +298,24 @@ def test_an_unknown_change_of_the_logits_is_refused(tiny_llama, token_ids, chang
     with pytest.raises(NotImplementedError, match="Changing changes its logits after the output head"):
         next_token_loss(model, token_ids)
     assert model(token_ids).logits.shape == (2, 24, 258)  # it goes on giving logits
+
+
+def test_an_evaluation_takes_no_gradients(tiny_llama, token_ids):
+    """A function's ``needs_input_grad`` is true of parameters under no_grad too."""
+    model = tiny_llama()
+    fuse_loss(model)
+    expected = next_token_loss(model, token_ids)
+    weight = model.lm_head.weight
+
+    class Count(TorchDispatchMode):
+        shapes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.shapes += function is torch.ops.aten.zeros.default and result.shape == weight.shape
+            return result
+
+    for on, formed in ((True, 1), (False, 0)):
+        with torch.set_grad_enabled(on), Count() as count:
+            assert torch.equal(next_token_loss(model, token_ids), expected)
+        assert count.shapes == formed

@@ -174,3 +174,9 @@ def test_in_one_process_nothing_is_sharded_or_wrapped(tiny_llama, token_ids):
     assert gradients.forward is model
     with gradients.micro_batch(last=False):
         assert torch.equal(model(token_ids).logits, expected)
+
+
+def test_offloading_needs_several_processes():
+    config = ParallelismConfig(cpu_offload=True)
+    with pytest.raises(ConfigError, match=r"cpu_offload = True: 1 process .*torchrun"), start(config):
+        pass

@@ -400,12 +400,22 @@ def test_a_float16_run_has_the_losses_of_a_float32_one(base, tmp_path):
     assert half[-1]["loss"] < half[0]["loss"] - 0.5
 
 
+def test_a_float16_checkpoint_is_scaled_and_does_not_train_its_own_weights(tiny_llama, tmp_path):
+    """training.dtype is the checkpoint's where the config says none."""
+    tiny_llama().half().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"float16.*lora.r = 0"):
+        train(settings(tmp_path / "base", tmp_path / "weights", lora_r=0))
+    assert LossScale(TrainingConfig(), torch.float16).used
+    assert not LossScale(TrainingConfig(), torch.bfloat16).used
+
+
 def test_a_float16_step_with_infinite_gradients_is_skipped(base, tmp_path, monkeypatch):
     """A scale of 2^60 overflows float16 at once: no step is taken, and each halves it. The checkpoint holds it."""
     made = LossScale.__init__
 
-    def huge(self, training):
-        made(self, training)
+    def huge(self, *arguments):
+        made(self, *arguments)
         self.scale.fill_(2.0**60)
 
     config = settings(base, tmp_path / "run", dtype="float32", mixed_precision_param="float16", steps=3)

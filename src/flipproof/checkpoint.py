@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,48 +68,76 @@ class Checkpointer:
             self._write(step, state)
 
     def wait(self) -> None:
-        """Until the last checkpoint is complete. Raises what writing it raised."""
+        """Until the last checkpoint is complete. Raises what writing it raised, in any process."""
         if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def check(self) -> None:
+        """Raises what writing the last checkpoint raised, without waiting for it."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         final, unfinished = self.directory / f"step-{step}", self.directory / f".step-{step}.unfinished"
-        world, alone = self.world, self.world.size == 1
-        if world.first:
+        first = self.world.first
+
+        def clear() -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        if not alone:
-            dist.barrier(group=world.writers)
-        if alone or self.config.state_dict_type == "sharded":
-            with _one_process():
-                dcp.save(state, checkpoint_id=unfinished, process_group=world.writers, no_dist=alone)
-        elif world.first:
-            with _one_process():
-                dcp.save(state, checkpoint_id=unfinished, no_dist=True)
+
+        self._together(clear if first else None)
+        files = self._together(lambda: self._write_files(state, unfinished))
+
+        def complete() -> None:
+            written = {name: value for part in files for name, value in part.items()}
+            write_json(unfinished / MANIFEST, {"step": step, "files": written})
+            _sync(unfinished / MANIFEST)
+            if final.exists():  # left by a run that resumed from an earlier step
+                shutil.rmtree(final)
+            os.rename(unfinished, final)
+            _sync(self.directory)
+            there = list_checkpoints(self.directory)
+            # later ones were left by a run that this one does not go on from
+            stale = [path for path in there if step_of(path) > step]
+            for path in stale + there[: -self.config.keep_last - len(stale)]:
+                shutil.rmtree(path)
+
+        self._together(complete if first else None)
+
+    def _write_files(self, state: dict[str, Any], directory: Path) -> dict[str, str]:
+        """What this process holds, as files; returns their fingerprints by name."""
+        world, alone = self.world, self.world.size == 1
+        with _one_process():
+            if alone or self.config.state_dict_type == "sharded":
+                dcp.save(state, checkpoint_id=directory, process_group=world.writers, no_dist=alone)
+            elif world.first:
+                dcp.save(state, checkpoint_id=directory, no_dist=True)
         # each process vouches for the files that it wrote
         prefixes = (f"__{world.rank}_", *([".metadata"] if world.first else []))
-        mine = [file for file in sorted(unfinished.iterdir()) if file.name.startswith(prefixes)]
-        files = {file.name: _fingerprint(file) for file in mine}
+        mine = [file for file in sorted(directory.iterdir()) if file.name.startswith(prefixes)]
         for file in mine:
             _sync(file)
-        if not alone:
-            gathered: list[Any] = [None] * world.size
-            dist.all_gather_object(gathered, files, group=world.writers)
-            files = {name: value for part in gathered for name, value in part.items()}
-        if not world.first:
-            return
-        write_json(unfinished / MANIFEST, {"step": step, "files": files})
-        _sync(unfinished / MANIFEST)
-        if final.exists():  # left by a run that resumed from an earlier step
-            shutil.rmtree(final)
-        os.rename(unfinished, final)
-        _sync(self.directory)
-        complete = list_checkpoints(self.directory)
-        # later ones were left by a run that this one does not go on from
-        stale = [path for path in complete if step_of(path) > step]
-        for path in stale + complete[: -self.config.keep_last - len(stale)]:
-            shutil.rmtree(path)
+        return {file.name: _fingerprint(file) for file in mine}
+
+    def _together(self, action: Callable[[], Any] | None) -> list[Any]:
+        """All processes' results of their action, where they have one; what one raises ends it for all."""
+        result, error = None, None
+        try:
+            result = action() if action else None
+        except Exception as raised:  # told to the others, which would wait for ever, and raised again
+            error = raised
+        if self.world.size == 1:
+            gathered: list[Any] = [(result, None)]
+        else:
+            gathered = [None] * self.world.size
+            dist.all_gather_object(gathered, (result, error and str(error)), group=self.world.writers)
+        if error is not None:
+            raise error
+        for rank, (_, problem) in enumerate(gathered):
+            if problem is not None:
+                raise RuntimeError(f"process {rank} could not write its part of a checkpoint: {problem}")
+        return [part for part, _ in gathered]
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -127,9 +155,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
     _load(state, path)
+    decay = [group["weight_decay"] for group in optimizer.param_groups]
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINABLE
     )
+    for group, value in zip(optimizer.param_groups, decay, strict=True):  # the config's, not the checkpoint's
+        group["weight_decay"] = value
     return step_of(path)
 
 
@@ -175,22 +206,25 @@ def _load(state: dict[str, Any], path: Path) -> None:
 def checkpoint_problems(path: Path) -> list[str]:
     """What keeps a checkpoint from being read, one line per file. Of several processes, which all must call, each reads
     a part of the files."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    files, problems = {}, []
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError):
-        return [f"{MANIFEST} is missing or damaged"]
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    problems = []
+        problems.append(f"{MANIFEST} is missing or damaged")
     for name, expected in list(files.items())[rank::size]:
-        if not (path / name).exists():
+        try:
+            if _fingerprint(path / name) != expected:
+                problems.append(f"{name} is damaged (size or hash differ from the manifest)")
+        except FileNotFoundError:
             problems.append(f"{name} is missing")
-        elif _fingerprint(path / name) != expected:
-            problems.append(f"{name} is damaged (size or hash differ from the manifest)")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
     if size == 1:
         return problems
     gathered: list[Any] = [None] * size
     dist.all_gather_object(gathered, problems)
-    return [problem for part in gathered for problem in part]
+    return list(dict.fromkeys(problem for part in gathered for problem in part))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Every source ends as a ``datasets.Dataset`` with one text column: a file or fold
 set, or "stdlib", the source of the Python standard library on this machine, real text that is present everywhere.
 Texts are tokenised, each followed by the end-of-text token, concatenated and cut into sequences of ``seq_len``.
 
-**Order without state.** The k-th sequence of a training run is a function of (seed, k): epoch k // n has a
+**Order without state.** The k-th of n sequences of a training run is a function of (seed, n, k): epoch k // n has a
 permutation of its own. Step s of a run needs sequences s·batch to (s+1)·batch, so resuming needs the step number and
 nothing else.
 

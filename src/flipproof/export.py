@@ -35,7 +35,9 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     if kind == "adapter" and not config.lora.r:
         raise ConfigError([f"{run_dir} trained no adapter (lora.r = 0); export it with --format model"])
     # as many processes as there are, whatever trained it
-    parallelism = replace(config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy="full_shard")
+    parallelism = replace(
+        config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy="full_shard", cpu_offload=False
+    )
     config = replace(config, parallelism=parallelism)
     unfinished = to.with_name(f".{to.name}.unfinished")
     with parallel.start(parallelism) as world:

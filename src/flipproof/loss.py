@@ -47,7 +47,11 @@ class LossHead(nn.Linear):
         if self.targets is None:
             return F.linear(hidden, self.weight, self.bias)
         hidden = hidden[:, :-1].reshape(-1, self.in_features)
-        self.loss = _LinearCrossEntropy.apply(hidden, self.weight, self.bias, self.targets[:, 1:].reshape(-1))
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not torch.is_grad_enabled():  # a function is not told, and would take gradients that nobody wants
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        self.loss = _LinearCrossEntropy.apply(hidden, weight, bias, self.targets[:, 1:].reshape(-1))
         return self.loss
 
 

@@ -205,7 +205,7 @@ def materialise(model: nn.Module, config: ModelConfig, seed: int, device: torch.
     or initialised.
 
     Of a sharded model each process holds, reads and writes its shards only. A module's initial weights depend on
-    ``seed`` and its name alone, so they are the same however the model is sharded.
+    ``seed``, its name and the type of device, so they are the same however the model is sharded.
 
     Raises:
         ConfigError: where weights are missing, or are not those of this model; all processes raise.

@@ -86,7 +86,7 @@ def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, i
         return size, 1
     degree, replicas = config.fsdp_degree, config.replicas
     if config.sharding_strategy == "hybrid_shard":
-        degree = degree or (size // replicas if replicas else min(size, on_a_node))
+        degree = degree or (max(1, size // replicas) if replicas else min(size, on_a_node))
         replicas = replicas or max(1, size // degree)
     replicas = replicas or 1
     degree = degree or max(1, size // replicas)
@@ -103,11 +103,11 @@ def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, i
 
 
 @contextmanager
-def start(config: ParallelismConfig, dumps: Path = Path("hangs")) -> Iterator[World]:
+def start(config: ParallelismConfig, dumps: Path | None = None) -> Iterator[World]:
     """Join the processes that torchrun started, for as long as the context lasts; without torchrun, be the only one.
 
     Args:
-        dumps: directory for what NCCL's flight recorder writes when a collective hangs.
+        dumps: directory for what NCCL's flight recorder writes when a collective hangs; None is NCCL's own choice.
 
     Raises:
         ConfigError: where the processes are not those that the config shards over, or have no GPU each.
@@ -123,16 +123,22 @@ def start(config: ParallelismConfig, dumps: Path = Path("hangs")) -> Iterator[Wo
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     if size == 1:
+        if config.cpu_offload:
+            raise ConfigError(["parallelism.cpu_offload = True: 1 process was started; it needs several (torchrun)"])
         yield World(0, 1, device)
         return
     # What was under way when a collective hangs: each process writes its last collectives when one times out.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dumps / "nccl-rank-"))
+    if dumps is not None:
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(dumps / "nccl-rank-")
     timeout = timedelta(minutes=config.timeout_minutes)
     dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=timeout)
     try:
-        groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
+        if dumps is not None and dist.get_rank() == 0:
+            dumps.mkdir(parents=True, exist_ok=True)
+        # a disk may be slow
+        groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, timedelta(days=1))]
         world = arrange(World(dist.get_rank(), size, device, None, *groups), config)
         yield world
         world.wait()  # a process that leaves while others still talk to it takes them down

@@ -73,8 +73,8 @@ class StepLog:
             self._profiler.step()
         self._bar.update()
 
-    def write(self, done: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Report the ``done``-th step; all processes call."""
+    def write(self, done: int, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
+        """Report the ``done``-th step, until which the run has used so many ``tokens``; all processes call."""
         peak = self.world.largest(peak_memory_gib())
         if self._trackers is None:
             return
@@ -85,7 +85,7 @@ class StepLog:
         running, exposed = self._communication or (None, None)
         self._trackers.write(
             step=done,
-            tokens=done * self.tokens_per_step,
+            tokens=tokens,
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
 from flipproof.build import build_model
-from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, step_of
 from flipproof.config import ConfigError, RunConfig, TrainingConfig
 from flipproof.data import load_text, training_indices
 from flipproof.evaluate import (
@@ -64,17 +64,13 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
     """
     run_dir = Path(config.logging.run_dir)
     check_trackers(config.logging)
-    if config.training.dtype == "float16" and not config.lora.r:
-        raise ConfigError(
-            [
-                "training.dtype = 'float16' with lora.r = 0: AdamW cannot train float16 weights; use float32 with "
-                "training.mixed_precision_param = 'float16', or adapters"
-            ]
-        )
+    _check_trainable(config, None)
     with parallel.start(config.parallelism, run_dir / HANGS) as world:
         runlog.check_run_dir(run_dir, resume is not None)
         checkpoint = find_checkpoint(run_dir / "checkpoints", resume)
-        world.wait()  # until all have looked, before anything is written
+        seen = -1 if checkpoint is None else step_of(checkpoint)
+        if world.largest(seen) != -world.largest(-seen):  # also until all have looked, before anything is written
+            raise ConfigError([f"{run_dir}: the processes see different checkpoints there; it must be shared by all"])
         return _Run(config, world, checkpoint).run()
 
 
@@ -88,6 +84,16 @@ def resolve_steps(config: RunConfig, parameters: int, processes: int) -> RunConf
         )
         steps = math.ceil(training.tokens_per_parameter * parameters / tokens_per_step)
     return replace(config, training=replace(training, steps=steps or DEFAULT_STEPS))
+
+
+def _check_trainable(config: RunConfig, weights: torch.dtype | None) -> None:
+    if not config.lora.r and (weights == torch.float16 or config.training.dtype == "float16"):
+        raise ConfigError(
+            [
+                "training.dtype = 'float16' with lora.r = 0: AdamW cannot train float16 weights; use float32 with "
+                "training.mixed_precision_param = 'float16', or adapters"
+            ]
+        )
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -122,8 +128,9 @@ class LossScale:
     al., Mixed Precision Training, 2018).
     """
 
-    def __init__(self, training: TrainingConfig) -> None:
-        self.used = "float16" in (training.dtype, training.mixed_precision_param)
+    def __init__(self, training: TrainingConfig, weights: torch.dtype | None = None) -> None:
+        """``weights``: their dtype, where the config leaves it to the checkpoint."""
+        self.used = weights == torch.float16 or "float16" in (training.dtype, training.mixed_precision_param)
         self.scale = torch.tensor(2.0**16 if self.used else 1.0, dtype=torch.float64)
         self.good_steps = torch.tensor(0)
 
@@ -165,9 +172,11 @@ class _Run:
         needed = training.steps * training.gradient_accumulation_steps * self.rows
         self.text, self.held_out = load_text(config.data, tokenizer, training.seq_len, needed)
         self.model = build_model(config, tokenizer, world, config.lora)
+        dtype = next(self.model.parameters()).dtype
+        _check_trainable(config, dtype)
         self.optimizer = make_optimizer(self.model, training)
         self.gradients = Gradients(self.model, config.parallelism, world)
-        self.loss_scale = LossScale(training)
+        self.loss_scale = LossScale(training, dtype)
         self.progress = {
             "sequences": torch.tensor(0),
             "micro_steps": torch.tensor(0),
@@ -183,7 +192,7 @@ class _Run:
     def run(self) -> Path:
         config, run_dir, first = self.config, self.run_dir, self.world.first
         if first:
-            (run_dir / HANGS if self.world.size > 1 else run_dir).mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(run_dir / runlog.CONFIG, config.to_toml())
         log = StepLog(run_dir, config, self.model, self.world, self.first_step)
 
@@ -214,21 +223,25 @@ class _Run:
         checkpoints = Checkpointer(self.run_dir / "checkpoints", config.checkpoint, world)
         self.model.train()
         self._fit_memory()
+        done = self.first_step
         with _StopRequest() as stop, log:
             for step in range(self.first_step, training.steps):
                 lr = learning_rate(training, step)
                 with log.step(step):
                     loss, grad_norm = self._step(step, lr)
                 done = step + 1
-                stopping = world.largest(float(stop.requested)) > 0 and done < training.steps
+                checkpoints.check()
+                stopping = world.largest(float(stop.requested)) > 0
                 if done % training.log_freq == 0 or done == training.steps:
-                    log.write(done, loss=world.mean(loss), lr=lr, grad_norm=float(grad_norm))
+                    tokens = int(self.progress["sequences"]) * training.seq_len
+                    log.write(done, tokens, loss=world.mean(loss), lr=lr, grad_norm=float(grad_norm))
                 if (training.save_freq and done % training.save_freq == 0) or done == training.steps or stopping:
                     checkpoints.save(done, self.model, self.optimizer, self.progress)
                 if stopping:
-                    checkpoints.wait()
-                    raise Interrupted(f"stopped by SIGTERM after step {done}; --resume goes on from there")
-        checkpoints.wait()
+                    break
+            checkpoints.wait()
+            if world.largest(float(stop.requested)) > 0:
+                raise Interrupted(f"stopped by SIGTERM after step {done}; --resume goes on from there")
 
     def _step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns (mean loss of this process's rows, global gradient norm)."""
@@ -285,7 +298,7 @@ class _Run:
             # what later steps need beside: Adam's two moments, and gradients that wait for the last micro-batch
             later = 0 if self.optimizer.state else 2 * sum(local(p).nbytes for p in self.trainable)
             if self.config.training.gradient_accumulation_steps > 1:
-                later += sum(p.nbytes for p in self.trainable)
+                later += sum(4 * p.numel() for p in self.trainable)
             return -self.world.largest(-(0.94 * (free + torch.cuda.memory_reserved()) - later) / 2**30)
 
         recompute.fit(parallel.blocks(self.model), trial, room)
