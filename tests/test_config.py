@@ -1,62 +1,16 @@
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
 
 from flipproof.config import ConfigError, RunConfig, load_config, preset_names, preset_text, split_overrides
 
-# The 70B tutorial's config, verbatim.
-TUTORIAL_70B = """
-[model]
-flavor = "70B"
-hf_model_path = "meta-llama/Meta-Llama-3-70B"
+# The tutorials' configs, verbatim.
+TUTORIALS = Path(__file__).parent / "tutorials"
+TUTORIAL_70B = (TUTORIALS / "config_70b.toml").read_text()
 
-[training]
-dtype = "bfloat16"
-mixed_precision_param = "bfloat16"
-mixed_precision_reduce = "float32"
-seq_len = 2048
-local_batch_size = 2
-gradient_accumulation_steps = 4
-steps = 20  # override with --steps for full run
-lr = 2e-4
-weight_decay = 0.01
-warmup_steps = 100
-max_norm = 1.0
-log_freq = 5
-save_freq = 500
-
-[parallelism]
-fsdp_degree = 4
-
-[lora]
-r = 32
-lora_alpha = 32
-
-[bitflip]
-w_p_exp      = 1.52587890625e-05   # 0.5^16
-w_p_frac     = 1.52587890625e-05   # 0.5^16
-w_zero_out_t = 256.0               # > profiled |w| max (126.5)
-x_p_exp      = 1.52587890625e-05   # 0.5^16
-x_p_frac     = 1.52587890625e-05   # 0.5^16
-x_zero_out_t = 8192.0              # > profiled |x| max (3680)
-base_seed    = 0
-skip_patterns = ["output"]         # lm_head is not perturbed
-"""
-
-TUTORIAL_8B = """
-use_lora = true
-[fc]
-w_p_exp = 1.52587890625e-05
-w_p_frac = 1.52587890625e-05
-w_zero_out_t = 1.25
-x_p_exp = 1.52587890625e-05
-x_p_frac = 1.52587890625e-05
-x_zero_out_t = 30.0
-[lora]
-r = 32
-lora_alpha = 32
-"""
+TUTORIAL_8B = (TUTORIALS / "transform_cfg.toml").read_text()
 
 PRETRAIN_YAML = """
 layer_name_to_config:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from flipproof.config import ConfigError
+from flipproof.config import ConfigError, first_of
 from flipproof.inject import faulty_layers
 from flipproof.runlog import write_json
 from flipproof.shards import assign_, whole
@@ -104,8 +104,6 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
         if tensors[key].shape != targets[key].shape
     ]
     if problems:
-        problems.sort()
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise ConfigError([f"adapter {directory} does not fit this model: {problems[0]}{more}"])
+        raise ConfigError([f"adapter {directory} does not fit this model: {first_of(problems)}"])
     for key, parameter in targets.items():
         assign_(parameter, tensors[key])

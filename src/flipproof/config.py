@@ -35,6 +35,12 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def first_of(problems: list[str]) -> str:
+    """The first of many problems of one kind by the alphabet, and how many more there are."""
+    more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    return f"{min(problems)}{more}"
+
+
 def _at_least(config: object, minimum: float, *names: str) -> list[str]:
     return [
         f"{name} = {value!r}: at least {minimum} is allowed"

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flipproof.config import ConfigError, ModelConfig, TrainingConfig
+from flipproof.config import ConfigError, ModelConfig, TrainingConfig, first_of
 from flipproof.inject import iter_faulty
 from flipproof.ops.philox import derive_key
-from flipproof.parallel import World
+from flipproof.parallel import World, cast_to
 from flipproof.runlog import write_json
 from flipproof.shards import assign_, like, local, whole
 
@@ -219,10 +219,11 @@ def materialise(model: nn.Module, config: ModelConfig, seed: int, device: torch.
         _initialise(model, seed)
     else:
         _load_weights(model, str(config.hf_model_path))
-        for _, module in model.named_modules():
+        for module in model.modules():
             if module._non_persistent_buffers_set:
                 for parameter in module.parameters(recurse=False):
-                    parameter._is_hf_initialized = True  # it is loaded: transformers leaves it alone
+                    # it is loaded: transformers leaves it alone
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
                 model._init_weights(module)  # type: ignore[operator]
     if any(buffer.isnan().any() for buffer in _computed_buffers(model)):
         raise ConfigError([f"{type(model).__name__} does not compute its buffers anew; start it in one process"])
@@ -283,12 +284,10 @@ def _load_weights(model: nn.Module, name: str) -> None:
         if key in held and held[key].size != tensor.shape  # type: ignore[union-attr]
     ]
     if problems:
-        problems.sort()
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise ConfigError(
             [
                 f"model.hf_model_path = {name!r}: several processes read safetensors by the names that "
-                f"{type(model).__name__} gives its weights: {problems[0]}{more}; one process reads other formats too"
+                f"{type(model).__name__} gives its weights: {first_of(problems)}; one process reads other formats too"
             ]
         )
     dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
@@ -316,13 +315,10 @@ def _snapshot(name: str) -> Path:
 
 def compute_context(training: TrainingConfig, model: nn.Module) -> AbstractContextManager[Any]:
     """Autocast to ``mixed_precision_param`` where that differs from the weights' dtype; FSDP casts what it gathers."""
-    # the first parameter is the embedding, of the model's dtype; adapters come later
-    parameter = next(model.parameters())
-    if isinstance(model, FSDPModule):
+    dtype = cast_to(training, model)
+    if dtype is None or isinstance(model, FSDPModule):
         return nullcontext()
-    if training.mixed_precision_param is None or getattr(torch, training.mixed_precision_param) == parameter.dtype:
-        return nullcontext()
-    return torch.autocast(parameter.device.type, dtype=getattr(torch, training.mixed_precision_param))
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
 
 
 # -- to disk ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from flipproof import recompute
-from flipproof.config import ConfigError, ParallelismConfig, RunConfig
+from flipproof.config import ConfigError, ParallelismConfig, RunConfig, TrainingConfig
 from flipproof.inject import fault_state, is_faulty
 
 
@@ -55,6 +55,10 @@ class World:
     def largest(self, value: float) -> float:
         """The largest of all processes' values."""
         return self._reduced(value, dist.ReduceOp.MAX)
+
+    def least(self, value: float) -> float:
+        """The least of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.MIN)
 
     def mean(self, value: Tensor) -> float:
         """The mean of all processes' scalars."""
@@ -185,15 +189,11 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
     if world.mesh is None or parallelism.sharding_strategy == "no_shard":
         return
 
-    param_dtype = training.mixed_precision_param
-    weight_dtype = next(model.parameters()).dtype
     options: dict[str, Any] = {
         "mesh": world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"],
         "mp_policy": MixedPrecisionPolicy(
-            # where the weights have that dtype already, adapters and their gathering stay float32
-            param_dtype=None
-            if param_dtype is None or getattr(torch, param_dtype) == weight_dtype
-            else _dtype(param_dtype),
+            # None where the weights have that dtype already: adapters and their gathering stay float32
+            param_dtype=cast_to(training, model),
             reduce_dtype=_dtype(training.mixed_precision_reduce),
         ),
         # pinned for the sake of copies to a GPU; without one there is nothing that pins
@@ -217,6 +217,13 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
 
 def _require_grad(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+
+
+def cast_to(training: TrainingConfig, model: nn.Module) -> torch.dtype | None:
+    """The dtype that weights are cast to for computing; None where they are computed with as they are."""
+    # the first parameter is the embedding, of the model's dtype; adapters come later
+    held, name = next(model.parameters()).dtype, training.mixed_precision_param
+    return None if name is None or _dtype(name) == held else _dtype(name)
 
 
 def _dtype(name: str) -> torch.dtype:

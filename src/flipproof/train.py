@@ -69,7 +69,7 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
         runlog.check_run_dir(run_dir, resume is not None)
         checkpoint = find_checkpoint(run_dir / "checkpoints", resume)
         seen = -1 if checkpoint is None else step_of(checkpoint)
-        if world.largest(seen) != -world.largest(-seen):  # also until all have looked, before anything is written
+        if world.largest(seen) != world.least(seen):  # also until all have looked, before anything is written
             raise ConfigError([f"{run_dir}: the processes see different checkpoints there; it must be shared by all"])
         return _Run(config, world, checkpoint).run()
 
@@ -299,7 +299,7 @@ class _Run:
             later = 0 if self.optimizer.state else 2 * sum(local(p).nbytes for p in self.trainable)
             if self.config.training.gradient_accumulation_steps > 1:
                 later += sum(4 * p.numel() for p in self.trainable)
-            return -self.world.largest(-(0.94 * (free + torch.cuda.memory_reserved()) - later) / 2**30)
+            return self.world.least((0.94 * (free + torch.cuda.memory_reserved()) - later) / 2**30)
 
         recompute.fit(parallel.blocks(self.model), trial, room)
 
