@@ -40,6 +40,7 @@ class StepProfiler:
             schedule=schedule(skip_first=first_step + 1, wait=_WAIT, warmup=_WARMUP, active=_ACTIVE, repeat=1),
             on_trace_ready=self._write_trace,
             record_shapes=True,
+            acc_events=True,
         )
         self._profile.step_num = first_step + 1  # the step that is about to run
         self._profile.start()

@@ -63,7 +63,7 @@ class StepLog:
         measured = step == self.first_step + _PROFILED_STEP and self.world.size > 1 and not self._profile
         measured &= self.world.device.type == "cuda"
         activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) if measured else nullcontext() as profile:
+        with torch.profiler.profile(activities=activities, acc_events=True) if measured else nullcontext() as profile:
             yield
             if measured:
                 torch.cuda.synchronize()
