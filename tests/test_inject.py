@@ -1,7 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
@@ -63,8 +72,9 @@ def test_nothing_matched_is_an_error_that_echoes_the_patterns(tiny_llama):
 
 def test_what_no_linear_swap_sees_is_reported():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64, n_positions=32))
-    with pytest.raises(ValueError, match="no layer matched"):
-        flipproof.inject(model, FLIPS)  # Conv1D throughout
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel: 85\.7% of the weight FLOPs .* in Conv1D \(transformer.h.0"):
+        flipproof.inject(model, FLIPS)
+    assert not any(isinstance(module, flipproof.FaultyLinear) for module in model.modules())
 
     class Mixed(nn.Module):
         def __init__(self):
@@ -72,7 +82,9 @@ def test_what_no_linear_swap_sees_is_reported():
             self.linear = nn.Linear(10, 10, bias=False)
             self.experts = nn.ParameterDict({"w": nn.Parameter(torch.zeros(3, 10, 10))})
 
-    coverage = flipproof.inject(Mixed(), FLIPS)
+    with pytest.raises(ValueError, match=r"Mixed: 75\.0% of the weight FLOPs .* in ParameterDict \(experts\)"):
+        flipproof.inject(Mixed(), FLIPS)
+    coverage = flipproof.inject(Mixed(), replace(FLIPS, skip_patterns=("experts",)))
     assert coverage.uncovered == {"experts": "ParameterDict is not an nn.Linear"}
     assert coverage.flops_share == 0.25
     assert "out of reach" in str(coverage)
@@ -193,3 +205,78 @@ def test_a_layer_used_twice_is_one_faulty_layer():
     assert coverage.covered == ("a", "c")
     flipproof.remove(model)
     assert model["a"] is model["b"]
+
+
+def test_head_and_embedding(tiny_llama, token_ids):
+    """Against a model whose tables were flipped by hand."""
+    spec = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.01, w_zero_out_t=2.0, sites=("head", "embedding"), base_seed=3)
+    model, by_hand = tiny_llama().eval(), tiny_llama().eval()
+    coverage = flipproof.inject(model, spec)
+    assert coverage.covered == ("lm_head",)
+    assert coverage.memories == ("model.embed_tokens",)
+    flipproof.set_tick(model, 4)
+    for name in ("lm_head", "model.embed_tokens"):
+        weight = by_hand.get_parameter(f"{name}.weight")
+        flipped = flipproof.flip(weight, p_exp=0.001, p_frac=0.01, zero_out_t=2.0, seed=3, site=f"{name}/w", tick=4)
+        assert not torch.equal(flipped, weight)
+        weight.data.copy_(flipped)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, by_hand(token_ids).logits)
+    flipproof.remove(model)
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert list(model.state_dict()) == list(tiny_llama().state_dict())
+
+
+def test_tied_head_and_embedding_are_one_memory(tiny_llama, token_ids):
+    model = tiny_llama(tie_word_embeddings=True).eval()
+    flipproof.inject(model, BitFlipSpec(w_p_frac=0.1, sites=("head", "embedding")))
+    head, table = model.lm_head, model.model.embed_tokens
+    assert head.weight is table.weight
+    assert head.w_key == table.key
+    assert head.x_key != table.key
+
+
+def test_an_embedding_that_scales_goes_on_scaling():
+    config = GemmaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, head_dim=8)
+    model = GemmaForCausalLM(config).eval()
+    ids = torch.arange(10)[None]
+    table = model.get_input_embeddings()
+    clean, cls = table(ids), type(table)
+    flipproof.inject(model, BitFlipSpec(w_p_frac=0.1, sites=("embedding",)))
+    rows = flipproof.flip(table.weight.detach(), p_frac=0.1, seed=0, site="model.embed_tokens/w", tick=0)[ids]
+    assert torch.equal(model.get_input_embeddings()(ids), rows * model.config.hidden_size**0.5)
+    with flipproof.faults(model, flips=False):
+        assert torch.equal(table(ids), clean)
+    flipproof.remove(model)
+    assert type(table) is cls
+    assert torch.equal(table(ids), clean)
+
+
+def test_sites_that_a_spec_leaves_out_become_clean(tiny_llama, token_ids):
+    model = tiny_llama().eval()
+    everything = BitFlipSpec(w_p_frac=0.1, sites=("linear", "head", "embedding"))
+    flipproof.inject(model, everything)
+    only_head, by_itself = replace(everything, sites=("head",)), tiny_llama().eval()
+    flipproof.set_faults(model, only_head)
+    flipproof.inject(by_itself, only_head)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, by_itself(token_ids).logits)
+
+
+def test_experts_count_by_how_many_of_them_a_token_sees():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    attention, experts, router, head = 4 * 16 * 16, 2 * 3 * 16 * 32, 8 * 16, 64 * 16
+    share = (experts + router) / (attention + experts + router + head)
+    with pytest.raises(ValueError, match=f"MixtralForCausalLM: {share:.1%} of the weight FLOPs"):
+        flipproof.inject(model, FLIPS)
+    coverage = flipproof.inject(model, replace(FLIPS, skip_patterns=("experts", "gate")))
+    assert coverage.flops_share == attention / (attention + experts + router + head)
+
+
+def test_bits_that_the_dtype_does_not_have_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"bitflip.x_p_bits or x_protected_bits, bit '31': bfloat16 has bits 0 to 15"):
+        flipproof.inject(tiny_llama().bfloat16(), BitFlipSpec(x_p_bits={"31": 0.1}))

@@ -3,7 +3,7 @@
 from flipproof.inject import Coverage, faults, faulty_layers, inject, merge, remove, set_faults, set_seed, set_tick
 from flipproof.layers import FaultyLinear
 from flipproof.ops.flip import flip, flip_
-from flipproof.spec import BitFlipSpec, Fault, LoraSpec
+from flipproof.spec import BitFlipSpec, Fault, LoraSpec, Pattern
 
 __version__ = "0.1.0"
 
@@ -13,6 +13,7 @@ __all__ = [
     "Fault",
     "FaultyLinear",
     "LoraSpec",
+    "Pattern",
     "faults",
     "faulty_layers",
     "flip",

@@ -22,7 +22,7 @@ import jsonargparse
 import toml
 import yaml
 
-from flipproof.spec import LAYER_KEYS, BitFlipSpec, LoraSpec, field_names
+from flipproof.spec import BitFlipSpec, LoraSpec, field_names
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -400,7 +400,7 @@ def _translate_dialects(document: dict[str, Any]) -> tuple[dict[str, Any], list[
             layers = {name if name == "default" else re.escape(name): config for name, config in layers.items()}
         bitflip = dict(layers.pop("default", None) or {})
         # There, every entry was complete: a key that it does not name is off, not inherited.
-        off = dict.fromkeys(key for key in LAYER_KEYS if key.startswith(("w_p", "x_p", "w_zero", "x_zero")))
+        off = dict.fromkeys(f"{operand}_{key}" for operand in "wx" for key in ("p_exp", "p_frac", "zero_out_t"))
         overrides = {name: config if config is None else off | _seedless(config) for name, config in layers.items()}
         document["bitflip"] = _seedless(bitflip) | {"layer_name_to_config": overrides} | document.get("bitflip", {})
     return document, problems

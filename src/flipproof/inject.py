@@ -1,22 +1,27 @@
 """Swapping faulty layers into a model and out again, and saying what is covered.
 
 ``inject`` replaces each matching ``nn.Linear`` by a ``FaultyLinear`` that holds the same parameters, in place, also
-on the meta device. The layers share one ``FaultState``, which two hooks on the root module advance: each forward pass
-gets the next tick, so that HF Trainer, ``generate`` and lm-eval need not cooperate, and backward restores the tick of
-its own pass before an activation checkpoint recomputes anything.
+on the meta device; likewise an embedding, and attention (``attention.py``), where they are asked for. They share one
+``FaultState``, which two hooks on the root module advance: each forward pass gets the next tick, so that HF Trainer,
+``generate`` and lm-eval need not cooperate, and backward restores the tick of its own pass before an activation
+checkpoint recomputes anything.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
+from flipproof import attention
 from flipproof.config import ConfigError
-from flipproof.layers import FaultState, FaultyLinear
+from flipproof.layers import FaultSite, FaultState, FaultyEmbedding, FaultyLinear
+from flipproof.ops.parity import dtype_name
 from flipproof.ops.philox import check_tick
-from flipproof.spec import BitFlipSpec, Fault, LoraSpec, check_seed
+from flipproof.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec, check_seed
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
@@ -31,24 +36,32 @@ class Coverage:
     skipped: dict[str, str]
     """Every other ``nn.Linear``: name -> why it was left alone."""
     uncovered: dict[str, str]
-    """Other modules that multiply by weights which no Linear swap can see: name -> what they are."""
+    """Other modules that multiply by weights which no Linear swap can see, and which the config leaves alone: name ->
+    what they are."""
     flops_share: float
     """Covered share of the weight FLOPs of one token (two per weight; attention scores are not counted)."""
+    memories: tuple[str, ...] = ()
+    """What else is faulty: embeddings, and attention modules whose keys and values are."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.covered)} faulty linear layers cover {self.flops_share:.1%} of the model's weight FLOPs"]
+        if self.memories:
+            lines.append(f"faulty besides: {_shortened(self.memories)}")
         for title, modules in (("left alone", self.skipped), ("out of reach", self.uncovered)):
             reasons: dict[str, list[str]] = {}
             for name, reason in modules.items():
                 reasons.setdefault(reason, []).append(name)
             for reason, names in reasons.items():
-                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                lines.append(f"{title} ({reason}): {shown}")
+                lines.append(f"{title} ({reason}): {_shortened(names)}")
         return "\n".join(lines)
 
 
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) -> Coverage:
-    """Make the linear layers of ``model`` faulty, in place.
+    """Make the linear layers of ``model`` faulty, in place; and its head, embedding and KV cache, if ``spec`` says so.
 
     Every ``nn.Linear`` but the output head is swapped, unless ``spec`` says otherwise. With adapters (``lora.r`` > 0)
     everything else is frozen, as PEFT does; without, which parameters train is left as it is.
@@ -56,44 +69,62 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
     Args:
         model: any module; its forward is what a tick counts. May be on the meta device.
         spec: what flips where.
-        lora: adapters for the same layers. None or r = 0 is none.
+        lora: adapters for the same linear layers. None or r = 0 is none.
 
     Returns:
         What was covered.
 
     Raises:
-        ConfigError: where no layer matches, naming the patterns. ValueError: where the model is injected already.
+        ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
+            without a word, naming their share of the FLOPs. ValueError: where the model is injected already.
     """
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
-    state = FaultState(spec.base_seed, spec.exact_gradient)
+    _check_bits(model, spec)
     head = _output_head(model)
-    swapped: dict[int, FaultyLinear] = {}
-    covered: list[str] = []
+    planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
+    names: dict[str, int] = {}  # of linear layers to swap; one may have several
     skipped: dict[str, str] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear:
             continue
-        if id(module) not in swapped:
-            site = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-            layer_spec = spec.for_layer(site)
-            if module is head or (head is None and site in _HEAD_NAMES):
-                skipped[name] = "the output head"
-            elif layer_spec is None:
-                skipped[name] = "skipped by the config"
-            elif not (layer_spec.x.active or layer_spec.w.active or lora.r):
-                skipped[name] = "no fault configured"
-            elif not name:
-                raise ValueError("the model itself is an nn.Linear; put it in a module to inject it")
-            else:
-                swapped[id(module)] = FaultyLinear(module, site, layer_spec.x, layer_spec.w, lora, state)
-                covered.append(name)
-        if id(module) in swapped:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, swapped[id(module)])
-    if not covered:
+        site = planned[id(module)][0] if id(module) in planned else _site(name)
+        kind = "head" if module is head or (head is None and site in _HEAD_NAMES) else "linear"
+        layer_spec = spec.for_layer(site)
+        if kind not in spec.sites:
+            skipped[name] = "the output head" if kind == "head" else "not among bitflip.sites"
+        elif layer_spec is None:
+            skipped[name] = "skipped by the config"
+        elif not (layer_spec.x.active or layer_spec.w.active or lora.r):
+            skipped[name] = "no fault configured"
+        elif not name:
+            raise ValueError("the model itself is an nn.Linear; put it in a module to inject it")
+        else:
+            planned.setdefault(id(module), (site, kind))
+            names[name] = id(module)
+    coverage = _coverage(model, names, skipped, spec)
+    table = _embedding(model, spec)
+    if not (names or table or spec.kv.active):
         raise ConfigError([_nothing_matched(spec, skipped)])
+
+    state = FaultState(spec.base_seed, spec.exact_gradient)
+    memories = attention.install(model, spec, state) if spec.kv.active else []
+    if table is not None:
+        name, embedding = table
+        FaultyEmbedding.make(embedding, _site(name), spec.w, state)
+        memories.insert(0, name)
+    swapped: dict[int, FaultyLinear] = {}
+    for name, which in names.items():
+        if which not in swapped:
+            site, kind = planned[which]
+            layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
+            assert layer_spec is not None
+            # tied weights are one memory
+            tied = table is not None and table[1].weight is linear.weight
+            w_name = f"{_site(table[0])}/w" if tied and table else None
+            swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, lora, state, kind, w_name)  # type: ignore[arg-type]
+        _put(model, name, swapped[which])
 
     if lora.r:
         for parameter_name, parameter in model.named_parameters():
@@ -102,7 +133,40 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
         model.register_forward_pre_hook(state.before_forward),
         model.register_forward_hook(state.after_forward),
     )
-    return _coverage(model, covered, skipped)
+    return replace(coverage, memories=tuple(memories))
+
+
+def _site(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_bits(model: nn.Module, spec: BitFlipSpec) -> None:
+    """Raises ConfigError for bits that the model's dtype does not have."""
+    problems = []
+    for operand, dtype in product(OPERANDS, {dtype_name(p.dtype) for p in model.parameters()} & ELEMENT_BITS.keys()):
+        try:
+            spec.pattern(operand).bit_probabilities(0.0, 0.0, dtype)
+        except ValueError as problem:
+            problems.append(f"bitflip.{operand}_p_bits or {operand}_protected_bits, {problem}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _embedding(model: Any, spec: BitFlipSpec) -> tuple[str, nn.Embedding] | None:
+    """(name, module) of the input embedding, where it is to be faulty."""
+    if "embedding" not in spec.sites or not spec.w.active:
+        return None
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise ConfigError([f"bitflip.sites: the input embedding is a {type(embedding).__name__}, not an nn.Embedding"])
+    if embedding.max_norm is not None:
+        raise ConfigError(["bitflip.sites: an embedding with max_norm changes its own weights and cannot be faulty"])
+    return next(name for name, module in model.named_modules() if module is embedding), embedding
 
 
 def _nothing_matched(spec: BitFlipSpec, skipped: dict[str, str]) -> str:
@@ -126,21 +190,47 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _coverage(model: nn.Module, covered: list[str], skipped: dict[str, str]) -> Coverage:
-    total = inside = 0
+def _coverage(model: nn.Module, names: Mapping[str, int], skipped: dict[str, str], spec: BitFlipSpec) -> Coverage:
+    """What swapping the layers called ``names`` covers. Raises ConfigError where weights out of reach go unsaid."""
+    total = inside = out = 0.0
     uncovered: dict[str, str] = {}
+    unsaid: list[str] = []
+    config = getattr(model, "config", None)
+    active_experts = getattr(config, "num_experts_per_tok", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):  # a look-up, not a product
             continue
-        if isinstance(module, FaultyLinear):
-            inside += module.weight.numel()
-        weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-        if isinstance(module, FaultyLinear):
-            weights = [module.weight]
-        elif weights and name not in skipped:
+        flops = 0.0
+        for p in module.parameters(recurse=False):
+            if p.dim() == 3 and active_experts:  # experts of which a token sees some
+                flops += p.numel() * min(1.0, active_experts / len(p))
+            elif p.dim() >= 2:
+                flops += p.numel()
+        total += flops
+        if name in names:
+            inside += flops
+        elif flops and name not in skipped:
             uncovered[name] = f"{type(module).__name__} is not an nn.Linear"
-        total += sum(p.numel() for p in weights)
-    return Coverage(tuple(covered), skipped, uncovered, inside / total)
+            if not any(pattern in name for pattern in spec.skip_patterns):
+                out += flops
+                unsaid.append(name)
+    wanted = "linear" in spec.sites and (spec.w.active or spec.x.active or names or spec.layer_name_to_config)
+    if unsaid and wanted:
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in unsaid})
+        raise ConfigError(
+            [
+                f"{type(model).__name__}: {out / total:.1%} of the weight FLOPs are out of reach of faults, in "
+                f"{' and '.join(kinds)} ({_shortened(unsaid)}); to leave them clean knowingly, name them in "
+                "bitflip.skip_patterns"
+            ]
+        )
+    covered = tuple({which: name for name, which in reversed(list(names.items()))}.values())[::-1]
+    return Coverage(covered, skipped, uncovered, inside / total if total else 0.0)
+
+
+def fault_sites(model: nn.Module) -> dict[str, FaultSite]:
+    """Module name -> whatever has faults."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FaultSite)}
 
 
 def iter_faulty(model: nn.Module) -> Iterator[tuple[str, FaultyLinear]]:
@@ -149,8 +239,8 @@ def iter_faulty(model: nn.Module) -> Iterator[tuple[str, FaultyLinear]]:
 
 
 def is_faulty(model: nn.Module) -> bool:
-    """Whether any layer of the model is faulty."""
-    return any(True for _ in iter_faulty(model))
+    """Whether anything in the model is faulty."""
+    return any(isinstance(module, FaultSite) for module in model.modules())
 
 
 def faulty_layers(model: nn.Module) -> dict[str, FaultyLinear]:
@@ -162,8 +252,9 @@ def faulty_layers(model: nn.Module) -> dict[str, FaultyLinear]:
 
 
 def fault_state(model: nn.Module) -> FaultState:
-    """The state that the model's faulty layers share. Raises ValueError where there is none."""
-    return next(iter(faulty_layers(model).values())).state
+    """The state that all that is faulty in the model shares. Raises ValueError where there is nothing."""
+    sites = fault_sites(model) or faulty_layers(model)  # which says what is wrong
+    return next(iter(sites.values())).state
 
 
 def set_tick(model: nn.Module, tick: int) -> None:
@@ -174,19 +265,18 @@ def set_tick(model: nn.Module, tick: int) -> None:
 def set_seed(model: nn.Module, seed: int) -> None:
     """Draw with another fault seed from now on, starting again at tick 0."""
     fault_state(model).seed = check_seed(seed)
-    for layer in faulty_layers(model).values():
-        layer.refresh_keys()
+    for site in fault_sites(model).values():
+        site.refresh_keys()
     set_tick(model, 0)
 
 
 def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
-    """Give the faulty layers other faults, adapters unchanged; layers that ``spec`` leaves alone become clean.
+    """Give what ``inject`` made faulty other faults, adapters unchanged; what ``spec`` leaves alone becomes clean.
 
     The seed is ``spec.base_seed``, from tick 0.
     """
-    for layer in faulty_layers(model).values():
-        layer_spec = spec.for_layer(layer.site)
-        layer.x_fault, layer.w_fault = (layer_spec.x, layer_spec.w) if layer_spec else (Fault(), Fault())
+    for site in fault_sites(model).values():
+        site.set_faults(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None)
     fault_state(model).exact_gradient = spec.exact_gradient
     set_seed(model, spec.base_seed)
 
@@ -234,8 +324,12 @@ def merge(model: nn.Module) -> None:
 def _restore(model: nn.Module, merge_adapters: bool) -> None:
     for hook in fault_state(model).hooks:
         hook.remove()
+    if any(site.kind == "kv" for site in fault_sites(model).values()):
+        attention.uninstall(model)
     plain: dict[int, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, FaultyEmbedding):
+            module.unmake()
         if not isinstance(module, FaultyLinear):
             continue
         if id(module) not in plain:
@@ -246,5 +340,4 @@ def _restore(model: nn.Module, merge_adapters: bool) -> None:
             linear.weight, linear.bias = module.weight, module.bias
             linear.train(module.training)
             plain[id(module)] = linear
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain[id(module)])
+        _put(model, name, plain[id(module)])

@@ -20,6 +20,7 @@ that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a layer on a G
 (``benchmarks/README.md``).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,12 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flipproof.ops import flip as _operators  # noqa: F401 - registers them
+from flipproof.ops.flip import apply_draw
 from flipproof.ops.philox import derive_key
 from flipproof.shards import assign_, local, whole
-from flipproof.spec import Fault, LoraSpec
+from flipproof.spec import BitFlipSpec, Fault, LoraSpec
 
 ops = torch.ops.flipproof
+
+Tap = Callable[[str, Tensor, tuple[Any, ...]], Tensor]
+"""(name of layer and operand, tensor, draw) -> the flipped tensor: stands in for a flip to log, count or replay it."""
 
 
 class FaultState:
@@ -51,6 +55,8 @@ class FaultState:
         self.guard = True
         self.adapters = True
         """Whether LoRA adapters are part of the weight."""
+        self.tap: Tap | None = None
+        """Where given, all flips go through it; for passes without gradients, in blocks that are not compiled."""
         self.rank = 0
         """Which slice of the global micro-batch this process holds; its rows follow those of lower ranks."""
         self.hooks: tuple[RemovableHandle, ...] = ()
@@ -103,7 +109,44 @@ class _RestoreTick(torch.autograd.Function):
         return grads[0], None, None
 
 
-class FaultyLinear(nn.Linear):
+class FaultSite:
+    """A module whose operands have faults: a linear layer, the output head, an embedding, the cache of an attention.
+
+    Each operand has a Philox key, made of the state's seed and ``site``.
+    """
+
+    site: str
+    """The module's name in the whole model."""
+    kind: str
+    """"linear", "head", "embedding" or "kv"."""
+    state: FaultState
+
+    def set_faults(self, spec: BitFlipSpec | None) -> None:
+        """Take the faults of a spec for this very site; None is none."""
+        raise NotImplementedError
+
+    def refresh_keys(self) -> None:
+        """Derive the keys from the state's seed, on the device of what is flipped."""
+        raise NotImplementedError
+
+    def _key(self, name: str, device: torch.device) -> Tensor:
+        return torch.full((), derive_key(self.state.seed, name), dtype=torch.int64, device=device)
+
+    def _flipped(self, name: str, x: Tensor, fault: Fault, key: Tensor, offset: int) -> Tensor:
+        """``x`` after flip and guard; with its gradient."""
+        fault = self.state.effective(fault)
+        if not fault.active:
+            return x
+        draw = draw_of(fault, key.to(x.device), self.state.tick.to(x.device), offset)
+        return apply_draw(x, draw) if self.state.tap is None else self.state.tap(name, x, draw)
+
+
+def _key_device(weight: Tensor) -> torch.device:
+    # forward cannot run on the meta device, which holds no keys
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
+class FaultyLinear(FaultSite, nn.Linear):
     """``nn.Linear`` whose input and weight suffer bit flips at every forward pass.
 
     Made by ``flipproof.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
@@ -115,13 +158,23 @@ class FaultyLinear(nn.Linear):
     """Whether activation checkpointing is around this layer, so that what forward saves lives for a moment only."""
 
     def __init__(
-        self, linear: nn.Linear, site: str, x_fault: Fault, w_fault: Fault, lora: LoraSpec, state: FaultState
+        self,
+        linear: nn.Linear,
+        site: str,
+        x_fault: Fault,
+        w_fault: Fault,
+        lora: LoraSpec,
+        state: FaultState,
+        kind: str = "linear",
+        w_name: str | None = None,
     ) -> None:
+        """``w_name``: names the weight's draw, where another module holds the weight, too; else it is the site's."""
         nn.Module.__init__(self)  # the parameters come from ``linear``: nothing is allocated twice
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
-        self.site, self.x_fault, self.w_fault = site, x_fault, w_fault
+        self.site, self.kind, self.x_fault, self.w_fault = site, kind, x_fault, w_fault
+        self.x_name, self.w_name = f"{site}/x", w_name or f"{site}/w"
         self.lora, self.state = lora, state
         if lora.r:
             # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
@@ -146,17 +199,13 @@ class FaultyLinear(nn.Linear):
         with torch.no_grad():
             self.lora_B.zero_()
 
+    def set_faults(self, spec: BitFlipSpec | None) -> None:
+        self.x_fault, self.w_fault = (spec.x, spec.w) if spec else (Fault(), Fault())
+
     def refresh_keys(self) -> None:
-        """Derive the Philox keys from the state's seed, on the weight's device."""
-        device = self.weight.device
-        if device.type == "meta":  # forward cannot run there
-            device = torch.device("cpu")
-        self.x_key, self.w_key = (
-            torch.full((), derive_key(self.state.seed, f"{self.site}/{operand}"), dtype=torch.int64, device=device)
-            for operand in "xw"
-        )
+        device = _key_device(self.weight)
+        self.x_key, self.w_key = self._key(self.x_name, device), self._key(self.w_name, device)
         self.state.move_to(device)
-        self.no_tick = torch.zeros((), dtype=torch.int64, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FaultyLinear":
         # .to(), .cuda(), .to_empty(): keys are derived anew rather than moved, so that nothing can lose them.
@@ -189,8 +238,15 @@ class FaultyLinear(nn.Linear):
             bias = None if bias is None else bias.to(dtype)
         if not (x_fault.active or w_fault.active or lora_A is not None):
             return F.linear(x, weight, bias)
+        if state.tap is not None:
+            if lora_A is not None:
+                weight = ops.merge(
+                    weight, lora_A, lora_B, self.lora.scaling, *draw_of(Fault(), self.w_key, state.tick, 0)
+                )
+            flipped_x = self._flipped(self.x_name, x, x_fault, self.x_key, state.rank * x.numel())
+            return F.linear(flipped_x, self._flipped(self.w_name, weight, w_fault, self.w_key, 0), bias)
         # on x's device already, unless parameters are offloaded
-        x_key, w_key, no_tick, tick = (t.to(x.device) for t in (self.x_key, self.w_key, self.no_tick, state.tick))
+        x_key, w_key, tick = (t.to(x.device) for t in (self.x_key, self.w_key, state.tick))
         y: Tensor = _FaultyMatmul.apply(
             x,
             weight,
@@ -204,7 +260,6 @@ class FaultyLinear(nn.Linear):
             w_fault,
             w_key,
             tick,
-            no_tick,
             state.exact_gradient,
             self.recomputed and torch.is_grad_enabled(),
         )
@@ -215,16 +270,61 @@ class FaultyLinear(nn.Linear):
         return f"{super().extra_repr()}, x={_fault_repr(self.x_fault)}, w={_fault_repr(self.w_fault)}{lora}"
 
 
+class FaultyEmbedding(FaultSite):
+    """Mixed into the class of an embedding, whose table suffers bit flips; what else it does, such as scaling, stays."""
+
+    kind = "embedding"
+    name: str
+    weight: Tensor
+    _parameters: dict[str, Any]
+
+    @staticmethod
+    def make(embedding: nn.Embedding, site: str, fault: Fault, state: FaultState) -> None:
+        """Make an embedding faulty, in place; ``unmake`` undoes it."""
+        cls = type(embedding)
+        embedding.__class__ = type(f"Faulty{cls.__name__}", (FaultyEmbedding, cls), {})
+        faulty: Any = embedding
+        faulty.site, faulty.fault, faulty.state, faulty.name = site, fault, state, f"{site}/w"
+        faulty.refresh_keys()
+
+    def unmake(self) -> None:
+        self.__class__ = type(self).__bases__[1]
+        for name in ("site", "fault", "state", "name", "key"):
+            delattr(self, name)
+
+    def set_faults(self, spec: BitFlipSpec | None) -> None:
+        self.fault = spec.w if spec else Fault()
+
+    def refresh_keys(self) -> None:
+        device = _key_device(self.weight)
+        self.key = self._key(self.name, device)
+        self.state.move_to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.refresh_keys()
+        return self
+
+    def forward(self, *args: Any) -> Tensor:
+        weight = self.weight
+        self._parameters["weight"] = self._flipped(self.name, weight, self.fault, self.key, 0)
+        try:
+            rows: Tensor = super().forward(*args)  # type: ignore[misc]
+        finally:
+            self._parameters["weight"] = weight
+        return rows
+
+
 def _fault_repr(fault: Fault) -> str:
     if not fault.active:
         return "clean"
-    kind = ", persistent" if fault.persistent else ""
-    return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{kind})"
+    pattern = f", {fault.pattern}" if fault.pattern else ""
+    return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{pattern})"
 
 
-def _draw(fault: Fault, key: Tensor, tick: Tensor, no_tick: Tensor, offset: int) -> tuple[Any, ...]:
+def draw_of(fault: Fault, key: Tensor, tick: Tensor, offset: int) -> tuple[Any, ...]:
     """What the operators need beside the tensor."""
-    return *fault.draw, key, no_tick if fault.persistent else tick, offset
+    return fault.p_exp, fault.p_frac, fault.zero_out_t, key, tick, offset, fault.pattern
 
 
 def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: tuple[Any, ...]) -> Tensor:
@@ -252,15 +352,14 @@ class _FaultyMatmul(torch.autograd.Function):
         w_fault: Fault,
         w_key: Tensor,
         tick: Tensor,
-        no_tick: Tensor,
         exact: bool,
         recomputed: bool,
     ) -> Tensor:
         need_w, _, need_A, need_B = ctx.needs_input_grad[1:5]
-        ctx.take_back = w_fault.zero_out_t is not None and exact and (need_A or need_B) and not need_w
+        ctx.take_back = w_fault.zeroes and exact and (need_A or need_B) and not need_w
         ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault = scaling, x_fault, x_offset, w_fault
-        x_draw = _draw(x_fault, x_key, tick, no_tick, x_offset)
-        w_draw = _draw(w_fault, w_key, tick, no_tick, 0)
+        x_draw = draw_of(x_fault, x_key, tick, x_offset)
+        w_draw = draw_of(w_fault, w_key, tick, 0)
         flipped_x, flipped_w, merged, zeroed = x, weight, None, None
         if x_fault.active:
             flipped_x = ops.flip(x, *x_draw)
@@ -271,25 +370,25 @@ class _FaultyMatmul(torch.autograd.Function):
             flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *w_draw)
         elif w_fault.active:
             flipped_w = ops.flip(weight, *w_draw)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, w_key, tick, no_tick, merged, zeroed)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed)
         return F.linear(flipped_x, flipped_w, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, x_key, w_key, tick, no_tick, merged, zeroed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed = ctx.saved_tensors
         need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
-        x_draw = _draw(ctx.x_fault, x_key, tick, no_tick, ctx.x_offset)
-        w_draw = _draw(ctx.w_fault, w_key, tick, no_tick, 0)
-        guarded_w = ctx.w_fault.zero_out_t is not None
+        x_draw = draw_of(ctx.x_fault, x_key, tick, ctx.x_offset)
+        w_draw = draw_of(ctx.w_fault, w_key, tick, 0)
+        zeroes_w = ctx.w_fault.zeroes
         scaling = ctx.scaling
 
         flipped_w, kept = weight, None
         if need_w:
             if lora_A is not None:
-                flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *Fault().draw, w_key, no_tick, 0)
-            if guarded_w:
+                flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *draw_of(Fault(), w_key, tick, 0))
+            if zeroes_w:
                 kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
             if ctx.w_fault.active:
                 flipped_w = _flip_again(flipped_w, kept, grad_y, w_draw)
@@ -322,4 +421,4 @@ class _FaultyMatmul(torch.autograd.Function):
             if ctx.take_back:
                 more_A, more_B = ops.take_back(zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
                 grad_A, grad_B = (grad_A + more_A).to(lora_A.dtype), (grad_B + more_B).to(lora_B.dtype)
-        return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 10
+        return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 9

@@ -1,20 +1,114 @@
 """What to flip, and which adapters to train: frozen, validated, with the TOML's own key names as fields.
 
 ``BitFlipSpec`` is the ``[bitflip]`` table and ``LoraSpec`` the ``[lora]`` table of a run's config, so a config file,
-Python code and the papers' tables say the same words.
+Python code and the papers' tables say the same words. A key of a fault begins with its operand: ``w_`` the weights,
+``x_`` the inputs of linear layers, ``kv_`` the keys and values that attention reads.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 Persistence = Literal["transient", "persistent"]
+Protection = Literal["none", "secded", "parity"]
+Site = Literal["linear", "head", "embedding"]
+Operand = Literal["w", "x", "kv"]
+
+OPERANDS: tuple[Operand, ...] = ("w", "x", "kv")
+ELEMENT_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
+SECDED_CHECK_BITS = 8
+"""Of a word of 64 bits."""
+
+
+def bits_named(name: str, dtype: str) -> range:
+    """The bits that "sign", "exp" (the exponent), "frac", "15" or "7-14" means; bit 0 is the lowest of the mantissa.
+
+    Raises:
+        ValueError: for a bit that the dtype does not have.
+    """
+    mantissa, bits = MANTISSA_BITS[dtype], ELEMENT_BITS[dtype]
+    named = {"sign": range(bits - 1, bits), "exp": range(mantissa, bits - 1), "frac": range(mantissa)}
+    if name in named:
+        return named[name]
+    low, _, high = name.partition("-")
+    if int(high or low) >= bits:
+        raise ValueError(f"bit {name!r}: {dtype} has bits 0 to {bits - 1}")
+    return range(int(low), int(high or low) + 1)
+
+
+def _bit_name_problem(name: str) -> str | None:
+    low, _, high = name.partition("-")
+    if name in ("sign", "exp", "frac") or (re.fullmatch(r"\d+(-\d+)?", name) and int(low) <= int(high or low) < 32):
+        return None
+    return f"{name!r}: bits are called 'sign', 'exp', 'frac', by number ('15') or by range ('7-14')"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How faults of one operand depart from new, independent flips at ``p_exp`` and ``p_frac`` in each pass."""
+
+    persistent: bool = False
+    """One draw per seed instead of one per forward pass."""
+    p_bits: tuple[tuple[str, float], ...] = ()
+    """(bits, probability): these bits' own."""
+    burst: int = 1
+    """Flips come in runs of so many neighbouring bits."""
+    p_row: float = 0.0
+    """Probability that a memory row is bad."""
+    row_bytes: int = 1024
+    protection: Protection = "none"
+    protected_bits: tuple[str, ...] = ()
+    """Bits that are stored three times."""
+
+    def encode(self) -> str:
+        """As a string, which an operator can take; empty where there is nothing of all this."""
+        if replace(self, row_bytes=Pattern.row_bytes) == Pattern():
+            return ""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def decode(text: str) -> "Pattern":
+        """What ``encode`` made a string of."""
+        if not text:
+            return Pattern()
+        values = json.loads(text)
+        values["p_bits"] = tuple((name, p) for name, p in values["p_bits"])
+        return Pattern(**values | {"protected_bits": tuple(values["protected_bits"])})
+
+    def bit_probabilities(self, p_exp: float, p_frac: float, dtype: str) -> tuple[float, ...]:
+        """The probability that each bit of a stored value is inverted, from the lowest bit up; without bad rows.
+
+        Raises:
+            ValueError: for a bit that the dtype does not have.
+        """
+        mantissa, bits = MANTISSA_BITS[dtype], ELEMENT_BITS[dtype]
+        p = [p_frac] * mantissa + [p_exp] * (bits - mantissa)
+        for name, own in self.p_bits:
+            for bit in bits_named(name, dtype):
+                p[bit] = own
+        for bit in self.protected(dtype):
+            p[bit] = p[bit] ** 2 * (3 - 2 * p[bit])  # two of three copies, or all, are wrong
+        return tuple(p)
+
+    def protected(self, dtype: str) -> set[int]:
+        """The bits that are stored three times."""
+        return {bit for name in self.protected_bits for bit in bits_named(name, dtype)}
+
+    def overhead(self, dtype: str) -> float:
+        """Bits stored beyond those of the values, over those of the values."""
+        bits = ELEMENT_BITS[dtype]
+        checks = {"none": 0.0, "secded": SECDED_CHECK_BITS / 64, "parity": 1 / bits}[self.protection]
+        return checks + 2 * len(self.protected(dtype)) / bits
 
 
 class Fault(NamedTuple):
-    """What happens to one operand (``x`` or ``w``) of one layer: the argument of a flip, less its key."""
+    """What happens to one operand of one layer: the argument of a flip, less its key."""
 
     p_exp: float = 0.0
     """Probability that a sign or exponent bit is inverted."""
@@ -22,24 +116,26 @@ class Fault(NamedTuple):
     """Probability that a mantissa bit is inverted."""
     zero_out_t: float | None = None
     """Guard threshold: after the flip, whatever is not of magnitude below it becomes 0. None: no guard."""
-    persistent: bool = False
-    """One draw per seed instead of one per forward pass."""
+    pattern: str = ""
+    """``Pattern.encode()``; empty where flips are independent and new in each pass, or where there are none."""
+    decoded: bool = False
+    """Whether the pattern has a decoder, which zeroes what it cannot mend."""
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether values may become 0, which stops their gradient."""
+        return self.zero_out_t is not None or self.decoded
 
     @property
     def flips(self) -> bool:
-        return self.p_exp > 0 or self.p_frac > 0
+        return self.p_exp > 0 or self.p_frac > 0 or self.pattern != ""
 
     @property
     def active(self) -> bool:
         return self.flips or self.zero_out_t is not None
 
-    @property
-    def draw(self) -> tuple[float, float, float | None]:
-        """The operators' first arguments."""
-        return self.p_exp, self.p_frac, self.zero_out_t
-
     def guard_only(self) -> "Fault":
-        return self._replace(p_exp=0.0, p_frac=0.0)
+        return Fault(zero_out_t=self.zero_out_t)
 
 
 def probability_problem(name: str, p: Any) -> str | None:
@@ -60,23 +156,60 @@ def threshold_problem(name: str, t: Any) -> str | None:
     return None
 
 
-_PROBABILITIES = ("w_p_exp", "w_p_frac", "x_p_exp", "x_p_frac")
-_THRESHOLDS = ("w_zero_out_t", "x_zero_out_t")
-_PERSISTENCES = ("w_faults", "x_faults")
-LAYER_KEYS = (*_PROBABILITIES, *_THRESHOLDS, *_PERSISTENCES)
+_FAULT_KEYS = ("p_exp", "p_frac", "zero_out_t", "faults", "p_bits", "burst", "p_row", "protection", "protected_bits")
+LAYER_KEYS = tuple(f"{operand}_{key}" for operand in OPERANDS for key in _FAULT_KEYS)
 """The keys of ``BitFlipSpec`` that a single layer may override."""
 
 
+def _key_problems(name: str, value: Any) -> list[str | None]:
+    """What is wrong with the value of one key of a fault; ``name`` is for the message."""
+    key = re.split(r"(?:^|\.)(?:w|x|kv)_", name)[-1]
+    if key in ("p_exp", "p_frac", "p_row"):
+        return [probability_problem(name, value)]
+    if key == "zero_out_t":
+        return [threshold_problem(name, value)]
+    if key == "faults":
+        return [_choice_problem(name, value, "transient", "persistent")]
+    if key == "protection":
+        return [_choice_problem(name, value, "none", "secded", "parity")]
+    if key == "burst":
+        fine = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_BURST
+        return [None if fine else f"{name} = {value!r}: a length in bits from 1 to {MAX_BURST} is allowed"]
+    if key == "p_bits":
+        if not isinstance(value, Mapping):
+            return [f"{name} = {value!r}: a table of bits and probabilities is allowed, such as {{'7-14' = 1e-5}}"]
+        named = [f"{name} {problem}" for bits in value if (problem := _bit_name_problem(str(bits)))]
+        return [*named, *(probability_problem(f"{name} {bits!r}", p) for bits, p in value.items())]
+    return [f"{name} {problem}" for bits in value if (problem := _bit_name_problem(str(bits)))]
+
+
+MAX_BURST = 4096
+"""A burst ends in the block of 8192 elements that it begins in, or in the next."""
+
+
+def _choice_problem(name: str, value: Any, *allowed: str) -> str | None:
+    return None if value in allowed else f"{name} = {value!r}: allowed are {' and '.join(map(repr, allowed))}"
+
+
+def _burst_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
+    return [
+        f"{prefix}{operand}_burst = {values[f'{operand}_burst']!r}: runs of bits need one probability for all, so "
+        f"{operand}_p_exp = {operand}_p_frac and neither {operand}_p_bits nor {operand}_protected_bits"
+        for operand in OPERANDS
+        if values[f"{operand}_burst"] != 1
+        and (
+            (values[f"{operand}_p_exp"] or 0) != (values[f"{operand}_p_frac"] or 0)
+            or values[f"{operand}_p_bits"]
+            or values[f"{operand}_protected_bits"]
+        )
+    ]
+
+
 def _layer_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
-    problems = []
+    problems: list[str | None] = []
     for name, value in values.items():
-        if name in _PROBABILITIES:
-            problems.append(probability_problem(prefix + name, value))
-        elif name in _THRESHOLDS:
-            problems.append(threshold_problem(prefix + name, value))
-        elif name in _PERSISTENCES:
-            if value not in ("transient", "persistent"):
-                problems.append(f"{prefix}{name} = {value!r}: allowed are 'transient' and 'persistent'")
+        if name in LAYER_KEYS:
+            problems += _key_problems(prefix + name, value)
         else:
             problems.append(f"{prefix}{name}: no such key; a layer's keys are {', '.join(LAYER_KEYS)}")
     return [problem for problem in problems if problem]
@@ -106,10 +239,56 @@ class BitFlipSpec:
     """Probability that a mantissa bit of an input activation is inverted, 0 to 0.5."""
     x_zero_out_t: float | None = None
     """Guard on input activations: after the flip, every value whose magnitude is not below this becomes 0."""
+    kv_p_exp: float | None = None
+    """Probability that a sign or exponent bit of a key or value is inverted when attention reads it, 0 to 0.5."""
+    kv_p_frac: float | None = None
+    """Probability that a mantissa bit of a key or value is inverted when attention reads it, 0 to 0.5."""
+    kv_zero_out_t: float | None = None
+    """Guard on keys and values: after the flip, every value whose magnitude is not below this becomes 0."""
     w_faults: Persistence = "transient"
-    """transient: weights flip anew at every forward pass. persistent: one draw per seed (a defective memory)."""
+    """transient: weights flip anew at every forward pass. persistent: one draw per seed (a defective memory), nested:
+    at lower probabilities the same seed flips a subset of the bits."""
     x_faults: Persistence = "transient"
     """The same for input activations."""
+    kv_faults: Persistence = "transient"
+    """The same for keys and values; a persistent fault belongs to a place in the cache."""
+    w_p_bits: Mapping[str, float] = field(default_factory=dict)
+    """Own probabilities of bits of a weight, over w_p_exp and w_p_frac. Bits are "sign", "exp" (the exponent alone),
+    "frac", a number ("15") or a range ("7-14"), 0 being the lowest of the mantissa: {exp: 1e-5, "15": 0}."""
+    x_p_bits: Mapping[str, float] = field(default_factory=dict)
+    """The same for input activations."""
+    kv_p_bits: Mapping[str, float] = field(default_factory=dict)
+    """The same for keys and values."""
+    w_burst: int = 1
+    """Flips of weights come in runs of so many neighbouring bits in memory; each bit's probability stays what it is,
+    and must be the same for all bits."""
+    x_burst: int = 1
+    """The same for input activations."""
+    kv_burst: int = 1
+    """The same for keys and values."""
+    w_p_row: float | None = None
+    """Probability that a memory row (row_bytes) of a weight is bad: its every bit is inverted with probability 1/2."""
+    x_p_row: float | None = None
+    """The same for input activations."""
+    kv_p_row: float | None = None
+    """The same for keys and values."""
+    w_protection: Protection = "none"
+    """secded: each 64 bits of weights have 8 check bits, which flip too; one wrong bit is corrected, two are found and
+    the word zeroed. parity: a bit for each value; where it does not fit, the value is zeroed."""
+    x_protection: Protection = "none"
+    """The same for input activations."""
+    kv_protection: Protection = "none"
+    """The same for keys and values."""
+    w_protected_bits: tuple[str, ...] = ()
+    """Bits of a weight (named as in w_p_bits) that are stored three times, with a vote: p becomes 3p² - 2p³."""
+    x_protected_bits: tuple[str, ...] = ()
+    """The same for input activations."""
+    kv_protected_bits: tuple[str, ...] = ()
+    """The same for keys and values."""
+    row_bytes: int = 1024
+    """Length of a memory row."""
+    sites: tuple[Site, ...] = ("linear",)
+    """Whose weights and inputs are faulty: linear (every linear layer but the output head), head, embedding."""
     base_seed: int = 0
     """Seed of the draws. Evaluation uses seeds of its own, never this one."""
     exact_gradient: bool = True
@@ -125,7 +304,12 @@ class BitFlipSpec:
 
     def __post_init__(self) -> None:
         # TOML and the command line bring lists; a frozen value wants tuples.
-        for name in ("include_patterns", "skip_patterns"):
+        for name in (
+            "include_patterns",
+            "skip_patterns",
+            "sites",
+            *(f"{operand}_protected_bits" for operand in OPERANDS),
+        ):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         layers = {
             pattern: {key: _false_as_none(value) for key, value in override.items()}
@@ -139,17 +323,25 @@ class BitFlipSpec:
 
     def problems(self) -> list[str]:
         problems = _layer_problems({name: getattr(self, name) for name in LAYER_KEYS}, "")
+        problems += _burst_problems(vars(self), "")
         if seed_problem := _seed_problem("base_seed", self.base_seed):
             problems.append(seed_problem)
+        if isinstance(self.row_bytes, bool) or self.row_bytes < 8 or self.row_bytes % 8:
+            problems.append(f"row_bytes = {self.row_bytes!r}: a multiple of 8 is allowed")
+        if not self.sites or (unknown := [site for site in self.sites if site not in ("linear", "head", "embedding")]):
+            seen = unknown[0] if self.sites else ""
+            problems.append(f"sites = {seen!r}: allowed are 'linear', 'head' and 'embedding'")
         for pattern, override in self.layer_name_to_config.items():
+            where = f"layer_name_to_config {pattern!r}"
             try:
                 re.compile(pattern)
             except re.error as error:
-                problems.append(f"layer_name_to_config {pattern!r}: not a regular expression ({error})")
+                problems.append(f"{where}: not a regular expression ({error})")
             if override is True:
-                problems.append(f"layer_name_to_config {pattern!r} = true: a table of keys, or false, is allowed")
+                problems.append(f"{where} = true: a table of keys, or false, is allowed")
             elif isinstance(override, Mapping):
-                problems += _layer_problems(override, f"layer_name_to_config {pattern!r}.")
+                wrong = _layer_problems(override, f"{where}.")
+                problems += wrong or _burst_problems({**vars(self), **override}, f"{where}.")
         return problems
 
     def for_layer(self, name: str) -> "BitFlipSpec | None":
@@ -166,17 +358,51 @@ class BitFlipSpec:
     @property
     def any_fault(self) -> bool:
         """Whether any layer flips bits or has a guard."""
-        return self.x.active or self.w.active or any(self.layer_name_to_config.values())
-
-    @property
-    def x(self) -> Fault:
-        """The fault of the input activations."""
-        return Fault(self.x_p_exp or 0.0, self.x_p_frac or 0.0, self.x_zero_out_t, self.x_faults == "persistent")
+        return self.x.active or self.w.active or self.kv.active or any(self.layer_name_to_config.values())
 
     @property
     def w(self) -> Fault:
         """The fault of the weight."""
-        return Fault(self.w_p_exp or 0.0, self.w_p_frac or 0.0, self.w_zero_out_t, self.w_faults == "persistent")
+        return self.fault("w")
+
+    @property
+    def x(self) -> Fault:
+        """The fault of the input activations."""
+        return self.fault("x")
+
+    @property
+    def kv(self) -> Fault:
+        """The fault of the keys and values that attention reads."""
+        return self.fault("kv")
+
+    def fault(self, operand: Operand) -> Fault:
+        """The fault of one operand."""
+        pattern = self.pattern(operand)
+        p_exp, p_frac = self._of(operand, "p_exp") or 0.0, self._of(operand, "p_frac") or 0.0
+        t = self._of(operand, "zero_out_t")
+        if not (p_exp or p_frac or pattern.p_row or any(p for _, p in pattern.p_bits)):
+            return Fault(zero_out_t=t)
+        return Fault(p_exp, p_frac, t, pattern.encode(), pattern.protection != "none")
+
+    def pattern(self, operand: Operand) -> Pattern:
+        """How the faults of one operand come, apart from how often."""
+        return Pattern(
+            persistent=self._of(operand, "faults") == "persistent",
+            p_bits=tuple((str(bits), float(p)) for bits, p in self._of(operand, "p_bits").items()),
+            burst=self._of(operand, "burst"),
+            p_row=self._of(operand, "p_row") or 0.0,
+            row_bytes=self.row_bytes,
+            protection=self._of(operand, "protection"),
+            protected_bits=self._of(operand, "protected_bits"),
+        )
+
+    def _of(self, operand: Operand, key: str) -> Any:
+        return getattr(self, f"{operand}_{key}")
+
+
+def storage_overhead(spec: BitFlipSpec, dtype: str) -> dict[Operand, float]:
+    """Operand -> bits stored for its protection, over those of its values, in a dtype such as "bfloat16"."""
+    return {operand: spec.pattern(operand).overhead(dtype) for operand in OPERANDS}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from flipproof.ops import reference
-from flipproof.ops.parity import BLOCK, flip_plan, poisson_cdf, split
+from flipproof.ops.parity import BLOCK, flip_plan, ball_cdf, split
 from flipproof.ops.philox import derive_key
 
 FALSE_ALARM = 1e-6
@@ -75,7 +75,7 @@ def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
                 if coin:
                     field_bits = ((1 << width) - 1) << first
                     block_mask[e] ^= (block_mask[e] ^ coin_of(e) & ~block_mask[e]) & field_bits
-            table = poisson_cdf(rest, width)
+            table = ball_cdf(rest, width)
             if table is None:
                 continue
             uniform = (counts[2 * f] | counts[2 * f + 1] << 32) >> 1
@@ -250,7 +250,7 @@ def test_chunks_do_not_show(monkeypatch):
 
 def test_a_rate_too_small_to_see_is_still_not_rounded_away():
     """p = 2^-60 has no lower neighbour that it snaps to: its first table entry differs from that of p = 2^-61."""
-    assert poisson_cdf(Fraction(2**-60), 9)[0] < poisson_cdf(Fraction(2**-61), 9)[0]
+    assert ball_cdf(Fraction(2**-60), 9)[0] < ball_cdf(Fraction(2**-61), 9)[0]
 
 
 def test_guard_zeroes_in_place_across_chunks(monkeypatch):

@@ -1,7 +1,7 @@
 """The flip as PyTorch operators: dispatch, fake tensors, autograd; and the two functions that users import.
 
 They live in the ``flipproof`` library namespace and run on the backend of their tensors: NumPy on a CPU, Triton on a
-GPU.
+GPU. What is not new, independent flips (a ``pattern``) is torch on both (``patterns.py``).
 
 ``flip``        a new tensor
 ``flip_``       in place
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flipproof.ops import reference
-from flipproof.ops.parity import DTYPES
+from flipproof.ops import patterns, reference
+from flipproof.ops.parity import DTYPES, dtype_name
 from flipproof.ops.philox import derive_key, tick_problem
-from flipproof.spec import check_seed, probability_problem, threshold_problem
+from flipproof.spec import Pattern, check_seed, probability_problem, threshold_problem
 
-_DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset"
+_DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset, str pattern=''"
 _MERGE = "Tensor weight, Tensor lora_A, Tensor lora_B, float scaling"
 _LIBRARY = torch.library.Library("flipproof", "DEF")
 _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
@@ -40,20 +40,28 @@ _LIBRARY.define(
     "take_back(Tensor zeroed, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)"
 )
 
+_INDEPENDENT = Pattern()
 BACKENDS = {"cpu": "reference (NumPy)", "cuda": "Triton"}
 """What flips bits on which type of device."""
 
 
 def _backend(x: Tensor) -> Any:
-    """The module that flips bits where ``x`` is."""
+    """The module that makes new, independent flips where ``x`` is."""
     if x.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"cannot flip bits of a {str(x.dtype).removeprefix('torch.')} tensor; allowed are {allowed}")
+        allowed = ", ".join(map(dtype_name, DTYPES))
+        raise TypeError(f"cannot flip bits of a {dtype_name(x.dtype)} tensor; allowed are {allowed}")
     if x.device.type != "cuda":
         return reference
     from flipproof.ops import triton_backend  # Triton comes with CUDA builds of torch
 
     return triton_backend
+
+
+def _run(x: Tensor, draw: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The module for a draw, and the draw as it takes it."""
+    backend = _backend(x)
+    # the dispatcher leaves out a last argument that is the default
+    return (patterns, draw) if len(draw) > 6 and draw[6] else (backend, draw[:6])
 
 
 def _implement(name: str) -> Any:
@@ -67,16 +75,17 @@ def _implement(name: str) -> Any:
 
 @_implement("flip_")
 def _flip_in_place(x: Tensor, *draw: Any) -> None:
-    backend = _backend(x)
+    backend, arguments = _run(x, draw)
     target = x.contiguous()
-    backend.flip_(target, None, *draw)
+    backend.flip_(target, None, *arguments)
     if target is not x:
         x.copy_(target)
 
 
 @_implement("flip")
 def _flip(x: Tensor, *draw: Any) -> Tensor:
-    y: Tensor = _backend(x).flip(x, None, *draw)
+    backend, arguments = _run(x, draw)
+    y: Tensor = backend.flip(x, None, *arguments)
     return y
 
 
@@ -87,8 +96,9 @@ def _flip_again(x: Tensor, _after: Tensor, *draw: Any) -> Tensor:
 
 @_implement("flip_grad_")
 def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *draw: Any) -> Tensor:
+    backend, arguments = _run(x, draw)
     target = grad.contiguous()
-    y: Tensor = _backend(x).flip(x, target, *draw)
+    y: Tensor = backend.flip(x, target, *arguments)
     if target is not grad:
         grad.copy_(target)
     return y
@@ -96,7 +106,8 @@ def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *draw: Any) -> 
 
 @_implement("merge")
 def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *draw: Any) -> Tensor:
-    y: Tensor = _backend(weight).merge(weight, lora_A, lora_B, scaling, None, *draw)
+    backend, arguments = _run(weight, draw)
+    y: Tensor = backend.merge(weight, lora_A, lora_B, scaling, None, *arguments)
     return y
 
 
@@ -104,15 +115,17 @@ def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *draw
 def _merge_grad(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, note: bool, *draw: Any
 ) -> tuple[Tensor, Tensor]:
-    zeroed = _new_zeroed(weight, note, *draw[:3])
-    y = _backend(weight).merge(weight, lora_A, lora_B, scaling, zeroed if zeroed.numel() else None, *draw)
+    zeroed = _new_zeroed(weight, note, draw)
+    backend, arguments = _run(weight, draw)
+    y = backend.merge(weight, lora_A, lora_B, scaling, zeroed if zeroed.numel() else None, *arguments)
     return y, zeroed
 
 
-def _new_zeroed(weight: Tensor, note: bool, p_exp: float, p_frac: float, zero_out_t: float | None) -> Tensor:
-    if zero_out_t is None or not note:
+def _new_zeroed(weight: Tensor, note: bool, draw: tuple[Any, ...]) -> Tensor:
+    backend, (p_exp, p_frac, zero_out_t, *_) = _run(weight, draw)
+    if not note or (zero_out_t is None and backend is not patterns):
         return torch.empty(0, device=weight.device)
-    zeroed: Tensor = _backend(weight).new_zeroed(weight, p_exp, p_frac)
+    zeroed: Tensor = backend.new_zeroed(weight, p_exp, p_frac)
     return zeroed
 
 
@@ -152,7 +165,7 @@ def _merge_fake(weight: Tensor, *_rest: Any) -> Tensor:
 def _merge_grad_fake(
     weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, note: bool, *draw: Any
 ) -> tuple[Tensor, Tensor]:
-    return _flip_fake(weight), _new_zeroed(weight, note, *draw[:3])
+    return _flip_fake(weight), _new_zeroed(weight, note, draw)
 
 
 @torch.library.register_fake("flipproof::take_back")
@@ -167,10 +180,10 @@ class _Flip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *draw: Any) -> Tensor:
-        p_exp, p_frac, zero_out_t, key, tick, offset = draw
-        # Without a guard the gradient passes as it is, and nothing need be kept.
-        ctx.save_for_backward(*(() if zero_out_t is None else (x, key, tick)))
-        ctx.fault, ctx.offset = (p_exp, p_frac, zero_out_t), offset
+        p_exp, p_frac, zero_out_t, key, tick, offset, pattern = draw
+        # Where nothing is zeroed the gradient passes as it is, and nothing need be kept.
+        ctx.save_for_backward(*(() if zero_out_t is None and not pattern else (x, key, tick)))
+        ctx.fault, ctx.where = (p_exp, p_frac, zero_out_t), (offset, pattern)
         y: Tensor = torch.ops.flipproof.flip.default(x, *draw)
         return y
 
@@ -180,8 +193,14 @@ class _Flip(torch.autograd.Function):
         if ctx.saved_tensors:
             x, key, tick = ctx.saved_tensors
             grad = grad.clone(memory_format=torch.contiguous_format)
-            torch.ops.flipproof.flip_grad_.default(x, grad, grad, *ctx.fault, key, tick, ctx.offset)
-        return grad, *(None,) * 6
+            torch.ops.flipproof.flip_grad_.default(x, grad, grad, *ctx.fault, key, tick, *ctx.where)
+        return grad, *(None,) * 7
+
+
+def apply_draw(x: Tensor, draw: tuple[Any, ...]) -> Tensor:
+    """The operator ``flip`` with its gradient, where one is wanted."""
+    y: Tensor = _Flip.apply(x, *draw) if x.requires_grad else torch.ops.flipproof.flip.default(x, *draw)
+    return y
 
 
 def _draw(
@@ -193,6 +212,7 @@ def _draw(
     site: str,
     tick: int,
     offset: int,
+    pattern: Pattern,
 ) -> tuple[Any, ...]:
     """The operator's arguments after ``x``, checked."""
     _backend(x)
@@ -206,6 +226,7 @@ def _draw(
         problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
     if found := [problem for problem in problems if problem]:
         raise ValueError("; ".join(found))
+    pattern.bit_probabilities(p_exp or 0, p_frac or 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
     key = torch.tensor(derive_key(check_seed(seed), site))
     ticks = torch.tensor(tick)
@@ -216,6 +237,7 @@ def _draw(
         key,
         ticks,
         offset,
+        pattern.encode(),
     )
 
 
@@ -229,6 +251,7 @@ def flip(
     site: str,
     tick: int,
     offset: int = 0,
+    pattern: Pattern = _INDEPENDENT,
 ) -> Tensor:
     """A copy of ``x`` with random bits inverted, and zero where the guard catches the result.
 
@@ -244,6 +267,8 @@ def flip(
         site: names the layer and the operand, such as "layers.0.q_proj/x".
         tick: the number of the forward pass, below 2^48.
         offset: index of x's first element in the whole tensor, so that a slice can draw its own part.
+        pattern: faults that are persistent, have probabilities of their own for single bits, come in bursts or in
+            rows of memory, or meet a protection.
 
     Returns:
         Contiguous tensor of the shape and dtype of ``x``.
@@ -251,9 +276,7 @@ def flip(
     Raises:
         TypeError: for any other dtype. ValueError: naming each argument out of range.
     """
-    draw = _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset)
-    y: Tensor = _Flip.apply(x, *draw) if x.requires_grad else torch.ops.flipproof.flip.default(x, *draw)
-    return y
+    return apply_draw(x, _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern))
 
 
 def flip_(
@@ -266,6 +289,7 @@ def flip_(
     site: str,
     tick: int,
     offset: int = 0,
+    pattern: Pattern = _INDEPENDENT,
 ) -> Tensor:
     """``flip`` in place; returns ``x``. Outside of autograd only: use ``flip`` on what needs a gradient.
 
@@ -274,5 +298,5 @@ def flip_(
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("flip_ on a tensor that requires grad: use flip, or wrap the call in torch.no_grad()")
-    torch.ops.flipproof.flip_(x, *_draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset))
+    torch.ops.flipproof.flip_(x, *_draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern))
     return x

@@ -41,6 +41,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flipproof.spec import MANTISSA_BITS
+
 BLOCK = 8192
 BLOCK_LOG2 = 13
 MAX_SPARSE_P = Fraction(1, 128)
@@ -48,8 +50,12 @@ MAX_SPARSE_P = Fraction(1, 128)
 MAX_COINLESS_P = Fraction(3, 8)
 """Largest p drawn without a coin; here digits with and without a coin cost the same. Part of the definition."""
 
-_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
-DTYPES = tuple(_MANTISSA_BITS)
+DTYPES = tuple(getattr(torch, name) for name in MANTISSA_BITS)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -124,15 +130,21 @@ def split(p: float) -> Split:
 
 
 @lru_cache(maxsize=256)
-def poisson_cdf(p: Fraction, bits: int) -> np.ndarray | None:
-    """int64 table of floor(2^63 · P(K ≤ j)), K the number of balls for one field of one block; None for p = 0."""
+def ball_cdf(p: Fraction, bits: int) -> np.ndarray | None:
+    """``poisson_cdf`` of the number of balls for one field of one block; None for p = 0."""
     if p == 0:
         return None
-    # Decimal's exp and ln are correctly rounded, so every machine makes the same table.
     with decimal.localcontext() as context:
         context.prec = 100
         rest = 1 - 2 * decimal.Decimal(p.numerator) / decimal.Decimal(p.denominator)
-        lam = -decimal.Decimal(BLOCK * bits) / 2 * rest.ln()
+        return poisson_cdf(-decimal.Decimal(BLOCK * bits) / 2 * rest.ln())
+
+
+def poisson_cdf(lam: decimal.Decimal) -> np.ndarray:
+    """int64 table of floor(2^63 · P(K ≤ j)) for K ~ Poisson(lam)."""
+    # Decimal's exp and ln are correctly rounded, so every machine makes the same table.
+    with decimal.localcontext() as context:
+        context.prec = 100
         scale = decimal.Decimal(2**63)
         mass = total = (-lam).exp()
         table = [int(total * scale)]
@@ -147,7 +159,7 @@ def poisson_cdf(p: Fraction, bits: int) -> np.ndarray | None:
 def flip_plan(dtype: torch.dtype, p_exp: float, p_frac: float) -> FlipPlan:
     """The plan of a dtype (bfloat16, float16 or float32) at two valid probabilities."""
     bits = dtype.itemsize * 8
-    mantissa_bits = _MANTISSA_BITS[dtype]
+    mantissa_bits = MANTISSA_BITS[dtype_name(dtype)]
     exponent_bits = bits - mantissa_bits
     exp, frac = split(p_exp), split(p_frac)
 
@@ -160,8 +172,8 @@ def flip_plan(dtype: torch.dtype, p_exp: float, p_frac: float) -> FlipPlan:
 
     return FlipPlan(
         element_bits=bits,
-        exponent=Field(mantissa_bits, exponent_bits, poisson_cdf(exp.rest, exponent_bits)),
-        mantissa=Field(0, mantissa_bits, poisson_cdf(frac.rest, mantissa_bits)),
+        exponent=Field(mantissa_bits, exponent_bits, ball_cdf(exp.rest, exponent_bits)),
+        mantissa=Field(0, mantissa_bits, ball_cdf(frac.rest, mantissa_bits)),
         digits=tuple(lane_mask(digit(exp, i), digit(frac, i)) for i in range(max(exp.k, frac.k))),
         coins=lane_mask(exp.coin, frac.coin),
     )

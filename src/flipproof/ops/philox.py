@@ -19,21 +19,24 @@ The *block* is the element's index in the whole tensor divided by 8192, so a sli
 numbers as the whole. The *tick* counts forward passes. It sits in the counter, not in the key, so that a GPU kernel
 can read it from device memory: ticks advance without recompilation and under CUDA graphs, while the key stays a
 constant of the layer. Purposes: how many flips a block gets (0), where the i-th of them falls (1), and the digit
-planes of dense draws (2) and the fair coins of the largest probabilities (3); ``parity.py`` says what each is for.
+planes of dense draws (2) and the fair coins of the largest probabilities (3), for which see ``parity.py``; 4 to 10 are
+those of ``patterns.py``.
 """
 
 import hashlib
 
 import numpy as np
 
-COUNTS, BALLS, DIGITS, COINS = 0, 1, 2, 3
+COUNTS, BALLS, DIGITS, COINS, LEVEL_COUNTS, LEVELS, ROW_COUNTS, ROW_LEVELS, ROW_COINS, CHECK_COUNTS, CHECK_LEVELS = (
+    range(11)
+)
 """Purposes, the top four bits of c0."""
 
 MAX_TICK = 2**48
 MAX_BLOCK = 2**48
 
-_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 ROUNDS = 10
@@ -80,7 +83,7 @@ def philox(c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, key: 
     even, odd, product = (np.empty((2, *shape), dtype=np.uint64) for _ in range(3))
     even[0], even[1], odd[0], odd[1] = c0, c2, c1, c3
     column = (2,) + (1,) * len(shape)
-    multipliers = _MULTIPLIERS.reshape(column)
+    multipliers = np.array(MULTIPLIERS, dtype=np.uint64).reshape(column)
     keys = np.empty(column, dtype=np.uint64)
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(ROUNDS):
@@ -91,5 +94,5 @@ def philox(c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, key: 
         keys[0], keys[1] = k0, k1
         np.bitwise_xor(odd, keys, out=even)
         np.bitwise_and(product[::-1], _LOW_32, out=odd)
-        k0, k1 = k0 + _WEYL[0] & 0xFFFFFFFF, k1 + _WEYL[1] & 0xFFFFFFFF
+        k0, k1 = k0 + WEYL[0] & 0xFFFFFFFF, k1 + WEYL[1] & 0xFFFFFFFF
     return even[0], odd[0], even[1], odd[1]

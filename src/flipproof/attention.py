@@ -1,0 +1,131 @@
+"""Faults in what attention reads: the keys and values, from the KV cache where there is one.
+
+``transformers`` looks its attention functions up by name. ``install`` registers the model's present one under another
+name, with a step in front that flips keys and values, and gives each attention module a ``FaultyKeysValues`` that
+knows its site. A memory that is read anew for each token flips anew for each token; a persistent fault belongs to a
+place in the cache, (row of the batch, position, head, component), and stays there as the cache grows. So rows have
+regions of 2^40 elements each in the whole tensor of a draw, and within a row positions come first. Where a cache holds
+a sliding window, a place is one in the window.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.config import ConfigError
+from flipproof.layers import FaultSite, FaultState
+from flipproof.spec import BitFlipSpec, Fault
+
+_CHILD = "faulty_keys_values"
+_PREFIX = "flipproof_"
+_ROW = 2**40
+
+
+class FaultyKeysValues(FaultSite, nn.Module):
+    """The faults of one attention module's keys and values; a child of it without parameters."""
+
+    kind = "kv"
+
+    def __init__(self, site: str, fault: Fault, state: FaultState) -> None:
+        super().__init__()
+        self.site, self.fault, self.state = site, fault, state
+        self.names = (f"{site}/k", f"{site}/v")
+        self.device = torch.device("cpu")
+        self.refresh_keys()
+
+    def set_faults(self, spec: BitFlipSpec | None) -> None:
+        self.fault = spec.kv if spec else Fault()
+
+    def refresh_keys(self) -> None:
+        self.keys = tuple(self._key(name, self.device) for name in self.names)
+
+    def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention reads them, both (batch, heads, positions, components)."""
+        if not self.state.effective(self.fault).active:
+            return key, value
+        if self.device != key.device:
+            self.device = key.device
+            self.refresh_keys()
+            self.state.move_to(key.device)
+        return self._read(0, key), self._read(1, value)
+
+    def _read(self, which: int, x: Tensor) -> Tensor:
+        first_row = self.state.rank * len(x)
+        rows = [
+            self._flipped(self.names[which], row, self.fault, self.keys[which], (first_row + i) * _ROW)
+            for i, row in enumerate(x.transpose(1, 2))  # (positions, heads, components)
+        ]
+        return torch.stack(rows).transpose(1, 2)
+
+
+def install(model: Any, spec: BitFlipSpec, state: FaultState) -> list[str]:
+    """Make what the model's attention reads faulty; returns the names of the attention modules.
+
+    Raises:
+        ConfigError: for a model that does not look its attention up by name.
+    """
+    found = attention_modules(model)
+    if not found or not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            [f"bitflip.kv_*: {type(model).__name__} has no attention whose keys and values flipproof can reach"]
+        )
+    covered = []
+    for name, module in found.items():
+        layer_spec = spec.for_layer(name)
+        if layer_spec is None or not layer_spec.kv.active:
+            continue
+        module.add_module(_CHILD, FaultyKeysValues(name, layer_spec.kv, state))
+        _rename(module.config, _PREFIX + _original(module.config))
+        covered.append(name)
+    _rename(model.config.get_text_config(), _PREFIX + _original(model.config.get_text_config()))
+    return covered
+
+
+def uninstall(model: Any) -> None:
+    """Undo ``install``."""
+    for module in attention_modules(model).values():
+        if hasattr(module, _CHILD):
+            delattr(module, _CHILD)
+            _rename(module.config, _original(module.config))
+    _rename(model.config.get_text_config(), _original(model.config.get_text_config()))
+
+
+def attention_modules(model: nn.Module) -> dict[str, Any]:
+    """Name -> module, of all that call attention functions by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "config")
+    }
+
+
+def _original(config: Any) -> str:
+    name: str = config._attn_implementation
+    return name.removeprefix(_PREFIX)
+
+
+def _rename(config: Any, name: str) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    if name.startswith(_PREFIX):
+        inner = name.removeprefix(_PREFIX)
+        AttentionInterface.register(name, _reader(inner))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    config._attn_implementation = name
+
+
+def _reader(inner: str) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        faulty = getattr(module, _CHILD, None)
+        if faulty is not None:
+            key, value = faulty.read(key, value)
+        # each file of models has an eager function of its own
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)(module, query, key, value, *args, **kwargs)
+
+    return attend

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import flipproof
+from flipproof import BitFlipSpec, LoraSpec
+from flipproof.inject import fault_sites
+
+SHAPE = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+OTHERS = {
+    # eager, with a soft cap on scores and grouped heads
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SHAPE, **IDS, intermediate_size=64, num_key_value_heads=2, head_dim=8)
+    ),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, **IDS, intermediate_size=64)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SHAPE, **IDS, ffn_dim=64, word_embed_proj_dim=32)),
+}
+
+
+@pytest.fixture(params=["llama", *OTHERS])
+def model(request, tiny_llama):
+    torch.manual_seed(0)
+    return (tiny_llama if request.param == "llama" else OTHERS[request.param])().eval()
+
+
+def logits(model, ids, **more):
+    with torch.no_grad():
+        return model(ids, **more).logits
+
+
+def test_without_flips_the_model_is_itself(model, token_ids):
+    clean, name = logits(model, token_ids), model.config._attn_implementation
+    coverage = flipproof.inject(model, BitFlipSpec(kv_p_exp=0.001, kv_p_frac=0.05))
+    assert len(coverage.memories) == 2
+    assert "faulty besides: " in str(coverage)
+    with flipproof.faults(model, flips=False):
+        assert torch.equal(logits(model, token_ids), clean)
+    assert not torch.equal(logits(model, token_ids), clean)
+    flipproof.remove(model)
+    assert model.config._attn_implementation == name
+    assert torch.equal(logits(model, token_ids), clean)
+
+
+def test_keys_and_values_flip_as_rows_of_their_own_draws(tiny_llama, token_ids, monkeypatch):
+    """Against attention that is given keys and values flipped by hand."""
+    fault = {"p_exp": 0.01, "p_frac": 0.1, "zero_out_t": 3.0}
+    model = tiny_llama().eval()
+    flipproof.inject(model, BitFlipSpec(**{f"kv_{key}": value for key, value in fault.items()}, base_seed=5))
+    flipproof.set_tick(model, 9)
+    flipped = logits(model, token_ids)
+    flipproof.remove(model)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    sites = iter(["model.layers.0.self_attn", "model.layers.1.self_attn"])
+
+    def by_hand(query, key, value, **options):
+        site = next(sites)
+        both = []
+        for x, operand in ((key, "k"), (value, "v")):
+            rows = [
+                flipproof.flip(row.transpose(0, 1), **fault, seed=5, site=f"{site}/{operand}", tick=9, offset=i * 2**40)
+                for i, row in enumerate(x[:, :1])  # one head of keys and values, which sdpa repeats
+            ]
+            both.append(torch.stack(rows).transpose(1, 2).repeat_interleave(query.shape[1], dim=1))
+        options.pop("enable_gqa", None)
+        return attend(query, *both, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", by_hand)
+    assert torch.equal(logits(model, token_ids), flipped)
+
+
+def test_a_persistent_fault_stays_at_its_place_as_the_cache_grows(model, token_ids):
+    flipproof.inject(model, BitFlipSpec(kv_p_exp=0.001, kv_p_frac=0.05, kv_zero_out_t=8.0, kv_faults="persistent"))
+    whole = logits(model, token_ids)
+    with torch.no_grad():
+        output = model(token_ids[:, :10], use_cache=True)
+        steps = [output.logits]
+        for t in range(10, token_ids.shape[1]):
+            output = model(token_ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
+            steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
+    # and a row of the batch has it wherever the other rows are
+    torch.testing.assert_close(logits(model, token_ids[:1]), whole[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_transient_one_flips_anew_at_every_read(model, token_ids):
+    flipproof.inject(model, BitFlipSpec(kv_p_frac=0.05))
+    first, second = logits(model, token_ids), logits(model, token_ids)
+    assert not torch.equal(first, second)
+    flipproof.set_tick(model, 0)
+    assert torch.equal(logits(model, token_ids), first)
+
+
+def test_training_goes_through_flipped_keys_and_values(tiny_llama, token_ids):
+    """The gradient of the loss with respect to the adapters, by differences along it."""
+    model = tiny_llama()
+    flipproof.inject(model, BitFlipSpec(kv_p_frac=0.02, kv_faults="persistent"), LoraSpec(r=2, lora_alpha=2))
+    layer = flipproof.faulty_layers(model)["model.layers.1.self_attn.v_proj"]
+    model(token_ids, labels=token_ids).loss.backward()
+    assert layer.lora_B.grad.abs().max() > 0
+
+
+def test_only_the_named_modules(tiny_llama, token_ids):
+    model = tiny_llama().eval()
+    flipproof.inject(model, BitFlipSpec(kv_p_frac=0.05, skip_patterns=("layers.0.",)))
+    assert list(fault_sites(model)) == ["model.layers.1.self_attn.faulty_keys_values"]
+    assert not any("faulty" in key for key in model.state_dict())
+    clean_spec = BitFlipSpec(kv_p_frac=0.0, x_p_frac=0.1)
+    flipproof.set_faults(model, clean_spec)  # no linear layer was injected, so nothing is left
+    assert torch.equal(logits(model, token_ids), logits(tiny_llama().eval(), token_ids))
+
+
+def test_a_model_without_such_attention_is_refused():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+    with pytest.raises(ValueError, match=r"bitflip.kv_\*: Plain has no attention"):
+        flipproof.inject(Plain(), BitFlipSpec(kv_p_frac=0.1))
