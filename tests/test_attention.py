@@ -1,6 +1,10 @@
+from functools import partial
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -11,8 +15,10 @@ from transformers import (
 )
 
 import flipproof
-from flipproof import BitFlipSpec, LoraSpec
+from flipproof import BitFlipSpec, LoraSpec, recompute
+from flipproof.attention import FaultyKeysValues
 from flipproof.inject import fault_sites
+from flipproof.layers import FaultState
 
 SHAPE = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -100,13 +106,44 @@ def test_a_transient_one_flips_anew_at_every_read(model, token_ids):
     assert torch.equal(logits(model, token_ids), first)
 
 
-def test_training_goes_through_flipped_keys_and_values(tiny_llama, token_ids):
-    """The gradient of the loss with respect to the adapters, by differences along it."""
-    model = tiny_llama()
-    flipproof.inject(model, BitFlipSpec(kv_p_frac=0.02, kv_faults="persistent"), LoraSpec(r=2, lora_alpha=2))
-    layer = flipproof.faulty_layers(model)["model.layers.1.self_attn.v_proj"]
-    model(token_ids, labels=token_ids).loss.backward()
-    assert layer.lora_B.grad.abs().max() > 0
+KV = BitFlipSpec(kv_p_exp=0.002, kv_p_frac=0.02, kv_zero_out_t=1.0)
+
+
+def test_gradients_pass_where_a_value_was_kept(token_ids):
+    torch.manual_seed(0)
+    faulty = FaultyKeysValues("a", KV.kv, FaultState(0))
+    key, value = (torch.randn(2, 1, 9, 8, requires_grad=True) for _ in "kv")
+    flipped = faulty.read(key, value)
+    for x, y in zip((key, value), flipped, strict=True):
+        y.sum().backward()
+        assert torch.equal(x.grad, (y != 0).float())
+        assert 0 < x.grad.sum() < x.numel()
+
+
+@pytest.mark.parametrize("how", ["compiled", "recomputed"])
+def test_training_is_the_same_compiled_and_recomputed(tiny_llama, token_ids, how):
+    def gradients(prepare):
+        model = tiny_llama()
+        flipproof.inject(model, KV, LoraSpec(r=2, lora_alpha=2))
+        prepare(model)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for layer in flipproof.faulty_layers(model).values():
+                torch.nn.init.normal_(layer.lora_B, std=0.02)
+        loss = model(token_ids, labels=token_ids).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    def change(model):
+        if how == "recomputed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        else:
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True, backend="aot_eager")
+
+    for ours, plain in zip(gradients(change), gradients(lambda model: model.train()), strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_only_the_named_modules(tiny_llama, token_ids):
@@ -127,3 +164,17 @@ def test_a_model_without_such_attention_is_refused():
 
     with pytest.raises(ValueError, match=r"bitflip.kv_\*: Plain has no attention"):
         flipproof.inject(Plain(), BitFlipSpec(kv_p_frac=0.1))
+
+
+def test_all_blocks_are_one_compiled_function(tiny_llama, token_ids):
+    """Else a model of more blocks than torch.compile has patience for could not be compiled."""
+    model = tiny_llama(num_hidden_layers=6)
+    flipproof.inject(model, KV, LoraSpec(r=2, lora_alpha=2))
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    with patch("torch.compile", partial(torch.compile, backend=counter)):
+        recompute._recomputing.cache_clear()
+        recompute.prepare(list(model.model.layers), compiled=True)
+    model(token_ids, use_cache=False)
+    assert counter.frame_count == 2  # the input of the first block needs no gradient
+    recompute._recomputing.cache_clear()

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import (
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
+from flipproof.injection_log import tapped
 
 FLIPS = BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, x_p_exp=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
 
@@ -280,3 +282,64 @@ def test_experts_count_by_how_many_of_them_a_token_sees():
 def test_bits_that_the_dtype_does_not_have_are_refused(tiny_llama):
     with pytest.raises(ValueError, match=r"bitflip.x_p_bits or x_protected_bits, bit '31': bfloat16 has bits 0 to 15"):
         flipproof.inject(tiny_llama().bfloat16(), BitFlipSpec(x_p_bits={"31": 0.1}))
+
+
+def test_the_embedding_obeys_patterns_and_overrides(tiny_llama):
+    everything = {"w_p_frac": 0.1, "sites": ("linear", "embedding")}
+    for left_alone in ({"skip_patterns": ("embed",)}, {"include_patterns": ("layers",)}):
+        model = tiny_llama()
+        assert flipproof.inject(model, BitFlipSpec(**everything, **left_alone)).memories == ()
+        assert type(model.model.embed_tokens) is nn.Embedding
+    model = tiny_llama()
+    own = {"model.embed_tokens": {"w_p_frac": 0.25}}
+    flipproof.inject(model, BitFlipSpec(sites=("embedding",), layer_name_to_config=own))
+    assert model.model.embed_tokens.fault.p_frac == 0.25
+
+
+def test_keys_and_values_of_one_layer_by_override(tiny_llama):
+    model = tiny_llama()
+    spec = BitFlipSpec(layer_name_to_config={r".*layers\.1\.self_attn": {"kv_p_frac": 0.1}})
+    assert flipproof.inject(model, spec).memories == ("model.layers.1.self_attn",)
+
+
+def test_a_tied_head_draws_alike_whether_or_not_the_embedding_is_faulty(tiny_llama):
+    keys = []
+    for sites in (("head",), ("head", "embedding")):
+        model = tiny_llama(tie_word_embeddings=True)
+        flipproof.inject(model, BitFlipSpec(w_p_frac=0.1, sites=sites))
+        keys.append(int(model.lm_head.w_key))
+    assert keys[0] == keys[1]
+
+
+def test_a_model_with_a_faulty_embedding_can_be_copied_and_saved(tiny_llama, token_ids, tmp_path):
+    model = tiny_llama().eval()
+    flipproof.inject(model, BitFlipSpec(w_p_frac=0.1, sites=("linear", "embedding")))
+    torch.save(model, tmp_path / "model.pt")
+    for copy in (deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        flipproof.set_tick(model, 3)
+        flipproof.set_tick(copy, 3)
+        with torch.no_grad():
+            assert torch.equal(copy(token_ids).logits, model(token_ids).logits)
+        flipproof.remove(copy)
+        assert type(copy.model.embed_tokens) is nn.Embedding
+
+
+def test_under_autocast_bits_flip_in_the_dtype_that_is_computed_with(tiny_llama, token_ids):
+    seen = {}
+
+    def look(name, x, draw):
+        seen[name.rpartition("/")[2]] = seen.get(name.rpartition("/")[2], set()) | {x.dtype}
+        return x
+
+    model = tiny_llama().eval()
+    everything = {"w_p_frac": 0.1, "x_p_frac": 0.1, "kv_p_frac": 0.1}
+    flipproof.inject(model, BitFlipSpec(**everything, sites=("linear", "head", "embedding")))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), tapped(model, look):
+        model(token_ids)
+    assert seen == {key: {torch.bfloat16} for key in "wxkv"}
+
+
+def test_bits_of_overrides_are_checked_too(tiny_llama):
+    spec = BitFlipSpec(w_p_frac=0.1, layer_name_to_config={".*q_proj": {"w_p_bits": {"31": 0.1}}})
+    with pytest.raises(ValueError, match=r"bitflip.w_p_bits or w_protected_bits, bit '31': bfloat16 has bits 0 to 15"):
+        flipproof.inject(tiny_llama().bfloat16(), spec)

@@ -31,30 +31,34 @@ class FaultyKeysValues(FaultSite, nn.Module):
     def __init__(self, site: str, fault: Fault, state: FaultState) -> None:
         super().__init__()
         self.site, self.fault, self.state = site, fault, state
-        self.names = (f"{site}/k", f"{site}/v")
-        self.device = torch.device("cpu")
+        self._device = torch.device("cpu")
         self.refresh_keys()
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
         self.fault = spec.kv if spec else Fault()
 
     def refresh_keys(self) -> None:
-        self.keys = tuple(self._key(name, self.device) for name in self.names)
+        self.keys = tuple(self._key(self.draw_name(operand), self._device) for operand in "kv")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FaultyKeysValues":
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self._device)).device  # of what has no parameters
+        if device.type != "meta":
+            self._device = device
+            self.refresh_keys()
+            self.state.move_to(device)
+        return self
 
     def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as attention reads them, both (batch, heads, positions, components)."""
         if not self.state.effective(self.fault).active:
             return key, value
-        if self.device != key.device:
-            self.device = key.device
-            self.refresh_keys()
-            self.state.move_to(key.device)
-        return self._read(0, key), self._read(1, value)
+        return self._read("k", key, self.keys[0]), self._read("v", value, self.keys[1])
 
-    def _read(self, which: int, x: Tensor) -> Tensor:
+    def _read(self, operand: str, x: Tensor, philox_key: Tensor) -> Tensor:
         first_row = self.state.rank * len(x)
         rows = [
-            self._flipped(self.names[which], row, self.fault, self.keys[which], (first_row + i) * _ROW)
+            self._flipped(operand, row, self.fault, philox_key, (first_row + i) * _ROW)
             for i, row in enumerate(x.transpose(1, 2))  # (positions, heads, components)
         ]
         return torch.stack(rows).transpose(1, 2)

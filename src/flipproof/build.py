@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from flipproof.config import RunConfig
-from flipproof.inject import inject
+from flipproof.inject import check_bits, inject
 from flipproof.loss import fuse_loss
 from flipproof.model import load_model, materialise, model_on_meta
 from flipproof.ops.flip import BACKENDS
-from flipproof.parallel import World, parallelize
+from flipproof.parallel import World, cast_to, parallelize
 from flipproof.runlog import logger
 from flipproof.spec import LoraSpec
 
@@ -29,6 +29,8 @@ def build_model(config: RunConfig, tokenizer: object, world: World, lora: LoraSp
     else:
         model = model_on_meta(config.model, tokenizer, dtype)
     lora = lora or LoraSpec()
+    if computed := cast_to(config.training, model):
+        check_bits(config.bitflip, [computed])
     if lora.r or config.bitflip.any_fault:
         logger.info("%s", inject(model, config.bitflip, lora))
     fuse_loss(model)

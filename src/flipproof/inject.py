@@ -7,10 +7,9 @@ on the meta device; likewise an embedding, and attention (``attention.py``), whe
 checkpoint recomputes anything.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
-    _check_bits(model, spec)
+    check_bits(spec, (parameter.dtype for parameter in model.parameters()))
     head = _output_head(model)
     planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
     names: dict[str, int] = {}  # of linear layers to swap; one may have several
@@ -104,16 +103,15 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
             planned.setdefault(id(module), (site, kind))
             names[name] = id(module)
     coverage = _coverage(model, names, skipped, spec)
-    table = _embedding(model, spec)
-    if not (names or table or spec.kv.active):
-        raise ConfigError([_nothing_matched(spec, skipped)])
-
+    table, table_name = _embedding(model)
+    table_spec = _table_spec(table, table_name, spec)
     state = FaultState(spec.base_seed, spec.exact_gradient)
-    memories = attention.install(model, spec, state) if spec.kv.active else []
-    if table is not None:
-        name, embedding = table
-        FaultyEmbedding.make(embedding, _site(name), spec.w, state)
-        memories.insert(0, name)
+    memories = attention.install(model, spec, state) if spec.any_kv_fault else []
+    if not (names or table_spec or memories):
+        raise ConfigError([_nothing_matched(spec, skipped)])
+    if table_spec is not None:
+        FaultyEmbedding.make(table, _site(table_name), table_spec.w, state)
+        memories.insert(0, table_name)
     swapped: dict[int, FaultyLinear] = {}
     for name, which in names.items():
         if which not in swapped:
@@ -121,9 +119,8 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
             layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
             assert layer_spec is not None
             # tied weights are one memory
-            tied = table is not None and table[1].weight is linear.weight
-            w_name = f"{_site(table[0])}/w" if tied and table else None
-            swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, lora, state, kind, w_name)  # type: ignore[arg-type]
+            w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
+            swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, lora, state, kind, w_site)  # type: ignore[arg-type]
         _put(model, name, swapped[which])
 
     if lora.r:
@@ -145,28 +142,42 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _check_bits(model: nn.Module, spec: BitFlipSpec) -> None:
-    """Raises ConfigError for bits that the model's dtype does not have."""
+def check_bits(spec: BitFlipSpec, dtypes: Iterable[torch.dtype]) -> None:
+    """Raises ConfigError for bits in ``spec`` that values of these dtypes do not have."""
     problems = []
-    for operand, dtype in product(OPERANDS, {dtype_name(p.dtype) for p in model.parameters()} & ELEMENT_BITS.keys()):
-        try:
-            spec.pattern(operand).bit_probabilities(0.0, 0.0, dtype)
-        except ValueError as problem:
-            problems.append(f"bitflip.{operand}_p_bits or {operand}_protected_bits, {problem}")
+    for dtype in sorted({dtype_name(dtype) for dtype in dtypes} & ELEMENT_BITS.keys()):
+        for changed in spec.variants():
+            for operand in OPERANDS:
+                try:
+                    changed.pattern(operand).bit_probabilities(0.0, 0.0, dtype)
+                except ValueError as problem:
+                    problems.append(f"bitflip.{operand}_p_bits or {operand}_protected_bits, {problem}")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _embedding(model: Any, spec: BitFlipSpec) -> tuple[str, nn.Embedding] | None:
-    """(name, module) of the input embedding, where it is to be faulty."""
-    if "embedding" not in spec.sites or not spec.w.active:
+def _embedding(model: Any) -> tuple[Any, str]:
+    """(the input embedding, its name), or (None, "")."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if get is not None else None
+    except NotImplementedError:
+        embedding = None
+    return embedding, next((name for name, module in model.named_modules() if module is embedding), "")
+
+
+def _table_spec(table: Any, name: str, spec: BitFlipSpec) -> BitFlipSpec | None:
+    """The spec of the input embedding, where it is to be faulty."""
+    if "embedding" not in spec.sites:
         return None
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding):
-        raise ConfigError([f"bitflip.sites: the input embedding is a {type(embedding).__name__}, not an nn.Embedding"])
-    if embedding.max_norm is not None:
+    layer_spec = spec.for_layer(_site(name))
+    if layer_spec is None or not layer_spec.w.active:
+        return None
+    if not isinstance(table, nn.Embedding):
+        raise ConfigError([f"bitflip.sites: the input embedding is a {type(table).__name__}, not an nn.Embedding"])
+    if table.max_norm is not None:
         raise ConfigError(["bitflip.sites: an embedding with max_norm changes its own weights and cannot be faulty"])
-    return next(name for name, module in model.named_modules() if module is embedding), embedding
+    return layer_spec
 
 
 def _nothing_matched(spec: BitFlipSpec, skipped: dict[str, str]) -> str:

@@ -21,6 +21,7 @@ that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a layer on a G
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -132,13 +133,23 @@ class FaultSite:
     def _key(self, name: str, device: torch.device) -> Tensor:
         return torch.full((), derive_key(self.state.seed, name), dtype=torch.int64, device=device)
 
-    def _flipped(self, name: str, x: Tensor, fault: Fault, key: Tensor, offset: int) -> Tensor:
-        """``x`` after flip and guard; with its gradient."""
+    def draw_name(self, operand: str) -> str:
+        """What names the draws of an operand, and the operand in a log."""
+        return f"{self.site}/{operand}"
+
+    def _flipped(self, operand: str, x: Tensor, fault: Fault, key: Tensor, offset: int) -> Tensor:
+        """``x`` after flip and guard, with its gradient; under autocast in the dtype that is computed with."""
         fault = self.state.effective(fault)
         if not fault.active:
             return x
         draw = draw_of(fault, key.to(x.device), self.state.tick.to(x.device), offset)
-        return apply_draw(x, draw) if self.state.tap is None else self.state.tap(name, x, draw)
+        computed = x
+        if torch.is_autocast_enabled(x.device.type):
+            computed = x.to(torch.get_autocast_dtype(x.device.type))
+        # a name is asked for only here: a compiled block must not depend on its own
+        if self.state.tap is None:
+            return apply_draw(computed, draw).to(x.dtype)
+        return self.state.tap(self.draw_name(operand), computed, draw).to(x.dtype)
 
 
 def _key_device(weight: Tensor) -> torch.device:
@@ -166,15 +177,15 @@ class FaultyLinear(FaultSite, nn.Linear):
         lora: LoraSpec,
         state: FaultState,
         kind: str = "linear",
-        w_name: str | None = None,
+        w_site: str | None = None,
     ) -> None:
-        """``w_name``: names the weight's draw, where another module holds the weight, too; else it is the site's."""
+        """``w_site``: the site of the module that holds the same weight, where there is one."""
         nn.Module.__init__(self)  # the parameters come from ``linear``: nothing is allocated twice
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
         self.site, self.kind, self.x_fault, self.w_fault = site, kind, x_fault, w_fault
-        self.x_name, self.w_name = f"{site}/x", w_name or f"{site}/w"
+        self.w_site = w_site or site
         self.lora, self.state = lora, state
         if lora.r:
             # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
@@ -199,12 +210,15 @@ class FaultyLinear(FaultSite, nn.Linear):
         with torch.no_grad():
             self.lora_B.zero_()
 
+    def draw_name(self, operand: str) -> str:
+        return f"{self.w_site if operand == 'w' else self.site}/{operand}"
+
     def set_faults(self, spec: BitFlipSpec | None) -> None:
         self.x_fault, self.w_fault = (spec.x, spec.w) if spec else (Fault(), Fault())
 
     def refresh_keys(self) -> None:
         device = _key_device(self.weight)
-        self.x_key, self.w_key = self._key(self.x_name, device), self._key(self.w_name, device)
+        self.x_key, self.w_key = (self._key(self.draw_name(operand), device) for operand in "xw")
         self.state.move_to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FaultyLinear":
@@ -243,8 +257,8 @@ class FaultyLinear(FaultSite, nn.Linear):
                 weight = ops.merge(
                     weight, lora_A, lora_B, self.lora.scaling, *draw_of(Fault(), self.w_key, state.tick, 0)
                 )
-            flipped_x = self._flipped(self.x_name, x, x_fault, self.x_key, state.rank * x.numel())
-            return F.linear(flipped_x, self._flipped(self.w_name, weight, w_fault, self.w_key, 0), bias)
+            flipped_x = self._flipped("x", x, x_fault, self.x_key, state.rank * x.numel())
+            return F.linear(flipped_x, self._flipped("w", weight, w_fault, self.w_key, 0), bias)
         # on x's device already, unless parameters are offloaded
         x_key, w_key, tick = (t.to(x.device) for t in (self.x_key, self.w_key, state.tick))
         y: Tensor = _FaultyMatmul.apply(
@@ -271,33 +285,36 @@ class FaultyLinear(FaultSite, nn.Linear):
 
 
 class FaultyEmbedding(FaultSite):
-    """Mixed into the class of an embedding, whose table suffers bit flips; what else it does, such as scaling, stays."""
+    """Mixed into the class of an embedding, whose table suffers bit flips; what else it does, as scaling, stays."""
 
     kind = "embedding"
-    name: str
+    plain: type[Any]
+    """The class that it had before."""
     weight: Tensor
     _parameters: dict[str, Any]
 
     @staticmethod
     def make(embedding: nn.Embedding, site: str, fault: Fault, state: FaultState) -> None:
         """Make an embedding faulty, in place; ``unmake`` undoes it."""
-        cls = type(embedding)
-        embedding.__class__ = type(f"Faulty{cls.__name__}", (FaultyEmbedding, cls), {})
         faulty: Any = embedding
-        faulty.site, faulty.fault, faulty.state, faulty.name = site, fault, state, f"{site}/w"
+        faulty.__class__ = _faulty_embedding(faulty.__class__)
+        faulty.site, faulty.fault, faulty.state = site, fault, state
         faulty.refresh_keys()
 
     def unmake(self) -> None:
-        self.__class__ = type(self).__bases__[1]
-        for name in ("site", "fault", "state", "name", "key"):
+        self.__class__ = self.plain
+        for name in ("site", "fault", "state", "key"):
             delattr(self, name)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return _new_faulty_embedding, (self.plain,), self.__dict__
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
         self.fault = spec.w if spec else Fault()
 
     def refresh_keys(self) -> None:
         device = _key_device(self.weight)
-        self.key = self._key(self.name, device)
+        self.key = self._key(self.draw_name("w"), device)
         self.state.move_to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -307,12 +324,22 @@ class FaultyEmbedding(FaultSite):
 
     def forward(self, *args: Any) -> Tensor:
         weight = self.weight
-        self._parameters["weight"] = self._flipped(self.name, weight, self.fault, self.key, 0)
+        self._parameters["weight"] = self._flipped("w", weight, self.fault, self.key, 0)
         try:
             rows: Tensor = super().forward(*args)  # type: ignore[misc]
         finally:
             self._parameters["weight"] = weight
         return rows
+
+
+@cache
+def _faulty_embedding(plain: Any) -> Any:
+    return type(f"Faulty{plain.__name__}", (FaultyEmbedding, plain), {"plain": plain})
+
+
+def _new_faulty_embedding(plain: Any) -> Any:
+    """Empty, for pickle."""
+    return object.__new__(_faulty_embedding(plain))
 
 
 def _fault_repr(fault: Fault) -> str:

@@ -97,7 +97,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
-    return _from_hub(AutoTokenizer.from_pretrained, name, "model.tokenizer", "a tokenizer")
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, name, "model.tokenizer", "a tokenizer")
+    if not tokenizer.tokenize("a bit"):  # transformers makes an empty one for a model without tokenizer files
+        raise ConfigError(
+            [f"model.tokenizer = {name!r}: holds no tokenizer; name one, or 'bytes' for byte-level tokens"]
+        )
+    return tokenizer
 
 
 def model_config(config: ModelConfig, tokenizer: Any) -> Any:

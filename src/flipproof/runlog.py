@@ -43,25 +43,31 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
         raise ConfigError([f"logging.run_dir = {str(run_dir)!r} is not a directory"])
 
 
+def temporary_name(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically. Infinity and NaN, which JSON does not have, become null."""
-    write_atomically(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None in the place of numbers that JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
@@ -79,7 +85,7 @@ class Metrics:
 
     def write(self, **values: Any) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
 
 def peak_memory_gib() -> float:

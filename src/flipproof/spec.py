@@ -355,6 +355,16 @@ class BitFlipSpec:
                 return replace(self, **override) if isinstance(override, Mapping) else None
         return self
 
+    def variants(self) -> list["BitFlipSpec"]:
+        """Itself, and what each override of single layers makes of it."""
+        overrides = self.layer_name_to_config.values()
+        return [self, *(replace(self, **override) for override in overrides if isinstance(override, Mapping))]
+
+    @property
+    def any_kv_fault(self) -> bool:
+        """Whether any attention reads faulty keys and values."""
+        return any(spec.kv.active for spec in self.variants())
+
     @property
     def any_fault(self) -> bool:
         """Whether any layer flips bits or has a guard."""

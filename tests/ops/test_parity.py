@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from flipproof.ops.parity import BLOCK, DTYPES, MAX_SPARSE_P, flip_plan, guard_bits, magnitude_bits, poisson_cdf, split
+from flipproof.ops.parity import BLOCK, DTYPES, MAX_SPARSE_P, ball_cdf, flip_plan, guard_bits, magnitude_bits, split
 
 PROBABILITIES = [0.5, 0.4999, 0.3, 0.1, 2**-4, 0.01, 2**-7, 2**-10, 1e-7, 2**-30, 0.5 - 2**-50]
 
@@ -24,7 +24,7 @@ def test_the_two_parts_of_a_probability_combine_to_it_exactly(p):
 @pytest.mark.parametrize("p", [Fraction(1, 128), Fraction(2**-10), Fraction(1e-7)])
 @pytest.mark.parametrize("bits", [6, 9, 23])
 def test_the_count_table_is_the_poisson_distribution_function(p, bits):
-    table = poisson_cdf(p, bits)
+    table = ball_cdf(p, bits)
     lam = -BLOCK * bits / 2 * np.log1p(-2 * float(p))
     expected = stats.poisson.cdf(np.arange(len(table)), lam)
     np.testing.assert_allclose(table.astype(np.float64) / 2**63, expected, rtol=1e-11, atol=1e-15)
@@ -33,7 +33,7 @@ def test_the_count_table_is_the_poisson_distribution_function(p, bits):
 
 
 def test_no_table_for_no_flips():
-    assert poisson_cdf(Fraction(0), 9) is None
+    assert ball_cdf(Fraction(0), 9) is None
     assert not flip_plan(torch.bfloat16, 0.0, 0.0).sparse
 
 

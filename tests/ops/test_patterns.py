@@ -245,17 +245,37 @@ def test_a_slice_of_the_draw_is_the_draw_of_the_slice(dtype, fault, monkeypatch)
     whole = masks(0.01, pattern, 30000, dtype)
     for offset, n in ((0, 5), (1, 8191), (8191, 3), (12345, 10001), (29999, 1)):
         assert torch.equal(masks(0.01, pattern, n, dtype, offset=offset), whole[offset : offset + n])
-    monkeypatch.setattr(patterns, "_CHUNK", BLOCK)
+    monkeypatch.setitem(patterns._CHUNK, "cpu", BLOCK)
     patterns._kept_maps.maps.clear()
     assert torch.equal(masks(0.01, pattern, 30000, dtype), whole)
 
 
-def test_a_map_that_is_kept_is_the_one_that_is_drawn():
-    pattern = Pattern(persistent=True, protection="secded")
-    first = masks(0.01, pattern, 5000, seed=99)
-    assert torch.equal(masks(0.01, pattern, 5000, seed=99), first)
-    patterns._kept_maps.maps.clear()
-    assert torch.equal(masks(0.01, pattern, 5000, seed=99), first)
+def test_a_map_is_drawn_once_and_kept(monkeypatch):
+    drawn = []
+    flips = patterns._Memory.flips
+    monkeypatch.setattr(patterns._Memory, "flips", lambda *args: drawn.append(args[1:]) or flips(*args))
+    monkeypatch.setattr(patterns, "_kept_maps", patterns._KeptMaps())
+    kept = Pattern(persistent=True, protection="secded")
+    first = masks(0.01, kept, 5000, tick=1)
+    assert torch.equal(masks(0.01, kept, 5000, tick=2), first)
+    assert len(drawn) == 1
+    for other in ({"seed": 8}, {"site": "b/w"}, {"offset": 4}, {"p_frac": 0.02}, {"dtype": torch.float16}):
+        masks(0.01, kept, 5000, **other)
+    assert torch.equal(masks(0.01, kept, 5001)[:5000], first)  # to the end of the block it is drawn already
+    masks(0.01, kept, 9000)
+    masks(0.01, Pattern(persistent=True), 5000)
+    assert len(drawn) == 8
+    # what is used least makes room
+    maps = patterns._kept_maps
+    assert maps.size == sum(patterns._bytes(one) for one in maps.maps.values())
+    monkeypatch.setattr(patterns, "_KEPT_BYTES", maps.size)
+    masks(0.01, kept, 5000)
+    masks(0.01, kept, 17000)
+    assert maps.size <= patterns._KEPT_BYTES
+    masks(0.01, kept, 5000)
+    assert len(drawn) == 9
+    masks(0.01, kept, 5000, seed=8)  # the oldest
+    assert len(drawn) == 10
 
 
 # --- protection

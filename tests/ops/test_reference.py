@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from flipproof.ops import reference
-from flipproof.ops.parity import BLOCK, flip_plan, ball_cdf, split
+from flipproof.ops.parity import BLOCK, ball_cdf, flip_plan, split
 from flipproof.ops.philox import derive_key
 
 FALSE_ALARM = 1e-6

@@ -190,8 +190,8 @@ class _Flip(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        if ctx.saved_tensors:
-            x, key, tick = ctx.saved_tensors
+        if saved := ctx.saved_tensors:  # asked for once: under activation checkpointing that recomputes
+            x, key, tick = saved
             grad = grad.clone(memory_format=torch.contiguous_format)
             torch.ops.flipproof.flip_grad_.default(x, grad, grad, *ctx.fault, key, tick, *ctx.where)
         return grad, *(None,) * 7

@@ -10,7 +10,8 @@ lowest points of a Poisson process of intensity 1 in (bit, λ): none is below λ
 The process is cut into bands, (1/2, 1], (1/4, 1/2], … and the rest below 2⁻²⁰, and each band into bit planes of blocks
 of 8192 elements. How many points a piece has is a 63-bit uniform looked up in a Poisson table (Philox purpose
 LEVEL_COUNTS, two bands a call); where each is and at which level within its band takes two words (purpose LEVELS, two
-points a call). Only bands that begin below λ(p) are drawn. A probability is met to 2⁻³² of itself.
+points a call). Only bands that begin below λ(p) are drawn. A probability is met to 2⁻³² of itself, and
+below 2⁻²⁰ to 2⁻⁵².
 
 **Bursts.** A point inverts a run of L bits in memory order, from the lowest bit of an element up and on into the next;
 with λ = −ln(1 − p) / L each bit is still wrong with probability p. What begins before the first element counts, too.
@@ -54,12 +55,13 @@ from flipproof.ops.philox import (
     WEYL,
     check_tick,
 )
-from flipproof.ops.reference import take_back  # noqa: F401 - the same on every device
 from flipproof.spec import SECDED_CHECK_BITS, Pattern
 
 _BANDS = 21
-_CHUNK = BLOCK << 8
-"""Elements drawn at a time."""
+_CHUNK = {"cpu": BLOCK << 8, "cuda": BLOCK << 12}
+"""Elements drawn at a time, at most: on a CPU they stay in the cache, on a GPU calls cost most."""
+_CHUNK_WRONG = 2**22
+"""Wrong bits drawn at a time, about."""
 _KEPT_BYTES = 2**31
 """Of the draws of persistent faults that are kept, on all devices."""
 _LOW_32 = 0xFFFFFFFF
@@ -74,6 +76,11 @@ class Flips(NamedTuple):
     """int64, the bits to invert."""
     zeroed: Tensor
     """int64 indices of elements that a protection zeroes."""
+
+    def first(self, count: int) -> "Flips":
+        """Of the first ``count`` elements."""
+        inside = self.element < count
+        return Flips(self.element[inside], self.mask[inside], self.zeroed[self.zeroed < count])
 
 
 def flip(x: Tensor, grad: Tensor | None, *draw: Any) -> Tensor:
@@ -104,14 +111,18 @@ def flip_(
     tick_number = 0 if fault.persistent else check_tick(int(tick))
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK - 1:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
-    name = (p_exp, p_frac, pattern, x.dtype, int(key), tick_number, offset, x.numel(), str(x.device))
+    # What is kept goes on to the end of its last block, so that a cache that grows by a token finds it again.
+    count = -(-x.numel() // BLOCK) * BLOCK if fault.persistent else x.numel()
+    name = (p_exp, p_frac, pattern, x.dtype, int(key), tick_number, offset, count, str(x.device))
     flips = _kept_maps.get(name) if fault.persistent else None
     if flips is None:
         p_bits = fault.bit_probabilities(p_exp, p_frac, dtype_name(x.dtype))
         memory = _Memory(fault, p_bits, int(key), tick_number, x.device)
-        flips = memory.flips(offset, x.numel())
+        flips = memory.flips(offset, count)
         if fault.persistent:
             _kept_maps.put(name, flips, x.nbytes)
+    if count > x.numel():
+        flips = flips.first(x.numel())
     flat, flat_grad = x.detach().view(-1), None if grad is None else grad.view(-1)
     bits = flat.view(torch.int32 if x.dtype.itemsize == 4 else torch.int16)
     bits[flips.element] ^= flips.mask.to(bits.dtype)
@@ -154,9 +165,11 @@ class _Memory:
         """What happens to ``count`` elements from ``offset`` on; indices count from there."""
         # whole words, since a decoder sees the neighbours
         begin, end = offset // self.per_word * self.per_word, -(-(offset + count) // self.per_word) * self.per_word
+        a_block = BLOCK * (math.fsum(self.p_bits) + self.fault.p_row * self.bits / 2)  # has so many wrong bits
+        chunk = min(_CHUNK.get(self.device.type, _CHUNK["cpu"]), BLOCK * max(1, int(_CHUNK_WRONG / max(a_block, 1))))
         parts = []
-        for first in range(begin, end, _CHUNK):
-            part = self._decoded(first, min(_CHUNK, end - first))
+        for first in range(begin, end, chunk):
+            part = self._decoded(first, min(chunk, end - first))
             shift = first - offset
             parts.append(Flips(part.element + shift, part.mask, part.zeroed + shift))
         index, mask, zeroed = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
