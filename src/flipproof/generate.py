@@ -1,0 +1,262 @@
+"""Text from the same prompt and the same random numbers, clean and with flips: where they part, and what was flipped.
+
+Generation is ``transformers``' own. Each pass over the model is a tick, so a transient fault flips anew for every
+token; the first pass reads the prompt, and later ones a token each beside the KV cache.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from flipproof import parallel, runlog
+from flipproof.adapter import adapter_spec, load_adapter
+from flipproof.build import build_model
+from flipproof.config import ConfigError, RunConfig
+from flipproof.evaluate import check_log, fault_seeds
+from flipproof.inject import fault_state, faults, is_faulty
+from flipproof.injection_log import FlipCount, FlipLog, Replay, about, tapped
+from flipproof.model import compute_context, load_tokenizer
+
+RESULT = "generate.json"
+_ARMS = {
+    "clean": {"flips": False, "guard": False, "adapters": False},
+    "flipped": {"adapters": False},
+    "recovered": {},
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, as in ``transformers``."""
+
+    max_new_tokens: int = 100
+    """Tokens to add at most."""
+    do_sample: bool = False
+    """Draw the next token; otherwise the likeliest is taken."""
+    temperature: float = 1.0
+    """Divides the logits before a draw."""
+    top_k: int | None = None
+    """Draw from so many likeliest tokens. Default: from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the draws of tokens, the same for all texts."""
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"--max_new_tokens {self.max_new_tokens}: at least 1 is allowed")
+        if not self.temperature > 0:
+            problems.append(
+                f"--temperature {self.temperature}: a positive number is allowed (without --do_sample: none)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"--top_k {self.top_k}: at least 1 is allowed")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"--top_p {self.top_p}: a number above 0, up to 1, is allowed")
+        return problems
+
+
+@dataclass(frozen=True)
+class Text:
+    """One arm's text."""
+
+    text: str
+    """What was added to the prompt."""
+    tokens: int
+    """How many tokens that is."""
+    parts_at: int | None
+    """The first new token, counted from 0, that is not the clean text's; None where there is none."""
+    passes: int
+    """Forward passes."""
+    flipped_bits: dict[str, int]
+    """Operand ("w": weights, "x": inputs, "k" and "v": the cache) -> bits inverted in all passes."""
+    zeroed: dict[str, int]
+    """Operand -> values that guard or protection zeroed in all passes."""
+
+
+def generate(
+    config: RunConfig,
+    prompt: str,
+    sampling: Sampling | None = None,
+    *,
+    adapter: Path | None = None,
+    to: Path | None = None,
+    flip_log: Path | None = None,
+    replay: Path | None = None,
+) -> dict[str, Text]:
+    """Continue a prompt without and with faults.
+
+    Args:
+        config: model and faults; the fault seed is the first that evaluation uses.
+        prompt: what to continue.
+        sampling: how.
+        adapter: directory of a PEFT adapter; adds the arm ``recovered``.
+        to: directory to write ``generate.json`` into; it must not hold one.
+        flip_log: file for all flips of the arm ``flipped``, or with an adapter of ``recovered``.
+        replay: such a file; its flips take the place of that arm's draws.
+
+    Returns:
+        Arm -> its text; ``clean`` comes first.
+
+    Raises:
+        ConfigError: where model, prompt, sampling or a file are at fault.
+    """
+    sampling = sampling or Sampling()
+    if problems := sampling.problems():
+        raise ConfigError(problems)
+    if to is not None and (to / RESULT).exists():
+        raise ConfigError([f"{to / RESULT} exists already; name another directory"])
+    if not prompt:
+        raise ConfigError(["--prompt is empty; give at least a character"])
+    if flip_log or replay:
+        check_log(config, flip_log, replay)
+    config = replace(config, training=replace(config.training, activation_checkpointing="none", compile=False))
+    with parallel.start(config.parallelism) as world, ExitStack() as stack:
+        tokenizer = load_tokenizer(config.model)
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        model = build_model(config, tokenizer, world, adapter_spec(adapter) if adapter else None)
+        _check_length(model, ids.shape[1], sampling)
+        if adapter:
+            load_adapter(model, adapter)
+        arms = ["clean"]
+        if config.bitflip.any_fault:
+            arms += ["flipped", "recovered"] if adapter else ["flipped"]
+        elif adapter:
+            arms.append("recovered")
+        replayed = Replay(replay, next(model.parameters()).dtype) if replay else None
+        log = None
+        if flip_log and world.first:
+            seed = fault_seeds(config.bitflip.base_seed, 1)[0]
+            what = about(model, seed=seed, prompt=prompt, sampling=asdict(sampling), arm=arms[-1])
+            log = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
+        texts: dict[str, Text] = {}
+        clean: Sequence[int] = ()
+        with compute_context(config.training, model):
+            for arm in arms:
+                tap: FlipCount | Replay = FlipCount() if arm != arms[-1] else replayed or log or FlipCount()
+                tokens, passes = _continued(model, ids.to(world.device), arm, config, sampling, tokenizer, tap)
+                clean = tokens if arm == "clean" else clean
+                texts[arm] = Text(
+                    text=tokenizer.decode([*ids[0].tolist(), *tokens], skip_special_tokens=True).removeprefix(
+                        tokenizer.decode(ids[0], skip_special_tokens=True)
+                    ),
+                    tokens=len(tokens),
+                    parts_at=_parts_at(clean, tokens),
+                    passes=passes,
+                    flipped_bits=dict(tap.flipped_bits),
+                    zeroed=dict(tap.zeroed),
+                )
+        if replayed:
+            replayed.check_all_done()
+        if to is not None and world.first:
+            to.mkdir(parents=True, exist_ok=True)
+            _write(to / RESULT, config, prompt, sampling, texts)
+    return texts
+
+
+@torch.no_grad()
+def _continued(
+    model: Any, ids: torch.Tensor, arm: str, config: RunConfig, sampling: Sampling, tokenizer: Any, tap: Any
+) -> tuple[list[int], int]:
+    """(new tokens, forward passes) of one arm."""
+    how = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.do_sample,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        **(
+            {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
+            if sampling.do_sample
+            else {}
+        ),
+    )
+    model.eval()
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    hook = model.register_forward_pre_hook(count)
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.callback(hook.remove)
+        stack.enter_context(torch.random.fork_rng(devices))
+        torch.manual_seed(sampling.seed)
+        if is_faulty(model):
+            state = fault_state(model)
+            rank, state.rank = state.rank, 0  # every process continues the same row
+            stack.callback(setattr, state, "rank", rank)
+            stack.enter_context(faults(model, seed=fault_seeds(config.bitflip.base_seed, 1)[0], **_ARMS[arm]))
+            if arm != "clean":
+                stack.enter_context(tapped(model, tap))
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    return output[0, ids.shape[1] :].tolist(), passes
+
+
+def _check_length(model: Any, prompt: int, sampling: Sampling) -> None:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if prompt == 0:
+        raise ConfigError(["--prompt: the tokenizer makes no token of it"])
+    if room is not None and prompt + sampling.max_new_tokens > room:
+        raise ConfigError(
+            [
+                f"--max_new_tokens {sampling.max_new_tokens}: the prompt has {prompt} tokens and the model room for "
+                f"{room}; at most {max(0, room - prompt)} is allowed"
+            ]
+        )
+
+
+def _parts_at(clean: Sequence[int], tokens: Sequence[int]) -> int | None:
+    if clean == tokens:
+        return None
+    pairs = zip(clean, tokens, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(clean), len(tokens)))
+
+
+def _write(path: Path, config: RunConfig, prompt: str, sampling: Sampling, texts: dict[str, Text]) -> None:
+    runlog.write_json(
+        path,
+        {
+            "model": config.model.hf_model_path or config.model.flavor,
+            "prompt": prompt,
+            "sampling": asdict(sampling),
+            "seed": fault_seeds(config.bitflip.base_seed, 1)[0],
+            "bitflip": asdict(config.bitflip),
+            "texts": {arm: text.text for arm, text in texts.items()},
+            "parts_at": {arm: text.parts_at for arm, text in texts.items()},
+            "flips": {arm: text.flipped_bits for arm, text in texts.items()},
+            "zeroed": {arm: text.zeroed for arm, text in texts.items()},
+            "passes": {arm: text.passes for arm, text in texts.items()},
+        },
+    )
+
+
+_OPERANDS = {"w": "weights", "x": "inputs", "k": "keys", "v": "values"}
+
+
+def texts_report(prompt: str, texts: dict[str, Text]) -> str:
+    """All texts with where they part from the clean one, and what was flipped on the way, for people."""
+    parts = []
+    for arm, text in texts.items():
+        lines = [f"--- {arm} ---", prompt + text.text]
+        if arm != "clean":
+            same = (
+                "the clean text" if text.parts_at is None else f"parts from the clean text at token {text.parts_at + 1}"
+            )
+            flips = ", ".join(f"{n:,} bits of {_OPERANDS[operand]}" for operand, n in text.flipped_bits.items())
+            zeroed = sum(text.zeroed.values())
+            lines.append(
+                f"({same}; in {text.passes} passes {flips or 'nothing was drawn'}"
+                + (" were flipped" if flips else "")
+                + (f", {zeroed:,} values zeroed" if zeroed else "")
+                + ")"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
