@@ -1,4 +1,6 @@
+import json
 import os
+import random
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
@@ -40,3 +42,61 @@ def tiny_llama():
 @pytest.fixture
 def token_ids():
     return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+_WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "birds", "near", "old", "trees"]
+_LM_EVAL_TASKS = {
+    "toy_choice": """
+output_type: multiple_choice
+training_split: test
+fewshot_split: test
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "toy_pages": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+    "toy_generate": """
+output_type: generate_until
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+_LM_EVAL_GROUP = """
+group: toy_group
+task: [toy_choice, toy_pages]
+aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture(scope="session")
+def lm_eval_tasks(tmp_path_factory):
+    """A directory for ``--include-path``: one small task of each of lm-eval's kinds, and a group of two of them."""
+    directory = tmp_path_factory.mktemp("lm_eval_tasks")
+    rng = random.Random(0)
+    for name, task in _LM_EVAL_TASKS.items():
+        words = 60 if name == "toy_pages" else 5
+        lines = [
+            json.dumps(
+                {
+                    "question": " ".join(rng.choices(_WORDS, k=words)),
+                    "choices": [" ".join(rng.choices(_WORDS, k=2)) for _ in range(3)],
+                    "answer": rng.randrange(3),
+                }
+            )
+            for _ in range(4 if name == "toy_pages" else 10)
+        ]
+        data = directory / f"{name}.jsonl"
+        data.write_text("\n".join(lines) + "\n")
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        (directory / f"{name}.yaml").write_text(f"{head}{task}metadata: {{version: 1.0}}\n")
+    (directory / "toy_group.yaml").write_text(_LM_EVAL_GROUP)
+    return directory

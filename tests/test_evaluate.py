@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -7,11 +11,26 @@ import torch
 from scipy import stats
 
 import flipproof
-from flipproof import BitFlipSpec, LoraSpec
+from flipproof import BitFlipSpec, LoraSpec, loss
 from flipproof.adapter import save_adapter
+from flipproof.cli import main
 from flipproof.config import ConfigError, load_config
 from flipproof.data import PackedText
-from flipproof.evaluate import Arm, arms_table, evaluate, fault_seeds, gap_closed, mean_loss, measure_arms, t_interval
+from flipproof.evaluate import (
+    Arm,
+    Cost,
+    arms_table,
+    costs,
+    evaluate,
+    fault_seeds,
+    gap_closed,
+    mean_loss,
+    measure_arms,
+    sure_enough,
+    t_interval,
+    two_way_interval,
+)
+from flipproof.loss import LossHead, fuse_loss, loss_by_row, next_token_loss
 from flipproof.model import byte_tokenizer
 
 SPEC = BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, w_zero_out_t=0.06, x_p_exp=0.01, x_zero_out_t=8.0)
@@ -35,6 +54,141 @@ def test_loss_is_the_token_weighted_cross_entropy(tiny_llama, text):
     assert tokens == 7 * 23
     some = mean_loss(model, text, num_samples=2, batch_size=5)
     assert some == (pytest.approx(-float(log_p[[0, 3]].mean()), abs=1e-6), 2 * 23)  # spread over the seven
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_by_row_are_those_of_the_logits(tiny_llama, token_ids, fused, monkeypatch):
+    model = tiny_llama().eval()
+    with torch.no_grad():
+        log_p = model(token_ids).logits.double()[:, :-1].log_softmax(-1).gather(-1, token_ids[:, 1:, None])
+    if fused:
+        fuse_loss(model)
+        assert isinstance(model.get_output_embeddings(), LossHead)
+        monkeypatch.setattr(loss, "_CHUNK", 258 * 7)  # 46 tokens in chunks of 7
+    got = loss_by_row(model, token_ids)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, -log_p.mean((1, 2)), rtol=0, atol=1e-6)
+    assert not got.requires_grad
+    # the head is as it was: logits, and a loss that trains
+    torch.testing.assert_close(next_token_loss(model, token_ids).double(), got.mean(), rtol=0, atol=1e-6)
+    assert model(token_ids).logits.shape == (2, 24, 258)
+
+
+def test_an_arm_says_how_seeds_and_sequences_vary(tiny_llama, text):
+    """Against losses from logits, one pass and one sequence at a time where the draws allow it: persistent weights."""
+    model = tiny_llama()
+    flipproof.inject(model, BitFlipSpec(w_p_frac=0.1, w_zero_out_t=4.0, w_faults="persistent"))
+    seeds = [3, 1, 4]
+    arms = measure_arms(model, ("clean", "flipped"), text, seeds=seeds, num_samples=5, batch_size=2)
+    ids = torch.from_numpy(text.sequences[[0, 1, 2, 4, 5]].astype(np.int64))  # 5 of 7, evenly
+    table = []
+    for seed in seeds:
+        with flipproof.faults(model, seed=seed), torch.no_grad():
+            log_p = model(ids).logits.double()[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+        table.append(-log_p.mean((1, 2)).numpy())
+    arm, table = arms["flipped"], np.array(table)
+    assert arm.trial_losses == pytest.approx(table.mean(1), abs=1e-6)
+    assert arm.sequence_losses == pytest.approx(table.mean(0), abs=1e-6)
+    assert arm.seed_sd == pytest.approx(np.std(table.mean(1), ddof=1), rel=1e-4)
+    expected = stats.ttest_1samp(table.mean(0), 0).confidence_interval(0.95)
+    assert arm.text_interval == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert (arm.tokens, arms["clean"].seed_sd) == (5 * 23, None)
+    # what two sets of dummy variables leave of the table, by least squares
+    rows, columns = np.indices(table.shape).reshape(2, -1)
+    dummies = np.concatenate([np.eye(3)[rows], np.eye(5)[columns]], axis=1)
+    rest = table.ravel() - dummies @ np.linalg.lstsq(dummies, table.ravel())[0]
+    assert arm.residual_variance == pytest.approx((rest**2).sum() / (2 * 4), rel=1e-3)
+    assert Arm.from_dict(json.loads(json.dumps(asdict(arm)))) == arm
+
+
+def test_the_cost_is_paired_by_sequence():
+    """Against the analysis of variance of the table of differences."""
+    rng = np.random.default_rng(0)
+    clean = rng.normal(3, 1, 6)
+    table = clean + 0.5 + rng.normal(0, 0.2, (4, 1)) + rng.normal(0, 0.1, 6) + rng.normal(0, 0.05, (4, 6))
+    guard = clean + rng.normal(0.1, 0.1, 6)
+    arms = {
+        "clean": Arm.from_table(clean[None], 60),
+        "guard": Arm.from_table(guard[None], 60),
+        "flipped": Arm.from_table(table, 60),
+    }
+    found = costs(arms)
+    assert list(found) == ["guard", "flipped"]
+    paired = stats.ttest_rel(guard, clean).confidence_interval(0.95)
+    assert found["guard"].interval == pytest.approx((paired.low, paired.high))
+    d = table - clean
+    k, s = d.shape
+    mean = d.mean()
+    ms_seeds = s * ((d.mean(1) - mean) ** 2).sum() / (k - 1)
+    ms_text = k * ((d.mean(0) - mean) ** 2).sum() / (s - 1)
+    ms_rest = ((d - d.mean(1)[:, None] - d.mean(0) + mean) ** 2).sum() / ((k - 1) * (s - 1))
+    variance = (ms_seeds + ms_text - ms_rest) / (k * s)
+    freedom = variance**2 / ((ms_seeds / (k * s)) ** 2 / (k - 1) + (ms_text / (k * s)) ** 2 / (s - 1))
+    expected = stats.t.interval(0.95, freedom, loc=mean, scale=math.sqrt(variance))
+    assert found["flipped"].cost == pytest.approx(mean)
+    assert found["flipped"].interval == pytest.approx(expected)
+    assert f"{mean:+.4f} ({expected[0]:+.4f} to {expected[1]:+.4f})" in arms_table(arms)
+    # from results.json, as a resumed run has them
+    again = {name: Arm.from_dict(json.loads(json.dumps(asdict(arm)))) for name, arm in arms.items()}
+    assert costs(again) == found
+    assert costs({"flipped": arms["flipped"]}) == {}
+    broken = Arm.from_table(np.array([[1.0, 2.0], [1.0, math.inf]]), 20)
+    assert costs({"clean": arms["clean"], "flipped": broken}) == {"flipped": Cost(math.inf, None)}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "text", "rest", "least", "most"),
+    [
+        (1.0, 0.0, 0.0, 0.95, 0.95),  # nothing but seeds: Student's t, exactly
+        (0.05, 1.0, 0.2, 0.945, 0.96),
+        (1.0, 1.0, 1.0, 0.94, 0.965),
+        (0.3, 1.0, 1.0, 0.935, 0.965),
+        (0.0, 0.0, 1.0, 0.96, 0.995),  # independent values: the two first terms count them twice
+    ],
+)
+def test_the_interval_over_seeds_and_text_covers_the_truth(seeds, text, rest, least, most):
+    """2000 simulated experiments of 5 seeds and 16 sequences with these standard deviations: coverage is
+    Binomial(2000, p), p from least to most; bound at a false alarm of 1e-6 for either side."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        table = rng.normal(0, seeds, (5, 1)) + rng.normal(0, text, 16) + rng.normal(0, rest, (5, 16))
+        arm = Arm.from_table(table, 1)
+        low, high = two_way_interval(arm.trial_losses, arm.sequence_losses, arm.residual_variance)
+        covered += low < 0 < high
+    assert stats.binomtest(covered, 2000, least, alternative="less").pvalue > 1e-6
+    assert stats.binomtest(covered, 2000, most, alternative="greater").pvalue > 1e-6
+
+
+def test_stopping_when_sure_covers_the_truth_92_times_of_100_at_worst():
+    """1500 experiments that stop at a half-width of half a standard deviation, where coverage is least: 0.9223 by
+    400,000 experiments in plain NumPy. Binomial(1500, 0.9223), bound at a false alarm of 1e-6."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for draws in rng.normal(3.0, 1.0, (1500, 100)).tolist():
+        count = next((n for n in range(5, 100) if sure_enough(draws[:n], math.expm1(0.5))), 100)
+        low, high = t_interval(draws[:count])
+        covered += low < 3.0 < high
+    assert stats.binomtest(covered, 1500, 0.9223).pvalue > 1e-6
+
+
+def test_until_ci_adds_seeds_until_the_perplexity_is_known(tiny_llama, text):
+    model = tiny_llama()
+    flipproof.inject(model, BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, w_zero_out_t=0.06))
+    options = {"num_samples": 3, "batch_size": 3, "seeds": range(1, 21)}
+    every = measure_arms(model, ("flipped",), text, **options)["flipped"].trial_losses
+    widths = {n: math.exp(t_interval(every[:n])[1] - np.mean(every[:n])) - 1 for n in range(5, 21)}
+    wanted = widths[9] * 1.0001
+    stops = next(n for n, width in widths.items() if width <= wanted)
+    assert 5 < stops <= 9
+    arms = measure_arms(model, ("clean", "flipped"), text, until_ci=wanted, **options)
+    assert arms["flipped"].trial_losses == every[:stops]
+    assert arms["clean"].trials == 1
+    more = measure_arms(model, ("flipped",), text, until_ci=1e9, at_least=7, **options)["flipped"]
+    assert more.trial_losses == every[:7]
+    assert measure_arms(model, ("flipped",), text, until_ci=1e-9, **options)["flipped"].trial_losses == every
+    assert sure_enough([1.0, math.inf, 1.0, 1.0, 1.0], 0.01)  # nothing will make that finite
+    assert not sure_enough([1.0] * 4, 0.01)
 
 
 def test_arms_switch_what_they_say(tiny_llama, text):
@@ -90,6 +244,7 @@ def test_gap_closed():
 
 def test_a_broken_model_has_infinite_perplexity():
     arm = Arm.from_losses([1.0, math.inf], 1)
+    assert arm.seed_sd is None
     assert arm.perplexity == math.inf
     assert Arm.from_dict({"trial_losses": [1.0, None], "tokens": 1}) == arm  # as JSON has it
     assert arm.perplexity_interval is None
@@ -125,6 +280,7 @@ def test_evaluate_writes_equal_files_for_equal_runs_and_never_over_one(model_dir
     results = json.loads(one)
     assert list(results["arms"]) == ["clean", "guard", "flipped"]
     assert results["arms"]["flipped"]["loss"] == arms["flipped"].loss
+    assert results["costs"]["flipped"]["cost"] == arms["flipped"].loss - arms["clean"].loss
     assert results["dtype"] == "float32"
     assert results["fault_seeds"] == [1, 2]
     with pytest.raises(ConfigError, match="exists already"):
@@ -133,6 +289,23 @@ def test_evaluate_writes_equal_files_for_equal_runs_and_never_over_one(model_dir
 
 def test_evaluate_without_faults_measures_the_clean_arm_alone(model_dir):
     assert list(evaluate(settings(model_dir))) == ["clean"]
+
+
+def test_until_ci_is_the_same_in_two_processes(model_dir, tmp_path):
+    flags = ["--until-ci", "0.001", "--eval.max_trials", "20", "--num-samples", "5", "--training.seq_len", "32",
+             "--data.source", "stdlib", "--data.max_tokens", "20000", "--bitflip.w_p_frac", "0.1",
+             "--bitflip.w_zero_out_t", "1", "--bitflip.x_p_frac", "0.1"]  # fmt: skip
+    assert main(["eval", str(model_dir), *flags, "--batch-size", "4", "--to", str(tmp_path / "1")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "flipproof"]
+    command = [*launch, "eval", str(model_dir), *flags, "--batch-size", "2", "--to", str(tmp_path / "2")]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("1", "2"))
+    arm, other = one["arms"]["flipped"], two["arms"]["flipped"]
+    assert 5 < arm["trials"] < 20  # else this tells nothing
+    assert one["fault_seeds"] == two["fault_seeds"] == list(range(1, 1 + arm["trials"]))
+    assert other["trial_losses"] == pytest.approx(arm["trial_losses"], rel=1e-5)
+    assert other["sequence_losses"] == pytest.approx(arm["sequence_losses"], rel=1e-5)
+    assert two["costs"]["flipped"]["interval"] == pytest.approx(one["costs"]["flipped"]["interval"], rel=1e-3)
 
 
 def test_evaluate_an_adapter(model_dir, tmp_path, tiny_llama):
@@ -146,3 +319,31 @@ def test_evaluate_an_adapter(model_dir, tmp_path, tiny_llama):
     save_adapter(other, tmp_path / "other", None)
     with pytest.raises(ConfigError, match=r"does not fit this model: .*down_proj.*shape"):
         evaluate(settings(model_dir, w_p_frac=0.1), adapter=tmp_path / "other")
+
+
+def test_a_logged_evaluation_replays(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("All that flips is not lost. " * 400)
+    settings = {
+        "model": {"hf_model_path": str(tmp_path / "model"), "tokenizer": "bytes"},
+        "data": {"eval_source": str(tmp_path / "text.txt")},
+        "training": {"seq_len": 64, "local_batch_size": 4},
+        "eval": {"trials": 2, "num_samples": 8},
+        "bitflip": {"w_p_exp": 1e-3, "w_p_frac": 0.01, "w_zero_out_t": 2.0, "x_p_frac": 0.01, "kv_p_frac": 0.01},
+    }
+    log = tmp_path / "flips.jsonl.gz"
+    first = evaluate(load_config([], settings), flip_log=log)["flipped"].trial_losses[0]
+    settings["bitflip"] |= {"base_seed": 40}
+    arms = evaluate(load_config([], settings), replay=log)
+    assert arms["replayed"].trial_losses == (first,)
+    assert first not in arms["flipped"].trial_losses
+    assert "from a log" in arms_table(arms)
+    with pytest.raises(ConfigError, match=r"flips\.jsonl\.gz exists already"):
+        evaluate(load_config([], settings), flip_log=log)
+    settings["data"]["eval_source"] = str(tmp_path / "other.txt")
+    (tmp_path / "other.txt").write_text("Other text. " * 400)
+    different = evaluate(load_config([], settings), replay=log)["replayed"].trial_losses
+    assert different != (first,)  # the log's flips on other text
+    settings["eval"] |= {"num_samples": 4}
+    with pytest.raises(ConfigError, match=r"in pass 1 was not reached.* same model, faulty sites, text and batch"):
+        evaluate(load_config([], settings), replay=log)

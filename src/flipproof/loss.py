@@ -6,8 +6,9 @@ the softmax p and the one-hot target e, d loss / d logits = (p - e) / n. What st
 hidden states, and of the head's own weights where they train (Hsu et al., Liger Kernel, 2024, fuse the same).
 
 ``LossHead`` takes the place of a model's output head with the same parameters. Called as always it gives logits, so
-that generation and lm-eval see the head they know; ``next_token_loss`` asks it for the loss. A model that changes
-logits after its head (a soft cap, a scale) is not given such a head: there the logits are held whole.
+that generation and lm-eval see the head they know; ``next_token_loss`` asks it for the loss, and ``loss_by_row``, for
+evaluation, for that of each row. A model that changes logits after its head (a soft cap, a scale) is not given such a
+head: there the logits are held whole.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,8 @@ class LossHead(nn.Linear):
 
     targets: Tensor | None = None
     """Labels (batch, sequence): forward then gives the mean next-token loss over them."""
+    by_row = False
+    """Whether the mean is taken of each row apart, without gradients and with no label ignored."""
     loss: Tensor | None = None
     """What it gave last."""
 
@@ -43,16 +46,31 @@ class LossHead(nn.Linear):
         self.training = head.training
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits (batch, sequence, vocabulary), or with ``targets`` their mean cross-entropy in float32."""
+        """Logits (batch, sequence, vocabulary), or with ``targets`` their mean cross-entropy in float32; ``by_row``, a
+        float64 one for each of the batch."""
         if self.targets is None:
             return F.linear(hidden, self.weight, self.bias)
         hidden = hidden[:, :-1].reshape(-1, self.in_features)
+        if self.by_row:
+            self.loss = (
+                self._token_losses(hidden, self.targets[:, 1:].reshape(-1, 1)).view(len(self.targets), -1).mean(1)
+            )
+            return self.loss
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if not torch.is_grad_enabled():  # a function is not told, and would take gradients that nobody wants
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         self.loss = _LinearCrossEntropy.apply(hidden, weight, bias, self.targets[:, 1:].reshape(-1))
         return self.loss
+
+    def _token_losses(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy (n, 1) in float64 of hidden states (n, in) with their targets (n, 1), a chunk at a time."""
+        parts = hidden.split(max(1, _CHUNK // self.out_features))
+        losses = [
+            _cross_entropy(F.linear(part, self.weight, self.bias), rows)
+            for part, rows in zip(parts, target.split(len(parts[0])), strict=True)
+        ]
+        return torch.cat(losses).double()
 
 
 def fuse_loss(model: nn.Module) -> None:
@@ -78,9 +96,29 @@ def next_token_loss(
     if not isinstance(head, LossHead):
         loss: Tensor = forward(input_ids=ids, labels=labels, use_cache=False).loss
         return loss
+    return _from_head(head, model, ids, labels, forward)
+
+
+@torch.no_grad()
+def loss_by_row(model: nn.Module, ids: Tensor) -> Tensor:
+    """What ``next_token_loss`` is the mean of: the mean cross-entropy in nats of each row of ``ids`` (rows, s), as
+    float64 of shape (rows,). No gradients."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, LossHead):
+        logits = model(input_ids=ids, use_cache=False).logits
+        rows = [_cross_entropy(row, targets[:, None]) for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True)]
+        return torch.stack(rows).squeeze(2).double().mean(1)
+    head.by_row = True
+    try:
+        return _from_head(head, model, ids, ids, model)
+    finally:
+        head.by_row = False
+
+
+def _from_head(head: LossHead, model: nn.Module, ids: Tensor, labels: Tensor, forward: Callable[..., Any]) -> Tensor:
     head.targets = labels
     try:
-        loss = forward(input_ids=ids, use_cache=False).logits
+        loss: Tensor = forward(input_ids=ids, use_cache=False).logits
         if head.loss is None or loss.data_ptr() != head.loss.data_ptr():
             raise NotImplementedError(f"{type(model).__name__} changes its logits after the output head")
     finally:
@@ -133,6 +171,12 @@ def _losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -> tupl
     """
     run = _fused if logits.is_cuda else _eager_losses_and_gradient
     return run(logits, target, counts)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """(n, 1) in float32, of rows of logits (n, v)."""
+    wide = logits.float()
+    return wide.logsumexp(1, keepdim=True) - wide.gather(1, target)
 
 
 def _eager_losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

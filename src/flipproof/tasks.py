@@ -1,0 +1,290 @@
+"""lm-eval's tasks by arms, each metric with its interval over fault seeds.
+
+Every task is run once for each arm, and in arms that flip bits once for each fault seed. Each run starts at tick 0 of
+its seed and has one task alone, so a figure does not depend on what else was asked for. The metric's mean over seeds
+has Student's t interval over them; lm-eval's own standard error, which says how far another sample of questions would
+move one run, is given beside it.
+
+**Answers are kept, if at all, by run.** ``TaskRequest.cache`` is a directory with one file for each run, under a hash
+of all that its answer depends on: weights, adapter, tokenizer, dtype, task, its data, arm, faults, seed, batch size and
+versions. A file holds what the whole run gave, never single responses: to answer some requests from a cache would move
+the others to other ticks and batches, that is, to other flips.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from flipproof import parallel
+from flipproof.config import DataConfig, RunConfig
+from flipproof.data import load_held_out
+from flipproof.evaluate import (
+    FLIPPED_ARMS,
+    TRAINED_ARMS,
+    Arm,
+    arm_faults,
+    check_free,
+    fault_seeds,
+    measure_config_arms,
+    open_model,
+    t_interval,
+    write_results,
+)
+from flipproof.harness import (
+    SEEDS,
+    LoadedTask,
+    TaskRequest,
+    as_sha256,
+    harness_model,
+    load_tasks,
+    one_process,
+    run_task,
+)
+from flipproof.inject import iter_faulty
+from flipproof.model import load_tokenizer
+from flipproof.runlog import logger, write_atomically
+from flipproof.spec import BitFlipSpec
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of one task in one arm."""
+
+    mean: float
+    """Over fault seeds."""
+    interval: tuple[float, float] | None
+    """95%, Student's t over fault seeds; None where there is one trial."""
+    seed_sd: float | None
+    """Standard deviation between fault seeds."""
+    stderr: float | None
+    """lm-eval's standard error, from its sample of questions, of one trial (the mean of the trials')."""
+    trials: tuple[float, ...]
+    """The value of each trial."""
+
+    @classmethod
+    def from_trials(cls, values: Sequence[float], stderrs: Sequence[float]) -> "Metric":
+        interval = t_interval(values)
+        return cls(
+            mean=math.fsum(values) / len(values) if all(map(math.isfinite, values)) else float(np.mean(values)),
+            interval=interval,
+            seed_sd=None if interval is None else float(np.std(values, ddof=1)),
+            stderr=float(np.mean(stderrs)) if stderrs else None,
+            trials=tuple(values),
+        )
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task, or a part of one, in all arms."""
+
+    shown: bool
+    """Whether the table has it: the tasks of a group are in results.json alone."""
+    questions: int | None
+    """None for a group."""
+    num_fewshot: int | None
+    version: Any
+    """The task's own."""
+    arms: dict[str, dict[str, Metric]]
+    """arm -> metric, as lm-eval calls it ("acc,none": metric and filter) -> values."""
+
+
+def evaluate_tasks(
+    config: RunConfig, request: TaskRequest, adapter: Path | None = None, to: Path | None = None
+) -> tuple[dict[str, Arm], dict[str, TaskResult]]:
+    """Measure a model's arms in tasks, and on held-out text where the config's [data] names one.
+
+    Arguments and errors are those of ``evaluate.evaluate``; and a ConfigError for tasks that cannot be asked, or for
+    several processes.
+    """
+    check_free(to)
+    one_process("--tasks")
+    manager, tasks = load_tasks(request, {"pretrained": config.model.hf_model_path})
+    if config.training.compile is None:  # prompts have any length
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, compile=False))
+    with parallel.start(config.parallelism) as world:
+        tokenizer = load_tokenizer(config.model)
+        text = None
+        if config.data != DataConfig():
+            text = load_held_out(config.data, tokenizer, config.training.seq_len)
+        model, names = open_model(config, tokenizer, world, adapter)
+        arms = measure_config_arms(config, names, model, text, world) if text else {}
+        results = measure_tasks(config, names, model, tokenizer, manager, tasks, request.cache)
+        if to is not None:
+            to.mkdir(parents=True, exist_ok=True)
+            write_results(to, config, arms, model, text, {name: asdict(result) for name, result in results.items()})
+    return arms, results
+
+
+def measure_tasks(
+    config: RunConfig,
+    names: Sequence[str],
+    model: nn.Module,
+    tokenizer: Any,
+    manager: Any,
+    tasks: Sequence[LoadedTask],
+    cache: Path | None = None,
+) -> dict[str, TaskResult]:
+    """The tasks, and the parts of groups, in the named arms; with ``eval.trials`` fault seeds where bits flip."""
+    lm = harness_model(model, tokenizer, config)
+    key = _run_key(config, model, tokenizer) if cache else {}
+    runs = _Runs(model, lm, manager, cache, key, config.bitflip)
+    seeds = fault_seeds(config.bitflip.base_seed, config.eval.trials)
+    results: dict[str, TaskResult] = {}
+    for task in tasks:
+        answers = {
+            name: [runs.run(task, name, s) for s in (seeds if name in FLIPPED_ARMS else [None])] for name in names
+        }
+        results |= _results(answers)
+    return results
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of one model: ``simple_evaluate`` with the model as an arm has it, or what an equal run gave before."""
+
+    model: nn.Module
+    lm: Any
+    manager: Any
+    cache: Path | None
+    key: dict[str, Any]
+    bitflip: BitFlipSpec
+
+    def run(self, task: LoadedTask, arm: str, seed: int | None) -> dict[str, Any]:
+        """What lm-eval says about one task in one arm under one fault seed."""
+        what = f"{task.name}, {arm}" + ("" if seed is None else f", fault seed {seed}")
+        path, key = None, self._key(task, arm, seed)
+        if self.cache is not None:
+            path = self.cache / f"{as_sha256(key)[:32]}.json"
+            if path.exists():
+                logger.info("%s: answered before (%s)", what, path)
+                kept: dict[str, Any] = json.loads(path.read_text())["answer"]
+                return kept
+        logger.info("%s", what)
+        with arm_faults(self.model, arm, seed):
+            answer = run_task(self.lm, self.manager, task)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # unlike results.json this file is read back: infinity must stay infinity
+            write_atomically(path, json.dumps({"key": key, "answer": answer}, indent=1, default=float) + "\n")
+        return answer
+
+    def _key(self, task: LoadedTask, arm: str, seed: int | None) -> dict[str, Any]:
+        """All that the answer depends on, as JSON. The clean arms know nothing of faults, nor untrained ones of
+        adapters: their answers serve other faults and adapters too."""
+        trained, faulty = arm in TRAINED_ARMS, arm in FLIPPED_ARMS or arm == "guard"
+        return {
+            **{name: value for name, value in self.key.items() if name != "adapter" or trained},
+            "task": task.key,
+            "arm": arm,
+            # the seed of the draws is not base_seed but the trial's
+            "bitflip": asdict(self.bitflip) | {"base_seed": seed} if faulty else None,
+        }
+
+
+def _results(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, TaskResult]:
+    """Of arm -> what each trial gave."""
+    first = next(iter(answers.values()))[0]
+    groups = first["groups"]
+    results = {}
+    for name, values in first["results"].items():
+        metrics = [key for key, value in values.items() if "," in key and "_stderr," not in key and _is_number(value)]
+        arms = {}
+        for arm, trials in answers.items():
+            arms[arm] = {
+                key: Metric.from_trials(
+                    [float(trial["results"][name][key]) for trial in trials],
+                    [
+                        float(error)
+                        for trial in trials
+                        if _is_number(error := trial["results"][name].get(key.replace(",", "_stderr,")))
+                    ],
+                )
+                for key in metrics
+            }
+        results[name] = TaskResult(
+            shown=name in groups or not groups,
+            questions=first["n-samples"].get(name, {}).get("effective"),
+            num_fewshot=first["n-shot"].get(name),
+            version=first["versions"].get(name),
+            arms=arms,
+        )
+    return results
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def tasks_table(results: Mapping[str, TaskResult]) -> str:
+    """Each metric of each task, or of its group, arm by arm: mean and 95% interval over fault seeds, lm-eval's own
+    standard error, and trials."""
+    lines = [
+        f"{'task':<20} {'metric':<22} {'arm':<16} {'mean':>10}  {'95% over fault seeds':<22}  {'stderr, questions':<17}"
+        "  trials"
+    ]
+    for name, result in results.items():
+        if not result.shown:
+            continue
+        for key in next(iter(result.arms.values())):
+            metric = key.removesuffix(",none").replace(",", ", ")
+            for arm, metrics in result.arms.items():
+                found = metrics[key]
+                interval = f"{found.interval[0]:.4g} to {found.interval[1]:.4g}" if found.interval else "-"
+                error = "-" if found.stderr is None else f"{found.stderr:.4g}"
+                lines.append(
+                    f"{name:<20} {metric:<22} {arm:<16} {found.mean:>10.4g}  {interval:<22}  {error:<17}  "
+                    f"{len(found.trials)}"
+                )
+    return "\n".join(lines)
+
+
+def _run_key(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """All that answers depend on beside task, arm and faults, as JSON."""
+    shape = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version"):
+        shape.pop(name, None)
+    return {
+        "weights": _tensors_sha256(model, adapters=False),
+        "adapter": [_tensors_sha256(model, adapters=True), *{str(layer.lora) for _, layer in iter_faulty(model)}],
+        "model": shape,
+        "generation": json.loads(model.generation_config.to_json_string(use_diff=False)),
+        "tokenizer": _tokenizer_sha256(tokenizer),
+        "dtype": [str(next(model.parameters()).dtype), config.training.mixed_precision_param],
+        "device": model.device.type,
+        "batch_size": config.training.local_batch_size,
+        "seeds": SEEDS,
+        "versions": {name: version(name) for name in ("flipproof", "lm_eval", "torch", "transformers")},
+    }
+
+
+def _tensors_sha256(model: nn.Module, adapters: bool) -> str:
+    """A hash of the names, dtypes, shapes and bytes of the model's weights, or of its adapters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.endswith((".lora_A", ".lora_B")) == adapters:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    from datasets.fingerprint import Hasher
+
+    if not tokenizer.is_fast:
+        return str(Hasher.hash(tokenizer))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # each call of a tokenizer sets these two anew: here they only tell what its last call was
+    del state["truncation"], state["padding"]
+    return as_sha256(
+        [state, type(tokenizer).__qualname__, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+    )

@@ -1,0 +1,223 @@
+import json
+import math
+import sys
+from functools import partial
+
+import lm_eval.evaluator
+import lm_eval.tasks
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+
+import flipproof
+from flipproof import BitFlipSpec, LoraSpec, harness, tasks
+from flipproof.adapter import load_adapter, save_adapter
+from flipproof.cli import main
+from flipproof.config import load_config
+from flipproof.evaluate import t_interval
+from flipproof.harness import TaskRequest
+from flipproof.model import byte_tokenizer
+from flipproof.tasks import Metric, evaluate_tasks, tasks_table
+
+FLIPS = {"w_p_exp": 1e-3, "w_zero_out_t": 0.4, "x_p_exp": 1e-3, "x_zero_out_t": 64.0, "base_seed": 6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tasks_but_ours():
+    """To look through lm-eval's thousands of tasks takes seconds each time, and so does to list all that is
+    installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda *_: None)
+        patch.setattr(harness, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+        yield
+
+
+@pytest.fixture
+def model(tiny_llama):
+    """With weights large enough that answers differ, and that the guard clips some."""
+    model = tiny_llama()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def model_dir(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def settings(model_dir, batch=4, trials=2, **bitflip):
+    return load_config(
+        [],
+        {
+            "model": {"hf_model_path": str(model_dir)},
+            "training": {"local_batch_size": batch},
+            "eval": {"trials": trials},
+            "bitflip": bitflip,
+        },
+    )
+
+
+@pytest.fixture
+def adapter(tiny_llama, tmp_path):
+    model = tiny_llama()
+    flipproof.inject(model, BitFlipSpec(w_p_exp=0.1), LoraSpec(r=2))
+    for layer in flipproof.faulty_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    save_adapter(model, tmp_path / "adapter", None)
+    return tmp_path / "adapter"
+
+
+def test_arms_are_lm_eval_with_the_faults_on(model, model_dir, adapter, lm_eval_tasks):
+    """Against lm-eval on a model that is injected here, one switch after the other."""
+    config = settings(model_dir, **FLIPS)
+    text, results = evaluate_tasks(config, TaskRequest(("toy_choice", "toy_pages"), lm_eval_tasks), adapter)
+    assert text == {}  # none was named
+    manager = harness.TaskManager(include_path=str(lm_eval_tasks))
+    flipproof.inject(model, BitFlipSpec(**FLIPS), LoraSpec(r=2))
+    load_adapter(model, adapter)
+    lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4)
+
+    def expected(name, metric, **switches):
+        with flipproof.faults(model, **switches):
+            return simple_evaluate(lm, tasks=[name], task_manager=manager, log_samples=False)["results"][name][metric]
+
+    off = {"flips": False, "guard": False}
+    for name, metric in (("toy_choice", "acc_norm,none"), ("toy_pages", "byte_perplexity,none")):
+        arms = results[name].arms
+        assert list(arms) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
+        assert arms["clean"][metric].trials == (expected(name, metric, adapters=False, **off),)
+        assert arms["guard"][metric].trials == (expected(name, metric, adapters=False, flips=False),)
+        assert arms["recovered_clean"][metric].trials == (expected(name, metric, **off),)
+        for arm, adapters in (("flipped", False), ("recovered", True)):
+            trials = tuple(expected(name, metric, adapters=adapters, seed=seed) for seed in (7, 8))
+            assert arms[arm][metric].trials == trials
+            assert arms[arm][metric].interval == t_interval(trials)
+    pages = [arm["byte_perplexity,none"].mean for arm in results["toy_pages"].arms.values()]
+    assert len(set(pages)) == 5
+    stderr = expected("toy_choice", "acc_stderr,none", adapters=False, **off)
+    assert results["toy_choice"].arms["clean"]["acc,none"].stderr == stderr
+    # and no figure depends on what else was asked for
+    alone = evaluate_tasks(config, TaskRequest(("toy_pages",), lm_eval_tasks), adapter)[1]
+    assert alone["toy_pages"] == results["toy_pages"]
+
+
+def test_a_group_is_shown_and_its_tasks_are_kept(model_dir, lm_eval_tasks):
+    _, results = evaluate_tasks(settings(model_dir), TaskRequest(("toy_group",), lm_eval_tasks))
+    assert {name: result.shown for name, result in results.items()} == {
+        "toy_group": True,
+        "toy_choice": False,
+        "toy_pages": False,
+    }
+    group, part = (results[name].arms["clean"]["acc,none"] for name in ("toy_group", "toy_choice"))
+    assert group.mean == part.mean
+    lines = tasks_table(results).splitlines()
+    assert len(lines) == 2
+    assert lines[1].split()[:3] == ["toy_group", "acc", "clean"]
+
+
+def test_a_metric_that_cannot_be_counted_has_no_interval():
+    metric = Metric.from_trials([1.0, math.inf], [])
+    assert (metric.mean, metric.interval, metric.seed_sd, metric.stderr) == (math.inf, None, None, None)
+    assert Metric.from_trials([0.25, 0.75], [0.1, 0.3]).stderr == pytest.approx(0.2)
+
+
+def test_the_cache_answers_equal_runs_and_no_others(model, model_dir, adapter, lm_eval_tasks, tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in lm_eval_tasks.iterdir():
+        (own / file.name).write_text(file.read_text().replace(str(lm_eval_tasks), str(own)))
+    cache, runs = tmp_path / "cache", []
+    real = tasks.run_task
+    monkeypatch.setattr(tasks, "run_task", lambda *arguments: runs.append(1) or real(*arguments))
+
+    def asked(config=None, adapter=None, **options):
+        """How many runs were needed, and what came of it."""
+        runs.clear()
+        config = config or settings(model_dir, **FLIPS)
+        options = {"names": ("toy_choice",), "include_path": own, "cache": cache} | options
+        results = evaluate_tasks(config, TaskRequest(**options), adapter)[1]
+        return len(runs), results
+
+    count, first = asked()
+    assert (count, len(list(cache.iterdir()))) == (4, 4)  # clean, guard, two seeds
+    assert asked() == (0, first)
+    assert asked(cache=None) == (4, first)
+    # what does not matter for an arm leaves its answer: clean is clean under any fault, the same seeds are the same
+    other_p = settings(model_dir, **FLIPS | {"w_p_exp": 2e-3})
+    assert asked(other_p)[0] == 3
+    assert asked(settings(model_dir, trials=3, **FLIPS))[0] == 1
+    assert asked(settings(model_dir, **FLIPS | {"base_seed": 8}))[0] == 1  # seed 9 was that run's third; guard has none
+    count, adapted = asked(adapter=adapter)
+    assert (count, adapted["toy_choice"].arms["flipped"]) == (3, first["toy_choice"].arms["flipped"])
+    # what does, does not
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 7.0}))
+    assert asked(adapter=adapter)[0] == 3
+    assert asked(settings(model_dir, batch=3, **FLIPS))[0] == 4
+    assert asked(limit=5)[0] == 4
+    assert asked(num_fewshot=1)[0] == 4
+    assert asked(names=("toy_pages",))[0] == 4
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1.5
+    model.save_pretrained(model_dir)
+    assert asked()[0] == 4
+    lines = (own / "toy_choice.jsonl").read_text().splitlines()
+    (own / "toy_choice.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    assert asked()[0] == 4
+    assert asked()[0] == 0
+
+
+def test_eval_writes_tasks_beside_arms(model, model_dir, lm_eval_tasks, tmp_path, capsys):
+    """Equal files for equal runs, cached or not; null for infinity."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e6)
+    model.save_pretrained(model_dir)
+    argv = ["eval", str(model_dir), "--tasks", "toy_pages, toy_choice", "--include-path", str(lm_eval_tasks)]
+    argv += ["--bitflip.w_p_exp", "1e-3", "--trials", "2", "--batch-size", "4", "--limit", "3", "--num-fewshot", "1"]
+    (tmp_path / "text.txt").write_text("All happy families are alike. " * 200)
+    held_out = ["--data.eval_source", str(tmp_path / "text.txt"), "--training.seq_len", "32"]
+    cached = ["--num-samples", "4", "--cache", str(tmp_path / "cache")]
+    for name in ("one", "two"):
+        assert main([*argv, *held_out, *cached, "--to", str(tmp_path / name)]) == 0
+    table = capsys.readouterr().out
+    one = (tmp_path / "one" / "results.json").read_text()
+    assert one == (tmp_path / "two" / "results.json").read_text()
+    results = json.loads(one)
+    assert list(results["arms"]) == ["clean", "guard", "flipped"]
+    assert results["text"] == str(tmp_path / "text.txt")
+    assert list(results["tasks"]) == ["toy_pages", "toy_choice"]
+    assert results["tasks"]["toy_pages"]["arms"]["clean"]["word_perplexity,none"]["trials"] == [None]
+    choice = results["tasks"]["toy_choice"]
+    assert (choice["questions"], choice["num_fewshot"], choice["version"]) == (3, 1, 1.0)
+    assert len(choice["arms"]["flipped"]["acc,none"]["trials"]) == 2
+    assert "toy_choice           acc_norm               flipped" in table
+    assert "toy_pages            word_perplexity        clean" in table
+    assert main([*argv, "--to", str(tmp_path / "one")]) == 2  # never over one
+    assert main([*argv, "--to", str(tmp_path / "three")]) == 0
+    results = json.loads((tmp_path / "three" / "results.json").read_text())
+    assert (results["arms"], results["text"]) == ({}, None)
+
+
+def test_what_is_wrong_is_told_in_one_line(model_dir, lm_eval_tasks, capsys, monkeypatch, tmp_path):
+    def told(*flags):
+        assert main(["eval", str(model_dir), *flags]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "--limit: belongs to --tasks" in told("--limit", "3")
+    assert "num_fewshot" in told("--tasks", "toy_pages", "--num-fewshot", "many")
+    assert "did you mean toy_pages" in told("--tasks", "toy_page", "--include-path", str(lm_eval_tasks))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--tasks: 2 processes were started" in told("--tasks", "toy_pages")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "flipproof.harness")
+    assert "pip install 'flipproof[eval]'" in told("--tasks", "toy_pages")
