@@ -113,3 +113,10 @@ def test_bad_input_is_one_clear_line_each(capsys, tmp_path, model_dir, monkeypat
     fails(capsys, ["export", "nowhere"], "required: to")
     fails(capsys, ["config", "7b"], "no preset is called '7b'; did you mean 70b?")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "model"]
+
+
+def test_a_flag_is_written_out(capsys):
+    assert main(["profile", "model", "--num-sample", "4"]) == 2
+    assert (
+        capsys.readouterr().err == "flipproof profile: error: --num-sample: unknown flag; did you mean --num-samples?\n"
+    )

@@ -209,3 +209,24 @@ def test_command_line_overrides_are_split_off():
     for argv, words in ((["--training.lr"], "value is missing"), (["--trainin.lr", "1"], "did you mean training")):
         with pytest.raises(ConfigError, match=words):
             split_overrides(argv)
+
+
+def test_lists_and_tables_on_the_command_line():
+    words = {
+        "sites": "head,embedding",
+        "w_protected_bits": "sign, 10-12",
+        "skip_patterns": "a",
+        "include_patterns": "[]",
+    }
+    tables = {"w_p_bits": '{ exp = 1e-5, "15" = 0 }', "x_p_bits": "{exp: 1e-5, '15': 0}", "kv_p_bits": '{"exp": 1e-5}'}
+    spec = load_config([], {"model": {"hf_model_path": "x"}, "bitflip": words | tables}).bitflip
+    assert (spec.sites, spec.w_protected_bits, spec.skip_patterns) == (("head", "embedding"), ("sign", "10-12"), ("a",))
+    assert spec.include_patterns == ()
+    assert spec.w_p_bits == spec.x_p_bits == {"exp": 1e-5, "15": 0}
+    assert spec.kv_p_bits == {"exp": 1e-5}
+    with pytest.raises(ConfigError) as error:
+        load_config([], {"model": {"hf_model_path": "x"}, "bitflip": {"sites": "heads", "w_p_bits": "exp=1"}})
+    assert error.value.problems == [
+        "bitflip.sites = 'heads': a list of linear, head, embedding is allowed",
+        "bitflip.w_p_bits = 'exp=1': a table, such as { exp = 1e-5, \"15\" = 0 }, is allowed",
+    ]

@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_up_logging()
     try:
-        return VERBS[verb][0](_Parser(prog=f"flipproof {verb}", description=VERBS[verb][1]), rest) or 0
+        return (
+            VERBS[verb][0](_Parser(prog=f"flipproof {verb}", description=VERBS[verb][1], allow_abbrev=False), rest) or 0
+        )
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node see the same
             for problem in error.problems:
@@ -122,14 +124,142 @@ def _eval(parser: _Parser, argv: list[str]) -> None:
         "--num-samples", type=str, metavar="N", help="Held-out sequences; the same as --eval.num_samples."
     )
     parser.add_argument("--trials", type=str, metavar="N", help="Fault seeds; the same as --eval.trials.")
+    parser.add_argument(
+        "--until-ci", type=str, metavar="H", help="Add fault seeds until sure; the same as --eval.until_ci."
+    )
     parser.add_argument("--to", type=str, help="Directory to write results.json into.")
+    parser.add_argument(
+        "--batch-size", type=str, metavar="N", help="Sequences at a time; the same as --training.local_batch_size."
+    )
+    parser.add_argument(
+        "--tasks",
+        type=str,
+        metavar="A,B",
+        help="Tasks of lm-eval; held-out text is measured as well where a data.* key names one.",
+    )
+    parser.add_argument("--include-path", type=str, metavar="DIR", help="A directory with lm-eval tasks of your own.")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="Examples in a task's prompt.")
+    parser.add_argument(
+        "--limit", type=float, metavar="N", help="Questions of each task, or below 1 their share; for trying out."
+    )
+    parser.add_argument("--cache", type=str, metavar="DIR", help="Directory that keeps the tasks' answers.")
+    _add_log_arguments(parser)
     overrides, rest = split_overrides(argv)
     args = parser.parse_args(rest, defaults=False)
     config = _config(args, overrides)
-    from flipproof.evaluate import arms_table, evaluate
+    adapter, to, include_path, cache = _paths(args, "adapter", "to", "include_path", "cache").values()
+    if args.get("tasks") is None:
+        flags = ("include-path", "num-fewshot", "limit", "cache")
+        if alone := [flag for flag in flags if args.get(flag.replace("-", "_")) is not None]:
+            raise ConfigError([f"--{flag}: belongs to --tasks, which is missing" for flag in alone])
+        from flipproof.evaluate import arms_table, evaluate
 
-    adapter, to = (Path(path) if (path := args.get(name)) else None for name in ("adapter", "to"))
-    _say(arms_table(evaluate(config, adapter, to)))
+        _say(arms_table(evaluate(config, adapter, to, **_paths(args, *_LOGS))))
+        return
+    if args.get("flip_log") or args.get("replay"):
+        raise ConfigError(["--flip-log and --replay are about held-out text; leave out --tasks"])
+    from flipproof.evaluate import arms_table
+    from flipproof.harness import TaskRequest
+    from flipproof.tasks import evaluate_tasks, tasks_table
+
+    names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+    request = TaskRequest(names, include_path, args.get("num_fewshot"), args.get("limit"), cache)
+    arms, results = evaluate_tasks(config, request, adapter, to)
+    if arms:
+        _say(arms_table(arms) + "\n")
+    _say(tasks_table(results))
+
+
+def _generate(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument(
+        "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
+    )
+    _add_config_arguments(parser)
+    parser.add_argument("--prompt", type=str, required=True, help="What to continue.")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=100, help="Tokens to add at most.")
+    parser.add_argument(
+        "--do_sample", "--do-sample", nargs="?", const=True, type=bool, default=False, help="Draw tokens at random."
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="Divides the logits before a draw.")
+    parser.add_argument("--top_k", "--top-k", type=int, help="Draw from so many likeliest tokens.")
+    parser.add_argument(
+        "--top_p", "--top-p", type=float, default=1.0, help="Draw from the likeliest that together are so probable."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the draws of tokens, the same for all texts.")
+    parser.add_argument("--adapter", type=str, help="A PEFT adapter; adds the text of the model with it, under flips.")
+    parser.add_argument("--to", type=str, help="Directory to write generate.json into.")
+    _add_log_arguments(parser)
+    overrides, rest = split_overrides(argv)
+    args = parser.parse_args(rest)
+    from flipproof.generate import Sampling, generate, texts_report
+
+    sampling = Sampling(args.max_new_tokens, bool(args.do_sample), args.temperature, args.top_k, args.top_p, args.seed)
+    texts = generate(_config(args, overrides), args.prompt, sampling, **_paths(args, "adapter", "to", *_LOGS))
+    _say(texts_report(args.prompt, texts))
+
+
+_LOGS = ("flip_log", "replay")
+
+
+def _add_log_arguments(parser: _Parser) -> None:
+    parser.add_argument(
+        "--flip-log", type=str, help="File for every flip of the last faulty arm: JSON lines, .gz compressed."
+    )
+    parser.add_argument("--replay", type=str, help="Such a file: its flips in the place of draws.")
+
+
+def _paths(args: jsonargparse.Namespace, *names: str) -> dict[str, Path | None]:
+    return {name: Path(path) if (path := args.get(name)) else None for name in names}
+
+
+def _profile(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument(
+        "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
+    )
+    _add_config_arguments(parser)
+    parser.add_argument(
+        "--num-samples", type=str, metavar="N", help="Held-out sequences; the same as --eval.num_samples."
+    )
+    parser.add_argument("--to", type=str, help="Directory to write profile.json into.")
+    overrides, rest = split_overrides(argv)
+    args = parser.parse_args(rest, defaults=False)
+    config = _config(args, overrides)
+    from flipproof.magnitudes import profile, profile_table, proposed_toml
+
+    result = profile(config, Path(to) if (to := args.get("to")) else None)
+    _say(f"{profile_table(result)}\n\n{proposed_toml(result)}")
+
+
+def _sweep(parser: _Parser, argv: list[str]) -> None:
+    from flipproof.spec import field_names
+    from flipproof.sweep.plan import SweepConfig
+
+    parser.add_argument(
+        "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
+    )
+    parser.add_argument("--to", type=str, required=True, help="Directory to write, or of the same sweep, to go on.")
+    keys = field_names(SweepConfig)
+    for key in keys:
+        flag = f"--{key.replace('_', '-')}"
+        parser.add_argument(flag, type=str, metavar="…", help=f"The same as --sweep.{key}, below.")
+    _add_config_arguments(parser)
+    overrides, rest = split_overrides(argv)
+    args = parser.parse_args(rest, defaults=False)
+    given = {key: value for key in keys if (value := args.get(key)) is not None}
+    overrides["sweep"] = overrides.get("sweep", {}) | given
+    config = _config(args, overrides)
+    from flipproof.sweep.run import sweep
+
+    _say(sweep(config, Path(args.to)))
+
+
+def _report(parser: _Parser, argv: list[str]) -> None:
+    parser.add_argument("directory", metavar="DIR", help="A run, sweep or profile, or a directory that holds some.")
+    parser.add_argument("--to", type=str, metavar="FILE", help="The page; default: report.html in DIR.")
+    args = parser.parse_args(argv, defaults=False)
+    from flipproof.report.page import report
+
+    print(report(Path(args.directory), Path(to) if (to := args.get("to")) else None))
 
 
 def _export(parser: _Parser, argv: list[str]) -> None:
@@ -201,6 +331,8 @@ def _config(args: jsonargparse.Namespace, overrides: dict[str, dict[str, Any]]) 
         "model_path": ("model", "hf_model_path"),
         "num_samples": ("eval", "num_samples"),
         "trials": ("eval", "trials"),
+        "until_ci": ("eval", "until_ci"),
+        "batch_size": ("training", "local_batch_size"),
         "profile": ("logging", "profile"),
     }
     for flag, (section, key) in shorthands.items():
@@ -212,7 +344,11 @@ def _config(args: jsonargparse.Namespace, overrides: dict[str, dict[str, Any]]) 
 VERBS: dict[str, tuple[Callable[[_Parser, list[str]], int | None], str]] = {
     "demo": (_demo, "The whole story on a small model made here: minutes on two cores, no network."),
     "train": (_train, "Train with bit flips: LoRA adapters, the whole model, or from scratch."),
-    "eval": (_eval, "Perplexity with and without faults, guard and training, side by side."),
+    "eval": (_eval, "Perplexity and lm-eval tasks with and without faults, guard and training, side by side."),
+    "generate": (_generate, "Text with and without faults from the same prompt, and where the two part."),
+    "profile": (_profile, "How large weights and activations are, and which guard thresholds clip none of them."),
+    "sweep": (_sweep, "A grid of flip probabilities, sites, layers, bits and protections; resumable."),
+    "report": (_report, "What runs, sweeps and profiles measured as one HTML page, with PNG and CSV files beside it."),
     "export": (_export, "Write a run's result as a Hugging Face model or a PEFT adapter."),
     "config": (_config_verb, "Print a preset config, or list them."),
     "bench": (_bench, "What flips cost on this machine, beside clean operations and layers."),

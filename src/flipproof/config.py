@@ -10,6 +10,7 @@ and the YAML ``layer_name_to_config`` (regular expression -> fault, "default" fo
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ import toml
 import yaml
 
 from flipproof.spec import BitFlipSpec, LoraSpec, field_names
+from flipproof.sweep.plan import SweepConfig
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -195,11 +197,21 @@ class EvalConfig:
 
     trials: int = 5
     """Fault seeds per faulty arm; none of them is used in training."""
+    until_ci: float | None = None
+    """Keep adding fault seeds, from 5 or trials on, until the 95% interval over them is at most this wide to either
+    side, relative to perplexity: 0.01 is ±1%. Default: trials and no more."""
+    max_trials: int = 100
+    """Where until_ci stops at the latest."""
     num_samples: int = 64
     """Held-out sequences."""
 
     def problems(self) -> list[str]:
-        return _at_least(self, 1, "trials", "num_samples")
+        problems = _at_least(self, 1, "trials", "num_samples")
+        if self.until_ci is not None and not 0 < self.until_ci < math.inf:
+            problems.append(f"until_ci = {self.until_ci!r}: a positive number is allowed (0.01 is ±1% of perplexity)")
+        if self.until_ci is not None:
+            problems += _at_least(self, max(5, self.trials), "max_trials")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -250,6 +262,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property
     def faulty(self) -> bool:
@@ -422,9 +435,11 @@ def _checked_values(name: str, section: type, values: Mapping[str, Any]) -> tupl
         if key not in known:
             problems.append(f"{name}.{key}: unknown key{_nearest(key, known, name)}")
             continue
+        seen = value
         try:
             if value in ("nan", "inf", "-inf"):  # as TOML writes them; YAML, which jsonargparse reads, does not
                 value = float(value)
+            value = _collection(value, str(types[key]))
             if isinstance(value, str):  # from the command line, or what YAML takes for text, such as 1e-05
                 parsed = parser.parse_args([f"--{name}.{key}={value}"], defaults=False)
             else:
@@ -434,8 +449,27 @@ def _checked_values(name: str, section: type, values: Mapping[str, Any]) -> tupl
             wanted = getattr(types[key], "__name__", str(types[key])).replace("typing.", "")
             if hasattr(types[key], "__args__"):
                 wanted = str(types[key]).replace("typing.", "").replace("collections.abc.", "")
-            problems.append(f"{name}.{key} = {value!r}: {wanted} is allowed")
+            if str(types[key]).startswith("tuple["):
+                of = f" of {words}" if (words := ", ".join(re.findall(r"'(\w+)'", wanted))) else ""
+                wanted = f"a list{of}"
+            elif "Mapping[" in str(types[key]):
+                wanted = 'a table, such as { exp = 1e-5, "15" = 0 },'
+            problems.append(f"{name}.{key} = {seen!r}: {wanted} is allowed")
     return good, problems
+
+
+def _collection(value: Any, declared: str) -> Any:
+    """The words of a command line as a list or a table, where one is declared: head,embedding or { exp = 1e-5 }."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    if declared.startswith("tuple[") and not value.lstrip().startswith("["):
+        return [word.strip() for word in value.split(",")]
+    if "Mapping[" in declared:
+        try:
+            return tomllib.loads(f"table = {value}")["table"]
+        except tomllib.TOMLDecodeError:
+            return value  # YAML and JSON are read by jsonargparse
+    return value
 
 
 def _nearest(key: str, known: Iterable[str], section: str | None = None) -> str:

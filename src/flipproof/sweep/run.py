@@ -1,0 +1,256 @@
+"""A grid of faults, measured: ``flipproof sweep``.
+
+The model is built once, with every layer faulty that the grid needs. A point then is other faults in the same layers
+(``set_faults``), a fault seed, and one evaluation, and equals what ``flipproof eval`` says of the same faults and
+seed. What the grid is, is said in ``grid``; which point comes next, in
+``plan``; what processes share, in ``directory``.
+
+Processes that torchrun started are one worker: the first claims points and writes them down, all measure them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from filelock import FileLock
+from torch import nn
+from tqdm import tqdm
+
+from flipproof import parallel
+from flipproof.build import build_model
+from flipproof.config import ConfigError, RunConfig
+from flipproof.data import PackedText, load_held_out
+from flipproof.evaluate import Arm, mean_loss
+from flipproof.inject import faults, set_faults
+from flipproof.model import compute_context, load_tokenizer
+from flipproof.parallel import World, cast_to
+from flipproof.runlog import logger
+from flipproof.spec import OPERANDS
+from flipproof.sweep.directory import SweepDirectory
+from flipproof.sweep.grid import Grid, all_that_flips, rates_of, resolved
+from flipproof.sweep.plan import Cell, Point, next_point
+
+_LOG_EVERY_S = 30.0
+_TABLE_COLUMNS = 6
+
+
+def sweep(config: RunConfig, to: Path) -> str:
+    """Measure the grid of ``config.sweep``, or what is left of it, into a directory.
+
+    Args:
+        config: model, text, and the faults that all points share.
+        to: the directory: new, or one that holds the same sweep, which then goes on.
+
+    Returns:
+        A table for people: perplexities by flip probability.
+
+    Raises:
+        ConfigError: where grid, model, text or directory are at fault, before anything is measured or written.
+    """
+    started = time.monotonic()
+    config = resolved(config)
+    rates = rates_of(config.sweep)
+    directory = SweepDirectory(to)
+    with parallel.start(config.parallelism) as world:
+        _on_first(world, lambda: directory.check(config))
+        tokenizer = load_tokenizer(config.model)
+        text = load_held_out(config.data, tokenizer, config.training.seq_len)
+        model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
+        dtype = str(cast_to(config.training, model) or next(model.parameters()).dtype).removeprefix("torch.")
+        grid = Grid(config, rates, model, dtype)
+        with compute_context(config.training, model):
+            header = _begin(grid, directory, model, text, world)
+            _measure(grid, directory, model, text, world, started)
+    return _report(grid, directory, header)
+
+
+def _on_first(world: World, action: Callable[[], Any]) -> Any:
+    """What the first process's action returns or raises, in all processes."""
+    told: list[Any] = [None, None, None]
+    error: Exception | None = None
+    if world.first:
+        try:
+            told[0] = action()
+        except Exception as raised:  # told to the others, which would wait for ever, and raised again
+            error = raised
+            if isinstance(raised, ConfigError):
+                told[1] = raised.problems
+            else:
+                told[2] = f"{type(raised).__name__}: {raised}"
+    if world.size > 1:
+        dist.broadcast_object_list(told, src=0, group=world.cpu_group)
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise ConfigError(told[1])
+    if told[2] is not None:
+        raise RuntimeError(f"process 0 could not go on with the sweep: {told[2]}")
+    return told[0]
+
+
+def _loss(grid: Grid, model: nn.Module, text: PackedText, world: World) -> tuple[float, int]:
+    return mean_loss(model, text, grid.config.eval.num_samples, grid.config.training.local_batch_size, world)
+
+
+def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: PackedText, world: World) -> dict[str, Any]:
+    """The header of the sweep: what is there already, or measured and written now."""
+    config, bitflip = grid.config, grid.config.bitflip
+    thresholds = {operand: getattr(bitflip, f"{operand}_zero_out_t") for operand in OPERANDS}
+    header: dict[str, Any] = {
+        "model": config.model.hf_model_path or config.model.flavor,
+        "dtype": grid.dtype,
+        "text": text.source,
+        "tokens": min(config.eval.num_samples, len(text)) * (config.training.seq_len - 1),
+        "axes": {
+            "p": [rate.p for rate in grid.rates],
+            "sites": grid.sites,
+            "layers": grid.layers,
+            "bits": grid.bits,
+            "protection": grid.protections,
+            "seeds": config.sweep.seeds,
+        },
+        "overhead": grid.overhead,
+        "voltages": None if config.sweep.voltage is None else [[rate.voltage, rate.p] for rate in grid.rates],
+        "thresholds": {name: t for name, t in thresholds.items() if name != "kv" or t is not None},
+        "planned": len(grid.plan.points),
+        "sequences_per_pass": config.training.local_batch_size * world.size,
+    }
+    lock: FileLock | None = None
+
+    def open_directory() -> dict[str, Any] | None:
+        nonlocal lock
+        lock = directory.begin(config)
+        return directory.header(header)
+
+    try:
+        if (there := _on_first(world, open_directory)) is not None:
+            return dict(there)
+        with faults(model, flips=False, guard=False, adapters=False):
+            header["clean"] = _shown(*_loss(grid, model, text, world))
+        header["guard"] = None
+        if (spec := grid.guard_spec) is not None:
+            set_faults(model, spec)
+            with faults(model, flips=False, adapters=False):
+                header["guard"] = _shown(*_loss(grid, model, text, world))
+        _on_first(world, lambda: directory.write_header(header))
+    finally:
+        if lock is not None:
+            lock.release()
+    return header
+
+
+def _shown(loss: float, tokens: int) -> dict[str, float]:
+    return {"loss": loss, "perplexity": Arm.from_losses([loss], tokens).perplexity}
+
+
+def _measure(
+    grid: Grid, directory: SweepDirectory, model: nn.Module, text: PackedText, world: World, started: float
+) -> None:
+    """Measure points until all are measured or claimed by others, or the budget is used."""
+    points = grid.plan.points
+    budget_s = math.inf if (minutes := grid.config.sweep.budget_minutes) is None else minutes * 60
+    claimed: tuple[Point, FileLock] | None = None
+    measured: tuple[float, int, float] | None = None
+    said = time.monotonic()
+
+    def finish_and_choose() -> str | None:
+        """Write down the point that was measured; the id of the next."""
+        nonlocal claimed
+        if claimed is not None and measured is not None:
+            directory.append(claimed[0], *measured)
+            directory.refresh(points)
+            directory.clear(*claimed)
+            claimed = None
+        claimed = _claim_next(grid, directory, budget_s, started)
+        return None if claimed is None else claimed[0].id
+
+    _on_first(world, directory.repair)
+    _on_first(world, lambda: directory.refresh(points))
+    hidden = None if world.first else True  # None: on a terminal only
+    with tqdm(total=len(points), initial=len(directory.measured), unit="point", disable=hidden) as bar:
+        while (name := _on_first(world, finish_and_choose)) is not None:
+            bar.update(len(directory.measured) - bar.n)
+            if bar.disable and world.first and time.monotonic() - said > _LOG_EVERY_S:
+                said = time.monotonic()
+                logger.info("%d of %d points, %s", len(directory.measured), len(points), _time_left(directory, points))
+            point = points[name]
+            since = time.monotonic()
+            set_faults(model, grid.spec(point.cell))
+            with faults(model, adapters=False, seed=point.seed):
+                loss, tokens = _loss(grid, model, text, world)
+            measured = loss, tokens, time.monotonic() - since
+        bar.update(len(directory.measured) - bar.n)
+
+
+def _claim_next(
+    grid: Grid, directory: SweepDirectory, budget_s: float, started: float
+) -> tuple[Point, FileLock] | None:
+    """The next point that no other process has; None where there is none, or no time for it."""
+    if time.monotonic() - started + _mean_seconds(directory) > budget_s:
+        return None
+    busy: set[str] = set()
+    while True:
+        losses = {name: measured.loss for name, measured in directory.measured.items()}
+        point = next_point(grid.plan, losses, busy)
+        if point is None:
+            return None
+        if (lock := directory.claim(point)) is None:
+            busy.add(point.id)
+            continue
+        directory.refresh(grid.plan.points)  # it may have been finished since
+        if point.id not in directory.measured:
+            return point, lock
+        directory.clear(point, lock)
+
+
+def _mean_seconds(directory: SweepDirectory) -> float:
+    """Seconds that a point takes; 0 where none was measured yet."""
+    seconds = [measured.seconds for measured in directory.measured.values()]
+    return math.fsum(seconds) / max(1, len(seconds))
+
+
+def _time_left(directory: SweepDirectory, points: Mapping[str, Point]) -> str:
+    left = _mean_seconds(directory) * (len(points) - len(directory.measured))
+    return f"{int(left) // 60}:{int(left) % 60:02d} left for one process"
+
+
+def _report(grid: Grid, directory: SweepDirectory, header: dict[str, Any]) -> str:
+    """Mean perplexities by flip probability, one column for each curve as far as they fit a page, and what to do
+    next."""
+    directory.refresh(grid.plan.points)
+    done, planned = len(directory.measured), len(grid.plan.points)
+    curves = grid.plan.curves
+    shown = curves[:_TABLE_COLUMNS]
+    differ = [i for i in range(4) if len({curve[0].curve[i] for curve in curves}) > 1] or [0]
+    names = [" ".join(curve[0].curve[i] for i in differ) for curve in shown]
+    widths = [max(10, len(name)) for name in names]
+    voltages = grid.config.sweep.voltage is not None
+    lines = [
+        f"{'voltage':>8}  " * voltages
+        + f"{'p':>10}  "
+        + "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    ]
+    for i, rate in enumerate(grid.rates):
+        texts = [
+            f"{_mean_perplexity(grid, directory, curve[i], header['tokens']):>{width}}"
+            for curve, width in zip(shown, widths, strict=True)
+        ]
+        lines.append((f"{rate.voltage:>8.4g}  " if voltages else "") + f"{rate.p:>10.3g}  " + "  ".join(texts))
+    if len(curves) > len(shown):
+        lines.append(f"(perplexity; {len(curves) - len(shown)} more curves in the report)")
+    clean = header["clean"]["perplexity"]
+    lines += ["", f"clean perplexity {'inf' if clean is None else format(clean, '.4g')}; {done} of {planned} points"]
+    if done < planned:
+        lines.append("the rest is with other processes, or left for the same command again")
+    lines.append(f"{directory.path}: see flipproof report {directory.path}")
+    return "\n".join(lines)
+
+
+def _mean_perplexity(grid: Grid, directory: SweepDirectory, cell: Cell, tokens: int) -> str:
+    names = (cell.point_id(seed) for seed in grid.plan.seeds)
+    losses = [directory.measured[name].loss for name in names if name in directory.measured]
+    return f"{Arm.from_losses(losses, tokens).perplexity:.4g}" if losses else "-"
