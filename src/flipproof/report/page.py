@@ -1,0 +1,133 @@
+"""One HTML file that shows what was measured, and its pictures and tables as files for a paper.
+
+``report`` reads what a directory holds (``sources.py``), makes a section of each thing that is there
+(``sections.py``), and writes ``report.html``, which needs nothing beside it to be read offline, and the directory
+``report`` with every picture as PNG and every table as CSV. Numbers in CSV files have all their digits; on the page
+they have five.
+
+A report is derived, so a new one takes the place of an old one. Nothing else is ever overwritten: the page says in its
+head that it is a report, and the directory keeps a list of the files that were written into it.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+from plotly.offline import get_plotlyjs
+
+from flipproof.config import ConfigError
+from flipproof.report import figures
+from flipproof.report.sections import Section, sections_of
+from flipproof.report.sources import Sources, read_sources
+from flipproof.runlog import write_atomically
+
+PAGE = "report.html"
+_WRITTEN = ".written"
+"""In the directory of pictures and tables: the names of the files that are the report's."""
+_MARK = '<meta name="generator" content="flipproof report">'
+
+
+def report(directory: Path, to: Path | None = None) -> Path:
+    """Write the report of a directory; returns the page's path.
+
+    Args:
+        directory: a run, a sweep, a profile or generated texts, or a directory that holds several of these.
+        to: the page, ``report.html`` in the directory by default. Pictures and tables go beside it, into a directory
+            of the same name without ``.html``.
+
+    Raises:
+        ConfigError: where there is nothing to show, a file is damaged, or something that is not a report is in the way;
+            nothing is written then.
+    """
+    page = to or directory / PAGE
+    folder = page.with_suffix("")
+    _check_target(page, folder)
+    sources = read_sources(directory)
+    sections = sections_of(sources)
+    files = _files_of(sections, folder.name)
+    _write(page, folder, _render(directory, sources, sections, folder.name), files)
+    return page
+
+
+def _files_of(sections: Iterable[Section], folder: str) -> dict[str, bytes]:
+    """Name -> content of every picture and table; sections and views learn where their pictures are."""
+    files = {}
+    for section in sections:
+        for i, draw in enumerate(section.drawings):
+            name = f"{section.id}-{i + 1}.png" if len(section.drawings) > 1 else f"{section.id}.png"
+            files[name] = figures.png(draw())
+            section.pictures.append(f"{folder}/{name}")
+        if section.chart:
+            views = section.chart["views"]
+            for view, picture in zip(views, section.pictures, strict=False):
+                view["png"] = picture
+            if len(section.drawings) == 1:
+                for view in views:
+                    view["png"] = section.pictures[0]
+        for table in section.tables:
+            files[table.file] = table.to_csv()
+    return files
+
+
+def _render(directory: Path, sources: Sources, sections: Sequence[Section], folder: str) -> str:
+    from flipproof import __version__
+
+    def all_of(values: Iterable[str | None]) -> str:
+        return ", ".join(dict.fromkeys(value for value in values if value))
+
+    about = sources.about
+    models = list(dict.fromkeys(one.model for one in about if one.model))
+    main = [one.model for one in about if "/" not in one.name and one.model]  # what the directory itself is about
+    name = main[0] if main else models[0] if len(models) == 1 else directory.resolve().name
+    dates = [one.date for one in about]
+    facts = [all_of(one.dtype for one in about), all_of(one.text for one in about), str(max(dates)) if dates else ""]
+    template = Environment(
+        loader=PackageLoader("flipproof.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return template.get_template("page.html.jinja").render(
+        title=f"Bit flips in {name}",
+        about=" · ".join(fact for fact in facts if fact),
+        notes=sources.notes,
+        sections=sections,
+        files=about,
+        folder=folder,
+        charts=any(section.chart for section in sections),
+        plotly_js=get_plotlyjs(),
+        version=__version__,
+    )
+
+
+def _check_target(page: Path, folder: Path) -> None:
+    """Raises ConfigError where the page or its directory would take the place of something that is no report."""
+    problems = []
+    if page.suffix != ".html":
+        problems.append(f"--to {page}: a file that ends in .html is allowed")
+    elif page.exists() and not (page.is_file() and _MARK in page.read_text("utf-8", errors="replace")[:2000]):
+        problems.append(f"{page} exists and is no report; name another file with --to")
+    if page.suffix == ".html" and folder.exists():
+        written = folder / _WRITTEN
+        own = {_WRITTEN, *written.read_text("utf-8").splitlines()} if written.is_file() else set()
+        other = sorted({path.name for path in folder.iterdir()} - own) if folder.is_dir() else [folder.name]
+        if other:
+            problems.append(f"{folder} holds what is no report's ({other[0]}); move it, or name another file with --to")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _write(page: Path, folder: Path, html: str, files: Mapping[str, bytes]) -> None:
+    """Everything into a hidden directory first, which then takes the place of the old one; the page comes last."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (page.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    for leftover in (new, old):  # of a report that was interrupted
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir()
+    for name, content in files.items():
+        (new / name).write_bytes(content)
+    (new / _WRITTEN).write_text("".join(f"{name}\n" for name in files), "utf-8")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    write_atomically(page, html)

@@ -1,0 +1,285 @@
+"""What a report is made from: the files that runs, sweeps, profiles and generated texts leave in directories.
+
+A directory is searched itself and one level deep, so that ``runs/demo`` with ``base/`` and ``sweep/`` in it is one
+report. Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. Those that grow line by line
+(``points.jsonl``, ``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flipproof.config import ConfigError
+from flipproof.evaluate import Arm
+from flipproof.report.curves import Point, Setting
+from flipproof.runlog import CONFIG, METRICS, RESULTS
+
+SWEEP, POINTS, PROFILE, GENERATED, SAMPLES = (
+    "sweep.json",
+    "points.jsonl",
+    "profile.json",
+    "generate.json",
+    "samples.txt",
+)
+_KNOWN = (RESULTS, METRICS, SWEEP, POINTS, PROFILE, GENERATED, SAMPLES)
+_ARMS = ("clean", "flipped", "recovered")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on what, as the head of the page has it."""
+
+    name: str
+    """The file, relative to the report's directory."""
+    model: str | None
+    dtype: str | None
+    text: str | None
+    tokens: int | None
+    date: date
+    """Of the file's last change."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``sweep.json`` and its points; losses in nats per token."""
+
+    about: Measured
+    axes: Mapping[str, list[Any]]
+    overhead: Mapping[str, float]
+    """protection -> extra bits stored over bits stored."""
+    voltages: tuple[tuple[float, float], ...]
+    """(volts, bit-error rate)."""
+    clean_loss: float
+    clean_perplexity: float
+    guard_loss: float | None
+    planned: int
+    points: tuple[Point, ...]
+
+
+@dataclass
+class Sources:
+    """Everything found, by the name of the directory it was found in."""
+
+    about: list[Measured] = field(default_factory=list)
+    arms: dict[str, dict[str, Arm]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tasks of lm-eval, as ``flipproof.tasks`` writes them."""
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``profile.json``, as ``flipproof.magnitudes`` writes it."""
+    training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """(step, loss in nats per token)."""
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Arm -> sample of text."""
+    notes: list[str] = field(default_factory=list)
+    """What readers should know of the files."""
+
+
+def read_sources(directory: Path) -> Sources:
+    """Read a directory and those in it.
+
+    Raises:
+        ConfigError: where it holds nothing that a report could show, and for every file that is not as it was written.
+    """
+    if not directory.is_dir():
+        raise ConfigError([f"{directory} is not a directory; a report is made of one with {', '.join(_KNOWN)}"])
+    places = [directory, *sorted(path for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")]
+    sources, problems = Sources(), []
+    for place in places:
+        held = {name: place / name for name in _KNOWN if (place / name).is_file()}
+        for name, read in _READERS.items():
+            if name in held:
+                try:
+                    read(sources, directory, held[name])
+                except ConfigError as error:
+                    problems += error.problems
+        if POINTS in held and SWEEP not in held:
+            problems.append(f"{held[POINTS]}: there is no {SWEEP} beside it, which says what was measured")
+    if problems:
+        raise ConfigError(problems)
+    if not (sources.about or sources.training or sources.texts):
+        raise ConfigError([f"{directory} and the directories in it hold none of {', '.join(_KNOWN)}"])
+    return sources
+
+
+@contextmanager
+def _as_written(where: str) -> Iterator[None]:
+    """What goes wrong in the block is the file's fault, and becomes one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except KeyError as error:
+        raise ConfigError([f"{where}: {error} is missing"]) from error
+    except OSError as error:
+        raise ConfigError([f"{where}: {error.strerror}"]) from error
+    except (ValueError, TypeError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
+        raise ConfigError([f"{where}: not as flipproof writes it ({' '.join(str(error).split())})"]) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with _as_written(str(path)):
+        return _object(json.loads(path.read_text("utf-8")))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{json.dumps(value)[:40]} is not an object")
+    return value
+
+
+def _lines(sources: Sources, name: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Each line of a JSONL file parsed; half a line at the end is a note."""
+    with _as_written(str(path)):
+        text = path.read_text("utf-8", errors="replace")  # half a line may end in half a character
+    lines = text.split("\n")
+    parsed = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            json.loads(line)
+        except ValueError:
+            if number == len(lines):  # no line break ends it
+                sources.notes.append(f"{name}: the last line is half written and was ignored.")
+                continue
+        with _as_written(f"{path} line {number}"):
+            parsed.append(parse(_object(json.loads(line))))
+    return parsed
+
+
+def _name(directory: Path, path: Path) -> str:
+    """The name of a file's directory: what sections are called after."""
+    return (directory.resolve() if path.parent == directory else path.parent).name
+
+
+def _about(directory: Path, path: Path, values: Mapping[str, Any], model: str | None = None) -> Measured:
+    return Measured(
+        name=path.relative_to(directory).as_posix(),
+        model=values.get("model") or model,
+        dtype=values.get("dtype"),
+        text=values.get("text"),
+        tokens=values.get("tokens"),
+        date=date.fromtimestamp(path.stat().st_mtime),
+    )
+
+
+def _number(value: Any) -> float:
+    """A loss: null is infinite."""
+    return math.inf if value is None else float(value)
+
+
+def _read_results(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    with _as_written(str(path)):
+        arms = {name: Arm.from_dict(arm) for name, arm in values["arms"].items()}
+        model, config = None, path.with_name(CONFIG)
+        if config.is_file():
+            table = tomllib.loads(config.read_text("utf-8")).get("model", {})
+            model = table.get("hf_model_path") or table.get("flavor")
+        tokens = max((arm.tokens for arm in arms.values()), default=None)
+        sources.about.append(_about(directory, path, {"tokens": tokens} | values, model))
+    if arms:
+        sources.arms[_name(directory, path)] = arms
+    if tasks := values.get("tasks"):
+        sources.tasks[_name(directory, path)] = tasks
+
+
+def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    file = path.with_name(POINTS)
+    name = file.relative_to(directory).as_posix()
+    lines = _lines(sources, name, file, _point) if file.is_file() else []
+    points = dict(lines)  # of a point that was measured twice, the last counts
+    with _as_written(str(path)):
+        axes = {key: axis if isinstance(axis, list) else [axis] for key, axis in values["axes"].items()}
+        clean = values["clean"]
+        sweep = Sweep(
+            about=_about(directory, path, values),
+            axes=axes,
+            overhead={key: float(share) for key, share in (values.get("overhead") or {}).items()},
+            voltages=tuple((float(volts), float(ber)) for volts, ber in values.get("voltages") or ()),
+            clean_loss=float(clean["loss"]),
+            clean_perplexity=float(clean["perplexity"]),
+            guard_loss=_number(guard["loss"]) if (guard := values.get("guard")) else None,
+            planned=int(values["planned"]),
+            points=tuple(points.values()),
+        )
+    if len(points) < sweep.planned:
+        sources.notes.append(f"{sweep.about.name}: {len(points)} of {sweep.planned} points are measured so far.")
+    sources.about.append(sweep.about)
+    sources.sweeps[_name(directory, path)] = sweep
+
+
+def _point(values: dict[str, Any]) -> tuple[str, Point]:
+    """(id, point) of a line."""
+    setting = Setting(*(str(values[key]) for key in Setting._fields))
+    voltage = values.get("voltage")
+    return str(values["id"]), Point(
+        p=float(values["p"]),
+        voltage=None if voltage is None else float(voltage),
+        setting=setting,
+        seed=int(values["seed"]),
+        loss=_number(values["loss"]),
+        tokens=int(values["tokens"]),
+    )
+
+
+def _read_profile(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    with _as_written(str(path)):
+        for layer in (values["all"], *values["layers"].values()):
+            for operand in ("weights", "inputs"):
+                one = layer[operand]
+                one["histogram"] = [(int(exponent), int(count)) for exponent, count in one["histogram"]]
+                one["quantiles"] = dict(one["quantiles"])
+                _ = one["maximum"], one["count"], one["proposed_t"], one["zero_out_t"], one["clipped"]
+        sources.about.append(_about(directory, path, values))
+    sources.profiles[_name(directory, path)] = values
+
+
+def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
+    name = path.relative_to(directory).as_posix()
+    rows = _lines(sources, name, path, lambda values: (int(values["step"]), _number(values["loss"])))
+    if finite := [row for row in rows if math.isfinite(row[1])]:
+        sources.training[_name(directory, path)] = finite
+
+
+def _read_generated(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    with _as_written(str(path)):
+        sources.texts[_name(directory, path)] = {
+            str(arm): f"{values['prompt']}{text}" for arm, text in values["texts"].items()
+        }
+        sources.about.append(_about(directory, path, values))
+
+
+def _read_samples(sources: Sources, directory: Path, path: Path) -> None:
+    """The demo's samples: each arm's name in brackets on a line of its own, then its text."""
+    with _as_written(str(path)):
+        text = path.read_text("utf-8", errors="replace")
+    texts: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line[1:-1] in _ARMS and line == f"[{line[1:-1]}]":
+            texts[line[1:-1]] = []
+        elif texts:
+            texts[next(reversed(texts))].append(line)
+    if texts:
+        sources.texts.setdefault(_name(directory, path), {arm: "\n".join(rows).strip() for arm, rows in texts.items()})
+
+
+_READERS: dict[str, Callable[[Sources, Path, Path], None]] = {
+    RESULTS: _read_results,
+    METRICS: _read_metrics,
+    SWEEP: _read_sweep,
+    PROFILE: _read_profile,
+    GENERATED: _read_generated,
+    SAMPLES: _read_samples,
+}

@@ -1,0 +1,342 @@
+import csv
+import html.parser
+import itertools
+import json
+import math
+
+import PIL.Image
+import plotly.graph_objects as go
+import pytest
+
+from flipproof.cli import main
+from flipproof.config import ConfigError
+from flipproof.evaluate import t_interval
+from flipproof.report import charts
+from flipproof.report.curves import Setting
+from flipproof.report.page import report
+from flipproof.report.sections import sections_of
+from flipproof.report.sources import read_sources
+
+CLEAN = 2.0
+CLIFF = 3e-5
+PS = [1e-6, 1e-5, 1e-4, 1e-3]
+SITES, LAYERS = ["w", "wx"], ["all", "model.layers.0.", "model.layers.1."]
+BITS, PROTECTIONS, SEEDS = ["all", "sign", "14"], ["none", "secded"], [1, 2, 3]
+VOLTAGES = [[0.9, 1e-6], [0.8, 1e-5], [0.7, 1e-4], [0.6, 1e-3]]
+
+
+def cost_at(p, setting):
+    """Nats over clean: straight in log p between measured points, through ln 1.1 at the cliff; one cell is broken."""
+    cliff = CLIFF * (10 if setting.protection == "secded" else 1)
+    share = (math.log10(p) - math.log10(cliff)) + 1  # 0 a decade below the cliff, 1 at it
+    slope = {"all": 1.0, "sign": 0.6, "14": 0.9}[setting.bits] if setting.layers != "all" else 1.0
+    cost = max(share, 0) * slope * math.log(1.1)
+    return math.inf if p >= 1e-3 and setting == Setting("wx", "all", "all", "none") else cost
+
+
+def write_sweep(directory, drop=0):
+    """A sweep of known costs: seeds scatter evenly around them, so that means are exact."""
+    settings = [Setting(*values) for values in itertools.product(SITES, LAYERS, BITS, PROTECTIONS)]
+    at = {ber: volts for volts, ber in VOLTAGES}
+    rows = []
+    for setting in settings:
+        for p in PS:
+            for seed, off in zip(SEEDS, (-0.01, 0.0, 0.01), strict=True):
+                loss = CLEAN + cost_at(p, setting) + off
+                rows.append({"id": f"{setting}{p}/{seed}", "p": p, "voltage": at[p],
+                             **setting._asdict(), "seed": seed, "loss": loss if math.isfinite(loss) else None,
+                             "tokens": 4096, "seconds": 1.5})  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    sweep = {
+        "model": "tiny <llama>", "dtype": "bfloat16", "text": "some text", "tokens": 4096,
+        "axes": {"p": PS, "sites": SITES, "layers": LAYERS, "bits": BITS, "protection": PROTECTIONS, "seeds": 3},
+        "overhead": {"none": 0.0, "secded": 0.125}, "voltages": VOLTAGES,
+        "clean": {"loss": CLEAN, "perplexity": math.exp(CLEAN)}, "guard": None,
+        "thresholds": {"w": None, "x": None}, "planned": len(rows),
+    }  # fmt: skip
+    (directory / "sweep.json").write_text(json.dumps(sweep))
+    (directory / "points.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: len(rows) - drop]))
+    return rows
+
+
+def write_profile(directory):
+    def one(shift):
+        return {"count": 1000, "zeros": 3, "nan": 0, "infinite": 0,
+                "quantiles": {"p50": 0.01, "p99": 0.1, "p99.9": 0.2, "p99.99": 0.4}, "maximum": 0.5,
+                "proposed_t": 1.0, "zero_out_t": 2.0 if shift else None, "clipped": 0 if shift else None,
+                "histogram": [[-9 + shift, 100], [-8 + shift, 700], [-2 + shift, 197]]}  # fmt: skip
+
+    def both(shift):
+        return {"weights": one(shift), "inputs": one(shift + 1)}
+
+    layers = {f"model.layers.{i}.q_proj": both(i) for i in range(2)}
+    profile = {"model": "tiny", "dtype": "bfloat16", "text": "t", "tokens": 10, "all": both(0), "layers": layers}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "profile.json").write_text(json.dumps(profile))
+
+
+def write_run(directory):
+    def arm(*losses):
+        return {"trial_losses": list(losses), "tokens": 100}
+
+    arms = {"clean": arm(2.0), "flipped": arm(2.9, 3.1, None), "recovered": arm(2.4, 2.5, 2.7)}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.json").write_text(json.dumps({"arms": arms, "dtype": "float32", "text": "stdlib"}))
+    (directory / "config.toml").write_text('[model]\nhf_model_path = "my/model"\n')
+    lines = [json.dumps({"step": step, "loss": 3.0 / step}) for step in (1, 2, 3)]
+    (directory / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
+    texts = {"clean": " is <b>well</b>", "flipped": "al□ i5 </script> w3ll"}
+    (directory / "generate.json").write_text(json.dumps({"model": "m", "prompt": "all", "texts": texts}))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A directory with all there is, and its report: (directory, rows of the sweep)."""
+    directory = tmp_path_factory.mktemp("runs")
+    write_run(directory)
+    rows = write_sweep(directory / "sweep")
+    write_profile(directory / "profile")
+    (directory / "base").mkdir()
+    (directory / "base" / "samples.txt").write_text("[clean]\none\n[1, 2]\n\n[flipped]\ntwo\n")
+    assert report(directory) == directory / "report.html"
+    return directory, rows
+
+
+class Page(html.parser.HTMLParser):
+    """What a page refers to, and the JSON in it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.hrefs, self.sources, self.charts, self.text, self.errors = [], [], [], [], [], []
+        self.inside = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.ids += [named["id"]] if "id" in named else []
+        self.hrefs += [named["href"]] if "href" in named else []
+        self.sources += [named["src"]] if "src" in named else []
+        if tag == "script" and named.get("type") == "application/json":
+            self.charts.append("")
+        if tag not in ("meta", "link", "img"):
+            self.inside.append((tag, named))
+
+    def handle_endtag(self, tag):
+        assert self.inside.pop()[0] == tag, f"</{tag}> ends something else"
+
+    def handle_data(self, data):
+        if self.inside and self.inside[-1] == ("script", {"type": "application/json"}):
+            self.charts[-1] += data
+        elif not self.inside or self.inside[-1][0] not in ("script", "style"):
+            self.text.append(data)
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_page_stands_alone_and_every_link_leads_somewhere(everything):
+    directory, _ = everything
+    page = Page((directory / "report.html").read_text())
+    assert not page.inside
+    assert page.ids == ["arms", "perplexity", "heat-map", "ranking", "protection", "voltage", "magnitudes", "training",
+                        "texts-" + directory.name.lower(), "texts-base"]  # fmt: skip
+    local = [href for href in page.hrefs if not href.startswith(("#", "data:"))]
+    assert {href.removeprefix("#") for href in page.hrefs if href.startswith("#")} == set(page.ids)
+    assert all((directory / href).is_file() for href in local + page.sources)
+    assert not [href for href in local + page.sources if ":" in href or href.startswith("/")]
+    views = {png for chart in page.charts for view in json.loads(chart)["views"] if (png := view.get("png"))}
+    written = {f"report/{path.name}" for path in (directory / "report").iterdir() if path.suffix in (".png", ".csv")}
+    assert written == set(local) | views
+    assert "all is <b>well</b>" in page.text
+    assert any("metrics.jsonl: the last line is half written" in text for text in page.text)
+
+
+def test_charts_are_valid_plotly_without_infinity(everything):
+    charts = [json.loads(text) for text in Page((everything[0] / "report.html").read_text()).charts]
+    assert len(charts) == 7
+    for chart in charts:
+        assert "Infinity" not in json.dumps(chart)
+        assert "NaN" not in json.dumps(chart)
+        for view in chart["views"]:
+            data = json.loads(json.dumps(view["data"]).replace('"ink"', '"black"'))
+            go.Figure({"data": data, "layout": chart["layout"] | view.get("layout", {})})  # raises what plotly refuses
+
+
+def test_pictures_are_at_200_dpi(everything):
+    pictures = list((everything[0] / "report").glob("*.png"))
+    assert pictures
+    for picture in pictures:
+        with PIL.Image.open(picture) as image:
+            assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+            assert len(image.convert("RGB").getcolors(2**24)) > 8  # something is drawn
+
+
+def test_the_tables_find_the_cliff_that_was_made(everything):
+    directory, _ = everything
+    rows = table(directory / "report" / "perplexity-cliffs.csv")
+    assert len(rows) == len(SITES) * len(LAYERS) * len(BITS) * len(PROTECTIONS)
+    for row in rows:
+        setting = Setting(*(row[name] for name in Setting._fields))
+        if setting.bits == "all" or setting.layers == "all":  # whose costs cross the threshold at CLIFF
+            cliff = CLIFF * (10 if setting.protection == "secded" else 1)
+            assert float(row["cliff p"]) == pytest.approx(cliff, rel=1e-9)
+            assert float(row["measured below"]) == max(p for p in PS if p < cliff)
+            assert float(row["measured past"]) == min(p for p in PS if p > cliff)
+    protection = {
+        tuple(row[name] for name in Setting._fields): row for row in table(directory / "report" / "protection.csv")
+    }
+    secded = protection["w", "all", "all", "secded"]
+    assert float(secded["extra storage (%)"]) == 12.5
+    assert float(secded["cliff over none"]) == pytest.approx(10, rel=1e-9)
+
+
+def test_tables_hold_the_inputs_and_intervals_of_the_t_distribution(everything):
+    directory, points = everything
+    losses = {}
+    for point in points:
+        key = tuple(point[name] for name in Setting._fields), point["p"]
+        losses.setdefault(key, []).append(math.inf if point["loss"] is None else point["loss"])
+    rows = table(directory / "report" / "perplexity.csv")
+    assert len(rows) == len(losses)
+    for row in rows:
+        measured = losses[tuple(row[name] for name in Setting._fields), float(row["p"])]
+        assert float(row["loss"]) == math.fsum(measured) / 3
+        assert (row["seeds"], row["tokens"]) == ("3", "4096")
+        if interval := t_interval(measured):
+            assert (float(row["loss low"]), float(row["loss high"])) == interval
+            assert [float(row[f"95% {end}"]) for end in ("low", "high")] == [math.exp(end) for end in interval]
+        else:
+            assert (row["loss"], row["loss low"], row["PPL"]) == ("inf", "", "inf")
+    for row in table(directory / "report" / "ranking.csv"):
+        of = (row["sites"], row["layers"], row["bits"], row["protection"]), float(row["p"])
+        assert float(row["cost"]) == math.fsum(losses[of]) / 3 - CLEAN
+    for row in table(directory / "report" / "voltage.csv"):
+        assert [float(row["voltage (V)"]), float(row["bit-error rate"])] in VOLTAGES
+    arms = {row["arm"]: row for row in table(directory / "report" / "arms.csv")}
+    assert (arms["flipped"]["PPL"], arms["flipped"]["95% low"], arms["clean"]["PPL"]) == ("inf", "", str(math.exp(2.0)))
+    low, high = t_interval([2.4, 2.5, 2.7])
+    assert (float(arms["recovered"]["95% low"]), float(arms["recovered"]["95% high"])) == (
+        math.exp(low),
+        math.exp(high),
+    )
+    histogram = table(directory / "report" / "magnitudes-histogram.csv")
+    assert [list(row.values()) for row in histogram[:2]] == [
+        ["all layers", "weights", "-9", "100"],
+        ["all layers", "weights", "-8", "700"],
+    ]
+
+
+def test_charts_draw_what_the_tables_say(everything):
+    directory, _ = everything
+    charts = [json.loads(text) for text in Page((directory / "report.html").read_text()).charts]
+    everywhere = [
+        row for row in table(directory / "report" / "perplexity.csv") if row["layers"] == row["bits"] == "all"
+    ]
+    rows = {(row["sites"], row["protection"], float(row["p"])): row for row in everywhere}
+    names = {"weights, no protection": ("w", "none"), "weights + inputs, no protection": ("wx", "none"),
+             "weights, secded": ("w", "secded"), "weights + inputs, secded": ("wx", "secded")}  # fmt: skip
+    drawn = {trace["name"]: trace for trace in charts[0]["views"][0]["data"] if trace.get("error_y")}
+    assert drawn.keys() == names.keys()
+    for name, trace in drawn.items():
+        for x, y in zip(trace["x"], trace["y"], strict=True):
+            perplexity = float(rows[*names[name], x]["PPL"])
+            assert y == (perplexity if math.isfinite(perplexity) else None)
+    traces = charts[0]["views"][0]["data"]
+    broken = [trace for trace in traces if trace.get("marker", {}).get("symbol", "").endswith("-open")]
+    assert [(trace["name"], trace["x"]) for trace in broken] == [("weights + inputs, no protection", [1e-3])]
+
+
+def test_an_unfinished_sweep_says_so_and_half_a_line_is_ignored(tmp_path):
+    rows = write_sweep(tmp_path, drop=5)
+    whole = (tmp_path / "points.jsonl").read_text()
+    (tmp_path / "points.jsonl").write_text(whole + '{"id": "half')
+    sources = read_sources(tmp_path)
+    assert len(sources.sweeps[tmp_path.name].points) == len(rows) - 5
+    assert sources.notes == ["points.jsonl: the last line is half written and was ignored.",
+                             f"sweep.json: {len(rows) - 5} of {len(rows)} points are measured so far."]  # fmt: skip
+    (tmp_path / "points.jsonl").unlink()
+    assert sections_of(read_sources(tmp_path)) == []
+
+
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
+    write_run(tmp_path)
+    first = report(tmp_path).read_bytes()
+    files = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert report(tmp_path).read_bytes() == first  # equal data give equal files
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == files
+    (tmp_path / "metrics.jsonl").unlink()
+    report(tmp_path)
+    assert not (tmp_path / "report" / "training.png").exists()
+    (tmp_path / "report" / "mine.png").write_text("mine")
+    with pytest.raises(ConfigError, match=r"report holds what is no report's \(mine.png\)"):
+        report(tmp_path)
+    assert (tmp_path / "report" / "mine.png").read_text() == "mine"
+    (tmp_path / "paper.html").write_text("<p>mine</p>")
+    with pytest.raises(ConfigError, match="exists and is no report"):
+        report(tmp_path, tmp_path / "paper.html")
+    assert report(tmp_path, tmp_path / "new" / "figures.html").read_text().count('href="figures/arms.csv"') == 1
+    assert (tmp_path / "new" / "figures" / "arms.csv").exists()
+    assert not [path.name for path in (*tmp_path.iterdir(), *(tmp_path / "new").iterdir()) if path.name[0] == "."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (None, "", "hold none of results.json"),
+        ("results.json", '{"arms": {"cl', "results.json: not as flipproof writes it"),
+        ("results.json", '{"dtype": "float32"}', "results.json: 'arms' is missing"),
+        ("results.json", "[]", "results.json: not as flipproof writes it ([] is not an object)"),
+        ("sweep.json", '{"axes": {}}', "sweep.json: 'clean' is missing"),
+        ("points.jsonl", "", "points.jsonl: there is no sweep.json beside it"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n{"step": 3, "loss": 1}\n', "metrics.jsonl line 2"),
+        ("profile.json", '{"all": {"weights": {}}, "layers": {}}', "profile.json: 'histogram' is missing"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, name, content, words):
+    if name:
+        (tmp_path / name).write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == err.count("flipproof report: error: ") == 1
+    assert words in err
+    assert [path.name for path in tmp_path.iterdir()] == ([name] if name else [])
+    assert main(["report", str(tmp_path / "gone")]) == 2
+    assert "gone is not a directory" in capsys.readouterr().err
+
+
+def test_tasks_have_a_table(tmp_path):
+    metric = {"mean": 0.75, "interval": [0.5, 1.0], "seed_sd": 0.1, "stderr": 0.05, "trials": [0.7, 0.8]}
+    result = {"shown": True, "questions": 20, "num_fewshot": 0, "version": 1, "arms": {"flipped": {"acc,none": metric}}}
+    (tmp_path / "results.json").write_text(json.dumps({"arms": {}, "tasks": {"mini": result}}))
+    page = report(tmp_path).read_text()
+    assert 'id="tasks"' in page
+    assert 'id="arms"' not in page
+    with (tmp_path / "report" / "tasks.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row == {
+        "run": tmp_path.name,
+        "task": "mini",
+        "metric": "acc",
+        "arm": "flipped",
+        "mean": "0.75",
+        "95% low": "0.5",
+        "95% high": "1.0",
+        "standard error": "0.05",
+        "seeds": "2",
+        "questions": "20",
+    }
+
+
+@pytest.mark.parametrize(("low", "high"), [(7.8, 8.6), (4.65, 4.66), (4, 30), (4, 3000)])
+def test_a_perplexity_axis_has_numbers(low, high):
+    axis = charts._ranges([low, high])
+    if "tickvals" in axis:
+        inside = [value for value in axis["tickvals"] if axis["range"][0] <= math.log10(value) <= axis["range"][1]]
+        assert len(inside) >= 3
+        assert len(set(axis["ticktext"])) == len(axis["ticktext"])
+    else:
+        assert axis["range"][1] - axis["range"][0] >= 1  # at least a power of ten lies inside
