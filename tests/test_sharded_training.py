@@ -242,7 +242,16 @@ def single(home):
     alone(*arguments(home, "single/lora", 4))
     alone(*arguments(home, "single/all", 4, *TRAIN_ALL))
     alone(*arguments(home, "single/scratch", 4, *SCRATCH))
+    alone(*arguments(home, "single/memories", 4, *TRAIN_ALL, *MEMORIES))
     return home / "single"
+
+
+# what is not a new, independent flip in a linear layer
+MEMORIES = (
+    *("--bitflip.sites", "[linear, head, embedding]", "--bitflip.kv_p_exp", "1e-3", "--bitflip.kv_p_frac", "1e-2"),
+    *("--bitflip.kv_zero_out_t", "16", "--bitflip.w_protection", "secded", "--bitflip.w_faults", "persistent"),
+    *("--bitflip.x_p_row", "1e-3", "--bitflip.x_p_bits", "{sign: 0.001}"),
+)
 
 
 STRATEGIES = {
@@ -269,6 +278,7 @@ def pair(home):
     jobs = {name: arguments(home, f"pair/{name}", 2, *flags) for name, flags in STRATEGIES.items()}
     jobs["all"] = arguments(home, "pair/all", 2, *TRAIN_ALL)
     jobs["scratch"] = arguments(home, "pair/scratch", 2, *SCRATCH)
+    jobs["memories"] = arguments(home, "pair/memories", 2, *TRAIN_ALL, *MEMORIES)
     jobs["bfloat16"] = arguments(home, "pair/bfloat16", 2, "--training.mixed_precision_param", "bfloat16")
     jobs["export"] = ["export", f"{home}/pair/full_shard", "--to", f"{home}/pair/exported/model"]
     jobs |= {name: arguments(home, f"pair/{name}", 2) for name in (*KILLS, "rank_1_gets_sigterm_in_step_3")}
@@ -369,6 +379,12 @@ def test_four_processes_train_as_one(single, four, name):
 
 def test_all_weights_train_as_in_one_process(single, pair):
     assert_same_run(pair / "all", single / "all")
+
+
+def test_faulty_memories_train_as_in_one_process(single, pair):
+    assert_same_run(pair / "memories", single / "memories")
+    clean, flipped = (arms(single / "memories")[name]["loss"] for name in ("clean", "flipped"))
+    assert abs(flipped - clean) > 0.05
 
 
 def test_from_scratch_starts_and_trains_as_in_one_process(single, pair):
@@ -558,6 +574,15 @@ def test_eval_prints_the_table_of_one_process(home, single, capsys):
     assert list(arms(home / "eval/two")) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
     assert_same_arms(home / "eval/two", home / "eval/one")
     assert_same_arms(home / "eval/two", single / "lora")
+
+
+def test_generate_says_in_two_processes_what_it_says_in_one(home, capsys):
+    faults = ["--lora.r", "0", *MEMORIES, "--prompt", "def f(", "--max_new_tokens", "12"]
+    argv = ["generate", "--config", f"{home}/run.toml", *faults]
+    code, out, err = finish(start(2, "-m", "flipproof", *argv))
+    assert code == 0, err
+    alone(*argv)
+    assert out == capsys.readouterr().out
 
 
 def test_train_as_users_start_it(home, pair):
