@@ -100,3 +100,25 @@ def lm_eval_tasks(tmp_path_factory):
         (directory / f"{name}.yaml").write_text(f"{head}{task}metadata: {{version: 1.0}}\n")
     (directory / "toy_group.yaml").write_text(_LM_EVAL_GROUP)
     return directory
+
+
+@pytest.fixture
+def telling_llama(tiny_llama):
+    """With weights large enough that its answers differ, and that a guard clips some."""
+    model = tiny_llama()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def telling_llama_dir(telling_llama, tmp_path):
+    """The same on disk, with a tokenizer."""
+    from flipproof.model import byte_tokenizer
+
+    telling_llama.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

@@ -34,22 +34,13 @@ def no_tasks_but_ours():
 
 
 @pytest.fixture
-def model(tiny_llama):
-    """With weights large enough that answers differ, and that the guard clips some."""
-    model = tiny_llama()
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.2)
-    return model
+def model(telling_llama):
+    return telling_llama
 
 
 @pytest.fixture
-def model_dir(model, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def model_dir(telling_llama_dir):
+    return telling_llama_dir
 
 
 def settings(model_dir, batch=4, trials=2, **bitflip):

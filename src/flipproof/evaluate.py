@@ -53,6 +53,7 @@ from flipproof.inject import faults, is_faulty
 from flipproof.injection_log import FlipLog, Replay, about, tapped
 from flipproof.loss import loss_by_row
 from flipproof.model import compute_context, load_tokenizer
+from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World
 from flipproof.runlog import logger
 
@@ -433,7 +434,7 @@ def write_results(
             **({} if tasks is None else {"tasks": tasks}),
             "fault_seeds": fault_seeds(config.bitflip.base_seed, max(trials)),
             "bitflip": asdict(config.bitflip),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dtype": dtype_name(next(model.parameters()).dtype),
             "text": text.source if text else None,
         },
     )

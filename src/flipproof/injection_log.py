@@ -80,21 +80,24 @@ class FlipCount:
         operand = name.rpartition("/")[2]
         self.flipped_bits[operand] += int(sum((bits >> bit & 1).sum() for bit in range(x.dtype.itemsize * 8)))
         self.zeroed[operand] += int(zeroed.sum())
-        self.note(name, draw, x.dtype, index, bits, zeroed, before, after)
+        self.note(name, draw, x.dtype, _Changes(index, bits, zeroed, before, after))
         return cast(Tensor, y)
 
-    def note(
-        self,
-        name: str,
-        draw: tuple[Any, ...],
-        dtype: torch.dtype,
-        index: Tensor,
-        bits: Tensor,
-        zeroed: Tensor,
-        before: Tensor,
-        after: Tensor,
-    ) -> None:
-        """What happened at ``index``: which bits were inverted, whether it was zeroed, the bits before and after."""
+    def note(self, name: str, draw: tuple[Any, ...], dtype: torch.dtype, changes: "_Changes") -> None:
+        """Called with what each flip did."""
+
+
+class _Changes(NamedTuple):
+    """Values that a flip changed, in columns."""
+
+    places: Tensor
+    """Indices in the tensor that was flipped."""
+    bits: Tensor
+    """Those that were inverted."""
+    zeroed: Tensor
+    before: Tensor
+    """Bit patterns, as ``after``."""
+    after: Tensor
 
 
 class FlipLog(FlipCount):
@@ -129,20 +132,10 @@ class FlipLog(FlipCount):
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def note(
-        self,
-        name: str,
-        draw: tuple[Any, ...],
-        dtype: torch.dtype,
-        index: Tensor,
-        bits: Tensor,
-        zeroed: Tensor,
-        before: Tensor,
-        after: Tensor,
-    ) -> None:
+    def note(self, name: str, draw: tuple[Any, ...], dtype: torch.dtype, changes: _Changes) -> None:
         tick, offset = int(draw[4]), int(draw[5])
-        numbers = (_numbers(before, dtype), _numbers(after, dtype))
-        columns = (c.tolist() for c in (index + offset, bits, zeroed, before, after))
+        numbers = (_numbers(changes.before, dtype), _numbers(changes.after, dtype))
+        columns = (column.tolist() for column in changes._replace(places=changes.places + offset))
         for where, flipped, gone, old_bits, new_bits, old, new in zip(*columns, *numbers, strict=True):
             inverted: list[int | None] = [bit for bit in range(dtype.itemsize * 8) if flipped >> bit & 1]
             for bit in inverted or [None]:

@@ -38,7 +38,7 @@ from flipproof.inject import faults, iter_faulty
 from flipproof.layers import FaultyLinear
 from flipproof.loss import next_token_loss
 from flipproof.model import compute_context, load_tokenizer
-from flipproof.ops.parity import guard_bits, magnitude_bits
+from flipproof.ops.parity import dtype_name, guard_bits, magnitude_bits
 from flipproof.parallel import World, cast_to
 from flipproof.runlog import logger
 from flipproof.shards import local
@@ -358,7 +358,7 @@ def profile(config: RunConfig, to: Path | None = None) -> Profile:
             )
         result = Profile(
             model=str(config.model.hf_model_path or config.model.flavor),
-            dtype=str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype or next(model.parameters()).dtype),
             text=text.source,
             tokens=tokens,
             all=total,

@@ -55,6 +55,7 @@ from flipproof.ops.philox import (
     WEYL,
     check_tick,
 )
+from flipproof.ops.reference import merge_by, new_zeroed
 from flipproof.spec import SECDED_CHECK_BITS, Pattern
 
 _BANDS = 21
@@ -65,6 +66,7 @@ _CHUNK_WRONG = 2**22
 _KEPT_BYTES = 2**31
 """Of the draws of persistent faults that are kept, on all devices."""
 _LOW_32 = 0xFFFFFFFF
+__all__ = ["flip", "flip_", "merge", "new_zeroed"]  # what a backend has
 
 
 class Flips(NamedTuple):
@@ -136,20 +138,9 @@ def flip_(
             flat_grad.masked_fill_(out, 0)
 
 
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, zeroed: Tensor | None, *draw: Any) -> Tensor:
+def merge(weight: Tensor, *rest: Any) -> Tensor:
     """guard(flip(W + scaling·B·A)); the arguments are those of ``reference.merge``."""
-    with torch.autocast(weight.device.type, enabled=False):
-        y = torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
-    kept = None if zeroed is None else torch.ones_like(zeroed)
-    flip_(y, kept, *draw)
-    if kept is not None:
-        torch.logical_not(kept, out=zeroed)
-    return y
-
-
-def new_zeroed(weight: Tensor, _p_exp: float, _p_frac: float) -> Tensor:
-    """Room for which elements of a weight were zeroed: a mask."""
-    return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    return merge_by(flip_, weight, *rest)
 
 
 class _Memory:

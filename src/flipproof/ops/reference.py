@@ -5,6 +5,7 @@ that temporary memory stays bounded whatever the size of the tensor.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
@@ -81,13 +82,26 @@ def merge(
     weight (out, in), lora_A (r, in), lora_B (out, r). ``zeroed``, where given, is as ``new_zeroed`` made it and then
     says what the guard zeroed.
     """
+    return merge_by(flip_, weight, lora_A, lora_B, scaling, zeroed, *draw)
+
+
+def merge_by(
+    flip_in_place: Callable[..., None],
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    zeroed: torch.Tensor | None,
+    *draw: Any,
+) -> torch.Tensor:
+    """``merge`` on any device, with what flips there."""
     with torch.autocast(weight.device.type, enabled=False):  # which forward may run in, but not backward
         y = torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
     if zeroed is None:
-        flip_(y, None, *draw)
+        flip_in_place(y, None, *draw)
     else:
         kept = torch.ones_like(zeroed)
-        flip_(y, kept, *draw)
+        flip_in_place(y, kept, *draw)
         torch.logical_not(kept, out=zeroed)
     return y
 

@@ -27,6 +27,7 @@ from flipproof.data import PackedText, load_held_out
 from flipproof.evaluate import Arm, mean_loss
 from flipproof.inject import faults, set_faults
 from flipproof.model import compute_context, load_tokenizer
+from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World, cast_to
 from flipproof.runlog import logger
 from flipproof.spec import OPERANDS
@@ -60,7 +61,7 @@ def sweep(config: RunConfig, to: Path) -> str:
         tokenizer = load_tokenizer(config.model)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
-        dtype = str(cast_to(config.training, model) or next(model.parameters()).dtype).removeprefix("torch.")
+        dtype = dtype_name(cast_to(config.training, model) or next(model.parameters()).dtype)
         grid = Grid(config, rates, model, dtype)
         with compute_context(config.training, model):
             header = _begin(grid, directory, model, text, world)
