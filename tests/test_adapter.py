@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.adapter import adapter_spec, load_adapter, save_adapter
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
 
 SPEC = BitFlipSpec(w_p_frac=0.01)
 

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from flipproof.cli import main
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.evaluate import evaluate
 
 SHAPE = {

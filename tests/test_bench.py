@@ -5,7 +5,7 @@ import torch
 
 from flipproof import bench as bench_module
 from flipproof.bench import bench, medians
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
 
 
 def test_medians_take_turns_and_are_the_middle_of_the_rounds(monkeypatch):

@@ -14,7 +14,8 @@ from flipproof.checkpoint import (
     load_checkpoint,
     load_trained_weights,
 )
-from flipproof.config import CheckpointConfig, ConfigError
+from flipproof.config import CheckpointConfig
+from flipproof.errors import ConfigError
 from flipproof.parallel import World
 
 SPEC = BitFlipSpec(w_p_frac=0.01)

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flipproof.config import ConfigError, RunConfig, load_config, preset_names, preset_text, split_overrides
+from flipproof.config import RunConfig, load_config, preset_names, preset_text, split_overrides
+from flipproof.errors import ConfigError
 
 # The tutorials' configs, verbatim.
 TUTORIALS = Path(__file__).parent / "tutorials"

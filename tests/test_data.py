@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipproof import data
-from flipproof.config import ConfigError, DataConfig
+from flipproof.config import DataConfig
 from flipproof.data import load_held_out, load_text, training_indices
+from flipproof.errors import ConfigError
 from flipproof.model import byte_tokenizer
 
 DOCUMENTS = [f"document {i}: " + "abcdefghij\n" * (20 + i) for i in range(12)]

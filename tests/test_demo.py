@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import flipproof.demo as demo_module
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
 from flipproof.demo import demo, sweep_p
+from flipproof.errors import ConfigError
 from flipproof.evaluate import fault_seeds, measure_arms
 
 

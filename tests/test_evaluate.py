@@ -14,8 +14,9 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec, loss
 from flipproof.adapter import save_adapter
 from flipproof.cli import main
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
 from flipproof.data import PackedText
+from flipproof.errors import ConfigError
 from flipproof.evaluate import (
     Arm,
     Cost,

@@ -6,7 +6,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flipproof.checkpoint import list_checkpoints
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.export import export
 from flipproof.model import byte_tokenizer
 from flipproof.train import train

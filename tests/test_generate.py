@@ -6,7 +6,8 @@ import torch
 
 import flipproof
 from flipproof.cli import main
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.generate import Sampling, generate
 from flipproof.model import byte_tokenizer
 

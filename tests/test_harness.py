@@ -16,7 +16,8 @@ from lm_eval import simple_evaluate
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec, harness
 from flipproof.adapter import save_adapter
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.harness import TaskRequest, harness_model, load_tasks, run_task
 from flipproof.model import byte_tokenizer
 

@@ -6,7 +6,7 @@ import torch
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
 from flipproof.inject import fault_state
 from flipproof.injection_log import FlipCount, FlipLog, Replay, about, tapped
 

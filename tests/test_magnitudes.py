@@ -15,8 +15,9 @@ import torch
 import flipproof
 from flipproof import BitFlipSpec
 from flipproof.cli import main
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
 from flipproof.data import PackedText, load_held_out
+from flipproof.errors import ConfigError
 from flipproof.magnitudes import (
     Histogram,
     Tally,

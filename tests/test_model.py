@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.config import ConfigError, ModelConfig, TrainingConfig
+from flipproof.config import ModelConfig, TrainingConfig
+from flipproof.errors import ConfigError
 from flipproof.model import (
     FLAVORS,
     byte_tokenizer,

@@ -5,7 +5,8 @@ import torch
 import transformers
 from torch import nn
 
-from flipproof.config import ConfigError, ParallelismConfig, load_config
+from flipproof.config import ParallelismConfig, load_config
+from flipproof.errors import ConfigError
 from flipproof.parallel import Gradients, World, blocks, layout, parallelize, start
 
 

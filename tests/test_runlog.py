@@ -1,10 +1,9 @@
 import json
-import math
 
 import pytest
 
-from flipproof.config import ConfigError
-from flipproof.runlog import Metrics, check_run_dir, peak_memory_gib, write_json
+from flipproof.errors import ConfigError
+from flipproof.runlog import Metrics, check_run_dir, peak_memory_gib
 
 
 def test_a_directory_with_a_run_is_refused_unless_resumed(tmp_path):
@@ -16,12 +15,6 @@ def test_a_directory_with_a_run_is_refused_unless_resumed(tmp_path):
     check_run_dir(tmp_path, resume=True)
     with pytest.raises(ConfigError, match="not a directory"):
         check_run_dir(tmp_path / "metrics.jsonl", resume=False)
-
-
-def test_json_has_no_infinities(tmp_path):
-    write_json(tmp_path / "a.json", {"a": [1.0, math.inf], "b": (math.nan, {"c": -math.inf})})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.0, None], "b": [None, {"c": None}]}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_metrics_go_on_after_the_step_they_resume_from(tmp_path):

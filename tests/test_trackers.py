@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flipproof.config import ConfigError, LoggingConfig, RunConfig
+from flipproof.config import LoggingConfig, RunConfig
+from flipproof.errors import ConfigError
 from flipproof.trackers import Trackers, check_trackers
 
 

@@ -14,7 +14,8 @@ from torch import nn
 import flipproof.train as train_module
 from flipproof.checkpoint import list_checkpoints
 from flipproof.cli import EXIT_REQUEUE, main
-from flipproof.config import ConfigError, RunConfig, TrainingConfig, load_config
+from flipproof.config import RunConfig, TrainingConfig, load_config
+from flipproof.errors import ConfigError
 from flipproof.model import byte_tokenizer
 from flipproof.train import DEFAULT_STEPS, LossScale, learning_rate, make_optimizer, resolve_steps, train
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from flipproof.config import ConfigError, first_of
+from flipproof.errors import ConfigError, first_of
+from flipproof.files import write_json
 from flipproof.inject import faulty_layers
-from flipproof.runlog import write_json
 from flipproof.shards import assign_, whole
 from flipproof.spec import LoraSpec
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
 from flipproof.layers import FaultSite, FaultState
 from flipproof.spec import BitFlipSpec, Fault
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
+from flipproof.files import write_json
 from flipproof.inject import inject
 from flipproof.ops.flip import BACKENDS
-from flipproof.runlog import write_json
 from flipproof.spec import BitFlipSpec, LoraSpec
 
 _RANK = 32

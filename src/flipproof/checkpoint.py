@@ -34,9 +34,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map_only
 
-from flipproof.config import CheckpointConfig, ConfigError
+from flipproof.config import CheckpointConfig
+from flipproof.errors import ConfigError
+from flipproof.files import write_json
 from flipproof.parallel import World
-from flipproof.runlog import write_json
 
 MANIFEST = "manifest.json"
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)

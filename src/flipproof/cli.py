@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from flipproof.config import (
-    ConfigError,
     RunConfig,
     add_overrides,
     load_config,
@@ -22,6 +21,7 @@ from flipproof.config import (
     preset_text,
     split_overrides,
 )
+from flipproof.errors import ConfigError
 
 EXIT_REQUEUE = 75
 """sysexits.h's EX_TEMPFAIL: stopped by SIGTERM with a checkpoint, so starting again with --resume goes on."""

@@ -36,7 +36,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from flipproof.config import ConfigError, DataConfig
+from flipproof.config import DataConfig
+from flipproof.errors import ConfigError
 from flipproof.runlog import logger
 
 _SUFFIX_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

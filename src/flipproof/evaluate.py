@@ -47,8 +47,10 @@ from torch import nn
 from flipproof import parallel, runlog
 from flipproof.adapter import adapter_spec, load_adapter
 from flipproof.build import build_model
-from flipproof.config import ConfigError, RunConfig
+from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
+from flipproof.errors import ConfigError
+from flipproof.files import write_json
 from flipproof.inject import faults, is_faulty
 from flipproof.injection_log import FlipLog, Replay, about, tapped
 from flipproof.loss import loss_by_row
@@ -425,7 +427,7 @@ def write_results(
     times and no machine: equal runs write equal files.
     """
     trials = [arm.trials for name, arm in arms.items() if name in FLIPPED_ARMS] or [config.eval.trials]
-    runlog.write_json(
+    write_json(
         directory / runlog.RESULTS,
         {
             "arms": {name: asdict(arm) for name, arm in arms.items()},

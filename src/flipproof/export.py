@@ -10,7 +10,8 @@ from flipproof import parallel, runlog
 from flipproof.adapter import save_adapter
 from flipproof.build import build_model
 from flipproof.checkpoint import list_checkpoints, load_trained_weights
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.model import load_tokenizer, save_model
 from flipproof.runlog import logger
 

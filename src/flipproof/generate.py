@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from flipproof import parallel, runlog
+from flipproof import parallel
 from flipproof.adapter import adapter_spec, load_adapter
 from flipproof.build import build_model
-from flipproof.config import ConfigError, RunConfig
+from flipproof.config import RunConfig
+from flipproof.errors import ConfigError
 from flipproof.evaluate import check_log, fault_seeds
+from flipproof.files import write_json
 from flipproof.inject import fault_state, faults, is_faulty
 from flipproof.injection_log import FlipCount, FlipLog, Replay, about, tapped
 from flipproof.model import compute_context, load_tokenizer
@@ -221,7 +223,7 @@ def _parts_at(clean: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 
 def _write(path: Path, config: RunConfig, prompt: str, sampling: Sampling, texts: dict[str, Text]) -> None:
-    runlog.write_json(
+    write_json(
         path,
         {
             "model": config.model.hf_model_path or config.model.flavor,

@@ -36,7 +36,8 @@ import torch
 from torch import nn
 
 from flipproof.adapter import adapter_spec, load_adapter
-from flipproof.config import ConfigError, RunConfig, load_config
+from flipproof.config import RunConfig, load_config
+from flipproof.errors import ConfigError
 from flipproof.inject import inject
 from flipproof.model import byte_tokenizer
 from flipproof.parallel import cast_to

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from flipproof import attention
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
 from flipproof.layers import FaultSite, FaultState, FaultyEmbedding, FaultyLinear
 from flipproof.ops.parity import dtype_name
 from flipproof.ops.philox import check_tick

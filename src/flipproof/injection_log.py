@@ -33,11 +33,12 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
+from flipproof.files import temporary_name
 from flipproof.inject import fault_state
 from flipproof.layers import Tap
 from flipproof.ops.parity import dtype_name
-from flipproof.runlog import logger, temporary_name
+from flipproof.runlog import logger
 from flipproof.spec import Pattern
 
 _KIND = "flipproof injection log"

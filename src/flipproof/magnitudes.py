@@ -30,10 +30,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flipproof import parallel, runlog
+from flipproof import parallel
 from flipproof.build import build_model
-from flipproof.config import ConfigError, RunConfig
+from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
+from flipproof.errors import ConfigError
+from flipproof.files import write_json
 from flipproof.inject import faults, iter_faulty
 from flipproof.layers import FaultyLinear
 from flipproof.loss import next_token_loss
@@ -369,7 +371,7 @@ def profile(config: RunConfig, to: Path | None = None) -> Profile:
                 logger.warning("%s", line)
             if to is not None:
                 to.mkdir(parents=True, exist_ok=True)
-                runlog.write_json(to / PROFILE, asdict(result))
+                write_json(to / PROFILE, asdict(result))
     return result
 
 

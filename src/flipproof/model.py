@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flipproof.config import ConfigError, ModelConfig, TrainingConfig, first_of
+from flipproof.config import ModelConfig, TrainingConfig
+from flipproof.errors import ConfigError, first_of
+from flipproof.files import write_json
 from flipproof.inject import iter_faulty
 from flipproof.ops.philox import derive_key
 from flipproof.parallel import World, cast_to
-from flipproof.runlog import write_json
 from flipproof.shards import assign_, like, local, whole
 
 _LLAMA3: dict[str, Any] = {

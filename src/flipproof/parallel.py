@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from flipproof import recompute
-from flipproof.config import ConfigError, ParallelismConfig, RunConfig, TrainingConfig
+from flipproof.config import ParallelismConfig, RunConfig, TrainingConfig
+from flipproof.errors import ConfigError
 from flipproof.inject import fault_state, is_faulty
 
 

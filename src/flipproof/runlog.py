@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import resource
 import sys
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
+from flipproof.files import finite, write_atomically
 
 logger = logging.getLogger("flipproof")
 
@@ -41,34 +41,6 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError([f"logging.run_dir = {str(run_dir)!r} is not a directory"])
-
-
-def temporary_name(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a reader never sees half of it."""
-    temporary = temporary_name(path)
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically. Infinity and NaN, which JSON does not have, become null."""
-    write_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The value with None in the place of numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 class Metrics:

@@ -40,6 +40,7 @@ from flipproof.evaluate import (
     t_interval,
     write_results,
 )
+from flipproof.files import write_atomically
 from flipproof.harness import (
     SEEDS,
     LoadedTask,
@@ -52,7 +53,7 @@ from flipproof.harness import (
 )
 from flipproof.inject import iter_faulty
 from flipproof.model import load_tokenizer
-from flipproof.runlog import logger, write_atomically
+from flipproof.runlog import logger
 from flipproof.spec import BitFlipSpec
 
 

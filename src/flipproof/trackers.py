@@ -17,8 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipproof.config import ConfigError, LoggingConfig, RunConfig
-from flipproof.runlog import Metrics, write_atomically
+from flipproof.config import LoggingConfig, RunConfig
+from flipproof.errors import ConfigError
+from flipproof.files import write_atomically
+from flipproof.runlog import Metrics
 
 if TYPE_CHECKING:
     import wandb

@@ -21,8 +21,9 @@ from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
 from flipproof.build import build_model
 from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, step_of
-from flipproof.config import ConfigError, RunConfig, TrainingConfig
+from flipproof.config import RunConfig, TrainingConfig
 from flipproof.data import load_text, training_indices
+from flipproof.errors import ConfigError
 from flipproof.evaluate import (
     BASE_ARMS,
     TRAINED_ARMS,
@@ -31,12 +32,13 @@ from flipproof.evaluate import (
     measure_config_arms,
     write_results,
 )
+from flipproof.files import write_atomically
 from flipproof.inject import is_faulty, set_tick
 from flipproof.loss import next_token_loss
 from flipproof.model import compute_context, load_tokenizer, model_on_meta, save_model
 from flipproof.ops.philox import derive_key
 from flipproof.parallel import Gradients, World
-from flipproof.runlog import logger, write_atomically
+from flipproof.runlog import logger
 from flipproof.shards import local, whole
 from flipproof.steplog import StepLog
 from flipproof.trackers import check_trackers

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from flipproof.cli import main
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
 from flipproof.evaluate import t_interval
 from flipproof.report import charts
 from flipproof.report.curves import Setting

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.sweep.directory import SweepDirectory
 from flipproof.sweep.plan import Cell, Plan, Rate
 

@@ -2,7 +2,8 @@ import pytest
 import transformers
 
 import flipproof
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.sweep.grid import Grid, all_that_flips, rates_of, read_voltages, resolved
 from flipproof.sweep.plan import Rate
 

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from flipproof import BitFlipSpec
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.sweep.plan import Cell, Plan, Rate, SweepConfig, cell_spec, next_point, operands_of, parse_protection
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from flipproof.cli import main
-from flipproof.config import ConfigError, load_config
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
 from flipproof.evaluate import evaluate
 from flipproof.model import byte_tokenizer
 from flipproof.sweep.directory import SweepDirectory

@@ -17,11 +17,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
+from flipproof.files import write_atomically
 from flipproof.report import figures
 from flipproof.report.sections import Section, sections_of
 from flipproof.report.sources import Sources, read_sources
-from flipproof.runlog import write_atomically
 
 PAGE = "report.html"
 _WRITTEN = ".written"

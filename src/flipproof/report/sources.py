@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flipproof.config import ConfigError
+from flipproof.errors import ConfigError
 from flipproof.evaluate import Arm
 from flipproof.report.curves import Point, Setting
 from flipproof.runlog import CONFIG, METRICS, RESULTS

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from flipproof.config import ConfigError, RunConfig, load_config
-from flipproof.runlog import finite, logger, write_atomically, write_json
+from flipproof.config import RunConfig, load_config
+from flipproof.errors import ConfigError
+from flipproof.files import finite, write_atomically, write_json
+from flipproof.runlog import logger
 from flipproof.spec import OPERANDS
 from flipproof.sweep.plan import Point
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from flipproof.config import ConfigError, RunConfig
+from flipproof.config import RunConfig
+from flipproof.errors import ConfigError
 from flipproof.evaluate import fault_seeds
 from flipproof.inject import fault_sites
 from flipproof.spec import (

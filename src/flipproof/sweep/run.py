@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from flipproof import parallel
 from flipproof.build import build_model
-from flipproof.config import ConfigError, RunConfig
+from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
+from flipproof.errors import ConfigError
 from flipproof.evaluate import Arm, mean_loss
 from flipproof.inject import faults, set_faults
 from flipproof.model import compute_context, load_tokenizer

@@ -1,0 +1,17 @@
+"""What is raised where a user's input is at fault, and how many problems become few lines."""
+
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one problem a line."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def first_of(problems: list[str]) -> str:
+    """The first of many problems of one kind by the alphabet, and how many more there are."""
+    more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    return f"{min(problems)}{more}"

@@ -1,0 +1,72 @@
+"""Files that are whole or not there, whoever else writes them at the same time.
+
+A file is written under a temporary name of its own in its directory and then renamed: a reader never sees half of it,
+two writers never meet in one temporary file, and after a crash of the machine the name does not lead to nothing.
+"""
+
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from flipproof.errors import ConfigError
+
+
+def temporary_name(path: Path) -> Path:
+    """What a file is called until it is whole: another name at every call, and hidden."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file or nothing. Raises OSError, and then leaves nothing behind."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically. Infinity and NaN, which JSON does not have, become null."""
+    write_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None in the place of numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raises ConfigError where ``path`` could not be made, or written into where it is a directory. Writes nothing.
+
+    For everything that a verb writes, before it begins: ``what`` is the flag or key that names the path.
+    """
+    if not os.fspath(path):
+        raise ConfigError([f"{what}: the path is empty"])
+    try:
+        for there in (path, *path.parents):
+            if not (there.exists() or there.is_symlink()):
+                continue
+            if not there.is_dir() and there != path:
+                raise ConfigError([f"{what} = {str(path)!r}: {there} is not a directory"])
+            if not os.access(there, os.W_OK | os.X_OK if there.is_dir() else os.W_OK):
+                raise ConfigError([f"{what} = {str(path)!r}: {there} cannot be written"])
+            longest = os.pathconf(there, "PC_NAME_MAX") if there.is_dir() else 255
+            for name in path.relative_to(there).parts:
+                if len(os.fsencode(name)) > longest:
+                    raise ConfigError([f"{what} = {str(path)!r}: a name has at most {longest} bytes there"])
+            return
+    except OSError as error:  # a name too long to ask about, a directory that may not be looked into
+        raise ConfigError([f"{what} = {str(path)!r}: {error.strerror}"]) from error
