@@ -232,6 +232,7 @@ def save_llama(directory, max_shard_size="1GB", **changes):
     byte_tokenizer().save_pretrained(directory)
 
 
+ALL_LINEAR = ("--bitflip.sites", "[linear, head]")
 SCRATCH = ("--model.init", "random", "--lora.r", "0")
 TRAIN_ALL = ("--lora.r", "0", "--training.lr", "1e-3")
 
@@ -281,6 +282,8 @@ def pair(home):
     jobs["memories"] = arguments(home, "pair/memories", 2, *TRAIN_ALL, *MEMORIES)
     jobs["bfloat16"] = arguments(home, "pair/bfloat16", 2, "--training.mixed_precision_param", "bfloat16")
     jobs["export"] = ["export", f"{home}/pair/full_shard", "--to", f"{home}/pair/exported/model"]
+    jobs["tied"] = arguments(home, "pair/tied", 2, "--model.hf_model_path", f"{home}/tied", *ALL_LINEAR)
+    jobs["export_tied"] = ["export", f"{home}/pair/tied", "--to", f"{home}/pair/exported_tied/model"]
     jobs |= {name: arguments(home, f"pair/{name}", 2) for name in (*KILLS, "rank_1_gets_sigterm_in_step_3")}
     jobs |= loads(home, "pair.jobs")
     patches = {name: name for name in (*KILLS, "rank_1_gets_sigterm_in_step_3")}
@@ -536,6 +539,19 @@ def test_several_processes_export_what_one_does(exported):
     assert len(list((by_two / "model").glob("*.safetensors"))) > 2
     assert len(list((by_one / "model").glob("*.safetensors"))) == 1
     assert_same_weights(by_two, by_one, tolerance=1e-7)
+
+
+def test_several_processes_export_an_adapter_on_a_tied_head_as_one_does(home, pair):
+    alone("export", str(pair / "tied"), "--to", str(home / "single/exported_tied/model"))
+    assert_same_weights(pair / "exported_tied", home / "single/exported_tied", tolerance=1e-7)
+    opened = AutoModelForCausalLM.from_pretrained(pair / "exported_tied/model")
+    assert not opened.config.tie_word_embeddings
+    base, adapter = AutoModelForCausalLM.from_pretrained(home / "tied"), weights(pair / "tied")
+    head = (adapter[f"base_model.model.lm_head.lora_{matrix}.weight"].double() for matrix in "BA")
+    expected = base.lm_head.weight.double() + 2.0 * next(head) @ next(head)
+    assert (expected - base.lm_head.weight).abs().max() > 1e-3
+    torch.testing.assert_close(opened.lm_head.weight.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(opened.model.embed_tokens.weight, base.model.embed_tokens.weight)
 
 
 def test_the_adapter_opens_with_peft_and_says_what_the_merged_model_says(home, pair, exported):

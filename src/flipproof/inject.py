@@ -21,6 +21,7 @@ from flipproof.layers import FaultSite, FaultState, FaultyEmbedding, FaultyLinea
 from flipproof.ops.parity import dtype_name
 from flipproof.ops.philox import check_tick
 from flipproof.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec, check_seed
+from flipproof.ties import merge_adapters
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
@@ -323,16 +324,20 @@ def faults(
 
 def remove(model: nn.Module) -> None:
     """Put plain ``nn.Linear`` layers back, with the weights as they are; adapters are dropped."""
-    _restore(model, merge_adapters=False)
+    _restore(model)
 
 
 def merge(model: nn.Module) -> None:
-    """Put plain ``nn.Linear`` layers back, with the adapters merged into the weights: W + s·B·A."""
-    _restore(model, merge_adapters=True)
+    """Put plain ``nn.Linear`` layers back, with the adapters merged into the weights: W + s·B·A.
+
+    A layer with an adapter whose weight other modules hold too, as a head tied to the embedding, gets one of its own;
+    the config of a ``transformers`` model says then that its weights are not tied.
+    """
+    merge_adapters(model)
+    _restore(model)
 
 
-@torch.no_grad()
-def _restore(model: nn.Module, merge_adapters: bool) -> None:
+def _restore(model: nn.Module) -> None:
     for hook in fault_state(model).hooks:
         hook.remove()
     if any(site.kind == "kv" for site in fault_sites(model).values()):
@@ -344,8 +349,6 @@ def _restore(model: nn.Module, merge_adapters: bool) -> None:
         if not isinstance(module, FaultyLinear):
             continue
         if id(module) not in plain:
-            if merge_adapters and module.lora_A is not None:
-                module.weight.copy_(module.merged_weight())
             # on meta: no memory is taken for parameters that are replaced at once
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight, linear.bias = module.weight, module.bias

@@ -19,9 +19,11 @@ from flipproof.config import ModelConfig, TrainingConfig
 from flipproof.errors import ConfigError, first_of
 from flipproof.files import write_json
 from flipproof.inject import iter_faulty
+from flipproof.layers import FaultyLinear
 from flipproof.ops.philox import derive_key
 from flipproof.parallel import World, cast_to
 from flipproof.shards import assign_, like, local, whole
+from flipproof.ties import declared_ties, merging_cuts, untied_config
 
 _LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,
@@ -335,22 +337,29 @@ _FILE_BYTES = 4 * 2**30
 @torch.no_grad()
 def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World | None = None) -> None:
     """Write a Hugging Face model with the adapters merged, which ``AutoModelForCausalLM`` opens. The model stays as
-    it is.
+    it is. A tie that merging cuts (``ties.py``) is none in the files, nor by their config.
 
     Of a sharded model all processes must call; each gathers one tensor at a time and writes some of the files.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
-    layers = {f"{name}.weight": layer for name, layer in iter_faulty(model)}
+    names = model.named_modules(remove_duplicate=False)  # a layer may have several
+    layers = {f"{name}.weight": layer for name, layer in names if isinstance(layer, FaultyLinear)}
+    if cut := merging_cuts(model):
+        state |= {name: state[name].clone() for name in declared_ties(model) if name in state}
     if world is None or world.size == 1:
-        merged = {name: layer.merged_weight() for name, layer in layers.items()}
-        model.save_pretrained(directory, state_dict=state | merged)  # type: ignore[operator]
+        merged = {layer: layer.merged_weight() for layer in layers.values()}
+        state |= {name: merged[layer] for name, layer in layers.items() if layer.lora_A is not None}
+        model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+        if cut:
+            untied_config(model).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return
 
     from safetensors.torch import save_file
 
-    for name in model.all_tied_weights_keys:  # type: ignore[union-attr]
-        state.pop(name, None)
+    if not cut:
+        for name in model.all_tied_weights_keys:  # type: ignore[union-attr]
+            state.pop(name, None)
     files: list[list[str]] = [[]]
     room = _FILE_BYTES
     for name, tensor in state.items():
@@ -381,7 +390,8 @@ def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World |
         where = {name: file for file, held in zip(names, files, strict=True) for name in held}
         total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-        model.config.save_pretrained(directory)  # type: ignore[union-attr, operator]
+        config: Any = untied_config(model) if cut else model.config
+        config.save_pretrained(directory)
         if model.can_generate():  # type: ignore[operator]
             model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
         tokenizer.save_pretrained(directory)
