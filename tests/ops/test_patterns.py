@@ -5,6 +5,7 @@ tail; seeds are fixed.
 """
 
 import decimal
+import gc
 from functools import cache
 from itertools import combinations
 from math import comb, exp
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 import flipproof
-from flipproof import Pattern
+from flipproof import BitFlipSpec, Pattern
 from flipproof.ops import patterns
 from flipproof.ops.parity import BLOCK
 from flipproof.ops.philox import counter, derive_key, philox
@@ -250,32 +252,132 @@ def test_a_slice_of_the_draw_is_the_draw_of_the_slice(dtype, fault, monkeypatch)
     assert torch.equal(masks(0.01, pattern, 30000, dtype), whole)
 
 
-def test_a_map_is_drawn_once_and_kept(monkeypatch):
-    drawn = []
-    flips = patterns._Memory.flips
+# --- kept
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """(offset, count) of each draw of a map, where none is kept yet."""
+    drawn, flips = [], patterns._Memory.flips
     monkeypatch.setattr(patterns._Memory, "flips", lambda *args: drawn.append(args[1:]) or flips(*args))
     monkeypatch.setattr(patterns, "_kept_maps", patterns._KeptMaps())
+    return drawn
+
+
+def test_a_map_is_drawn_once_and_kept(drawn):
     kept = Pattern(persistent=True, protection="secded")
     first = masks(0.01, kept, 5000, tick=1)
     assert torch.equal(masks(0.01, kept, 5000, tick=2), first)
+    assert torch.equal(masks(0.01, kept, 4999), first[:4999])
+    assert drawn == [(0, 5000)]
+    others = ({"seed": 8}, {"site": "b/w"}, {"offset": 4}, {"dtype": torch.float16})
+    for _ in range(2):
+        for other in others:
+            masks(0.01, kept, 5000, **other)
+    assert len(drawn) == 1 + len(others)
+
+
+def test_what_grows_is_drawn_anew_once_a_block(drawn):
+    kept, p = Pattern(persistent=True), 0.01
+    whole = masks(p, Pattern(persistent=True), 3 * BLOCK, seed=SITE["seed"])
+    patterns._kept_maps.maps.clear()
+    drawn.clear()
+    for n in range(1000, 2 * BLOCK + 2001, 1000):
+        assert torch.equal(masks(p, kept, n), whole[:n])
+    assert drawn == [(0, 1000), (0, BLOCK), (0, 2 * BLOCK), (0, 3 * BLOCK)]
+
+
+def test_other_rates_take_the_place_of_the_last(drawn):
+    """A sweep asks for one seed at many rates, one after the other."""
+    for p in (0.001, 0.01, 0.1, 0.5):
+        masks(p, Pattern(persistent=True), 5000)
+    assert patterns._kept_maps.size == 5000 * 2  # that of 1/2 alone
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [1e-9, 1e-5, 1e-3, 0.01, 0.05, 0.2, 0.5])
+def test_a_map_has_a_position_and_a_mask_for_each_faulty_element_or_a_mask_for_each(drawn, p, dtype):
+    n = 20000
+    wrong = int((masks(p, Pattern(persistent=True), n, dtype) != 0).sum())
+    assert in_bounds(wrong, n, 1 - (1 - p) ** (dtype.itemsize * 8))
+    assert patterns._kept_maps.size == min(wrong * (4 + dtype.itemsize), n * dtype.itemsize)
+    masks(p, Pattern(persistent=True), n, dtype)
     assert len(drawn) == 1
-    for other in ({"seed": 8}, {"site": "b/w"}, {"offset": 4}, {"p_frac": 0.02}, {"dtype": torch.float16}):
-        masks(0.01, kept, 5000, **other)
-    assert torch.equal(masks(0.01, kept, 5001)[:5000], first)  # to the end of the block it is drawn already
-    masks(0.01, kept, 9000)
-    masks(0.01, Pattern(persistent=True), 5000)
-    assert len(drawn) == 8
-    # what is used least makes room
-    maps = patterns._kept_maps
-    assert maps.size == sum(patterns._bytes(one) for one in maps.maps.values())
-    monkeypatch.setattr(patterns, "_KEPT_BYTES", maps.size)
-    masks(0.01, kept, 5000)
-    masks(0.01, kept, 17000)
-    assert maps.size <= patterns._KEPT_BYTES
-    masks(0.01, kept, 5000)
-    assert len(drawn) == 9
-    masks(0.01, kept, 5000, seed=8)  # the oldest
-    assert len(drawn) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("p", [0.001, 0.03, 0.5])
+@pytest.mark.parametrize(
+    "fault", [{}, {"burst": 64}, {"p_row": 0.5, "row_bytes": 64}, {"protection": "secded"}, {"protection": "parity"}]
+)
+def test_a_map_is_never_larger_than_its_tensor_and_gives_the_bits_of_a_draw(drawn, monkeypatch, fault, p, dtype):
+    pattern = Pattern(persistent=True, **fault)
+    for n in (3, 8191, 8193):
+        x = torch.full((n,), 1.5, dtype=dtype)
+        patterns._kept_maps.maps.clear()
+        first, again = (flip_bits(x, p, pattern) for _ in range(2))
+        assert patterns._kept_maps.size <= x.nbytes
+        with monkeypatch.context() as patch:
+            patch.setattr(patterns, "_kept_maps", patterns._KeptMaps())
+            patch.setattr(patterns, "_KEPT_BYTES", -1)
+            fresh = flip_bits(x, p, pattern)
+            assert patterns._kept_maps.size == 0
+        assert torch.equal(first, fresh)
+        assert torch.equal(again, fresh)
+
+
+def flip_bits(x, p, pattern):
+    y = flipproof.flip(x, p_exp=p, p_frac=p, pattern=pattern, **SITE)
+    return y.view(torch.int16 if x.dtype.itemsize == 2 else torch.int32)
+
+
+def chain(features, layers):
+    model = nn.Sequential(*(nn.Linear(features, features, bias=False) for _ in range(layers)))
+    flipproof.inject(model, BitFlipSpec(w_p_exp=0.5, w_p_frac=0.5, w_zero_out_t=1.0, w_faults="persistent"))
+    return model
+
+
+def test_a_model_with_more_maps_than_fit_finds_those_that_fit_in_every_pass(drawn, monkeypatch):
+    """With the least used making room none would be found, its layers coming in the same order each time."""
+    layers, features = 8, 16
+    monkeypatch.setattr(patterns, "_KEPT_BYTES", layers // 2 * features**2 * 4)  # at 1/2 a map has a mask for each
+    model = chain(features, layers)
+    x = torch.ones(1, features)
+    with torch.no_grad():
+        for passes in range(1, 4):
+            model(x)
+            assert len(drawn) == layers + (passes - 1) * layers // 2
+    assert patterns._kept_maps.size == patterns._KEPT_BYTES
+
+
+def test_maps_for_one_call_are_found_again_in_the_same_way(drawn, monkeypatch):
+    monkeypatch.setattr(patterns, "_KEPT_BYTES", 4 * 1000 * 2)
+    for _ in range(3):
+        for site in range(8):
+            masks(0.5, Pattern(persistent=True), 1000, site=f"{site}/w")
+    assert len(drawn) == 8 + 4 + 4
+
+
+def test_maps_go_with_the_seed_and_with_the_model(drawn):
+    """Without garbage collection of reference cycles, but for the model's own."""
+    model, x = chain(16, 3), torch.ones(1, 16, requires_grad=True)
+    one = 3 * 16**2 * 4
+    model(x).sum().backward()
+    assert (len(drawn), patterns._kept_maps.size) == (3, one)
+    with flipproof.faults(model, seed=5):
+        model(x).sum().backward()
+        assert (len(drawn), patterns._kept_maps.size) == (6, one)
+    other = chain(16, 3)
+    other(x)
+    assert patterns._kept_maps.size == one
+    del model
+    gc.collect()
+    other(x)
+    assert (len(drawn), patterns._kept_maps.size) == (9, one)
+    del other
+    gc.collect()
+    assert patterns._kept_maps.size == 0
 
 
 # --- protection

@@ -17,6 +17,7 @@ for the device. Those for backward take ``after``, the incoming gradient, which 
 neither merge them with their like in forward nor run them there and keep the result.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -203,6 +204,15 @@ def apply_draw(x: Tensor, draw: tuple[Any, ...]) -> Tensor:
     return y
 
 
+class _Chip:
+    """What the kept maps of persistent faults belong to where the key is made for one call."""
+
+
+@lru_cache(maxsize=2**12)
+def _chip(_seed: int, _site: str) -> _Chip:
+    return _Chip()
+
+
 def _draw(
     x: Tensor,
     p_exp: float | None,
@@ -229,6 +239,8 @@ def _draw(
     pattern.bit_probabilities(p_exp or 0, p_frac or 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
     key = torch.tensor(derive_key(check_seed(seed), site))
+    if pattern.persistent:
+        key.owner = _chip(seed, site)  # type: ignore[attr-defined]
     ticks = torch.tensor(tick)
     return (
         float(p_exp or 0),

@@ -27,18 +27,20 @@ Parity adds a bit to each value and zeroes it where the number of wrong bits is 
 decoder does depends on the wrong bits alone, and words without any are never looked at. Bits stored three times
 (``protected_bits``) come in as a lower probability (``Pattern.bit_probabilities``).
 
-A draw that belongs to a persistent fault is kept, up to a share of the memory of what it is for, and applied again.
+**Kept maps.** The draw of a persistent fault is kept and applied again: as positions and bits to invert where these are
+few, else as the bits to invert of every element, so in no more bytes than what it is for. What does not fit into the
+room for all maps is drawn anew in each pass (``_KeptMaps``).
 """
 
 import decimal
 import math
-from collections import OrderedDict
 from functools import lru_cache
-from threading import Lock
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flipproof.ops.parity import BLOCK, BLOCK_LOG2, dtype_name, guard_bits, magnitude_bits, poisson_cdf
 from flipproof.ops.philox import (
@@ -65,24 +67,56 @@ _CHUNK_WRONG = 2**22
 """Wrong bits drawn at a time, about."""
 _KEPT_BYTES = 2**31
 """Of the draws of persistent faults that are kept, on all devices."""
+_INTEGERS = {16: torch.int16, 32: torch.int32}
+"""By the bits of an element."""
 _LOW_32 = 0xFFFFFFFF
 __all__ = ["flip", "flip_", "merge", "new_zeroed"]  # what a backend has
 
 
 class Flips(NamedTuple):
-    """What a draw does to a flat tensor; no index comes twice."""
+    """What a draw does to a flat tensor of ``length`` elements; no index comes twice."""
 
-    element: Tensor
-    """int64 indices of elements with wrong bits."""
+    element: Tensor | None
+    """Indices of elements with wrong bits, ascending, int32 where that suffices; None: ``mask`` has all elements."""
     mask: Tensor
-    """int64, the bits to invert."""
+    """The bits to invert, as integers of an element's width."""
     zeroed: Tensor
-    """int64 indices of elements that a protection zeroes."""
+    """Indices of elements that a protection zeroes, ascending."""
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self[:3] if tensor is not None)
 
     def first(self, count: int) -> "Flips":
-        """Of the first ``count`` elements."""
-        inside = self.element < count
-        return Flips(self.element[inside], self.mask[inside], self.zeroed[self.zeroed < count])
+        """What it does to the first ``count`` elements."""
+        if count == self.length:
+            return self
+        zeroed = self.zeroed[: _below(self.zeroed, count)]
+        if self.element is None:
+            return Flips(None, self.mask[:count], zeroed, count)
+        few = _below(self.element, count)
+        return Flips(self.element[:few], self.mask[:few], zeroed, count)
+
+    def smallest(self) -> "Flips":
+        """The same in the form that takes the fewest bytes."""
+        if self.element is None or self.element.nbytes + self.mask.nbytes <= self.length * self.mask.itemsize:
+            return self
+        mask = self.mask.new_zeros(self.length)
+        mask[self.element] = self.mask
+        return self._replace(element=None, mask=mask)
+
+    def apply(self, bits: Tensor) -> None:
+        """Do it to the elements' bit patterns, integers of an element's width, in place."""
+        if self.element is None:
+            bits ^= self.mask
+        else:
+            bits[self.element] ^= self.mask
+        bits[self.zeroed] = 0
+
+
+def _below(ascending: Tensor, limit: int) -> int:
+    return int(torch.searchsorted(ascending, limit))
 
 
 def flip(x: Tensor, grad: Tensor | None, *draw: Any) -> Tensor:
@@ -113,22 +147,18 @@ def flip_(
     tick_number = 0 if fault.persistent else check_tick(int(tick))
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK - 1:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
-    # What is kept goes on to the end of its last block, so that a cache that grows by a token finds it again.
-    count = -(-x.numel() // BLOCK) * BLOCK if fault.persistent else x.numel()
-    name = (p_exp, p_frac, pattern, x.dtype, int(key), tick_number, offset, count, str(x.device))
-    flips = _kept_maps.get(name) if fault.persistent else None
-    if flips is None:
+    rates, where = (p_exp, p_frac, pattern), (x.dtype, x.device, offset)
+    kept = _kept_maps.get(key, where, rates) if fault.persistent else None
+    if kept is None or kept.length < x.numel():
+        # What has grown is drawn to the end of its last block, for a cache grows by a token each time.
+        count = x.numel() if kept is None else -(-x.numel() // BLOCK) * BLOCK
         p_bits = fault.bit_probabilities(p_exp, p_frac, dtype_name(x.dtype))
-        memory = _Memory(fault, p_bits, int(key), tick_number, x.device)
-        flips = memory.flips(offset, count)
+        kept = _Memory(fault, p_bits, int(key), tick_number, x.device).flips(offset, count)
         if fault.persistent:
-            _kept_maps.put(name, flips, x.nbytes)
-    if count > x.numel():
-        flips = flips.first(x.numel())
+            _kept_maps.put(key, where, rates, kept)
+    flips = kept.first(x.numel())
     flat, flat_grad = x.detach().view(-1), None if grad is None else grad.view(-1)
-    bits = flat.view(torch.int32 if x.dtype.itemsize == 4 else torch.int16)
-    bits[flips.element] ^= flips.mask.to(bits.dtype)
-    bits[flips.zeroed] = 0
+    flips.apply(flat.view(_INTEGERS[x.dtype.itemsize * 8]))
     if flat_grad is not None:
         flat_grad[flips.zeroed] = 0
     if zero_out_t is not None:
@@ -158,29 +188,31 @@ class _Memory:
         begin, end = offset // self.per_word * self.per_word, -(-(offset + count) // self.per_word) * self.per_word
         a_block = BLOCK * (math.fsum(self.p_bits) + self.fault.p_row * self.bits / 2)  # has so many wrong bits
         chunk = min(_CHUNK.get(self.device.type, _CHUNK["cpu"]), BLOCK * max(1, int(_CHUNK_WRONG / max(a_block, 1))))
+        index_dtype, mask_dtype = torch.int32 if count <= 2**31 else torch.int64, _INTEGERS[self.bits]
         parts = []
         for first in range(begin, end, chunk):
-            part = self._decoded(first, min(chunk, end - first))
-            shift = first - offset
-            parts.append(Flips(part.element + shift, part.mask, part.zeroed + shift))
-        index, mask, zeroed = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-        inside, there = (index >= 0) & (index < count), (zeroed >= 0) & (zeroed < count)
-        return Flips(index[inside], mask[inside], zeroed[there])
+            element, mask, zeroed = self._decoded(first, min(chunk, end - first))
+            element, zeroed = element + (first - offset), zeroed + (first - offset)
+            inside, there = (element >= 0) & (element < count), (zeroed >= 0) & (zeroed < count)
+            parts.append((element[inside].to(index_dtype), mask[inside].to(mask_dtype), zeroed[there].to(index_dtype)))
+        element, mask, zeroed = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        return Flips(element, mask, zeroed, count)
 
-    def _decoded(self, first: int, count: int) -> Flips:
-        """What happens to ``count`` elements from ``first`` on, which are whole words, after the decoder."""
+    def _decoded(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(elements with bits to invert, these bits, elements to zero) after the decoder, all int64: what happens to
+        ``count`` elements from ``first`` on, which are whole words. Indices count from ``first``."""
         wrong = self._wrong(first, count)
         element, mask = _gather(wrong // self.bits, torch.ones_like(wrong) << wrong % self.bits)
-        nothing = element[:0]
         if self.fault.protection == "secded":
             return self._secded(element, mask, first, count)
         if self.fault.protection == "parity":
             check, _ = self._points(CHECK_COUNTS, CHECK_LEVELS, (self._check_rate(),), first, count)
             element, both = _gather(torch.cat([element, check]), torch.cat([mask, torch.ones_like(check) << self.bits]))
-            return Flips(element, both & (1 << self.bits) - 1, element[_odd(both)])
-        return Flips(element, mask, nothing)
+            found = _odd(both)
+            return element[~found], both[~found] & (1 << self.bits) - 1, element[found]
+        return element, mask, element[:0]
 
-    def _secded(self, element: Tensor, mask: Tensor, first: int, count: int) -> Flips:
+    def _secded(self, element: Tensor, mask: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """What a SECDED decoder makes of wrong data bits, and of wrong check bits besides."""
         slot = element % self.per_word * self.bits
         rates = (self._check_rate(),) * SECDED_CHECK_BITS
@@ -200,7 +232,7 @@ class _Memory:
         masks = corrected[:, None] >> slots * self.bits & (1 << self.bits) - 1
         found = what == _FOUND
         masks[found] = 0
-        return Flips(elements[masks != 0], masks[masks != 0], elements[found].flatten())
+        return elements[masks != 0], masks[masks != 0], elements[found].flatten()
 
     def _check_rate(self) -> tuple[int, ...]:
         return thresholds(math.fsum(self.p_bits) / self.bits, 1)
@@ -364,34 +396,42 @@ _SECDED_DECODER = _secded_decoder()
 
 
 class _KeptMaps:
-    """Draws of persistent faults of late, up to a number of bytes."""
+    """Draws of persistent faults, in ``_KEPT_BYTES`` at most.
+
+    A map belongs to the key that it was drawn with and goes when that goes: with its model, or when its layer takes
+    another seed. Until then it stays, and what finds no room is not kept: a model asks for its maps in the same order
+    in each pass, so if the oldest made room for the next, one with more maps than fit would never find any. A key has
+    one map for each place, that of the rates asked for last.
+    """
 
     def __init__(self) -> None:
-        self.size = 0
-        self.maps: OrderedDict[Any, Flips] = OrderedDict()
-        self.lock = Lock()
+        self.maps = WeakIdKeyDictionary()
+        """Key, or whoever it names as its ``owner`` -> {place: (rates, flips)}."""
+        self.lock = RLock()  # a collection of garbage within may take maps out
 
-    def get(self, name: Any) -> Flips | None:
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return sum(flips.nbytes for places in self.maps.values() for _, flips in places.values())
+
+    def get(self, key: Tensor, where: Any, rates: Any) -> Flips | None:
         with self.lock:
-            if name in self.maps:
-                self.maps.move_to_end(name)
-            return self.maps.get(name)
+            kept_rates, flips = self.maps.get(_owner(key), {}).get(where, (None, None))
+        return flips if kept_rates == rates else None
 
-    def put(self, name: Any, flips: Flips, of_bytes: int) -> None:
-        """``of_bytes`` is the size of what they belong to; where flips are so many that they outgrow it, drawing anew
-        is the better bargain."""
-        size = _bytes(flips)
+    def put(self, key: Tensor, where: Any, rates: Any, flips: Flips) -> None:
+        """Keep them, unless a protection zeroes so much that they are larger than their elements: then drawing anew is
+        the better bargain."""
+        flips = flips.smallest()
         with self.lock:
-            if size > max(of_bytes, 2**16) or name in self.maps:
-                return
-            self.maps[name] = flips
-            self.size += size
-            while self.size > _KEPT_BYTES:
-                self.size -= _bytes(self.maps.popitem(last=False)[1])
+            places = self.maps.setdefault(_owner(key), {})
+            places.pop(where, None)
+            if flips.nbytes <= min(flips.length * flips.mask.itemsize, _KEPT_BYTES - self.size):
+                places[where] = rates, flips
 
 
-def _bytes(flips: Flips) -> int:
-    return sum(tensor.nbytes for tensor in flips)
+def _owner(key: Tensor) -> Any:
+    return getattr(key, "owner", key)
 
 
 _kept_maps = _KeptMaps()
