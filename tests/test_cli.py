@@ -1,9 +1,15 @@
+import dataclasses
+import re
 import tomllib
+from typing import get_args, get_origin
 
 import pytest
 
 import flipproof
-from flipproof.cli import VERBS, main
+from flipproof import cli
+from flipproof.cli import VERBS, flags_of, main
+from flipproof.config import SECTIONS
+from flipproof.config.names import KEYS
 from flipproof.model import byte_tokenizer
 
 
@@ -47,11 +53,125 @@ def test_every_verb_has_help(verb, capsys):
     assert f"flipproof {verb}" in capsys.readouterr().out
 
 
-def test_field_docstrings_are_the_help(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Probability that a sign or exponent bit of a weight is inverted" in text
+def printed_by(capsys, *argv):
+    """What ``--help`` says before it exits, and the flags that it begins a line with."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    begun = [line.split("  ")[0] for line in re.findall(r"^  (?:-h, )?(--.*)", text, re.MULTILINE)]
+    return text, [flag for line in begun for flag in re.findall(r"--[\w.-]*\w(?![\w.…])", line)]
+
+
+CONFIG_VERBS = ("train", "eval", "generate", "profile", "sweep")
+KEY_FLAGS = [f"--{key}" for key in KEYS]
+
+
+def test_help_fits_a_screen_and_help_all_has_every_key_with_its_docstring(capsys):
+    for verb in VERBS:
+        assert len(printed_by(capsys, verb, "--help")[0].splitlines()) <= 66
+    for verb in CONFIG_VERBS:
+        text, flags = printed_by(capsys, verb, "--help-all")
+        assert [flag for flag in flags if "." in flag] == KEY_FLAGS
+        assert "Probability that a sign or exponent bit of a weight is inverted" in " ".join(text.split())
+
+
+EXAMPLES = {"model.init": "random", "p_bits": '{ "15" = 0.25 }', "layer_name_to_config": "{ a = { w_p_exp = 0.25 } }"}
+BY_TYPE = {int: "16", float: "0.25", bool: "true", str: "abc", tuple: "head"}
+
+
+def example(flag):
+    """A value of the key, other than its default, that needs no other key."""
+    section, key = flag.removeprefix("--").split(".")
+    field = next(field for field in dataclasses.fields(SECTIONS[section]) if field.name == key)
+    for name, value in EXAMPLES.items():
+        if flag.endswith(name):
+            return value
+    kinds = [kind for kind in (get_args(field.type) or (field.type,)) if kind is not type(None)]
+    if get_origin(field.type) is tuple:
+        return "sign" if key.endswith("_bits") else BY_TYPE[tuple]
+    choices = [value for kind in kinds for value in (get_args(kind) or (kind,)) if isinstance(value, str)]
+    if choices:
+        return next(choice for choice in choices if choice != field.default)
+    if section == "sweep":
+        return {"sites": "kv", "bits": "exp", "protection": "parity", "p": "0.25", "layers": "abc"}.get(key) or (
+            BY_TYPE[kinds[0]]
+        )
+    return "false" if field.default is True else BY_TYPE[kinds[0]]
+
+
+@pytest.mark.parametrize("flag", KEY_FLAGS)
+def test_every_key_that_the_help_prints_is_set_by_its_flag(flag, capsys, config_of_a_model):
+    base = ["train", "--config", str(config_of_a_model), "--dry-run"]
+    assert main([*base, flag, example(flag)]) == 0
+    config = tomllib.loads(capsys.readouterr().out)
+    assert main(base) == 0
+    plain = tomllib.loads(capsys.readouterr().out)
+    section, key = flag.removeprefix("--").split(".")
+    assert config[section].pop(key) != plain[section].pop(key, None)
+    assert config == plain  # and nothing else
+
+
+@pytest.fixture
+def config_of_a_model(tmp_path):
+    (tmp_path / "model.toml").write_text("[model]\nhf_model_path = 'm'")
+    return tmp_path / "model.toml"
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, capsys, monkeypatch):
+    help_flag = "--help-all" if verb in CONFIG_VERBS else "--help"
+    _, flags = printed_by(capsys, verb, help_flag)
+    assert {flag for flag in flags if "." not in flag} >= set(flags_of(verb)) - {"-h"}
+    needed = {"generate": ["--prompt", "a"], "sweep": ["--to", "x"], "export": ["run", "--to", "x"], "report": ["x"]}
+    seen = {}
+
+    def load_config(paths, overrides):
+        seen.update(overrides)
+        raise Reached
+
+    monkeypatch.setattr(cli, "load_config", load_config)
+    for module, name in (
+        ("export", "export"),
+        ("report.page", "report"),
+        ("demo", "demo"),
+        ("bench", "bench"),
+        ("doctor", "doctor"),
+    ):
+        monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_: (_ for _ in ()).throw(Reached))
+    monkeypatch.setattr(cli, "preset_names", lambda: (_ for _ in ()).throw(Reached))
+    values = {"--format": "adapter", "--device": "cpu", "--do_sample": "true", "--do-sample": "true"}
+    for flag in flags:
+        if flag in ("--help", "--help-all"):
+            continue
+        seen.clear()
+        argv = [verb, *needed.get(verb, ()), flag]
+        if flag in needed.get(verb, ()):
+            argv = argv[:-1]
+        elif flag not in ("--dry-run", "--resume", "--profile", "--list"):
+            argv.append(example(flag) if "." in flag else values.get(flag, "1"))
+        with pytest.raises(Reached):
+            main(argv)
+        if "." in flag:
+            section, key = flag.removeprefix("--").split(".")
+            assert seen == {section: {key: argv[-1]}}
+
+
+@pytest.mark.parametrize("verb", CONFIG_VERBS)
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_table_is_no_flag(verb, section, capsys):
+    needed = ["--prompt", "a"] if verb == "generate" else ["--to", "x"] if verb == "sweep" else []
+    for value in (["{}"], ["FILE"], []):
+        fails(
+            capsys,
+            [verb, *needed, f"--{section}", *value],
+            f"--{section}: unknown flag; name a key of the table (--{section}.",
+        )
+    fails(capsys, [verb, *needed, f"--{section}={{}}"], f"--{section}: unknown flag")
 
 
 def test_dry_run_prints_the_resolved_config_and_writes_nothing(capsys, tmp_path, monkeypatch):
@@ -110,7 +230,7 @@ def test_bad_input_is_one_clear_line_each(capsys, tmp_path, model_dir, monkeypat
     fails(capsys, ["eval", model_dir, "--data.source", "nowhere"], "data source 'nowhere'")
     fails(capsys, ["eval", model_dir, "--adapter", "nowhere", *SMALL], "adapter nowhere")
     fails(capsys, ["export", "nowhere", "--to", "x"], "nowhere holds no run")
-    fails(capsys, ["export", "nowhere"], "required: to")
+    fails(capsys, ["export", "nowhere"], "--to is missing")
     fails(capsys, ["config", "7b"], "no preset is called '7b'; did you mean 70b?")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "model"]
 

@@ -1,11 +1,26 @@
+import math
+import random
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from flipproof.config import RunConfig, load_config, preset_names, preset_text, split_overrides
+from flipproof import BitFlipSpec, Fault, LoraSpec
+from flipproof.config import (
+    SECTIONS,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    load_config,
+    preset_names,
+    preset_text,
+)
 from flipproof.errors import ConfigError
+from flipproof.sweep.plan import SweepConfig
 
 # The tutorials' configs, verbatim.
 TUTORIALS = Path(__file__).parent / "tutorials"
@@ -31,7 +46,7 @@ use_regex: true
 @pytest.fixture
 def write(tmp_path):
     def write(text, name="run.toml"):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, "utf-8")
         return tmp_path / name
 
     return write
@@ -203,15 +218,6 @@ def test_every_preset_is_valid(name):
     assert isinstance(load_config([name]), RunConfig)
 
 
-def test_command_line_overrides_are_split_off():
-    overrides, rest = split_overrides(["--config", "a", "--training.lr", "1", "--lora.r=2", "--steps", "3"])
-    assert overrides == {"training": {"lr": "1"}, "lora": {"r": "2"}}
-    assert rest == ["--config", "a", "--steps", "3"]
-    for argv, words in ((["--training.lr"], "value is missing"), (["--trainin.lr", "1"], "did you mean training")):
-        with pytest.raises(ConfigError, match=words):
-            split_overrides(argv)
-
-
 def test_lists_and_tables_on_the_command_line():
     words = {
         "sites": "head,embedding",
@@ -231,3 +237,180 @@ def test_lists_and_tables_on_the_command_line():
         "bitflip.sites = 'heads': a list of linear, head, embedding is allowed",
         "bitflip.w_p_bits = 'exp=1': a table, such as { exp = 1e-5, \"15\" = 0 }, is allowed",
     ]
+
+
+def over_8b(write, text, name="run.toml"):
+    return load_config(["8b", write(text, name)])
+
+
+def test_what_fc_leaves_out_is_off_whatever_was_said_before(write):
+    earlier = write(
+        "[bitflip]\nw_p_bits = { exp = 0.1 }\nkv_p_exp = 0.1\nkv_p_frac = 0.1\nkv_burst = 2\nx_faults = 'persistent'\n"
+        "base_seed = 5\nskip_patterns = ['gate']\n[bitflip.layer_name_to_config]\n'a' = false\n[lora]\nlora_alpha = 4",
+        "earlier.toml",
+    )
+    config = load_config(["8b", earlier, write("use_lora = true\n[fc]\nw_p_exp = 0.25\n[lora]\nr = 3")])
+    assert config.bitflip == BitFlipSpec(w_p_exp=0.25, base_seed=5, skip_patterns=["gate"])
+    assert config.lora == LoraSpec(r=3)
+    assert over_8b(write, "[fc]\nw_p_exp = 0.25").lora.r == 0  # use_lora is left out
+    assert over_8b(write, "[fc]\nw_p_exp = 0.25\n[lora]\nr = 3").lora.r == 3
+    assert over_8b(write, "[fc]\n").bitflip == BitFlipSpec()
+
+
+def test_flags_and_bitflip_of_the_same_file_count_over_fc(write):
+    path = write("[fc]\nw_p_exp = 0.25\nw_seed_exp = 3\n[bitflip]\nx_p_frac = 0.5")
+    config = load_config(["8b", path], {"bitflip": {"w_zero_out_t": "2"}, "lora": {"r": "1"}})
+    assert config.bitflip == BitFlipSpec(w_p_exp=0.25, x_p_frac=0.5, w_zero_out_t=2.0)
+    assert config.lora.r == 1
+
+
+@pytest.mark.parametrize("default", ["{w_p_exp: 0.25}", "null", "{}", None])
+def test_what_the_default_entry_leaves_out_is_off(write, default):
+    text = "layer_name_to_config:\n  a.*: {w_p_frac: 0.5}\n" + (f"  default: {default}\n" if default else "")
+    spec = over_8b(write, text, "a.yaml").bitflip
+    p_exp = 0.25 if default == "{w_p_exp: 0.25}" else 0.0
+    assert (spec.w, spec.x, spec.kv) == (Fault(p_exp), Fault(), Fault())
+    assert spec.for_layer("ab").w == Fault(0.0, 0.5)
+
+
+def test_use_lora_says_whether_there_are_adapters(write):
+    assert load_config(["8b"]).lora.r == 32
+    assert over_8b(write, "use_lora = false").lora.r == 0
+    assert over_8b(write, "use_lora = true").lora.r == 32
+    model = {"model": {"hf_model_path": "m"}}
+    path = write("use_lora = true\n[fc]\nw_p_exp = 0.1")
+    assert problems([path], model) == [
+        f"{path}: use_lora = true: lora.r is not set; the rank of the adapters is needed"
+    ]
+    assert load_config([path], model | {"lora": {"r": 2}}).lora.r == 2
+    assert load_config([path, write("use_lora = false", "b.toml")], model).lora.r == 0
+    assert problems([write("use_lora = 1", "c.toml")], model) == [
+        f"{path.parent}/c.toml: use_lora = 1: true or false is allowed"
+    ]
+
+
+ODD = [
+    "\\x71",
+    "\x00\x1f\x7f",
+    "a\u00a0b",
+    '"',
+    "'''",
+    "\\",
+    "\n",
+    "\r\n",
+    "\t",
+    "é",
+    "💡",
+    "\u2028",
+    "#",
+    "a.b",
+    "[x]",
+    "; ",
+    " ",
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_config_toml_reads_back_whatever_it_holds(write, seed):
+    """Values drawn from all that a config may hold; the oracle is equality of the whole tree."""
+    draw = random.Random(seed)
+
+    def text():
+        return "".join(draw.choices([*ODD, "x", "1"], k=draw.randint(1, 4)))
+
+    def number():
+        return draw.choice([5e-324, 1e-300, 2**-16, 0.1, 0.5, 0.0, draw.random() / 2])
+
+    def override():
+        return draw.choice(
+            [
+                None,
+                {},
+                {"w_p_exp": None, "x_p_frac": number()},
+                {"w_p_bits": {"15": number(), "7-9": 0}},
+                {"x_zero_out_t": math.inf},
+            ]
+        )
+
+    config = RunConfig(
+        model=ModelConfig(hf_model_path=text(), tokenizer=draw.choice([None, text()])),
+        training=TrainingConfig(lr=draw.choice([1e-300, 1e22, 3e-5]), seed=draw.choice([0, 2**63 - 1])),
+        bitflip=BitFlipSpec(
+            w_p_exp=draw.choice([None, number()]),
+            w_zero_out_t=draw.choice([None, math.inf, 1e300]),
+            w_p_bits=draw.choice([{}, {"exp": number(), "0": number()}]),
+            skip_patterns=[text() for _ in range(draw.randint(0, 3))],
+            include_patterns=[text() for _ in range(draw.randint(0, 3))],
+            layer_name_to_config={re.escape(text()): override() for _ in range(draw.randint(0, 4))},
+        ),
+        data=DataConfig(source=text(), text_column=text()),
+        logging=LoggingConfig(run_dir="r" + text()),
+        sweep=SweepConfig(p=[1e-5, "1e-7:1e-3:9", 0.5], layers=draw.choice([text(), [text(), "x"]])),
+    )
+    assert load_config([write(config.to_toml(), "resolved.toml")]) == config
+
+
+def test_a_byte_order_mark_and_letters_of_all_kinds(write, tmp_path):
+    for name, text in {"a.toml": '[model]\nhf_model_path = "é💡"', "a.yaml": "model: {hf_model_path: é💡}"}.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_config([tmp_path / name]).model.hf_model_path == "é💡"
+    (tmp_path / "a.toml").write_text("[model]\n", "utf-16")
+    assert "a.toml: not a text file in UTF-8" in problems([tmp_path / "a.toml"])[0]
+
+
+def test_a_home_directory_is_found(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("[model]\nhf_model_path = 'm'\n[logging]\nrun_dir = '~/runs/a'", "home.toml")
+    config = load_config(["~/home.toml"])
+    assert config.logging.run_dir == f"{tmp_path}/runs/a"
+    assert LoggingConfig(run_dir="~/b").run_dir == f"{tmp_path}/b"
+    assert load_config([], {"model": {"hf_model_path": "m"}, "logging": {"run_dir": "~/c"}}).logging.run_dir == (
+        f"{tmp_path}/c"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr:", "training.lr = None: float is allowed"),
+        ("steps: 1:30", "training.steps = '1:30': int | None is allowed"),
+        ("steps: 1e3", "training.steps = 1000.0: int | None is allowed"),
+        ("steps: 1_000", "training.steps = '1_000': int | None is allowed"),
+        ("steps: true", "training.steps = True: int | None is allowed"),
+        ("compile: yes", "training.compile = 'yes': bool | None is allowed"),
+        ("compile: 1", "training.compile = 1: bool | None is allowed"),
+        ("lr: .inf", "training.lr = inf: a positive number is allowed"),
+        ("lr: .nan", "training.lr = nan: a positive number is allowed"),
+        ("max_norm: .inf", "training.max_norm = inf: less than 2^63 is allowed"),
+        ("seed: 9223372036854775808", "training.seed = 9223372036854775808: less than 2^63 is allowed"),
+        ("seed: -1", "training.seed = -1: at least 0 is allowed"),
+        ("{lr: 1, lr: 2}", "a.yaml: 'lr' is there twice in"),
+        ("[lr]", "training = ['lr']: a table is allowed"),
+        ("{1: 2}", "training.1: unknown key"),
+    ],
+)
+def test_odd_values_of_a_yaml_file_are_a_line_each(write, text, words):
+    path = write(f"model: {{hf_model_path: m}}\ntraining:\n  {text}\n", "a.yaml")
+    (found,) = problems([path])
+    assert words in found
+
+
+def test_an_empty_yaml_table_says_nothing(write):
+    path = write("model: {hf_model_path: m}\ntraining:\n", "a.yaml")
+    assert load_config([path]).training == TrainingConfig()
+
+
+def test_a_key_outside_its_table_is_told_its_table(write):
+    path = write("steps = 3\nsave_dir = 'x'\nxyzzy = 1\n[model]\nhf_model_path = 'm'")
+    assert problems([path]) == [
+        f"{path}: steps: unknown key outside a table; did you mean training.steps?",
+        f"{path}: save_dir: unknown key outside a table; did you mean logging.run_dir?",
+        f"{path}: xyzzy: unknown key; known are {', '.join(SECTIONS)}",
+    ]
+
+
+def test_a_value_that_holds_a_separator_is_one_problem(write):
+    (problem,) = problems([write("[model]\nhf_model_path = 'm'\n[bitflip]\nw_faults = 'a; b'")])
+    assert "'a; b'" in problem
+    (problem,) = problems([write("[model]\nhf_model_path = 'm'\n[bitflip.layer_name_to_config]\n'(a; b' = false")])
+    assert problem.startswith("bitflip.layer_name_to_config '(a; b': not a regular expression")

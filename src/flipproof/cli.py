@@ -3,74 +3,106 @@
 Whatever the user can get wrong ends in one clear line per problem on stderr and exit code 2, with nothing written.
 """
 
-import difflib
+import argparse
+import codecs
+import errno
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
-import jsonargparse
-
-from flipproof.config import (
-    RunConfig,
-    add_overrides,
-    load_config,
-    preset_names,
-    preset_text,
-    split_overrides,
-)
+from flipproof.arguments import Parser, Probed, path_of, value_of
+from flipproof.config import RunConfig, load_config, preset_names, preset_text, split_overrides
+from flipproof.config.names import nearest
 from flipproof.errors import ConfigError
 
 EXIT_REQUEUE = 75
 """sysexits.h's EX_TEMPFAIL: stopped by SIGTERM with a checkpoint, so starting again with --resume goes on."""
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Errors as one line that names what was wrong, with the nearest known flag where there is one."""
+_PLAIN = {"✔": "y", "✘": "n", "±": "~", "×": "x", "−": "-", "–": "-", "…": "...", "·": "*", "→": "->", "⁻": "^-"}
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split())
-        if unknown := re.search(r"(?i)unrecognized arguments?: (--[^\s=]+)", text):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown.group(1), flags, n=1)
-            text = f"{unknown.group(1)}: unknown flag" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        raise ConfigError([text])
+
+def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    """A codec's error handler: what a terminal without UTF-8 shows in the place of letters that it does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    codecs.register_error("flipproof", _in_plain_letters)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="flipproof")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    verb = arguments[0] if arguments else "help"
+    try:
+        code = _run(verb, arguments)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        _complain(verb, error.problems)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if (problem := _of_the_machine(error)) is None:
+            raise
+        _complain(verb, [problem])
+    except KeyboardInterrupt:
+        print(f"flipproof {verb}: interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    if verb in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
-    verb, *rest = arguments
     if verb == "--version":
         from flipproof import __version__
 
         print(f"flipproof {__version__}")
         return 0
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(VERBS)}"
-        print(f"flipproof: error: {verb}: unknown verb; {hint}", file=sys.stderr)
+        near = nearest(verb, VERBS)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(VERBS)}"
+        what = "the verb comes first" if verb.startswith("-") else "unknown verb"
+        print(f"flipproof: error: {verb}: {what}; {hint}", file=sys.stderr)
         return 2
     from flipproof.runlog import set_up_logging
 
     set_up_logging()
+    return VERBS[verb][0](_parser(verb), arguments[1:]) or 0
+
+
+def _complain(verb: str, problems: Sequence[str]) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node see the same
+        for problem in problems:
+            print(f"flipproof {verb}: error: {' '.join(problem.splitlines())}", file=sys.stderr)
+
+
+def _of_the_machine(error: OSError) -> str | None:
+    """What a file or a disk refused, or None where it may as well be a mistake of ours."""
+    if error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, str | bytes) else None
+    return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO) else None
+
+
+def _parser(verb: str, probe: bool = False) -> Parser:
+    return Parser(verb, {name: what for name, (_, what) in VERBS.items()}, flags_of, probe)
+
+
+@cache
+def flags_of(verb: str) -> Mapping[str, str]:
+    """A verb's own flags -> what they mean."""
     try:
-        return (
-            VERBS[verb][0](_Parser(prog=f"flipproof {verb}", description=VERBS[verb][1], allow_abbrev=False), rest) or 0
-        )
-    except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node see the same
-            for problem in error.problems:
-                print(f"flipproof {verb}: error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"flipproof {verb}: interrupted", file=sys.stderr)
-        return 130
+        VERBS[verb][0](_parser(verb, probe=True), [])
+    except Probed as probed:
+        return probed.flags
+    raise AssertionError(f"{verb} parsed nothing")
 
 
 def _usage() -> str:
@@ -84,7 +116,7 @@ def _say(result: object) -> None:
         print(result)
 
 
-def _train(parser: _Parser, argv: list[str]) -> int:
+def _train(parser: Parser, argv: list[str]) -> int:
     _add_config_arguments(parser)
     parser.add_argument("--steps", type=str, metavar="N", help="Optimizer steps; the same as --training.steps.")
     parser.add_argument("--dry-run", action="store_true", help="Validate, print the resolved config and stop.")
@@ -98,28 +130,28 @@ def _train(parser: _Parser, argv: list[str]) -> int:
     )
     parser.add_argument("--profile", action="store_true", help="Write traces; the same as --logging.profile true.")
     overrides, rest = split_overrides(argv)
-    args = parser.parse_args(rest, defaults=False)
+    args = parser.parse_args(rest)
     config = _config(args, overrides)
-    if args.get("dry_run"):
+    if args.dry_run:
         _say(config.to_toml().rstrip())
         return 0
     from flipproof.runlog import logger
     from flipproof.train import Interrupted, train
 
     try:
-        _say(train(config, resume=args.get("resume")))
+        _say(train(config, resume=args.resume))
     except Interrupted as reason:
         logger.warning("%s", reason)
         return EXIT_REQUEUE
     return 0
 
 
-def _eval(parser: _Parser, argv: list[str]) -> None:
+def _eval(parser: Parser, argv: list[str]) -> None:
     parser.add_argument(
         "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
     )
     _add_config_arguments(parser)
-    parser.add_argument("--adapter", type=str, help="A PEFT adapter; adds the arms recovered and recovered_clean.")
+    parser.add_argument("--adapter", type=path_of, help="A PEFT adapter; adds the arms recovered and recovered_clean.")
     parser.add_argument(
         "--num-samples", type=str, metavar="N", help="Held-out sequences; the same as --eval.num_samples."
     )
@@ -127,92 +159,112 @@ def _eval(parser: _Parser, argv: list[str]) -> None:
     parser.add_argument(
         "--until-ci", type=str, metavar="H", help="Add fault seeds until sure; the same as --eval.until_ci."
     )
-    parser.add_argument("--to", type=str, help="Directory to write results.json into.")
+    parser.add_argument("--to", type=path_of, help="Directory to write results.json into.")
     parser.add_argument(
         "--batch-size", type=str, metavar="N", help="Sequences at a time; the same as --training.local_batch_size."
     )
     parser.add_argument(
         "--tasks",
-        type=str,
+        type=value_of(tuple[str, ...]),
         metavar="A,B",
         help="Tasks of lm-eval; held-out text is measured as well where a data.* key names one.",
     )
-    parser.add_argument("--include-path", type=str, metavar="DIR", help="A directory with lm-eval tasks of your own.")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="Examples in a task's prompt.")
     parser.add_argument(
-        "--limit", type=float, metavar="N", help="Questions of each task, or below 1 their share; for trying out."
+        "--include-path", type=path_of, metavar="DIR", help="A directory with lm-eval tasks of your own."
     )
-    parser.add_argument("--cache", type=str, metavar="DIR", help="Directory that keeps the tasks' answers.")
+    parser.add_argument("--num-fewshot", type=value_of(int), metavar="N", help="Examples in a task's prompt.")
+    parser.add_argument(
+        "--limit",
+        type=value_of(float),
+        metavar="N",
+        help="Questions of each task, or below 1 their share; for trying out.",
+    )
+    parser.add_argument("--cache", type=path_of, metavar="DIR", help="Directory that keeps the tasks' answers.")
     _add_log_arguments(parser)
     overrides, rest = split_overrides(argv)
-    args = parser.parse_args(rest, defaults=False)
+    args = parser.parse_args(rest)
     config = _config(args, overrides)
-    adapter, to, include_path, cache = _paths(args, "adapter", "to", "include_path", "cache").values()
-    if args.get("tasks") is None:
+    if args.tasks is None:
         flags = ("include-path", "num-fewshot", "limit", "cache")
-        if alone := [flag for flag in flags if args.get(flag.replace("-", "_")) is not None]:
+        if alone := [flag for flag in flags if getattr(args, flag.replace("-", "_")) is not None]:
             raise ConfigError([f"--{flag}: belongs to --tasks, which is missing" for flag in alone])
         from flipproof.evaluate import arms_table, evaluate
 
-        _say(arms_table(evaluate(config, adapter, to, **_paths(args, *_LOGS))))
+        _say(arms_table(evaluate(config, args.adapter, args.to, flip_log=args.flip_log, replay=args.replay)))
         return
-    if args.get("flip_log") or args.get("replay"):
+    if args.flip_log or args.replay:
         raise ConfigError(["--flip-log and --replay are about held-out text; leave out --tasks"])
     from flipproof.evaluate import arms_table
     from flipproof.harness import TaskRequest
     from flipproof.tasks import evaluate_tasks, tasks_table
 
-    names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
-    request = TaskRequest(names, include_path, args.get("num_fewshot"), args.get("limit"), cache)
-    arms, results = evaluate_tasks(config, request, adapter, to)
+    request = TaskRequest(args.tasks, args.include_path, args.num_fewshot, args.limit, args.cache)
+    arms, results = evaluate_tasks(config, request, args.adapter, args.to)
     if arms:
         _say(arms_table(arms) + "\n")
     _say(tasks_table(results))
 
 
-def _generate(parser: _Parser, argv: list[str]) -> None:
+def _generate(parser: Parser, argv: list[str]) -> None:
     parser.add_argument(
         "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
     )
     _add_config_arguments(parser)
     parser.add_argument("--prompt", type=str, required=True, help="What to continue.")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=100, help="Tokens to add at most.")
     parser.add_argument(
-        "--do_sample", "--do-sample", nargs="?", const=True, type=bool, default=False, help="Draw tokens at random."
+        "--max_new_tokens", "--max-new-tokens", type=value_of(int), default=100, help="Tokens to add at most."
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="Divides the logits before a draw.")
-    parser.add_argument("--top_k", "--top-k", type=int, help="Draw from so many likeliest tokens.")
     parser.add_argument(
-        "--top_p", "--top-p", type=float, default=1.0, help="Draw from the likeliest that together are so probable."
+        "--do_sample",
+        "--do-sample",
+        nargs="?",
+        const=True,
+        type=value_of(bool),
+        default=False,
+        metavar="true|false",
+        help="Draw tokens at random.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the draws of tokens, the same for all texts.")
-    parser.add_argument("--adapter", type=str, help="A PEFT adapter; adds the text of the model with it, under flips.")
-    parser.add_argument("--to", type=str, help="Directory to write generate.json into.")
+    parser.add_argument("--temperature", type=value_of(float), default=1.0, help="Divides the logits before a draw.")
+    parser.add_argument("--top_k", "--top-k", type=value_of(int), help="Draw from so many likeliest tokens.")
+    parser.add_argument(
+        "--top_p",
+        "--top-p",
+        type=value_of(float),
+        default=1.0,
+        help="Draw from the likeliest that together are so probable.",
+    )
+    parser.add_argument("--seed", type=value_of(int), default=0, help="Of the draws of tokens, the same for all texts.")
+    parser.add_argument(
+        "--adapter", type=path_of, help="A PEFT adapter; adds the text of the model with it, under flips."
+    )
+    parser.add_argument("--to", type=path_of, help="Directory to write generate.json into.")
     _add_log_arguments(parser)
     overrides, rest = split_overrides(argv)
     args = parser.parse_args(rest)
     from flipproof.generate import Sampling, generate, texts_report
 
-    sampling = Sampling(args.max_new_tokens, bool(args.do_sample), args.temperature, args.top_k, args.top_p, args.seed)
-    texts = generate(_config(args, overrides), args.prompt, sampling, **_paths(args, "adapter", "to", *_LOGS))
+    sampling = Sampling(args.max_new_tokens, args.do_sample, args.temperature, args.top_k, args.top_p, args.seed)
+    config = _config(args, overrides)
+    texts = generate(
+        config,
+        args.prompt,
+        sampling,
+        adapter=args.adapter,
+        to=args.to,
+        flip_log=args.flip_log,
+        replay=args.replay,
+    )
     _say(texts_report(args.prompt, texts))
 
 
-_LOGS = ("flip_log", "replay")
-
-
-def _add_log_arguments(parser: _Parser) -> None:
+def _add_log_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--flip-log", type=str, help="File for every flip of the last faulty arm: JSON lines, .gz compressed."
+        "--flip-log", type=path_of, help="File for every flip of the last faulty arm: JSON lines, .gz compressed."
     )
-    parser.add_argument("--replay", type=str, help="Such a file: its flips in the place of draws.")
+    parser.add_argument("--replay", type=path_of, help="Such a file: its flips in the place of draws.")
 
 
-def _paths(args: jsonargparse.Namespace, *names: str) -> dict[str, Path | None]:
-    return {name: Path(path) if (path := args.get(name)) else None for name in names}
-
-
-def _profile(parser: _Parser, argv: list[str]) -> None:
+def _profile(parser: Parser, argv: list[str]) -> None:
     parser.add_argument(
         "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
     )
@@ -220,64 +272,65 @@ def _profile(parser: _Parser, argv: list[str]) -> None:
     parser.add_argument(
         "--num-samples", type=str, metavar="N", help="Held-out sequences; the same as --eval.num_samples."
     )
-    parser.add_argument("--to", type=str, help="Directory to write profile.json into.")
+    parser.add_argument("--to", type=path_of, help="Directory to write profile.json into.")
     overrides, rest = split_overrides(argv)
-    args = parser.parse_args(rest, defaults=False)
+    args = parser.parse_args(rest)
     config = _config(args, overrides)
     from flipproof.magnitudes import profile, profile_table, proposed_toml
 
-    result = profile(config, Path(to) if (to := args.get("to")) else None)
+    result = profile(config, args.to)
     _say(f"{profile_table(result)}\n\n{proposed_toml(result)}")
 
 
-def _sweep(parser: _Parser, argv: list[str]) -> None:
+def _sweep(parser: Parser, argv: list[str]) -> None:
     from flipproof.spec import field_names
     from flipproof.sweep.plan import SweepConfig
 
     parser.add_argument(
         "model_path", metavar="MODEL", nargs="?", help="A directory or a Hub name; the same as --model.hf_model_path."
     )
-    parser.add_argument("--to", type=str, required=True, help="Directory to write, or of the same sweep, to go on.")
+    parser.add_argument("--to", type=path_of, required=True, help="Directory to write, or of the same sweep, to go on.")
     keys = field_names(SweepConfig)
     for key in keys:
         flag = f"--{key.replace('_', '-')}"
         parser.add_argument(flag, type=str, metavar="…", help=f"The same as --sweep.{key}, below.")
     _add_config_arguments(parser)
     overrides, rest = split_overrides(argv)
-    args = parser.parse_args(rest, defaults=False)
-    given = {key: value for key in keys if (value := args.get(key)) is not None}
-    overrides["sweep"] = overrides.get("sweep", {}) | given
-    config = _config(args, overrides)
+    args = parser.parse_args(rest)
+    config = _config(args, overrides, {key: ("sweep", key) for key in keys})
     from flipproof.sweep.run import sweep
 
-    _say(sweep(config, Path(args.to)))
+    _say(sweep(config, args.to))
 
 
-def _report(parser: _Parser, argv: list[str]) -> None:
-    parser.add_argument("directory", metavar="DIR", help="A run, sweep or profile, or a directory that holds some.")
-    parser.add_argument("--to", type=str, metavar="FILE", help="The page; default: report.html in DIR.")
-    args = parser.parse_args(argv, defaults=False)
+def _report(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument(
+        "directory", type=path_of, metavar="DIR", help="A run, sweep or profile, or a directory that holds some."
+    )
+    parser.add_argument("--to", type=path_of, metavar="FILE", help="The page; default: report.html in DIR.")
+    args = parser.parse_args(argv)
     from flipproof.report.page import report
 
-    print(report(Path(args.directory), Path(to) if (to := args.get("to")) else None))
+    print(report(args.directory, args.to))
 
 
-def _export(parser: _Parser, argv: list[str]) -> None:
-    parser.add_argument("run", help="A run's directory.")
-    parser.add_argument("--to", type=str, required=True, help="Directory to write, which must not exist.")
+def _export(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument("run", type=path_of, metavar="RUN", help="A run's directory.")
+    parser.add_argument("--to", type=path_of, required=True, help="Directory to write, which must not exist.")
     parser.add_argument(
         "--format",
-        choices=["model", "adapter"],
+        type=value_of(Literal["model", "adapter"]),
         default="model",
+        metavar="model|adapter",
         help="model: Hugging Face model with the adapters merged. adapter: PEFT.",
     )
     args = parser.parse_args(argv)
     from flipproof.export import export
 
-    _say(export(Path(args.run), Path(args.to), args.format))
+    _say(export(args.run, args.to, args.format))
 
 
-def _config_verb(parser: _Parser, argv: list[str]) -> None:
+def _config_verb(parser: Parser, argv: list[str]) -> None:
     parser.add_argument("name", nargs="?", help="A preset's name.")
     parser.add_argument("--list", action="store_true", help="Print the names of the presets.")
     args = parser.parse_args(argv)
@@ -287,24 +340,31 @@ def _config_verb(parser: _Parser, argv: list[str]) -> None:
         print(preset_text(args.name), end="")
 
 
-def _demo(parser: _Parser, argv: list[str]) -> None:
-    parser.add_argument("--run-dir", type=str, default="runs/demo", help="Directory to write, which must not exist.")
+def _demo(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument(
+        "--run-dir", type=path_of, default=Path("runs/demo"), help="Directory to write, which must not exist."
+    )
     args = parser.parse_args(argv)
     from flipproof.demo import demo
 
-    demo(Path(args.run_dir))
+    demo(args.run_dir)
 
 
-def _bench(parser: _Parser, argv: list[str]) -> None:
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: the GPU where there is one.")
-    parser.add_argument("--to", type=str, help="A JSON file to write as well, which must not exist.")
-    args = parser.parse_args(argv, defaults=False)
+def _bench(parser: Parser, argv: list[str]) -> None:
+    parser.add_argument(
+        "--device",
+        type=value_of(Literal["cpu", "cuda"]),
+        metavar="cpu|cuda",
+        help="Default: the GPU where there is one.",
+    )
+    parser.add_argument("--to", type=path_of, help="A JSON file to write as well, which must not exist.")
+    args = parser.parse_args(argv)
     from flipproof.bench import bench
 
-    print(bench(args.get("device"), Path(to) if (to := args.get("to")) else None))
+    print(bench(args.device, args.to))
 
 
-def _doctor(parser: _Parser, argv: list[str]) -> None:
+def _doctor(parser: Parser, argv: list[str]) -> None:
     parser.parse_args(argv)
     from flipproof.doctor import doctor
 
@@ -314,34 +374,46 @@ def _doctor(parser: _Parser, argv: list[str]) -> None:
         raise ConfigError(["this machine draws other flips than the definition; see above"])
 
 
-def _add_config_arguments(parser: _Parser) -> None:
+def _add_config_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--config",
         action="append",
         type=str,
+        metavar="FILE",
         help="A TOML or YAML file, or a preset's name; may be repeated, later ones count.",
     )
-    add_overrides(parser)
+    parser.add_keys()
 
 
-def _config(args: jsonargparse.Namespace, overrides: dict[str, dict[str, Any]]) -> RunConfig:
+_SHORT = {
+    "steps": ("training", "steps"),
+    "model_path": ("model", "hf_model_path"),
+    "num_samples": ("eval", "num_samples"),
+    "trials": ("eval", "trials"),
+    "until_ci": ("eval", "until_ci"),
+    "batch_size": ("training", "local_batch_size"),
+    "profile": ("logging", "profile"),
+}
+"""Flags that are other names for keys."""
+
+
+def _config(
+    args: argparse.Namespace,
+    overrides: dict[str, dict[str, Any]],
+    short: Mapping[str, tuple[str, str]] = {},
+) -> RunConfig:
     """Config files and flags together; a short flag is another name for a key, whose value is checked with it."""
-    shorthands = {
-        "steps": ("training", "steps"),
-        "model_path": ("model", "hf_model_path"),
-        "num_samples": ("eval", "num_samples"),
-        "trials": ("eval", "trials"),
-        "until_ci": ("eval", "until_ci"),
-        "batch_size": ("training", "local_batch_size"),
-        "profile": ("logging", "profile"),
-    }
-    for flag, (section, key) in shorthands.items():
-        if (value := args.get(flag)) not in (None, False):
-            overrides.setdefault(section, {})[key] = value
-    return load_config(args.get("config") or [], overrides)
+    for flag, (section, key) in {**_SHORT, **short}.items():
+        if (value := getattr(args, flag, None)) in (None, False):
+            continue
+        if key in overrides.get(section, {}):
+            name = "MODEL" if flag == "model_path" else f"--{flag.replace('_', '-')}"
+            raise ConfigError([f"{name} is --{section}.{key}, which is given as well; once is allowed"])
+        overrides.setdefault(section, {})[key] = value
+    return load_config(args.config or [], overrides)
 
 
-VERBS: dict[str, tuple[Callable[[_Parser, list[str]], int | None], str]] = {
+VERBS: dict[str, tuple[Callable[[Parser, list[str]], int | None], str]] = {
     "demo": (_demo, "The whole story on a small model made here: minutes on two cores, no network."),
     "train": (_train, "Train with bit flips: LoRA adapters, the whole model, or from scratch."),
     "eval": (_eval, "Perplexity and lm-eval tasks with and without faults, guard and training, side by side."),

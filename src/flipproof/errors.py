@@ -10,6 +10,9 @@ class ConfigError(ValueError):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.problems,)  # between processes; the text alone would come apart into letters
+
 
 def first_of(problems: list[str]) -> str:
     """The first of many problems of one kind by the alphabet, and how many more there are."""

@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+from flipproof.errors import ConfigError
 
 Persistence = Literal["transient", "persistent"]
 Protection = Literal["none", "secded", "parity"]
@@ -138,11 +140,19 @@ class Fault(NamedTuple):
         return Fault(zero_out_t=self.zero_out_t)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_whole(value)
+
+
 def probability_problem(name: str, p: Any) -> str | None:
     """One line naming what is wrong with a flip probability, or None where it is fine."""
     if p is None:
         return None
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 0.5:
+    if not _is_number(p) or not 0 <= p <= 0.5:
         return f"{name} = {p!r}: a flip probability is a number from 0 to 0.5 (None or 0 is off)"
     return None
 
@@ -151,7 +161,7 @@ def threshold_problem(name: str, t: Any) -> str | None:
     """One line naming what is wrong with a guard threshold, or None where it is fine."""
     if t is None:
         return None
-    if isinstance(t, bool) or not isinstance(t, int | float) or math.isnan(t) or t < 0:
+    if not _is_number(t) or math.isnan(t) or t < 0:
         return f"{name} = {t!r}: a zero_out threshold is a number of at least 0 (None is no guard)"
     return None
 
@@ -173,14 +183,24 @@ def _key_problems(name: str, value: Any) -> list[str | None]:
     if key == "protection":
         return [_choice_problem(name, value, "none", "secded", "parity")]
     if key == "burst":
-        fine = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_BURST
+        fine = _is_whole(value) and 1 <= value <= MAX_BURST
         return [None if fine else f"{name} = {value!r}: a length in bits from 1 to {MAX_BURST} is allowed"]
     if key == "p_bits":
         if not isinstance(value, Mapping):
             return [f"{name} = {value!r}: a table of bits and probabilities is allowed, such as {{'7-14' = 1e-5}}"]
         named = [f"{name} {problem}" for bits in value if (problem := _bit_name_problem(str(bits)))]
         return [*named, *(probability_problem(f"{name} {bits!r}", p) for bits, p in value.items())]
+    if problem := _list_problem(name, value):
+        return [problem]
     return [f"{name} {problem}" for bits in value if (problem := _bit_name_problem(str(bits)))]
+
+
+def _list_problem(name: str, value: Any) -> str | None:
+    """A text is no list: its letters would be the items."""
+    if isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value):
+        return None
+    example = f"['{value}']" if value and isinstance(value, str) else "['q_proj', 'k_proj']"
+    return f"{name} = {value!r}: a list of texts, none of them empty, is allowed, such as {example}"
 
 
 MAX_BURST = 4096
@@ -215,6 +235,9 @@ def _layer_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
     return [problem for problem in problems if problem]
 
 
+_LISTS = ("include_patterns", "skip_patterns", "sites", *(f"{operand}_protected_bits" for operand in OPERANDS))
+
+
 def _false_as_none(value: Any) -> Any:
     return None if value is False else value
 
@@ -224,7 +247,7 @@ class BitFlipSpec:
     """Which bits flip, how often, and in which layers (the ``[bitflip]`` table).
 
     Raises:
-        ValueError: naming every bad field with its value and what is allowed.
+        ConfigError: naming every bad field with its value and what is allowed.
     """
 
     w_p_exp: float | None = None
@@ -303,45 +326,50 @@ class BitFlipSpec:
     to leave the layer alone. The first expression that matches counts."""
 
     def __post_init__(self) -> None:
-        # TOML and the command line bring lists; a frozen value wants tuples.
-        for name in (
-            "include_patterns",
-            "skip_patterns",
-            "sites",
-            *(f"{operand}_protected_bits" for operand in OPERANDS),
-        ):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        layers = {
-            pattern: {key: _false_as_none(value) for key, value in override.items()}
-            if isinstance(override, Mapping)
-            else _false_as_none(override)
-            for pattern, override in self.layer_name_to_config.items()
-        }
-        object.__setattr__(self, "layer_name_to_config", layers)
+        # TOML and the command line bring lists; a frozen value wants tuples. Others are told of below.
+        for name in _LISTS:
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.layer_name_to_config, Mapping):
+            layers = {
+                pattern: {key: _false_as_none(value) for key, value in override.items()}
+                if isinstance(override, Mapping)
+                else _false_as_none(override)
+                for pattern, override in self.layer_name_to_config.items()
+            }
+            object.__setattr__(self, "layer_name_to_config", layers)
         if problems := self.problems():
-            raise ValueError("; ".join(problems))
+            raise ConfigError(problems)
 
     def problems(self) -> list[str]:
         problems = _layer_problems({name: getattr(self, name) for name in LAYER_KEYS}, "")
-        problems += _burst_problems(vars(self), "")
+        problems += [] if problems else _burst_problems(vars(self), "")
+        problems += [
+            problem for name in _LISTS[:3] if (problem := _list_problem(name, getattr(self, name))) is not None
+        ]
         if seed_problem := _seed_problem("base_seed", self.base_seed):
             problems.append(seed_problem)
-        if isinstance(self.row_bytes, bool) or self.row_bytes < 8 or self.row_bytes % 8:
+        if not _is_whole(self.row_bytes) or self.row_bytes < 8 or self.row_bytes % 8:
             problems.append(f"row_bytes = {self.row_bytes!r}: a multiple of 8 is allowed")
-        if not self.sites or (unknown := [site for site in self.sites if site not in ("linear", "head", "embedding")]):
-            seen = unknown[0] if self.sites else ""
-            problems.append(f"sites = {seen!r}: allowed are 'linear', 'head' and 'embedding'")
+        if not isinstance(self.exact_gradient, bool):
+            problems.append(f"exact_gradient = {self.exact_gradient!r}: True or False is allowed")
+        if isinstance(self.sites, tuple) and (unknown := set(self.sites or [""]) - set(get_args(Site))):
+            problems.append(f"sites = {min(unknown, key=str)!r}: allowed are 'linear', 'head' and 'embedding'")
+        if not isinstance(self.layer_name_to_config, Mapping):
+            allowed = "a table of regular expressions and the keys to change is allowed"
+            return [*problems, f"layer_name_to_config = {self.layer_name_to_config!r}: {allowed}"]
         for pattern, override in self.layer_name_to_config.items():
             where = f"layer_name_to_config {pattern!r}"
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError, RecursionError, OverflowError) as error:
                 problems.append(f"{where}: not a regular expression ({error})")
-            if override is True:
-                problems.append(f"{where} = true: a table of keys, or false, is allowed")
-            elif isinstance(override, Mapping):
+            if isinstance(override, Mapping):
                 wrong = _layer_problems(override, f"{where}.")
-                problems += wrong or _burst_problems({**vars(self), **override}, f"{where}.")
+                problems += wrong or problems or _burst_problems({**vars(self), **override}, f"{where}.")
+            elif override is not None:
+                seen = "true" if override is True else repr(override)
+                problems.append(f"{where} = {seen}: a table of keys, or false, is allowed")
         return problems
 
     def for_layer(self, name: str) -> "BitFlipSpec | None":
@@ -420,7 +448,7 @@ class LoraSpec:
     """Low-rank adapters on every faulty layer (the ``[lora]`` table): W + (lora_alpha / r) · B · A.
 
     Raises:
-        ValueError: for a negative rank or a non-finite ``lora_alpha``.
+        ConfigError: for a rank that is no whole number of at least 0, or a ``lora_alpha`` that is not positive.
     """
 
     r: int = 0
@@ -430,13 +458,13 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if problems := self.problems():
-            raise ValueError("; ".join(problems))
+            raise ConfigError(problems)
 
     def problems(self) -> list[str]:
         problems = []
-        if self.r < 0:
-            problems.append(f"r = {self.r!r}: a LoRA rank is at least 0 (0 is no adapter)")
-        if not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
+        if not _is_whole(self.r) or self.r < 0:
+            problems.append(f"r = {self.r!r}: a LoRA rank is a whole number of at least 0 (0 is no adapter)")
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
             problems.append(f"lora_alpha = {self.lora_alpha!r}: a positive number is allowed")
         return problems
 
@@ -446,7 +474,7 @@ class LoraSpec:
 
 
 def _seed_problem(name: str, seed: int) -> str | None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not _is_whole(seed) or not 0 <= seed < 2**63:
         return f"{name} = {seed!r}: a seed is an integer from 0 to 2^63 - 1"
     return None
 

@@ -1,6 +1,8 @@
-"""One run's configuration: what its keys are (``schema.py``) and how files and flags become it (``read.py``)."""
+"""One run's configuration: its keys (``schema.py``), what a value may be (``values.py``), how files (``read.py``)
+and flags (``flags.py``) become it, and what was meant by a name that nobody knows (``names.py``)."""
 
-from flipproof.config.read import add_overrides, load_config, preset_names, preset_text, split_overrides
+from flipproof.config.flags import describe_keys, sections_help, split_overrides
+from flipproof.config.read import load_config, preset_names, preset_text
 from flipproof.config.schema import (
     SECTIONS,
     CheckpointConfig,
@@ -23,9 +25,10 @@ __all__ = [
     "ParallelismConfig",
     "RunConfig",
     "TrainingConfig",
-    "add_overrides",
+    "describe_keys",
     "load_config",
     "preset_names",
     "preset_text",
+    "sections_help",
     "split_overrides",
 ]

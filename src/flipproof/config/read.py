@@ -4,11 +4,12 @@ Reading collects every error of a file (unknown keys with the nearest known one,
 reports them together.
 
 Two older dialects are read wherever ``[bitflip]`` is: ``transform_cfg.toml`` (``use_lora``, ``[fc]``, ``[lora]``),
-and the YAML ``layer_name_to_config`` (regular expression -> fault, "default" for the rest, null = leave alone).
+and the YAML ``layer_name_to_config`` (regular expression -> fault, "default" for the rest, null = leave alone). Their
+words are complete: what such a file leaves out is off, and not what an earlier file said.
 """
 
 import dataclasses
-import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -16,38 +17,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import yaml
 
+from flipproof.config.names import near_key, near_table, nearest
 from flipproof.config.schema import SECTIONS, RunConfig
+from flipproof.config.values import convert, parse_yaml, shown
 from flipproof.errors import ConfigError
-from flipproof.spec import field_names
-
-
-def add_overrides(parser: jsonargparse.ArgumentParser) -> None:
-    """Give ``parser`` every key of the tree as ``--section.key``, with its docstring as help."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    for name, section in SECTIONS.items():
-        parser.add_class_arguments(section, name)
-
-
-def split_overrides(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """(section -> key -> text, the other arguments) of a command line, where ``--section.key`` names a config key."""
-    overrides: dict[str, dict[str, Any]] = {}
-    rest: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        section, dot, key = flag.removeprefix("--").partition(".")
-        if not (flag.startswith("--") and dot):
-            rest.append(argument)
-            continue
-        if not equals and (value := next(arguments, "")) == "":
-            raise ConfigError([f"{flag}: a value is missing"])
-        if section not in SECTIONS:
-            raise ConfigError([f"{flag}: unknown flag{_nearest(section, SECTIONS)}"])
-        overrides.setdefault(section, {})[key] = value
-    return overrides, rest
+from flipproof.spec import LAYER_KEYS, BitFlipSpec, LoraSpec, field_names
 
 
 def load_config(
@@ -64,11 +40,14 @@ def load_config(
     """
     problems: list[str] = []
     tree: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    wants_lora = None
     for path in paths:
         # a run is called after its first config, unless something else is said
         tree["logging"].setdefault("run_dir", f"runs/{Path(path).stem}")
         document, found = _read(path)
         problems += found
+        if "use_lora" in document:
+            wants_lora = path if document.pop("use_lora") else None
         _merge_into(tree, document)
     _merge_into(tree, overrides or {})
     sections = {}
@@ -78,10 +57,12 @@ def load_config(
         try:
             built = section(**values)
             found = built.problems()
-        except ValueError as error:
-            found = str(error).split("; ")
+        except ConfigError as error:
+            found = error.problems
         problems += [f"{name}.{problem}" for problem in found]
         sections[name] = built if not found else None
+    if wants_lora and sections["lora"] is not None and not sections["lora"].r:
+        problems.append(f"{wants_lora}: use_lora = true: lora.r is not set; the rank of the adapters is needed")
     if problems:
         raise ConfigError(problems)
     return RunConfig(**sections)  # type: ignore[arg-type]
@@ -92,126 +73,109 @@ def _merge_into(tree: dict[str, dict[str, Any]], other: Mapping[str, Mapping[str
         tree.setdefault(section, {}).update(values)
 
 
-def _read(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """(section -> key -> value, problems) of one file or preset."""
+def _read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """(section -> key -> value, problems) of one file or preset; "use_lora" is there where the file sets it."""
     if str(path) in preset_names():
         text, name = preset_text(str(path)), f"{path}.toml"
     else:
         name = str(path)
+        if not name:
+            raise ConfigError(["--config: the path is empty"])
         try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not a text file"
+            text = Path(os.path.expanduser(name)).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
             raise ConfigError(
                 [f"{path}: {reason}; a config is a TOML or YAML file or a preset ({', '.join(preset_names())})"]
             ) from error
     try:
-        document = yaml.safe_load(text) if name.endswith((".yaml", ".yml")) else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        document = parse_yaml(text) if name.lower().endswith((".yaml", ".yml", ".json")) else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
     if not isinstance(document, dict):
         raise ConfigError([f"{path}: holds no tables; known are {', '.join(SECTIONS)}"])
-    document, problems = _translate_dialects(document)
-    sections: dict[str, dict[str, Any]] = {}
+    document, problems = _translate_dialects({str(key): value for key, value in document.items()})
+    sections: dict[str, Any] = {}
     for section, values in document.items():
-        if section not in SECTIONS:
-            problems.append(f"[{section}]: unknown table{_nearest(section, SECTIONS)}")
-        elif not isinstance(values, dict):
-            problems.append(f"{section} = {values!r}: a table is allowed")
-        else:
+        if section == "use_lora":
             sections[section] = values
+        elif section not in SECTIONS:
+            where = f"[{section}]: unknown table" if isinstance(values, dict) else f"{section}: unknown key"
+            problems.append(where + near_table(section, is_table=isinstance(values, dict)))
+        elif values is None:
+            continue  # a YAML table with nothing in it
+        elif not isinstance(values, dict):
+            problems.append(f"{section} = {shown(values)}: a table is allowed")
+        else:
+            sections[section] = {str(key): value for key, value in values.items()}
     return sections, [f"{path}: {problem}" for problem in problems]
 
 
 def _translate_dialects(document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The older dialects' words as [bitflip] and [lora]; anything else unchanged."""
-    document = dict(document)
     problems = []
+    use_lora = document.pop("use_lora", None)
+    if not isinstance(use_lora, bool | None):
+        problems.append(f"use_lora = {shown(use_lora)}: true or false is allowed")
     if isinstance(document.get("fc"), dict):
-        document["bitflip"] = document.pop("fc") | document.get("bitflip", {})
-    use_lora = document.pop("use_lora", True)
-    if not isinstance(use_lora, bool):
-        problems.append(f"use_lora = {use_lora!r}: true or false is allowed")
-    elif not use_lora:
+        document["bitflip"] = _no_faults() | _seedless(document.pop("fc")) | _table(document, "bitflip")
+        document["lora"] = dataclasses.asdict(LoraSpec()) | _table(document, "lora")
+    if use_lora is False:
         document["lora"] = {"r": 0}
-    if isinstance(document.get("default"), dict):  # the bare mapping
+    if "default" in document and isinstance(document["default"], dict | None):  # the bare mapping
         layers = {k: document.pop(k) for k in list(document) if k not in SECTIONS}
         document["layer_name_to_config"] = layers
     if isinstance(document.get("layer_name_to_config"), dict):
-        layers = dict(document.pop("layer_name_to_config"))
+        layers = {str(name): config for name, config in document.pop("layer_name_to_config").items()}
         if (flavor := document.pop("transform_flavor", "fc")) not in ("fc", None):
-            problems.append(f"transform_flavor = {flavor!r}: 'fc' is allowed")
+            problems.append(f"transform_flavor = {shown(flavor)}: 'fc' is allowed")
         if not document.pop("use_regex", True):
             layers = {name if name == "default" else re.escape(name): config for name, config in layers.items()}
-        bitflip = dict(layers.pop("default", None) or {})
-        # There, every entry was complete: a key that it does not name is off, not inherited.
+        default = layers.pop("default", None) or {}
+        if not isinstance(default, dict):
+            problems.append(f"layer_name_to_config default = {shown(default)}: a table, or null, is allowed")
+            default = {}
         off = dict.fromkeys(f"{operand}_{key}" for operand in "wx" for key in ("p_exp", "p_frac", "zero_out_t"))
-        overrides = {name: config if config is None else off | _seedless(config) for name, config in layers.items()}
-        document["bitflip"] = _seedless(bitflip) | {"layer_name_to_config": overrides} | document.get("bitflip", {})
+        overrides = {
+            name: off | _seedless(config) if isinstance(config, dict) else config for name, config in layers.items()
+        }
+        said = _seedless(default) | {"layer_name_to_config": overrides}
+        document["bitflip"] = _no_faults() | said | _table(document, "bitflip")
+    if isinstance(use_lora, bool):
+        document["use_lora"] = use_lora
     return document, problems
+
+
+def _table(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = document.get(name)
+    return table if isinstance(table, dict) else {}
+
+
+def _no_faults() -> dict[str, Any]:
+    """The keys of [bitflip] that say which bits flip, as they are where nothing is said."""
+    nothing = BitFlipSpec()
+    return {key: getattr(nothing, key) for key in (*LAYER_KEYS, "layer_name_to_config")}
 
 
 def _seedless(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without the reference's per-field seeds: each layer, operand and field has a stream of its own here."""
-    return {k: v for k, v in config.items() if not re.fullmatch(r"[wx]_seed_(exp|frac)", k)}
+    return {k: v for k, v in config.items() if not re.fullmatch(r"[wx]_seed_(exp|frac)", str(k))}
 
 
 def _checked_values(name: str, section: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values of one table as their declared types, and one problem per unknown or ill-typed key."""
     known = field_names(section)
     types = {f.name: f.type for f in dataclasses.fields(section)}
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(section, name)
     good, problems = {}, []
     for key, value in values.items():
         if key not in known:
-            problems.append(f"{name}.{key}: unknown key{_nearest(key, known, name)}")
+            problems.append(f"{name}.{key}: unknown key{near_key(key, name)}")
             continue
-        seen = value
         try:
-            if value in ("nan", "inf", "-inf"):  # as TOML writes them; YAML, which jsonargparse reads, does not
-                value = float(value)
-            value = _collection(value, str(types[key]))
-            if isinstance(value, str):  # from the command line, or what YAML takes for text, such as 1e-05
-                parsed = parser.parse_args([f"--{name}.{key}={value}"], defaults=False)
-            else:
-                parsed = parser.parse_object({name: {key: value}}, defaults=False)
-            good[key] = parsed[name].as_dict()[key]
-        except (jsonargparse.ArgumentError, ValueError, TypeError):
-            wanted = getattr(types[key], "__name__", str(types[key])).replace("typing.", "")
-            if hasattr(types[key], "__args__"):
-                wanted = str(types[key]).replace("typing.", "").replace("collections.abc.", "")
-            if str(types[key]).startswith("tuple["):
-                of = f" of {words}" if (words := ", ".join(re.findall(r"'(\w+)'", wanted))) else ""
-                wanted = f"a list{of}"
-            elif "Mapping[" in str(types[key]):
-                wanted = 'a table, such as { exp = 1e-5, "15" = 0 },'
-            problems.append(f"{name}.{key} = {seen!r}: {wanted} is allowed")
+            good[key] = convert(value, types[key])
+        except ValueError as allowed:
+            problems.append(f"{name}.{key} = {shown(value)}: {allowed} is allowed")
     return good, problems
-
-
-def _collection(value: Any, declared: str) -> Any:
-    """The words of a command line as a list or a table, where one is declared: head,embedding or { exp = 1e-5 }."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    if declared.startswith("tuple[") and not value.lstrip().startswith("["):
-        return [word.strip() for word in value.split(",")]
-    if "Mapping[" in declared:
-        try:
-            return tomllib.loads(f"table = {value}")["table"]
-        except tomllib.TOMLDecodeError:
-            return value  # YAML and JSON are read by jsonargparse
-    return value
-
-
-def _nearest(key: str, known: Iterable[str], section: str | None = None) -> str:
-    known = list(known)
-    elsewhere = [f"{other}.{key}" for other, cls in SECTIONS.items() if key in field_names(cls)]
-    if section is not None and elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    if near := difflib.get_close_matches(key, known, n=1):
-        return f"; did you mean {near[0]}?"
-    return f"; known are {', '.join(known)}"
 
 
 def preset_names() -> list[str]:
@@ -221,8 +185,10 @@ def preset_names() -> list[str]:
 def preset_text(name: str) -> str:
     """A preset's TOML, comments included. Raises ConfigError for an unknown name."""
     if name not in preset_names():
-        raise ConfigError([f"no preset is called {name!r}{_nearest(name, preset_names())}"])
-    return (_presets() / f"{name}.toml").read_text()
+        near = nearest(name, preset_names())
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(preset_names())}"
+        raise ConfigError([f"no preset is called {name!r}; {hint}"])
+    return (_presets() / f"{name}.toml").read_text("utf-8")
 
 
 def _presets() -> Any:

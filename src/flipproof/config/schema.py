@@ -6,11 +6,12 @@ command line.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import toml
+import tomli_w
 
 from flipproof.spec import BitFlipSpec, LoraSpec
 from flipproof.sweep.plan import SweepConfig
@@ -20,9 +21,17 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 def _at_least(config: object, minimum: float, *names: str) -> list[str]:
     return [
-        f"{name} = {value!r}: at least {minimum} is allowed"
+        f"{name} = {value!r}: {'less than 2^63' if value >= 2**63 else f'at least {minimum}'} is allowed"
         for name in names
-        if (value := getattr(config, name)) is not None and not value >= minimum
+        if (value := getattr(config, name)) is not None and not minimum <= value < 2**63
+    ]
+
+
+def _positive(config: object, *names: str) -> list[str]:
+    return [
+        f"{name} = {value!r}: a positive number is allowed"
+        for name in names
+        if (value := getattr(config, name)) is not None and not 0 < value < math.inf
     ]
 
 
@@ -99,13 +108,9 @@ class TrainingConfig:
         problems = _at_least(self, 0, "weight_decay", "warmup_steps", "max_norm", "save_freq", "seed")
         if isinstance(self.activation_checkpointing, int):
             problems += _at_least(self, 1, "activation_checkpointing")
-        if self.tokens_per_parameter is not None and not self.tokens_per_parameter > 0:
-            problems.append(f"tokens_per_parameter = {self.tokens_per_parameter!r}: a positive number is allowed")
         problems += _at_least(self, 1, "local_batch_size", "gradient_accumulation_steps", "steps", "log_freq")
         problems += _at_least(self, 2, "seq_len")
-        if not self.lr > 0:
-            problems.append(f"lr = {self.lr!r}: a positive number is allowed")
-        return problems
+        return problems + _positive(self, "lr", "tokens_per_parameter")
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,7 @@ class ParallelismConfig:
     def problems(self) -> list[str]:
         problems = _at_least(self, 1, "fsdp_degree", "replicas")
         problems += _at_least(self, 0, "forward_prefetch", "backward_prefetch")
-        if not self.timeout_minutes > 0:
-            problems.append(f"timeout_minutes = {self.timeout_minutes!r}: a positive number is allowed")
+        problems += _positive(self, "timeout_minutes")
         if self.sharding_strategy == "no_shard":
             if (self.fsdp_degree or 1) != 1:
                 problems.append(f"fsdp_degree = {self.fsdp_degree!r}: no_shard allows 1")
@@ -204,6 +208,9 @@ class LoggingConfig:
     profile: bool = False
     """Write torch.profiler traces of a few steps and a snapshot of GPU memory into the run's directory."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run_dir", os.path.expanduser(self.run_dir))
+
     def problems(self) -> list[str]:
         return []
 
@@ -249,7 +256,7 @@ class RunConfig:
         tree = dataclasses.asdict(self)
         # TOML has no null. Elsewhere a missing key says None; in an override it would say "inherit".
         tree["bitflip"]["layer_name_to_config"] = _none_as_false(tree["bitflip"]["layer_name_to_config"])
-        return toml.dumps(_without_none(tree))
+        return tomli_w.dumps(_without_none(tree))
 
 
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}  # type: ignore[misc]
