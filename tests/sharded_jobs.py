@@ -23,8 +23,8 @@ import torch
 
 import flipproof.checkpoint as checkpoint_module
 import flipproof.cli
-import flipproof.model as model_module
 import flipproof.train as train_module
+from flipproof import save
 
 
 def die():
@@ -102,7 +102,7 @@ def run(job, rank, directory):
     """The exit code of one job."""
     os.environ["MASTER_PORT"] = str(job["port"])
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own store remembers the job before
-    model_module._FILE_BYTES = 16 * 2**10  # of which even a tiny model needs several
+    save._FILE_BYTES = 16 * 2**10  # of which even a tiny model needs several
     if job["patch"]:
         globals()[job["patch"]](rank, directory)
     if job["argv"][0] == "load":

@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import safetensors
 import torch
-import torch.distributed.checkpoint
 from transformers import AutoModelForCausalLM
 
 from flipproof import parallel
@@ -14,32 +14,46 @@ from flipproof.config import load_config
 from flipproof.model import load_tokenizer
 from flipproof.shards import local, whole
 
+REAL_OPEN = safetensors.safe_open
+READ = 0
+"""Elements that ``weights.py`` read from the files."""
 
-class CountingReader(torch.distributed.checkpoint.HuggingFaceStorageReader):
-    """Counts the elements that are read from the files, and of which tensors."""
 
-    elements = 0
+class CountingFile:
+    """``safetensors.safe_open``, which counts."""
 
-    def _process_read_request(self, f, req, planner):
-        class Slices:
-            def get_slice(self, name):
-                whole_slice = f.get_slice(name)
+    def __init__(self, *args, **kwargs):
+        self.opened = REAL_OPEN(*args, **kwargs)
 
-                class Slice:
-                    def __getitem__(self, index):
-                        part = whole_slice[index]
-                        CountingReader.elements += part.numel()
-                        return part
+    def __enter__(self):
+        self.opened.__enter__()
+        return self
 
-                return Slice()
+    def __exit__(self, *args):
+        return self.opened.__exit__(*args)
 
-        super()._process_read_request(Slices(), req, planner)
+    def __getattr__(self, name):
+        return getattr(self.opened, name)
+
+    def get_slice(self, name):
+        whole_slice = self.opened.get_slice(name)
+
+        class Slice:
+            def get_shape(self):
+                return whole_slice.get_shape()
+
+            def __getitem__(self, index):
+                global READ
+                part = whole_slice[index]
+                READ += part.numel()
+                return part
+
+        return Slice()
 
 
 def load(directory, dtype, to):
     """Leaves ``TO.RANK.json``: the names of tensors that differ in value, shape or dtype, and element counts."""
-    torch.distributed.checkpoint.HuggingFaceStorageReader = CountingReader
-    CountingReader.elements = 0
+    safetensors.safe_open = CountingFile
     config = load_config([], {"model": {"hf_model_path": directory}, "training": {"dtype": dtype}})
     with parallel.start(config.parallelism) as world:
         model = build_model(config, load_tokenizer(config.model), world)
@@ -62,7 +76,7 @@ def load(directory, dtype, to):
             "total": sum(p.numel() for p in model.parameters()),
             "held": sum(local(p).numel() for p in model.parameters()),
             "rows": sum(p[0].numel() for p in theirs.values() if p.requires_grad),  # one of each parameter
-            "read": CountingReader.elements,
+            "read": READ,
         }
         Path(f"{to}.{os.environ['RANK']}.json").write_text(json.dumps(result))
     return 0

@@ -11,13 +11,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def held(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of all of ``tensor`` this process holds, as an index."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
 @torch.no_grad()
 def assign_(tensor: Tensor, full: Tensor) -> None:
     """Write ``full``, which every process has, into ``tensor``: each process its own part, nothing is sent."""
-    if isinstance(tensor, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(full.shape, tensor.device_mesh, tensor.placements)
-        full = full[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    local(tensor).copy_(full)
+    local(tensor).copy_(full[held(tensor)])
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from flipproof.evaluate import (
 from flipproof.files import write_atomically
 from flipproof.inject import is_faulty, set_tick
 from flipproof.loss import next_token_loss
-from flipproof.model import compute_context, load_tokenizer, model_on_meta, save_model
+from flipproof.model import compute_context, load_tokenizer, save_model, skeleton
 from flipproof.ops.philox import derive_key
 from flipproof.parallel import Gradients, World
 from flipproof.runlog import logger
@@ -164,8 +164,8 @@ class _Run:
         tokenizer = load_tokenizer(config.model)
         self.tokenizer = tokenizer
         if config.training.steps is None and config.training.tokens_per_parameter is not None:
-            skeleton = model_on_meta(config.model, tokenizer, config.training.dtype)
-            config = resolve_steps(config, sum(p.numel() for p in skeleton.parameters()), world.size)
+            shape = skeleton(config.model, tokenizer, config.training.dtype)
+            config = resolve_steps(config, sum(p.numel() for p in shape.parameters()), world.size)
         self.config = config = resolve_steps(config, 0, world.size)
         training = config.training
         assert training.steps is not None

@@ -1,0 +1,79 @@
+"""A model as a Hugging Face directory, which ``AutoModelForCausalLM`` opens."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flipproof.files import write_json
+from flipproof.layers import FaultyLinear
+from flipproof.parallel import World
+from flipproof.shards import like, whole
+from flipproof.ties import declared_ties, merging_cuts, untied_config
+
+_FILE_BYTES = 4 * 2**30
+
+
+@torch.no_grad()
+def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World | None = None) -> None:
+    """Write a Hugging Face model with the adapters merged, which ``AutoModelForCausalLM`` opens. The model stays as
+    it is. A tie that merging cuts (``ties.py``) is none in the files, nor by their config.
+
+    Of a sharded model all processes must call; each gathers one tensor at a time and writes some of the files.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    names = model.named_modules(remove_duplicate=False)  # a layer may have several
+    layers = {f"{name}.weight": layer for name, layer in names if isinstance(layer, FaultyLinear)}
+    if cut := merging_cuts(model):
+        state |= {name: state[name].clone() for name in declared_ties(model) if name in state}
+    if world is None or world.size == 1:
+        merged = {layer: layer.merged_weight() for layer in layers.values()}
+        state |= {name: merged[layer] for name, layer in layers.items() if layer.lora_A is not None}
+        model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+        if cut:
+            untied_config(model).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return
+
+    from safetensors.torch import save_file
+
+    if not cut:
+        for name in model.all_tied_weights_keys:  # type: ignore[union-attr]
+            state.pop(name, None)
+    files: list[list[str]] = [[]]
+    room = _FILE_BYTES
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        if files[-1] and size > room:
+            files.append([])
+            room = _FILE_BYTES
+        files[-1].append(name)
+        room -= size
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if world.first:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("model*.safetensors*"):  # of an earlier export, in other files than these
+            old.unlink()
+    world.wait()
+    for i, held in enumerate(files):
+        tensors = {}
+        for name in held:
+            tensor = state[name]
+            if name in layers:
+                tensor = like(layers[name].merged_weight(), tensor)
+            tensor = whole(tensor)
+            if i % world.size == world.rank:
+                tensors[name] = tensor.cpu().contiguous()
+        if i % world.size == world.rank:
+            save_file(tensors, directory / names[i], metadata={"format": "pt"})
+    if world.first:
+        where = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        config: Any = untied_config(model) if cut else model.config
+        config.save_pretrained(directory)
+        if model.can_generate():  # type: ignore[operator]
+            model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
+        tokenizer.save_pretrained(directory)
+    world.wait()

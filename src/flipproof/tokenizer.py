@@ -1,0 +1,44 @@
+"""Tokenizers: from a directory or the Hub, or bytes."""
+
+from typing import Any
+
+from flipproof.config import ModelConfig
+from flipproof.errors import ConfigError
+from flipproof.hub import from_hub
+from flipproof.runlog import logger
+
+
+def byte_tokenizer() -> Any:
+    """A Hugging Face tokenizer whose tokens are the 256 bytes, an end-of-text and a padding token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # The byte-level alphabet writes each byte as one printable character; without merges, each is a token.
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {"<|endoftext|>": 256, "<|pad|>": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer that the config names. Raises ConfigError where there is none, with the reason."""
+    name = config.tokenizer or config.hf_model_path
+    if name is None:
+        logger.info("no tokenizer is named (model.tokenizer): text is read as bytes")
+    if name is None or name == "bytes":
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    key = "model.tokenizer" if config.tokenizer else "model.hf_model_path"
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, name, key, "a tokenizer")
+    # without tokenizer files transformers makes one that knows its special tokens alone
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise ConfigError([f"{key} = {name!r}: holds no tokenizer; set model.tokenizer to one, or to 'bytes'"])
+    return tokenizer
