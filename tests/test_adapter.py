@@ -1,5 +1,5 @@
-import json
-import shutil
+import math
+import os
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_an_adapter_comes_back_bitwise(tiny_llama, tmp_path):
     model = trained(tiny_llama)
     save_adapter(model, tmp_path, None)
     lora = adapter_spec(tmp_path)
-    assert lora == LoraSpec(r=2, lora_alpha=6)
+    assert lora == dict.fromkeys(flipproof.faulty_layers(model), LoraSpec(r=2, lora_alpha=6))
     other = tiny_llama()
     flipproof.inject(other, SPEC, lora)
     load_adapter(other, tmp_path)
@@ -71,18 +71,56 @@ def test_adapters_that_do_not_fit_are_refused_and_change_nothing(tiny_llama, tmp
     refused("adapter_model.safetensors is missing or damaged")
 
 
-def test_adapters_of_other_kinds_are_refused(tiny_llama, tmp_path):
-    model = trained(tiny_llama)
-    save_adapter(model, tmp_path / "a", None)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    for change, words in (({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora")):
-        shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        (tmp_path / "b").mkdir()
-        (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ConfigError, match=words):
-            adapter_spec(tmp_path / "b")
-    with pytest.raises(ConfigError, match=r"adapter_config\.json is missing"):
-        adapter_spec(tmp_path / "nowhere")
+@pytest.fixture
+def uneven(tiny_llama):
+    """A faulty model whose adapters differ in rank and scaling, and which has layers without one."""
+    lora = {
+        "model.layers.0.self_attn.q_proj": LoraSpec(r=2, lora_alpha=6),
+        "model.layers.1.self_attn.q_proj": LoraSpec(r=2, lora_alpha=6),
+        "model.layers.0.mlp.up_proj": LoraSpec(r=5, lora_alpha=6),
+        "model.layers.1.mlp.down_proj": LoraSpec(r=3, lora_alpha=1.5),
+        "lm_head": LoraSpec(r=1, lora_alpha=6),
+    }
+    model = tiny_llama().eval()
+    flipproof.inject(model, BitFlipSpec(w_p_frac=0.01, sites=("linear", "head")), lora)
+    for layer in flipproof.faulty_layers(model).values():
+        if layer.lora:
+            torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(0))
+    return model, lora
+
+
+def test_adapters_of_several_ranks_are_written_as_peft_reads_them(uneven, tiny_llama, tmp_path, token_ids):
+    model, lora = uneven
+    save_adapter(model, tmp_path / "adapter", None)
+    assert adapter_spec(tmp_path / "adapter") == lora
+    opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
+    with torch.no_grad(), flipproof.faults(model, flips=False, guard=False):
+        torch.testing.assert_close(opened(token_ids).logits, model(token_ids).logits, rtol=0, atol=1e-5)
+
+
+def test_only_adapters_train_and_layers_without_one_have_none(uneven):
+    model, lora = uneven
+    expected = {f"{name}.{matrix}" for name in lora for matrix in ("lora_A", "lora_B")}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+    assert {name for name, _ in model.named_parameters() if "lora" in name} == expected
+
+
+def test_what_is_not_finite_is_not_written(uneven, tmp_path):
+    model, _ = uneven
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.lora_B[3, 1] = math.nan
+    with pytest.raises(ConfigError, match=r"not finite.*model\.layers\.0\.mlp\.up_proj\.lora_B\.weight"):
+        save_adapter(model, tmp_path / "adapter", None)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_files_have_the_permissions_of_any_new_one(uneven, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_adapter(uneven[0], tmp_path / "adapter", None)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()} == {0o640}
 
 
 def test_the_process_that_does_not_write_writes_nothing(tiny_llama, tmp_path):

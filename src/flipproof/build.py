@@ -1,5 +1,7 @@
 """From a config to a model that runs: built or loaded, made faulty, spread over the processes, on its device."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -13,8 +15,14 @@ from flipproof.runlog import logger
 from flipproof.spec import LoraSpec
 
 
-def build_model(config: RunConfig, tokenizer: object, world: World, lora: LoraSpec | None = None) -> nn.Module:
-    """The run's model on this process's device, with the faults of ``config.bitflip`` and adapters of ``lora``.
+def build_model(
+    config: RunConfig,
+    tokenizer: object,
+    world: World,
+    lora: LoraSpec | Mapping[str, LoraSpec] | None = None,
+) -> nn.Module:
+    """The run's model on this process's device, with the faults of ``config.bitflip`` and adapters as ``inject`` takes
+    them.
 
     Several processes build it on the meta device and read their own shards; a single one reads it as ``transformers``
     does, which also knows older formats.
@@ -28,10 +36,9 @@ def build_model(config: RunConfig, tokenizer: object, world: World, lora: LoraSp
         model = load_model(config.model, tokenizer, dtype, seed)
     else:
         model = model_on_meta(config.model, tokenizer, dtype)
-    lora = lora or LoraSpec()
     if computed := cast_to(config.training, model):
         check_bits(config.bitflip, [computed])
-    if lora.r or config.bitflip.any_fault:
+    if lora or config.bitflip.any_fault:
         logger.info("%s", inject(model, config.bitflip, lora))
     fuse_loss(model)
     parallelize(model, config, world)

@@ -32,6 +32,13 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions of any new one; ``safetensors`` leaves its files to their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically. Infinity and NaN, which JSON does not have, become null."""
     write_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from flipproof import attention
-from flipproof.errors import ConfigError
+from flipproof.errors import ConfigError, first_of
 from flipproof.layers import FaultSite, FaultState, FaultyEmbedding, FaultyLinear
 from flipproof.ops.parity import dtype_name
 from flipproof.ops.philox import check_tick
@@ -60,7 +60,7 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) -> Coverage:
+def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, LoraSpec] | None = None) -> Coverage:
     """Make the linear layers of ``model`` faulty, in place; and its head, embedding and KV cache, if ``spec`` says so.
 
     Every ``nn.Linear`` but the output head is swapped, unless ``spec`` says otherwise. With adapters (``lora.r`` > 0)
@@ -69,20 +69,21 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
     Args:
         model: any module; its forward is what a tick counts. May be on the meta device.
         spec: what flips where.
-        lora: adapters for the same linear layers. None or r = 0 is none.
+        lora: adapters for the same linear layers, or for some of them by name. None or r = 0 is none.
 
     Returns:
         What was covered.
 
     Raises:
         ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
-            without a word, naming their share of the FLOPs. ValueError: where the model is injected already.
+            without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped.
+            ValueError: where the model is injected already.
     """
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
     check_bits(spec, (parameter.dtype for parameter in model.parameters()))
-    head = _output_head(model)
+    head = output_head(model)
     planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
     names: dict[str, int] = {}  # of linear layers to swap; one may have several
     skipped: dict[str, str] = {}
@@ -96,13 +97,15 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
             skipped[name] = "the output head" if kind == "head" else "not among bitflip.sites"
         elif layer_spec is None:
             skipped[name] = "skipped by the config"
-        elif not (layer_spec.x.active or layer_spec.w.active or lora.r):
+        elif not (layer_spec.x.active or layer_spec.w.active or _lora_of(lora, site)):
             skipped[name] = "no fault configured"
         elif not name:
             raise ValueError("the model itself is an nn.Linear; put it in a module to inject it")
         else:
             planned.setdefault(id(module), (site, kind))
             names[name] = id(module)
+    if isinstance(lora, Mapping):
+        _check_layers_of_adapters(lora, {site for site, _ in planned.values()}, skipped)
     coverage = _coverage(model, names, skipped, spec)
     table, table_name = _embedding(model)
     table_spec = _table_spec(table, table_name, spec)
@@ -121,10 +124,11 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
             assert layer_spec is not None
             # tied weights are one memory
             w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
-            swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, lora, state, kind, w_site)  # type: ignore[arg-type]
+            own = _lora_of(lora, site)
+            swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
         _put(model, name, swapped[which])
 
-    if lora.r:
+    if lora:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.endswith((".lora_A", ".lora_B")))
     state.hooks = (
@@ -132,6 +136,16 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | None = None) ->
         model.register_forward_hook(state.after_forward),
     )
     return replace(coverage, memories=tuple(memories))
+
+
+def _lora_of(lora: LoraSpec | Mapping[str, LoraSpec], site: str) -> LoraSpec:
+    return lora.get(site, LoraSpec()) if isinstance(lora, Mapping) else lora
+
+
+def _check_layers_of_adapters(names: Iterable[str], faulty: set[str], skipped: Mapping[str, str]) -> None:
+    others = [f"{name} ({skipped.get(name, 'no such nn.Linear')})" for name in names if name not in faulty]
+    if others:
+        raise ConfigError([f"adapters are of faulty linear layers, and here is one of {first_of(others)}"])
 
 
 def _site(name: str) -> str:
@@ -193,7 +207,7 @@ def _nothing_matched(spec: BitFlipSpec, skipped: dict[str, str]) -> str:
     )
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     try:
         head = get() if get is not None else None

@@ -460,6 +460,10 @@ class LoraSpec:
         if problems := self.problems():
             raise ConfigError(problems)
 
+    def __bool__(self) -> bool:
+        """Whether there are adapters."""
+        return self.r > 0
+
     def problems(self) -> list[str]:
         problems = []
         if not _is_whole(self.r) or self.r < 0:
