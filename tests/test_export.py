@@ -1,11 +1,14 @@
+import errno
 import math
+import os
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flipproof.checkpoint import list_checkpoints
+import flipproof.export as export_module
+from flipproof.checkpoint import list_checkpoints, load_trained_weights
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.export import export
@@ -56,6 +59,61 @@ def test_adapter_and_model_are_the_same_function(run, tmp_path, token_ids):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted(token_ids).logits, merged(token_ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", r"q_proj\.weight"), ("adapter", r"q_proj\.lora_B\.weight")])
+def test_what_is_not_finite_is_never_exported(run, tmp_path, monkeypatch, kind, name):
+    def load(path, model):
+        step = load_trained_weights(path, model)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.lora_B[0, 1] = math.inf
+        return step
+
+    monkeypatch.setattr(export_module, "load_trained_weights", load)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=rf"step-4 is not finite and is not written: .*layers\.1\.self_attn\.{name}"):
+        export(run, tmp_path / "out", kind)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_where_it_cannot_write_it_says_so_before_it_loads(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "build_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for to, words in ((tmp_path / "file/out", "not a directory"), (tmp_path / "link", "exists already")):
+        with pytest.raises(ConfigError, match=words):
+            export(run, to)
+
+
+def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    """Nor does it meet what another one left."""
+    (tmp_path / ".out.unfinished").mkdir()
+    before = sorted(tmp_path.iterdir())
+
+    def half(_model, directory, *_):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "save_model", half)
+        with pytest.raises(ConfigError, match=r"--to .*out cannot be written: .*No space left on device"):
+            export(run, tmp_path / "out")
+        assert sorted(tmp_path.iterdir()) == before
+    export(run, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"}
+    export(run, tmp_path / ("n" * 255))  # as long as a name may be
+
+
+def test_others_may_read_what_the_umask_lets_them(run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(run, tmp_path / "made/model")
+        export(run, tmp_path / "made/adapter", "adapter")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "made").rglob("*")}
+    assert modes == {0o640, 0o750}
 
 
 def test_what_cannot_be_exported_is_named_and_nothing_is_written(run, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,8 +51,8 @@ def edit(directory, **changes):
 
 
 def assert_merged_as_peft_does(base, directory, spec=LINEAR):
-    """Both weights are W + s·B·A after r + 3 roundings at most (r products, s, times s, plus W), so that is how far they
-    may be apart."""
+    """Both weights are W + s·B·A after r + 3 roundings at most (r products, s, times s, plus W): so far are they
+    apart at most."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory).merge_and_unload()
@@ -169,6 +170,25 @@ def test_half_precision_adapters_are_read(base, tmp_path, dtype):
     adapter = written_by_peft(directory, tmp_path / "a", target_modules=["q_proj"])
     save_file({name: tensor.to(dtype) for name, tensor in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS)
     assert_merged_as_peft_does(directory, adapter)
+
+
+def test_adapters_are_found_on_the_hub_and_at_home(base, tmp_path, monkeypatch):
+    adapter = written_by_peft(base(), tmp_path / "home/adapters/mine", target_modules=["q_proj"])
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert read_adapter("~/adapters/mine").specs == read_adapter(adapter).specs
+    fetched = []
+
+    def snapshot_download(repo, allow_patterns):
+        fetched.append((repo, allow_patterns))
+        return str(adapter)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        assert read_adapter("hers/adapter-1").specs == read_adapter(adapter).specs
+    assert fetched == [("hers/adapter-1", [CONFIG, WEIGHTS, "adapter_model.bin"])]
+    # what the Hub says is passed on
+    refused("hers/adapter-2", r"--adapter = 'hers/adapter-2': .*the Hub did not give an adapter.*HF_HUB_OFFLINE is set")
+    refused("./hers/adapter", r"adapter \./hers/adapter: adapter_config\.json is missing")
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

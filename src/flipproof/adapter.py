@@ -17,10 +17,15 @@ from flipproof.shards import assign_, whole
 from flipproof.spec import LoraSpec
 
 
-def save_adapter(model: nn.Module, directory: Path, base_model: str | None, writes: bool = True) -> None:
+def save_adapter(
+    model: nn.Module, directory: Path, base_model: str | None, writes: bool = True, what: str = "the trained adapter"
+) -> None:
     """Write the adapters as PEFT does, so that ``PeftModel.from_pretrained(base, directory)`` opens them.
 
     Of a sharded model all processes must call, and the one that ``writes`` writes.
+
+    Args:
+        what: what a message calls the adapters.
 
     Raises:
         ConfigError: where there is none, or one is not finite; nothing is written then.
@@ -37,7 +42,7 @@ def save_adapter(model: nn.Module, directory: Path, base_model: str | None, writ
             tensors[f"{PREFIX}{name}.{matrix}.weight"] = tensor.cpu().contiguous()
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ConfigError([f"the adapter is not finite and is not written: {first_of(broken)}"])
+        raise ConfigError([f"{what} is not finite and is not written: {first_of(broken)} holds NaN or infinity"])
     if not writes:
         return
     directory.mkdir(parents=True, exist_ok=True)

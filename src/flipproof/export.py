@@ -2,9 +2,15 @@
 
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+
+import torch.distributed as dist
+from safetensors import SafetensorError
 
 from flipproof import parallel, runlog
 from flipproof.adapter import save_adapter
@@ -12,21 +18,25 @@ from flipproof.build import build_model
 from flipproof.checkpoint import list_checkpoints, load_trained_weights
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.files import check_writable
 from flipproof.model import load_tokenizer, save_model
+from flipproof.parallel import World
 from flipproof.runlog import logger
 
 
 def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model") -> Path:
-    """Write the last checkpoint of a run, finished or not, into the new directory ``to``.
+    """Write the last checkpoint of a run, finished or not, into the new directory ``to``, which is whole or not there.
 
     Args:
         kind: "model" for a Hugging Face model with the adapters merged, "adapter" for PEFT.
 
     Raises:
-        ConfigError: where there is no run or checkpoint, or ``to`` exists; nothing is written then.
+        ConfigError: where there is no run or checkpoint, ``to`` exists or cannot be written, or a weight is not
+            finite; nothing is written then.
     """
-    if to.exists():
+    if os.path.lexists(to):
         raise ConfigError([f"--to {to} exists already; name a new directory"])
+    check_writable(to, "--to")
     if not (run_dir / runlog.CONFIG).exists():
         raise ConfigError([f"{run_dir} holds no run ({runlog.CONFIG} is missing)"])
     config = load_config([run_dir / runlog.CONFIG])
@@ -40,19 +50,32 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
         config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy="full_shard", cpu_offload=False
     )
     config = replace(config, parallelism=parallelism)
-    unfinished = to.with_name(f".{to.name}.unfinished")
     with parallel.start(parallelism) as world:
         tokenizer = load_tokenizer(config.model)
         model = build_model(config, tokenizer, world, config.lora)
         step = load_trained_weights(checkpoints[-1], model)
-        if world.first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        world.wait()
-        if kind == "adapter":
-            save_adapter(model, unfinished, config.model.hf_model_path, writes=world.first)
-        else:
-            save_model(model, unfinished, tokenizer, world)
-        if world.first:
-            os.rename(unfinished, to)
+        what = f"checkpoint {checkpoints[-1]}"
+        with _unfinished(to, world) as unfinished:
+            if kind == "adapter":
+                save_adapter(model, unfinished, config.model.hf_model_path, world.first, what)
+            else:
+                save_model(model, unfinished, tokenizer, world, what)
     logger.info("step %d of %s as a %s", step, run_dir, "PEFT adapter" if kind == "adapter" else "Hugging Face model")
     return to
+
+
+@contextmanager
+def _unfinished(to: Path, world: World) -> Iterator[Path]:
+    """What a directory is called until it is whole, the same in all processes; it gets its name, or goes."""
+    names = [to.with_name(f".{uuid.uuid4().hex}.unfinished")]  # of any length, ``to`` may have one of 255 bytes
+    if world.size > 1:
+        dist.broadcast_object_list(names, group=world.cpu_group)
+    try:
+        yield names[0]
+        if world.first:
+            os.rename(names[0], to)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
+    finally:
+        if world.first:
+            shutil.rmtree(names[0], ignore_errors=True)

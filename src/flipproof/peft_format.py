@@ -8,7 +8,6 @@ weights of linear layers, however its matrices began. Refused by name is what ch
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import ConfigError, first_of
+from flipproof.hub import expand, from_hub
 from flipproof.spec import LoraSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -142,7 +142,7 @@ def _matrix_problems(adapter: PeftAdapter, layer: str, both: Mapping[str, Tensor
 
 
 def _directory(name: str) -> Path:
-    path = Path(os.path.expanduser(name))
+    path = Path(expand(name))
     # owner/name, as on the Hub; whatever else looks like a path is one
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         return path
@@ -153,16 +153,10 @@ def _directory(name: str) -> Path:
 def _fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    from flipproof.model import _from_hub
+    def fetch(repo: str, **_: Any) -> str:
+        return snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, _OLD_WEIGHTS])
 
-    return Path(
-        _from_hub(
-            lambda repo: snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, _OLD_WEIGHTS]),
-            name,
-            "--adapter",
-            "an adapter",
-        )
-    )
+    return Path(from_hub(fetch, name, "--adapter", "an adapter"))
 
 
 def _config(name: str, directory: Path) -> dict[str, Any]:

@@ -1,36 +1,49 @@
 """A model as a Hugging Face directory, which ``AutoModelForCausalLM`` opens."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from flipproof.files import write_json
+from flipproof.errors import ConfigError
+from flipproof.files import share, write_json
 from flipproof.layers import FaultyLinear
 from flipproof.parallel import World
-from flipproof.shards import like, whole
+from flipproof.shards import like, local, whole
 from flipproof.ties import declared_ties, merging_cuts, untied_config
 
 _FILE_BYTES = 4 * 2**30
 
 
 @torch.no_grad()
-def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World | None = None) -> None:
+def save_model(
+    model: nn.Module, directory: Path, tokenizer: Any, world: World | None = None, what: str = "the trained model"
+) -> None:
     """Write a Hugging Face model with the adapters merged, which ``AutoModelForCausalLM`` opens. The model stays as
     it is. A tie that merging cuts (``ties.py``) is none in the files, nor by their config.
 
     Of a sharded model all processes must call; each gathers one tensor at a time and writes some of the files.
+
+    Args:
+        what: what a message calls the weights.
+
+    Raises:
+        ConfigError: where a weight is not finite, in any process; nothing is written then.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
     names = model.named_modules(remove_duplicate=False)  # a layer may have several
     layers = {f"{name}.weight": layer for name, layer in names if isinstance(layer, FaultyLinear)}
     if cut := merging_cuts(model):
         state |= {name: state[name].clone() for name in declared_ties(model) if name in state}
+    _check_finite(model, layers, world, what)
     if world is None or world.size == 1:
         merged = {layer: layer.merged_weight() for layer in layers.values()}
         state |= {name: merged[layer] for name, layer in layers.items() if layer.lora_A is not None}
         model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+        for file in directory.glob("*.safetensors"):
+            share(file)
         if cut:
             untied_config(model).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -67,6 +80,7 @@ def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World |
                 tensors[name] = tensor.cpu().contiguous()
         if i % world.size == world.rank:
             save_file(tensors, directory / names[i], metadata={"format": "pt"})
+            share(directory / names[i])
     if world.first:
         where = {name: file for file, held in zip(names, files, strict=True) for name in held}
         total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -77,3 +91,16 @@ def save_model(model: nn.Module, directory: Path, tokenizer: Any, world: World |
             model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
         tokenizer.save_pretrained(directory)
     world.wait()
+
+
+def _check_finite(model: nn.Module, layers: dict[str, FaultyLinear], world: World | None, what: str) -> None:
+    names, broken = [], math.inf
+    for i, (name, parameter) in enumerate(model.named_parameters(remove_duplicate=False)):
+        names.append(name)
+        tensor = layers[name].merged_weight() if name in layers else local(parameter)
+        if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
+            broken = min(broken, i)
+    if world is not None:
+        broken = world.least(broken)
+    if broken < math.inf:
+        raise ConfigError([f"{what} is not finite and is not written: {names[int(broken)]} holds NaN or infinity"])
