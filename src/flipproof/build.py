@@ -1,23 +1,31 @@
 """From a config to a model that runs: built or loaded, made faulty, spread over the processes, on its device."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from flipproof.config import RunConfig
 from flipproof.inject import check_bits, inject
+from flipproof.limits import check_positions, watch_ids
 from flipproof.loss import fuse_loss
-from flipproof.model import load_model, materialise, model_on_meta
+from flipproof.model import load_model, materialise, model_config, model_on_meta
 from flipproof.ops.flip import BACKENDS
 from flipproof.parallel import World, cast_to, parallelize
 from flipproof.runlog import logger
 from flipproof.spec import LoraSpec
 
 
+def check_length(config: RunConfig, tokenizer: Any) -> None:
+    """Raises ConfigError where ``training.seq_len`` is more than the model's positions, or there is no such model; for
+    before text is read. Needs no weights."""
+    check_positions(model_config(config.model, tokenizer), config.training.seq_len)
+
+
 def build_model(
     config: RunConfig,
-    tokenizer: object,
+    tokenizer: Any,
     world: World,
     lora: LoraSpec | Mapping[str, LoraSpec] | None = None,
 ) -> nn.Module:
@@ -36,6 +44,7 @@ def build_model(
         model = load_model(config.model, tokenizer, dtype, seed)
     else:
         model = model_on_meta(config.model, tokenizer, dtype)
+    watch_ids(model, tokenizer)
     if computed := cast_to(config.training, model):
         check_bits(config.bitflip, [computed])
     if lora or config.bitflip.any_fault:

@@ -46,13 +46,14 @@ from torch import nn
 
 from flipproof import parallel, runlog
 from flipproof.adapter import adapter_spec, load_adapter
-from flipproof.build import build_model
+from flipproof.build import build_model, check_length
 from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
 from flipproof.errors import ConfigError
 from flipproof.files import write_json
 from flipproof.inject import faults, is_faulty
 from flipproof.injection_log import FlipLog, Replay, about, tapped
+from flipproof.limits import check_ids
 from flipproof.loss import loss_by_row
 from flipproof.model import compute_context, load_tokenizer
 from flipproof.ops.parity import dtype_name
@@ -329,8 +330,10 @@ def evaluate(
         if world.size > 1 and (flip_log or replay):
             raise ConfigError([f"--flip-log and --replay work in one process; {world.size} were started"])
         tokenizer = load_tokenizer(config.model)
+        check_length(config, tokenizer)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model, names = open_model(config, tokenizer, world, adapter)
+        check_ids(model, tokenizer, text.sequences)
         name, seed = "recovered" if adapter else "flipped", fault_seeds(config.bitflip.base_seed, 1)[0]
         replayed = []
         if flip_log or replay:

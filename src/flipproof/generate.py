@@ -22,6 +22,7 @@ from flipproof.evaluate import check_log, fault_seeds
 from flipproof.files import write_json
 from flipproof.inject import fault_state, faults, is_faulty
 from flipproof.injection_log import FlipCount, FlipLog, Replay, about, tapped
+from flipproof.limits import positions
 from flipproof.model import compute_context, load_tokenizer
 
 RESULT = "generate.json"
@@ -203,7 +204,7 @@ def _continued(
 
 
 def _check_length(model: Any, prompt: int, sampling: Sampling) -> None:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(model.config)
     if prompt == 0:
         raise ConfigError(["--prompt: the tokenizer makes no token of it"])
     if room is not None and prompt + sampling.max_new_tokens > room:

@@ -31,16 +31,18 @@ def from_hub(load: Any, name: str, key: str, what: str, **kwargs: Any) -> Any:
         ConfigError: with the reason that was given, and what to do about it.
     """
     path = Path(expand(name))
+    if path.is_file():
+        raise ConfigError([f"{key} = {name!r}: is a file; name the directory that it is in"])
     try:
         return load(str(path) if path.is_dir() else expand(name), trust_remote_code=False, **kwargs)
     except ConfigError:
         raise
     except Exception as error:  # transformers, safetensors and the Hub client raise many kinds, all meaning this
-        reason = _known_reason(error, name) or _first_line(error)
+        why = reason(error, name)
         if path.is_dir():
-            raise ConfigError([f"{key} = {name!r}: the directory holds no readable {what[2:]} ({reason})"]) from error
+            raise ConfigError([f"{key} = {name!r}: the directory holds no readable {what[2:]} ({why})"]) from error
         raise ConfigError(
-            [f"{key} = {name!r}: no local directory, and the Hub did not give {what} of that name: {reason}"]
+            [f"{key} = {name!r}: no local directory, and the Hub did not give {what} of that name: {why}"]
         ) from error
 
 
@@ -56,12 +58,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _known_reason(error: BaseException, name: str) -> str | None:
-    """What the innermost error that says something means, and the way out."""
+def reason(error: BaseException, name: str) -> str:
+    """What an error of ``transformers`` means for the directory or Hub name, and the way out, in a line."""
     for cause in reversed(list(_chain(error))):
-        if reason := _hub_reason(cause, name) or _local_reason(cause, name):
-            return reason
-    return None
+        if known := _hub_reason(cause, name) or _local_reason(cause, name):
+            return known
+    return _first_line(error)
 
 
 def _hub_reason(error: BaseException, name: str) -> str | None:
@@ -121,9 +123,36 @@ def _local_reason(error: BaseException, name: str) -> str | None:
         return "it comes with code of its own (trust_remote_code), which is not run; take a model that transformers has"
     if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'> for this kind of AutoModel", text):
         return f"its {found[1]} is not of a causal language model"
+    if found := re.search(
+        r"does not appear to have a file named (config\.json)|no file named (model\.safetensors)", text
+    ):
+        return _without(Path(expand(name)), found[1] or found[2])
+    if "Should have a `model_type` key" in text:
+        directory = Path(expand(name))
+        there = not directory.is_dir() or (directory / "config.json").exists()
+        return "its config.json names no model_type" if there else _without(directory, "config.json")
     if "Couldn't instantiate the backend tokenizer" in text:
         return "no tokenizer.json, nor what one is made of (some need pip install sentencepiece tiktoken)"
     return None
+
+
+def _without(directory: Path, wanted: str) -> str:
+    """What is there where a model's file is not."""
+    files = sorted(file.name for file in directory.glob("*")) if directory.is_dir() else []
+    if "adapter_config.json" in files and wanted == "config.json":
+        try:
+            base = json.loads((directory / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        except (ValueError, LookupError, TypeError):
+            base = "its adapter_config.json may say which"
+        return f"it is a PEFT adapter; name its base model here ({base}), and it with --adapter"
+    if found := [name for name in files if name.endswith(".gguf")]:
+        return (
+            f"{found[0]} is in llama.cpp's format; take the model that it was made of, or convert it: "
+            "AutoModelForCausalLM.from_pretrained(…, gguf_file=…).save_pretrained(…)"
+        )
+    if found := [name for name in files if name.endswith((".pth", ".pt", ".ckpt"))]:
+        return f"{found[0]} is Meta's own format, or another that transformers does not read; convert it to safetensors"
+    return f"no {wanted}"
 
 
 def _first_damage(name: str, pattern: str, damaged: Callable[[Path], str | None]) -> str | None:

@@ -31,13 +31,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flipproof import parallel
-from flipproof.build import build_model
+from flipproof.build import build_model, check_length
 from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
 from flipproof.errors import ConfigError
 from flipproof.files import write_json
 from flipproof.inject import faults, iter_faulty
 from flipproof.layers import FaultyLinear
+from flipproof.limits import check_ids
 from flipproof.loss import next_token_loss
 from flipproof.model import compute_context, load_tokenizer
 from flipproof.ops.parity import dtype_name, guard_bits, magnitude_bits
@@ -345,8 +346,10 @@ def profile(config: RunConfig, to: Path | None = None) -> Profile:
     config = replace(config, training=training)
     with parallel.start(config.parallelism) as world:
         tokenizer = load_tokenizer(config.model)
+        check_length(config, tokenizer)
         text = load_held_out(config.data, tokenizer, training.seq_len)
         model = build_model(replace(config, bitflip=_everywhere(config.bitflip)), tokenizer, world)
+        check_ids(model, tokenizer, text.sequences)
         dtype = cast_to(training, model)
         with compute_context(training, model):
             layers, total, tokens = count_magnitudes(

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from flipproof.config import ModelConfig, TrainingConfig
 from flipproof.errors import ConfigError
 from flipproof.flavors import FLAVORS
-from flipproof.hub import from_hub
+from flipproof.hub import from_hub, reason
 from flipproof.inject import iter_faulty
 from flipproof.ops.philox import derive_key
 from flipproof.parallel import cast_to
@@ -41,8 +41,7 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
     """The ``transformers`` config of the model that the run names.
 
     Raises:
-        ConfigError: for an unknown flavor, one that contradicts the checkpoint, a config that cannot be read, or a
-            vocabulary smaller than the tokenizer's.
+        ConfigError: for an unknown flavor, one that contradicts the checkpoint, or a config that cannot be read.
     """
     from transformers import AutoConfig, LlamaConfig
 
@@ -57,10 +56,6 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
         _check_flavor(config, hf_config, shape)
     else:
         hf_config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # type: ignore[arg-type]
-    if len(tokenizer) > hf_config.get_text_config().vocab_size:
-        raise ConfigError(
-            [f"model.tokenizer has {len(tokenizer)} tokens; the model's vocabulary has {hf_config.vocab_size}"]
-        )
     return hf_config
 
 
@@ -73,8 +68,12 @@ def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Modul
     from transformers import AutoModelForCausalLM
 
     hf_config = model_config(config, tokenizer)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype or "float32"))
+    how = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": False}
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(hf_config, **how)
+    except ValueError as error:
+        raise ConfigError([f"{KEY} = {config.hf_model_path!r}: {reason(error, str(config.hf_model_path))}"]) from error
     return model
 
 

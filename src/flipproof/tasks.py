@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from flipproof import parallel
+from flipproof.build import check_length
 from flipproof.config import DataConfig, RunConfig
 from flipproof.data import load_held_out
 from flipproof.evaluate import (
@@ -52,6 +53,7 @@ from flipproof.harness import (
     run_task,
 )
 from flipproof.inject import iter_faulty
+from flipproof.limits import check_ids
 from flipproof.model import load_tokenizer
 from flipproof.runlog import logger
 from flipproof.spec import BitFlipSpec
@@ -116,8 +118,11 @@ def evaluate_tasks(
         tokenizer = load_tokenizer(config.model)
         text = None
         if config.data != DataConfig():
+            check_length(config, tokenizer)
             text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model, names = open_model(config, tokenizer, world, adapter)
+        if text:
+            check_ids(model, tokenizer, text.sequences)
         arms = measure_config_arms(config, names, model, text, world) if text else {}
         results = measure_tasks(config, names, model, tokenizer, manager, tasks, request.cache)
         if to is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
-from flipproof.build import build_model
+from flipproof.build import build_model, check_length
 from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, step_of
 from flipproof.config import RunConfig, TrainingConfig
 from flipproof.data import load_text, training_indices
@@ -34,6 +34,7 @@ from flipproof.evaluate import (
 )
 from flipproof.files import write_atomically
 from flipproof.inject import is_faulty, set_tick
+from flipproof.limits import check_ids
 from flipproof.loss import next_token_loss
 from flipproof.model import compute_context, load_tokenizer, save_model, skeleton
 from flipproof.ops.philox import derive_key
@@ -163,6 +164,7 @@ class _Run:
         self.world, self.run_dir = world, Path(config.logging.run_dir)
         tokenizer = load_tokenizer(config.model)
         self.tokenizer = tokenizer
+        check_length(config, tokenizer)
         if config.training.steps is None and config.training.tokens_per_parameter is not None:
             shape = skeleton(config.model, tokenizer, config.training.dtype)
             config = resolve_steps(config, sum(p.numel() for p in shape.parameters()), world.size)
@@ -174,6 +176,7 @@ class _Run:
         needed = training.steps * training.gradient_accumulation_steps * self.rows
         self.text, self.held_out = load_text(config.data, tokenizer, training.seq_len, needed)
         self.model = build_model(config, tokenizer, world, config.lora)
+        check_ids(self.model, tokenizer, self.text.sequences, self.held_out.sequences)
         dtype = next(self.model.parameters()).dtype
         _check_trainable(config, dtype)
         self.optimizer = make_optimizer(self.model, training)

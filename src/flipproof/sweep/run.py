@@ -21,12 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from flipproof import parallel
-from flipproof.build import build_model
+from flipproof.build import build_model, check_length
 from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
 from flipproof.errors import ConfigError
 from flipproof.evaluate import Arm, mean_loss
 from flipproof.inject import faults, set_faults
+from flipproof.limits import check_ids
 from flipproof.model import compute_context, load_tokenizer
 from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World, cast_to
@@ -60,8 +61,10 @@ def sweep(config: RunConfig, to: Path) -> str:
     with parallel.start(config.parallelism) as world:
         _on_first(world, lambda: directory.check(config))
         tokenizer = load_tokenizer(config.model)
+        check_length(config, tokenizer)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
+        check_ids(model, tokenizer, text.sequences)
         dtype = dtype_name(cast_to(config.training, model) or next(model.parameters()).dtype)
         grid = Grid(config, rates, model, dtype)
         with compute_context(config.training, model):
