@@ -1,6 +1,12 @@
 import dataclasses
+import errno
+import io
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
@@ -10,6 +16,7 @@ from flipproof import cli
 from flipproof.cli import VERBS, flags_of, main
 from flipproof.config import SECTIONS
 from flipproof.config.names import KEYS
+from flipproof.errors import ConfigError
 from flipproof.model import byte_tokenizer
 
 
@@ -240,3 +247,85 @@ def test_a_flag_is_written_out(capsys):
     assert (
         capsys.readouterr().err == "flipproof profile: error: --num-sample: unknown flag; did you mean --num-samples?\n"
     )
+
+
+def in_a_terminal_of(encoding, monkeypatch, argv):
+    """(exit code, the bytes on stdout, those on stderr) where the terminal has another encoding than UTF-8."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    code = main(argv)
+    for stream in streams.values():
+        stream.flush()
+    return code, *(stream.buffer.getvalue() for stream in streams.values())
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437", "utf-8"])
+def test_terminals_without_utf_8(encoding, monkeypatch):
+    def says(parser, argv):
+        print("✔ ✘ ± − … 💡 \udcff")
+        raise ConfigError(["é ✔"])
+
+    monkeypatch.setitem(VERBS, "doctor", (says, ""))
+    code, out, err = in_a_terminal_of(encoding, monkeypatch, ["doctor"])
+    assert code == 2
+    plain = {"latin-1": "y n ± - ... ? ?", "ascii": "y n ~ - ... ? ?", "cp437": "y n ± - ... ? ?"}
+    assert out.decode(encoding) == plain.get(encoding, "✔ ✘ ± − … 💡 ?") + "\n"
+    assert err.decode(encoding).startswith("flipproof doctor: error: ")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_resolved_config_reads_back_from_any_terminal(encoding, monkeypatch, config_of_a_model):
+    argv = ["train", "--config", str(config_of_a_model), "--logging.run_dir", "é✔💡\x7f", "--dry-run"]
+    code, out, _ = in_a_terminal_of(encoding, monkeypatch, argv)
+    assert code == 0
+    assert tomllib.loads(out.decode(encoding))["logging"]["run_dir"] == "é✔💡\x7f"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a b"), "a b: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", b"x"), "x: File name too long"),
+        (OSError(errno.EIO, "Input/output error", "f"), "f: Input/output error"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line(error, line, capsys, monkeypatch):
+    def fails(parser, argv):
+        raise error
+
+    monkeypatch.setitem(VERBS, "doctor", (fails, ""))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"flipproof doctor: error: {line}\n"
+
+
+@pytest.mark.parametrize("error", [OSError("something of a library"), ConnectionError(111, "refused"), ValueError("a")])
+def test_what_may_be_a_mistake_of_ours_keeps_its_traceback(error, monkeypatch):
+    def fails(parser, argv):
+        raise error
+
+    monkeypatch.setitem(VERBS, "doctor", (fails, ""))
+    with pytest.raises(type(error)):
+        main(["doctor"])
+
+
+def test_a_full_disk_and_a_closed_pipe_under_the_output():
+    """Of the file descriptors of a process, so in one."""
+    command = [sys.executable, "-m", "flipproof", "config", "70b"]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (2, "flipproof config: error: No space left on device\n")
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (2, "")
+
+
+def test_files_are_utf_8_in_any_locale(tmp_path):
+    (tmp_path / "a.toml").write_text("[model]\nhf_model_path = 'é'\n[logging]\nrun_dir = 'ü'", "utf-8")
+    environ = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "flipproof", "train", "--config", "a.toml"]
+    run = subprocess.run([*command, "--dry-run"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert tomllib.loads(run.stdout)["model"]["hf_model_path"] == "é", run.stderr

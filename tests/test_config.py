@@ -379,6 +379,7 @@ def test_a_home_directory_is_found(write, tmp_path, monkeypatch):
         ("steps: true", "training.steps = True: int | None is allowed"),
         ("compile: yes", "training.compile = 'yes': bool | None is allowed"),
         ("compile: 1", "training.compile = 1: bool | None is allowed"),
+        ("lr: ''", "training.lr is empty: float is allowed"),
         ("lr: .inf", "training.lr = inf: a positive number is allowed"),
         ("lr: .nan", "training.lr = nan: a positive number is allowed"),
         ("max_norm: .inf", "training.max_norm = inf: less than 2^63 is allowed"),

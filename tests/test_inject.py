@@ -15,6 +15,7 @@ from transformers import (
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
+from flipproof.errors import ConfigError
 from flipproof.injection_log import tapped
 
 FLIPS = BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, x_p_exp=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
@@ -343,3 +344,28 @@ def test_bits_of_overrides_are_checked_too(tiny_llama):
     spec = BitFlipSpec(w_p_frac=0.1, layer_name_to_config={".*q_proj": {"w_p_bits": {"31": 0.1}}})
     with pytest.raises(ValueError, match=r"bitflip.w_p_bits or w_protected_bits, bit '31': bfloat16 has bits 0 to 15"):
         flipproof.inject(tiny_llama().bfloat16(), spec)
+
+
+def test_patterns_that_match_nothing_are_warned_of_and_the_head_is_known(tiny_llama, caplog):
+    spec = BitFlipSpec(w_p_exp=0.1, skip_patterns=["output", "lm_head", "embed", "q_proj", "gate_prj"])
+    with caplog.at_level("WARNING", "flipproof"):
+        flipproof.inject(tiny_llama(), spec)
+    (line,) = caplog.messages
+    assert line.startswith("bitflip.skip_patterns: 'gate_prj' is in no layer's name; the nearest are gate_proj")
+
+
+def test_adapters_without_a_faulty_linear_layer_are_refused(tiny_llama):
+    for where in (
+        {"sites": ["embedding"]},
+        {"include_patterns": ["embed"], "sites": ["linear", "embedding"]},
+        {"skip_patterns": ["proj"]},
+    ):
+        model = tiny_llama()
+        spec = BitFlipSpec(w_p_exp=0.1, kv_p_exp=0.1, **where)
+        with pytest.raises(ConfigError) as error:
+            flipproof.inject(model, spec, LoraSpec(r=2))
+        (line,) = error.value.problems
+        assert line.startswith("lora.r = 2: adapters are made on linear layers of bitflip.sites; no layer matched")
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not any("flipproof" in type(module).__module__ for module in model.modules())
+    flipproof.inject(tiny_llama(), BitFlipSpec(w_p_exp=0.1, sites=["head", "embedding"]), LoraSpec(r=2))

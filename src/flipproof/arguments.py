@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flipproof.config import describe_keys, sections_help
+from flipproof.config import describe_keys, sections_help, warn_of_two
 from flipproof.config.names import keys_meant, nearest
 from flipproof.config.schema import SECTIONS
 from flipproof.config.values import convert
@@ -23,7 +23,7 @@ class Probed(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``argparse`` parser whose errors are a ConfigError each, and where nothing is said twice or abbreviated.
+    """An ``argparse`` parser whose errors are a ConfigError each, and where nothing is abbreviated.
 
     Args:
         verbs: verb -> what it is for.
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
             text = f"{missing[1]} is missing"
         elif value := re.fullmatch(r"argument ([^\s/:]+)\S*: (.*)", text):
             problem = "a value is missing" if value[2] == "expected one argument" else value[2]
-            text = value[1] + (f" {problem}" if problem.startswith("= ") else f": {problem}")
+            text = value[1] + (f" {problem}" if problem.startswith(("= ", "is ")) else f": {problem}")
         raise ConfigError([text])
 
     def _meant(self, flag: str) -> str:
@@ -120,14 +120,14 @@ def _is_flag(text: str) -> bool:
 
 
 class _Once(argparse.Action):
-    """Store a value, and refuse a second one."""
+    """Store a value, and say so where it is the second."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
     ) -> None:
         given = namespace.__dict__.setdefault("_given", {})
         if option and self.dest in given:
-            raise ConfigError([f"{option}: given twice, {str(given[self.dest])!r} and {str(value)!r}; once is allowed"])
+            warn_of_two(option, given[self.dest], value)
         given[self.dest] = value
         setattr(namespace, self.dest, value)
 
@@ -148,7 +148,8 @@ def value_of(declared: Any) -> Callable[[str], Any]:
         try:
             return convert(text, declared)
         except ValueError as allowed:
-            raise argparse.ArgumentTypeError(f"= {text!r}: {allowed} is allowed") from allowed
+            seen = f"= {text!r}" if text else "is empty"
+            raise argparse.ArgumentTypeError(f"{seen}: {allowed} is allowed") from allowed
 
     return converted
 

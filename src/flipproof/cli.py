@@ -116,6 +116,12 @@ def _say(result: object) -> None:
         print(result)
 
 
+def _escaped(toml: str) -> str:
+    """TOML in the letters of the terminal, or of the file that its output goes into; it reads back as the same."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return "".join(letter if letter.encode(encoding, "ignore") else f"\\U{ord(letter):08x}" for letter in toml)
+
+
 def _train(parser: Parser, argv: list[str]) -> int:
     _add_config_arguments(parser)
     parser.add_argument("--steps", type=str, metavar="N", help="Optimizer steps; the same as --training.steps.")
@@ -124,7 +130,7 @@ def _train(parser: Parser, argv: list[str]) -> int:
         "--resume",
         nargs="?",
         const="auto",
-        type=str,
+        type=value_of(str),
         metavar="auto|step-N",
         help="Continue from the run directory's last checkpoint, if there is one, or from the one named.",
     )
@@ -133,7 +139,7 @@ def _train(parser: Parser, argv: list[str]) -> int:
     args = parser.parse_args(rest)
     config = _config(args, overrides)
     if args.dry_run:
-        _say(config.to_toml().rstrip())
+        _say(_escaped(config.to_toml().rstrip()))
         return 0
     from flipproof.runlog import logger
     from flipproof.train import Interrupted, train

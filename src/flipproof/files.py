@@ -28,6 +28,9 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a full disk names none, and nobody knows the other name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

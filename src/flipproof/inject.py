@@ -18,8 +18,10 @@ from torch import nn
 from flipproof import attention
 from flipproof.errors import ConfigError, first_of
 from flipproof.layers import FaultSite, FaultState, FaultyEmbedding, FaultyLinear
+from flipproof.matching import unmatched_patterns
 from flipproof.ops.parity import dtype_name
 from flipproof.ops.philox import check_tick
+from flipproof.runlog import logger
 from flipproof.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec, check_seed
 from flipproof.ties import merge_adapters
 
@@ -83,6 +85,8 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
     check_bits(spec, (parameter.dtype for parameter in model.parameters()))
+    for line in unmatched_patterns(spec, _matchable(model, spec)):
+        logger.warning("%s", line)
     head = output_head(model)
     planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
     names: dict[str, int] = {}  # of linear layers to swap; one may have several
@@ -106,6 +110,9 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
             names[name] = id(module)
     if isinstance(lora, Mapping):
         _check_layers_of_adapters(lora, {site for site, _ in planned.values()}, skipped)
+    elif lora and not names:
+        nothing = _nothing_matched(spec, skipped)
+        raise ConfigError([f"lora.r = {lora.r}: adapters are made on linear layers of bitflip.sites; {nothing}"])
     coverage = _coverage(model, names, skipped, spec)
     table, table_name = _embedding(model)
     table_spec = _table_spec(table, table_name, spec)
@@ -146,6 +153,20 @@ def _check_layers_of_adapters(names: Iterable[str], faulty: set[str], skipped: M
     others = [f"{name} ({skipped.get(name, 'no such nn.Linear')})" for name in names if name not in faulty]
     if others:
         raise ConfigError([f"adapters are of faulty linear layers, and here is one of {first_of(others)}"])
+
+
+def _matchable(model: nn.Module, spec: BitFlipSpec) -> list[str]:
+    """Names of all that patterns may be about. What an output head is called elsewhere is always known: leaving it
+    alone is no slip."""
+    attentions = attention.attention_modules(model) if spec.any_kv_fault else {}
+    return [
+        *_HEAD_NAMES,
+        *(
+            _site(name)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if name in attentions or any(weight.dim() >= 2 for weight in module.parameters(recurse=False))
+        ),
+    ]
 
 
 def _site(name: str) -> str:

@@ -1,7 +1,7 @@
 """One run's configuration: its keys (``schema.py``), what a value may be (``values.py``), how files (``read.py``)
 and flags (``flags.py``) become it, and what was meant by a name that nobody knows (``names.py``)."""
 
-from flipproof.config.flags import describe_keys, sections_help, split_overrides
+from flipproof.config.flags import describe_keys, sections_help, split_overrides, warn_of_two
 from flipproof.config.read import load_config, preset_names, preset_text
 from flipproof.config.schema import (
     SECTIONS,
@@ -31,4 +31,5 @@ __all__ = [
     "preset_text",
     "sections_help",
     "split_overrides",
+    "warn_of_two",
 ]

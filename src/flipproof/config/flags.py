@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 from functools import cache
 from typing import Any
 
@@ -9,8 +10,10 @@ import docstring_parser
 
 from flipproof.config.names import keys_meant, nearest
 from flipproof.config.schema import SECTIONS
-from flipproof.config.values import described
+from flipproof.config.values import described, shown
 from flipproof.errors import ConfigError
+
+logger = logging.getLogger("flipproof")
 
 
 def describe_keys(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,7 @@ def split_overrides(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[st
     """(section -> key -> text, the other arguments) of a command line, where ``--section.key`` names a config key.
 
     Raises:
-        ConfigError: for flags of no section, without a value, or given twice.
+        ConfigError: for flags of no section, or without a value.
     """
     overrides: dict[str, dict[str, Any]] = {}
     rest: list[str] = []
@@ -72,13 +75,19 @@ def split_overrides(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[st
             problems.append(f"{flag}: unknown flag{_near_section(section, key)}")
         elif not value:
             problems.append(f"{flag}: a value is missing")
-        elif key in overrides.get(section, {}):
-            problems.append(f"{flag}: given twice, {overrides[section][key]!r} and {value!r}; once is allowed")
         else:
+            if key in overrides.get(section, {}):
+                warn_of_two(flag, overrides[section][key], value)
             overrides.setdefault(section, {})[key] = value
     if problems:
         raise ConfigError(problems)
     return overrides, rest
+
+
+def warn_of_two(flag: str, first: object, last: object) -> None:
+    """Scripts append flags to those that they have, so that is no error; but it may be a slip."""
+    if first != last:
+        logger.warning("%s: given twice, %s and %s; the last one counts", flag, shown(str(first)), shown(str(last)))
 
 
 def _near_section(section: str, key: str) -> str:

@@ -59,7 +59,8 @@ def load_config(
             found = built.problems()
         except ConfigError as error:
             found = error.problems
-        problems += [f"{name}.{problem}" for problem in found]
+        said = tuple(f"{key} " for key in tree[name] if key not in values)
+        problems += [f"{name}.{problem}" for problem in found if not problem.startswith(said)]
         sections[name] = built if not found else None
     if wants_lora and sections["lora"] is not None and not sections["lora"].r:
         problems.append(f"{wants_lora}: use_lora = true: lora.r is not set; the rank of the adapters is needed")
@@ -174,7 +175,8 @@ def _checked_values(name: str, section: type, values: Mapping[str, Any]) -> tupl
         try:
             good[key] = convert(value, types[key])
         except ValueError as allowed:
-            problems.append(f"{name}.{key} = {shown(value)}: {allowed} is allowed")
+            seen = "is empty" if value == "" else f"= {shown(value)}"
+            problems.append(f"{name}.{key} {seen}: {allowed} is allowed")
     return good, problems
 
 

@@ -1,0 +1,53 @@
+import logging
+
+import pytest
+
+from flipproof.config import SECTIONS, split_overrides
+from flipproof.errors import ConfigError
+
+
+def test_keys_are_split_off_a_command_line():
+    argv = [
+        "--config",
+        "a",
+        "--training.lr",
+        "-1",
+        "--lora.r=2",
+        "--steps",
+        "3",
+        "--data.source=--x=y",
+        "--prompt=a.b c",
+    ]
+    overrides, rest = split_overrides(argv)
+    assert overrides == {"training": {"lr": "-1"}, "lora": {"r": "2"}, "data": {"source": "--x=y"}}
+    assert rest == ["--config", "a", "--steps", "3", "--prompt=a.b c"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--training.lr"], ["--training.lr: a value is missing"]),
+        (["--training.lr="], ["--training.lr: a value is missing"]),
+        (["--training.lr", ""], ["--training.lr: a value is missing"]),
+        (["--training.steps", "--training.lr", "1"], ["--training.steps: a value is missing"]),
+        (["--trainin.lr", "1"], ["--trainin.lr: unknown flag; did you mean --training.lr?"]),
+        (["--train.micro_batch_size", "1"],
+         ["--train.micro_batch_size: unknown flag; did you mean --training.local_batch_size?"]),
+        (["--default_bitflip_config.x_p_exp=null"],
+         ["--default_bitflip_config.x_p_exp: unknown flag; did you mean --bitflip.x_p_exp?"]),
+        (["--trainin.xyzzy=1", "--lora.r"],
+         ["--trainin.xyzzy: unknown flag; did you mean --training.xyzzy?", "--lora.r: a value is missing"]),
+        (["--a.xyzzy=1"], [f"--a.xyzzy: unknown flag; known are {', '.join(f'--{name}.…' for name in SECTIONS)}"]),
+    ],
+)  # fmt: skip
+def test_flags_that_set_nothing_are_a_line_each(argv, expected):
+    with pytest.raises(ConfigError) as error:
+        split_overrides(argv)
+    assert error.value.problems == expected
+
+
+def test_the_last_of_two_counts_and_a_line_says_so(caplog):
+    with caplog.at_level(logging.WARNING, "flipproof"):
+        overrides, _ = split_overrides(["--lora.r", "2", "--training.lr=1", "--lora.r=3", "--training.lr", "1"])
+    assert overrides == {"lora": {"r": "3"}, "training": {"lr": "1"}}
+    assert caplog.messages == ["--lora.r: given twice, '2' and '3'; the last one counts"]
