@@ -18,7 +18,7 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec, recompute
 from flipproof.attention import FaultyKeysValues
 from flipproof.inject import fault_sites
-from flipproof.layers import FaultState
+from flipproof.state import FaultState
 
 SHAPE = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}

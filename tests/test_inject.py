@@ -369,3 +369,73 @@ def test_adapters_without_a_faulty_linear_layer_are_refused(tiny_llama):
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any("flipproof" in type(module).__module__ for module in model.modules())
     flipproof.inject(tiny_llama(), BitFlipSpec(w_p_exp=0.1, sites=["head", "embedding"]), LoraSpec(r=2))
+
+
+# -- a failed injection, and what others have put on a layer -----------------------------------------------------------
+
+
+def everything_of(model):
+    """What injection could change: the modules, their classes and hooks, the parameters, what trains, the attention."""
+    modules = [
+        (name, id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+    parameters = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    return modules, parameters, getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+@pytest.mark.parametrize("broken", ["attention", "layer", "adapter", "dtype", "weight_norm", "patterns"])
+def test_an_injection_that_fails_leaves_the_model_as_it_was(tiny_llama, monkeypatch, broken):
+    model = tiny_llama()
+    spec, lora = replace(FLIPS, sites=("linear", "head", "embedding"), kv_p_frac=0.1), LoraSpec(r=2)
+    if broken == "attention":
+        model._supports_attention_backend = False
+    elif broken == "layer":
+        plain, made = flipproof.FaultyLinear.__init__, []
+
+        def fail_late(self, *args):
+            made.append(1)
+            if len(made) == 9:
+                raise MemoryError
+            plain(self, *args)
+
+        monkeypatch.setattr(flipproof.FaultyLinear, "__init__", fail_late)
+    elif broken == "adapter":
+        monkeypatch.setattr(flipproof.FaultyLinear, "reset_lora_parameters", lambda self: 1 / 0)
+    elif broken == "dtype":
+        model.model.layers[1].mlp.down_proj.double()
+    elif broken == "weight_norm":
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(model.model.layers[1].mlp.down_proj)
+    else:
+        spec = replace(spec, include_patterns=("nothing",))
+    before = everything_of(model)
+    with pytest.raises((ValueError, MemoryError, ZeroDivisionError)) as raised:
+        flipproof.inject(model, spec, lora)
+    assert everything_of(model) == before
+    if broken in ("dtype", "weight_norm"):
+        assert "model.layers.1.mlp.down_proj" in str(raised.value)
+    monkeypatch.undo()
+    flipproof.inject(tiny_llama(), FLIPS, lora)
+
+
+def test_hooks_on_a_layer_stay_through_injection_and_back(tiny_llama, token_ids):
+    model, seen = tiny_llama().eval(), []
+    layer = model.model.layers[0].mlp.up_proj
+    handle = layer.register_forward_hook(lambda module, _x, _y: seen.append(type(module)))
+    model(token_ids)
+    flipproof.inject(model, FLIPS)
+    model(token_ids)
+    flipproof.remove(model)
+    model(token_ids)
+    assert seen == [nn.Linear, flipproof.FaultyLinear, nn.Linear]
+    handle.remove()
+    model(token_ids)
+    assert len(seen) == 3
+
+
+def test_data_parallel_is_refused(tiny_llama):
+    model = tiny_llama()
+    flipproof.inject(model, FLIPS)
+    with pytest.raises(RuntimeError, match="torchrun"):
+        model.model.layers[0].mlp.up_proj._replicate_for_data_parallel()

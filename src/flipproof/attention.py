@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
-from flipproof.layers import FaultSite, FaultState
 from flipproof.spec import BitFlipSpec, Fault
+from flipproof.state import FaultSite, FaultState
 
 _CHILD = "faulty_keys_values"
 _PREFIX = "flipproof_"
@@ -53,38 +53,43 @@ class FaultyKeysValues(FaultSite, nn.Module):
         """Keys and values as attention reads them, both (batch, heads, positions, components)."""
         if not self.state.effective(self.fault).active:
             return key, value
-        return self._read("k", key, self.keys[0]), self._read("v", value, self.keys[1])
+        run = self.next_run()
+        return self._read("k", key, self.keys[0], run), self._read("v", value, self.keys[1], run)
 
-    def _read(self, operand: str, x: Tensor, philox_key: Tensor) -> Tensor:
-        first_row = self.state.rank * len(x)
+    def _read(self, operand: str, x: Tensor, philox_key: Tensor, run: int) -> Tensor:
+        first_row = self.state.slice * len(x)
         rows = [
-            self._flipped(operand, row, self.fault, philox_key, (first_row + i) * _ROW)
+            self._flipped(operand, row, self.fault, philox_key, (first_row + i) * _ROW, run)
             for i, row in enumerate(x.transpose(1, 2))  # (positions, heads, components)
         ]
         return torch.stack(rows).transpose(1, 2)
 
 
-def install(model: Any, spec: BitFlipSpec, state: FaultState) -> list[str]:
-    """Make what the model's attention reads faulty; returns the names of the attention modules.
+def planned(model: Any, spec: BitFlipSpec) -> dict[str, Fault]:
+    """Name -> fault of the attention modules whose keys and values are to be faulty.
 
     Raises:
         ConfigError: for a model that does not look its attention up by name.
     """
+    if not spec.any_kv_fault:
+        return {}
     found = attention_modules(model)
     if not found or not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
             [f"bitflip.kv_*: {type(model).__name__} has no attention whose keys and values flipproof can reach"]
         )
-    covered = []
-    for name, module in found.items():
-        layer_spec = spec.for_layer(name)
-        if layer_spec is None or not layer_spec.kv.active:
-            continue
-        module.add_module(_CHILD, FaultyKeysValues(name, layer_spec.kv, state))
+    specs = {name: spec.for_layer(name) for name in found}
+    return {name: layer_spec.kv for name, layer_spec in specs.items() if layer_spec and layer_spec.kv.active}
+
+
+def install(model: Any, faults: dict[str, Fault], state: FaultState) -> None:
+    """Make what the named attention modules read faulty."""
+    for name, fault in faults.items():
+        module = model.get_submodule(name)
+        module.add_module(_CHILD, FaultyKeysValues(name, fault, state))
         _rename(module.config, _PREFIX + _original(module.config))
-        covered.append(name)
-    _rename(model.config.get_text_config(), _PREFIX + _original(model.config.get_text_config()))
-    return covered
+    if faults:
+        _rename(model.config.get_text_config(), _PREFIX + _original(model.config.get_text_config()))
 
 
 def uninstall(model: Any) -> None:

@@ -2,9 +2,8 @@
 
 ``inject`` replaces each matching ``nn.Linear`` by a ``FaultyLinear`` that holds the same parameters, in place, also
 on the meta device; likewise an embedding, and attention (``attention.py``), where they are asked for. They share one
-``FaultState``, which two hooks on the root module advance: each forward pass gets the next tick, so that HF Trainer,
-``generate`` and lm-eval need not cooperate, and backward restores the tick of its own pass before an activation
-checkpoint recomputes anything.
+``FaultState`` (``state.py``), which hooks on the root module advance. What can fail comes first: an ``inject`` that
+raises leaves the model as it was.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,12 +16,13 @@ from torch import nn
 
 from flipproof import attention
 from flipproof.errors import ConfigError, first_of
-from flipproof.layers import FaultSite, FaultState, FaultyEmbedding, FaultyLinear
+from flipproof.layers import FaultyEmbedding, FaultyLinear, keep_hooks
 from flipproof.matching import unmatched_patterns
-from flipproof.ops.parity import dtype_name
+from flipproof.ops.parity import DTYPES, dtype_name
 from flipproof.ops.philox import check_tick
 from flipproof.runlog import logger
 from flipproof.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec, check_seed
+from flipproof.state import FaultSite, FaultState
 from flipproof.ties import merge_adapters
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -116,33 +116,49 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
     coverage = _coverage(model, names, skipped, spec)
     table, table_name = _embedding(model)
     table_spec = _table_spec(table, table_name, spec)
-    state = FaultState(spec.base_seed, spec.exact_gradient)
-    memories = attention.install(model, spec, state) if spec.any_kv_fault else []
-    if not (names or table_spec or memories):
+    kv_faults = attention.planned(model, spec)
+    if not (names or table_spec or kv_faults):
         raise ConfigError([_nothing_matched(spec, skipped)])
-    if table_spec is not None:
-        FaultyEmbedding.make(table, _site(table_name), table_spec.w, state)
-        memories.insert(0, table_name)
+    _check_layers(model, names)
+    state = FaultState(spec.base_seed, spec.exact_gradient)
     swapped: dict[int, FaultyLinear] = {}
     for name, which in names.items():
-        if which not in swapped:
-            site, kind = planned[which]
-            layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
-            assert layer_spec is not None
-            # tied weights are one memory
-            w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
-            own = _lora_of(lora, site)
-            swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
-        _put(model, name, swapped[which])
+        if which in swapped:
+            continue
+        site, kind = planned[which]
+        layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
+        assert layer_spec is not None
+        # tied weights are one memory
+        w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
+        own = _lora_of(lora, site)
+        swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
 
+    # Whatever can fail has not: from here on the model changes.
+    for name, which in names.items():
+        _put(model, name, swapped[which])
+    if table_spec is not None:
+        FaultyEmbedding.make(table, _site(table_name), table_spec.w, state)
+    attention.install(model, kv_faults, state)
     if lora:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.endswith((".lora_A", ".lora_B")))
-    state.hooks = (
-        model.register_forward_pre_hook(state.before_forward),
-        model.register_forward_hook(state.after_forward),
-    )
-    return replace(coverage, memories=tuple(memories))
+    state.sites = list(fault_sites(model).values())
+    state.watch(model)
+    return replace(coverage, memories=(*([table_name] if table_spec else []), *kv_faults))
+
+
+def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ConfigError for linear layers whose weights are not two plain parameters of a dtype whose bits flip."""
+    problems = []
+    for name in names:
+        own = dict(model.get_submodule(name).named_parameters(recurse=False))
+        if more := own.keys() - {"weight", "bias"}:
+            problems.append(f"{name} computes its weight from {', '.join(sorted(more))}: make it a plain one first")
+        elif own["weight"].dtype not in DTYPES:
+            allowed = ", ".join(map(dtype_name, DTYPES))
+            problems.append(f"{name}: its weights are {dtype_name(own['weight'].dtype)}; allowed are {allowed}")
+    if problems:
+        raise ConfigError([first_of(problems)])
 
 
 def _lora_of(lora: LoraSpec | Mapping[str, LoraSpec], site: str) -> LoraSpec:
@@ -343,9 +359,9 @@ def faults(
     """
     state = fault_state(model)
     before = (state.flips, state.guard, state.adapters)
-    seed_before, next_before, tick_before = state.seed, state._next, state.tick
+    seed_before, place = state.seed, (state._next, state.tick, state.resumed_at)
     state.flips, state.guard, state.adapters = flips, guard, adapters
-    state._next = next_before.clone()
+    state._next = state._next.clone()
     try:
         if seed is not None:
             set_seed(model, seed)
@@ -354,7 +370,7 @@ def faults(
         state.flips, state.guard, state.adapters = before
         if state.seed != seed_before:
             set_seed(model, seed_before)
-        state._next, state.tick = next_before, tick_before
+        state._next, state.tick, state.resumed_at = place
 
 
 def remove(model: nn.Module) -> None:
@@ -388,5 +404,6 @@ def _restore(model: nn.Module) -> None:
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight, linear.bias = module.weight, module.bias
             linear.train(module.training)
+            keep_hooks(linear, module)
             plain[id(module)] = linear
         _put(model, name, plain[id(module)])

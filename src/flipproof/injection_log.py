@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from flipproof.errors import ConfigError
 from flipproof.files import temporary_name
 from flipproof.inject import fault_state
-from flipproof.layers import Tap
 from flipproof.ops.parity import dtype_name
 from flipproof.runlog import logger
 from flipproof.spec import Pattern
+from flipproof.state import Tap
 
 _KIND = "flipproof injection log"
 _KEYS = {"tick", "tensor", "index", "bit", "zeroed", "before_bits"}

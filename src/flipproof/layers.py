@@ -20,141 +20,37 @@ that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a layer on a G
 (``benchmarks/README.md``).
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from flipproof.ops.flip import apply_draw
 from flipproof.ops.philox import derive_key
 from flipproof.shards import assign_, local, whole
 from flipproof.spec import BitFlipSpec, Fault, LoraSpec
+from flipproof.state import FaultSite, FaultState, draw_of, key_of_run, run_name
 
 ops = torch.ops.flipproof
-
-Tap = Callable[[str, Tensor, tuple[Any, ...]], Tensor]
-"""(name of layer and operand, tensor, draw) -> the flipped tensor: stands in for a flip to log, count or replay it."""
-
-
-class FaultState:
-    """What the faulty layers of one model share: the tick of the current forward pass and which faults are on.
-
-    ``tick`` is an int64 tensor made anew for each forward pass of the root module and never written again, so the
-    backward of an earlier pass keeps its own. All of it stays on the device that the layers are on.
-    """
-
-    def __init__(self, base_seed: int, exact_gradient: bool = True) -> None:
-        self.seed = base_seed
-        self.exact_gradient = exact_gradient
-        """Whether the adapters' gradients leave out the weights that the guard zeroed."""
-        self.flips = True
-        """Whether bits flip; False leaves the guard."""
-        self.guard = True
-        self.adapters = True
-        """Whether LoRA adapters are part of the weight."""
-        self.tap: Tap | None = None
-        """Where given, all flips go through it; for passes without gradients, in blocks that are not compiled."""
-        self.rank = 0
-        """Which slice of the global micro-batch this process holds; its rows follow those of lower ranks."""
-        self.hooks: tuple[RemovableHandle, ...] = ()
-        """The root module's two hooks that call the methods below."""
-        self._next = torch.zeros((), dtype=torch.int64)
-        self.tick = self._next.clone()
-
-    def set_tick(self, tick: int) -> None:
-        """The next forward pass of the root module has this tick; the one after it the next, and so on. In place: a
-        CUDA graph that advances the ticks goes on from here."""
-        self._next.fill_(tick)
-        self.tick = self._next.clone()
-
-    def move_to(self, device: torch.device) -> None:
-        """Keep the ticks where the layers are."""
-        if self._next.device != device:
-            self._next, self.tick = self._next.to(device), self.tick.to(device)
-
-    def before_forward(self, _root: nn.Module, _args: Any) -> None:
-        """Forward pre-hook of the root module: take the next tick. Device-side, so a CUDA graph may hold it."""
-        self.tick = self._next.clone()
-        self._next.add_(1)
-
-    def after_forward(self, _root: nn.Module, _args: Any, output: Any) -> Any:
-        """Forward hook of the root module: make backward bring this pass's tick back before it recomputes anything."""
-        if not torch.is_grad_enabled():
-            return output
-        return torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: _RestoreTick.apply(t, self, self.tick) if t.requires_grad else t, output
-        )
-
-    def effective(self, fault: Fault) -> Fault:
-        """``fault`` as far as it is on."""
-        if not self.flips:
-            fault = fault.guard_only()
-        return fault if self.guard else fault._replace(zero_out_t=None)
-
-
-class _RestoreTick(torch.autograd.Function):
-    """Identity. In backward it sets the tick of its own forward pass, for layers that a checkpoint recomputes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, state: FaultState, tick: Tensor) -> Tensor:
-        ctx.state, ctx.tick = state, tick
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.state.tick = ctx.tick
-        return grads[0], None, None
-
-
-class FaultSite:
-    """A module whose operands have faults: a linear layer, the output head, an embedding, the cache of an attention.
-
-    Each operand has a Philox key, made of the state's seed and ``site``.
-    """
-
-    site: str
-    """The module's name in the whole model."""
-    kind: str
-    """"linear", "head", "embedding" or "kv"."""
-    state: FaultState
-
-    def set_faults(self, spec: BitFlipSpec | None) -> None:
-        """Take the faults of a spec for this very site; None is none."""
-        raise NotImplementedError
-
-    def refresh_keys(self) -> None:
-        """Derive the keys from the state's seed, on the device of what is flipped."""
-        raise NotImplementedError
-
-    def _key(self, name: str, device: torch.device) -> Tensor:
-        return torch.full((), derive_key(self.state.seed, name), dtype=torch.int64, device=device)
-
-    def draw_name(self, operand: str) -> str:
-        """What names the draws of an operand, and the operand in a log."""
-        return f"{self.site}/{operand}"
-
-    def _flipped(self, operand: str, x: Tensor, fault: Fault, key: Tensor, offset: int) -> Tensor:
-        """``x`` after flip and guard, with its gradient; under autocast in the dtype that is computed with."""
-        fault = self.state.effective(fault)
-        if not fault.active:
-            return x
-        draw = draw_of(fault, key.to(x.device), self.state.tick.to(x.device), offset)
-        computed = x
-        if torch.is_autocast_enabled(x.device.type):
-            computed = x.to(torch.get_autocast_dtype(x.device.type))
-        # a name is asked for only here: a compiled block must not depend on its own
-        if self.state.tap is None:
-            return apply_draw(computed, draw).to(x.dtype)
-        return self.state.tap(self.draw_name(operand), computed, draw).to(x.dtype)
 
 
 def _key_device(weight: Tensor) -> torch.device:
     # forward cannot run on the meta device, which holds no keys
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+"""Where a module keeps the hooks that others have put on it."""
+
+
+def keep_hooks(module: nn.Module, before: nn.Module) -> None:
+    """Give ``module`` the hooks of the one whose place it takes; whoever put them there can still remove them."""
+    for hooks in _HOOKS:
+        setattr(module, hooks, getattr(before, hooks))
 
 
 class FaultyLinear(FaultSite, nn.Linear):
@@ -184,6 +80,7 @@ class FaultyLinear(FaultSite, nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
+        keep_hooks(self, linear)
         self.site, self.kind, self.x_fault, self.w_fault = site, kind, x_fault, w_fault
         self.w_site = w_site or site
         self.lora, self.state = lora, state
@@ -210,8 +107,8 @@ class FaultyLinear(FaultSite, nn.Linear):
         with torch.no_grad():
             self.lora_B.zero_()
 
-    def draw_name(self, operand: str) -> str:
-        return f"{self.w_site if operand == 'w' else self.site}/{operand}"
+    def draw_name(self, operand: str, run: int = 0) -> str:
+        return f"{self.w_site if operand == 'w' else self.site}{run_name(run)}/{operand}"
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
         self.x_fault, self.w_fault = (spec.x, spec.w) if spec else (Fault(), Fault())
@@ -226,6 +123,12 @@ class FaultyLinear(FaultSite, nn.Linear):
         super()._apply(fn, recurse)
         self.refresh_keys()
         return self
+
+    def _replicate_for_data_parallel(self) -> "FaultyLinear":
+        raise RuntimeError(
+            "nn.DataParallel runs copies of a faulty layer that share its ticks; start one process for each GPU "
+            "(torchrun), or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
+        )
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A in W's dtype, computed in the adapters'; W itself where there are no adapters.
@@ -252,15 +155,17 @@ class FaultyLinear(FaultSite, nn.Linear):
             bias = None if bias is None else bias.to(dtype)
         if not (x_fault.active or w_fault.active or lora_A is not None):
             return F.linear(x, weight, bias)
+        run, x_offset = self.next_run(), state.slice * x.numel()
         if state.tap is not None:
             if lora_A is not None:
                 weight = ops.merge(
                     weight, lora_A, lora_B, self.lora.scaling, *draw_of(Fault(), self.w_key, state.tick, 0)
                 )
-            flipped_x = self._flipped("x", x, x_fault, self.x_key, state.rank * x.numel())
-            return F.linear(flipped_x, self._flipped("w", weight, w_fault, self.w_key, 0), bias)
+            flipped_x = self._flipped("x", x, x_fault, self.x_key, x_offset, run)
+            return F.linear(flipped_x, self._flipped("w", weight, w_fault, self.w_key, 0, run), bias)
+        keys = key_of_run(self.x_key, x_fault, run), key_of_run(self.w_key, w_fault, run)
         # on x's device already, unless parameters are offloaded
-        x_key, w_key, tick = (t.to(x.device) for t in (self.x_key, self.w_key, state.tick))
+        x_key, w_key, tick = (t.to(x.device) for t in (*keys, state.tick))
         y: Tensor = _FaultyMatmul.apply(
             x,
             weight,
@@ -270,7 +175,7 @@ class FaultyLinear(FaultSite, nn.Linear):
             self.lora.scaling,
             x_fault,
             x_key,
-            state.rank * x.numel(),
+            x_offset,
             w_fault,
             w_key,
             tick,
@@ -324,7 +229,7 @@ class FaultyEmbedding(FaultSite):
 
     def forward(self, *args: Any) -> Tensor:
         weight = self.weight
-        self._parameters["weight"] = self._flipped("w", weight, self.fault, self.key, 0)
+        self._parameters["weight"] = self._flipped("w", weight, self.fault, self.key, 0, self.next_run())
         try:
             rows: Tensor = super().forward(*args)  # type: ignore[misc]
         finally:
@@ -347,11 +252,6 @@ def _fault_repr(fault: Fault) -> str:
         return "clean"
     pattern = f", {fault.pattern}" if fault.pattern else ""
     return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{pattern})"
-
-
-def draw_of(fault: Fault, key: Tensor, tick: Tensor, offset: int) -> tuple[Any, ...]:
-    """What the operators need beside the tensor."""
-    return fault.p_exp, fault.p_frac, fault.zero_out_t, key, tick, offset, fault.pattern
 
 
 def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: tuple[Any, ...]) -> Tensor:

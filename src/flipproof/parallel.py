@@ -10,7 +10,6 @@ process would have drawn for them, and all processes see the same faulty weights
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -203,8 +202,6 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
         else OffloadPolicy(),
         "reshard_after_forward": parallelism.sharding_strategy != "shard_grad_op",
     }
-    # Faulty layers return their root's output as a view of itself, which nobody changes in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for layer in layers:
         fully_shard(layer, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]

@@ -122,6 +122,8 @@ class Fault(NamedTuple):
     """``Pattern.encode()``; empty where flips are independent and new in each pass, or where there are none."""
     decoded: bool = False
     """Whether the pattern has a decoder, which zeroes what it cannot mend."""
+    persistent: bool = False
+    """Whether the pattern is one map for all passes."""
 
     @property
     def zeroes(self) -> bool:
@@ -420,7 +422,7 @@ class BitFlipSpec:
         t = self._of(operand, "zero_out_t")
         if not (p_exp or p_frac or pattern.p_row or any(p for _, p in pattern.p_bits)):
             return Fault(zero_out_t=t)
-        return Fault(p_exp, p_frac, t, pattern.encode(), pattern.protection != "none")
+        return Fault(p_exp, p_frac, t, pattern.encode(), pattern.protection != "none", pattern.persistent)
 
     def pattern(self, operand: Operand) -> Pattern:
         """How the faults of one operand come, apart from how often."""
