@@ -18,7 +18,8 @@ processes have as many rows.
 **Runs.** A module that runs again within one pass reads its operands again, and draws again: the n-th further run has
 the key + n·φ (mod 2^64, φ the odd integer next to 2^64 over the golden ratio). A persistent fault is the same memory at
 every run. Where activation checkpointing runs such a module once more in backward, nothing says which run it repeats,
-and that is refused.
+and that is refused. Compiled code cannot count (what it does must not depend on what ran before): there every run of a
+pass has the first one's draw.
 """
 
 import hashlib
@@ -190,6 +191,8 @@ class FaultSite:
         Raises:
             RuntimeError: in backward, where activation checkpointing repeats one of several runs.
         """
+        if torch.compiler.is_compiling():
+            return 0
         if self.state.running:
             self.runs += 1
             return self.runs - 1
