@@ -122,8 +122,11 @@ class Fault(NamedTuple):
     """``Pattern.encode()``; empty where flips are independent and new in each pass, or where there are none."""
     decoded: bool = False
     """Whether the pattern has a decoder, which zeroes what it cannot mend."""
-    persistent: bool = False
-    """Whether the pattern is one map for all passes."""
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the flips are those of one map for all passes."""
+        return Pattern.decode(self.pattern).persistent
 
     @property
     def zeroes(self) -> bool:
@@ -422,7 +425,7 @@ class BitFlipSpec:
         t = self._of(operand, "zero_out_t")
         if not (p_exp or p_frac or pattern.p_row or any(p for _, p in pattern.p_bits)):
             return Fault(zero_out_t=t)
-        return Fault(p_exp, p_frac, t, pattern.encode(), pattern.protection != "none", pattern.persistent)
+        return Fault(p_exp, p_frac, t, pattern.encode(), pattern.protection != "none")
 
     def pattern(self, operand: Operand) -> Pattern:
         """How the faults of one operand come, apart from how often."""
