@@ -401,14 +401,40 @@ def test_a_float16_run_has_the_losses_of_a_float32_one(base, tmp_path):
     assert half[-1]["loss"] < half[0]["loss"] - 0.5
 
 
-def test_a_float16_checkpoint_is_scaled_and_does_not_train_its_own_weights(tiny_llama, tmp_path):
+def test_the_loss_of_a_float16_checkpoint_is_scaled():
     """training.dtype is the checkpoint's where the config says none."""
-    tiny_llama().half().save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match=r"float16.*lora.r = 0"):
-        train(settings(tmp_path / "base", tmp_path / "weights", lora_r=0))
     assert LossScale(TrainingConfig(), torch.float16).used
     assert not LossScale(TrainingConfig(), torch.bfloat16).used
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_a_16_bit_checkpoint_train_in_float32(dtype, tiny_llama, tmp_path, caplog):
+    tiny_llama().to(getattr(torch, dtype)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    few = {"steps": 2, "save_freq": 0, "lr": 1e-5}
+    with caplog.at_level("INFO", "flipproof"):
+        train(settings(tmp_path / "base", tmp_path / "default", lora_r=0, **few))
+    said = [line for line in caplog.messages if line.startswith("lora.r = 0: ")]
+    assert len(said) == 1
+    assert "they train in float32 (training.dtype)" in said[0]
+    asked = {"dtype": "float32", "mixed_precision_param": dtype}
+    train(settings(tmp_path / "base", tmp_path / "asked", lora_r=0, **few, **asked))
+    assert_same_run(tmp_path / "default", tmp_path / "asked")
+    assert f'mixed_precision_param = "{dtype}"' in (tmp_path / "default/config.toml").read_text()
+    # what is written is what was trained; a 16-bit weight of 0.02 has steps of 2**-13, float32 loses none of 1e-5
+    before, after = load_file(tmp_path / "base/model.safetensors"), weights(tmp_path / "default")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all((before[name] != after[name]).float().mean() > 0.9 for name in before if "proj" in name)
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_weights_are_not_trained(dtype, init, base, tmp_path):
+    config = settings(base, tmp_path / "run", lora_r=0, dtype=dtype)
+    words = rf"dtype = '{dtype}' with lora.r = 0: .*use float32 with training.mixed_precision_param = '{dtype}', or"
+    with pytest.raises(ConfigError, match=words):
+        train(replace(config, model=replace(config.model, init=init)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_float16_step_with_infinite_gradients_is_skipped(base, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """From a config to a model that runs: built or loaded, made faulty, spread over the processes, on its device."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +13,36 @@ from flipproof.limits import check_positions, watch_ids
 from flipproof.loss import fuse_loss
 from flipproof.model import load_model, materialise, model_config, model_on_meta
 from flipproof.ops.flip import BACKENDS
+from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World, cast_to, parallelize
 from flipproof.runlog import logger
 from flipproof.spec import LoraSpec
+from flipproof.weights import own_dtype
 
 
 def check_length(config: RunConfig, tokenizer: Any) -> None:
     """Raises ConfigError where ``training.seq_len`` is more than the model's positions, or there is no such model; for
     before text is read. Needs no weights."""
     check_positions(model_config(config.model, tokenizer), config.training.seq_len)
+
+
+def with_trainable_weights(config: RunConfig) -> RunConfig:
+    """The config of a training, with weights that can train: where they themselves do (lora.r = 0), those of a 16-bit
+    checkpoint become float32, and the model computes, and flips bits, in the checkpoint's dtype."""
+    training, path = config.training, config.model.hf_model_path
+    if config.lora.r or training.dtype is not None or path is None or config.model.init == "random":
+        return config
+    own = dtype_name(own_dtype(path))
+    if own not in ("bfloat16", "float16"):
+        return config
+    computed: Any = training.mixed_precision_param or own
+    logger.info(
+        "lora.r = 0: %s weights are coarser than AdamW's steps; they train in float32 (training.dtype), and the model "
+        "computes in %s (training.mixed_precision_param)",
+        own,
+        computed,
+    )
+    return replace(config, training=replace(training, dtype="float32", mixed_precision_param=computed))
 
 
 def build_model(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
-from flipproof.build import build_model, check_length
+from flipproof.build import build_model, check_length, with_trainable_weights
 from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, step_of
 from flipproof.config import RunConfig, TrainingConfig
 from flipproof.data import load_text, training_indices
@@ -67,7 +67,7 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
     """
     run_dir = Path(config.logging.run_dir)
     check_trackers(config.logging)
-    _check_trainable(config, None)
+    _check_trainable(config)
     with parallel.start(config.parallelism, run_dir / HANGS) as world:
         runlog.check_run_dir(run_dir, resume is not None)
         checkpoint = find_checkpoint(run_dir / "checkpoints", resume)
@@ -89,12 +89,13 @@ def resolve_steps(config: RunConfig, parameters: int, processes: int) -> RunConf
     return replace(config, training=replace(training, steps=steps or DEFAULT_STEPS))
 
 
-def _check_trainable(config: RunConfig, weights: torch.dtype | None) -> None:
-    if not config.lora.r and (weights == torch.float16 or config.training.dtype == "float16"):
+def _check_trainable(config: RunConfig) -> None:
+    dtype = config.training.dtype
+    if not config.lora.r and dtype in ("float16", "bfloat16"):
         raise ConfigError(
             [
-                "training.dtype = 'float16' with lora.r = 0: AdamW cannot train float16 weights; use float32 with "
-                "training.mixed_precision_param = 'float16', or adapters"
+                f"training.dtype = {dtype!r} with lora.r = 0: AdamW cannot train {dtype} weights, coarser than its "
+                f"steps; use float32 with training.mixed_precision_param = {dtype!r}, or adapters (lora.r)"
             ]
         )
 
@@ -165,6 +166,7 @@ class _Run:
         tokenizer = load_tokenizer(config.model)
         self.tokenizer = tokenizer
         check_length(config, tokenizer)
+        config = with_trainable_weights(config)
         if config.training.steps is None and config.training.tokens_per_parameter is not None:
             shape = skeleton(config.model, tokenizer, config.training.dtype)
             config = resolve_steps(config, sum(p.numel() for p in shape.parameters()), world.size)
@@ -178,7 +180,6 @@ class _Run:
         self.model = build_model(config, tokenizer, world, config.lora)
         check_ids(self.model, tokenizer, self.text.sequences, self.held_out.sequences)
         dtype = next(self.model.parameters()).dtype
-        _check_trainable(config, dtype)
         self.optimizer = make_optimizer(self.model, training)
         self.gradients = Gradients(self.model, config.parallelism, world)
         self.loss_scale = LossScale(training, dtype)

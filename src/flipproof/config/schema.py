@@ -65,9 +65,10 @@ class TrainingConfig:
 
     dtype: Dtype | None = None
     """Dtype of the model's weights, and of the bits that flip; adapters are float32. Default: the checkpoint's, or
-    float32 from scratch."""
+    float32 from scratch. Weights that themselves train (lora.r = 0) are float32."""
     mixed_precision_param: Dtype | None = None
-    """Dtype to compute in, where it is not dtype; bits then flip in this one."""
+    """Dtype to compute in, where it is not dtype; bits then flip in this one. Default: dtype, or where a 16-bit
+    checkpoint's weights train the checkpoint's."""
     mixed_precision_reduce: Dtype = "float32"
     """Dtype of gradient reductions between processes."""
     seq_len: int = 2048
