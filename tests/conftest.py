@@ -103,6 +103,26 @@ def lm_eval_tasks(tmp_path_factory):
 
 
 @pytest.fixture
+def learned_llama_dir(tiny_llama, tmp_path):
+    """A model on disk, with a tokenizer, that has learned which bytes Python code is made of."""
+    from flipproof.config import DataConfig
+    from flipproof.data import load_held_out
+    from flipproof.loss import next_token_loss
+    from flipproof.model import byte_tokenizer
+
+    text = load_held_out(DataConfig(source="stdlib", max_tokens=20_000), byte_tokenizer(), 32)
+    model = tiny_llama()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        next_token_loss(model, text.batch(range(16))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
 def telling_llama(tiny_llama):
     """With weights large enough that its answers differ, and that a guard clips some."""
     model = tiny_llama()

@@ -20,7 +20,9 @@ def test_medians_take_turns_and_are_the_middle_of_the_rounds(monkeypatch):
 def test_the_tables_and_the_file_say_the_same(monkeypatch, tmp_path):
     real = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **kw: real(*[_small(s) for s in shape], **kw))
-    text = bench("cpu", tmp_path / "new" / "bench.json")
+    told = []
+    text = bench("cpu", tmp_path / "new" / "bench.json", told.append)
+    assert told == [text]
     written = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert written["about"]["backend"] == "reference (NumPy)"
     for row in written["rows"]:
@@ -41,6 +43,8 @@ def test_bad_input_is_told_before_anything_runs(tmp_path):
     (tmp_path / "there.json").touch()
     with pytest.raises(ConfigError, match="exists already"):
         bench("cpu", tmp_path / "there.json")
+    with pytest.raises(ConfigError, match=r"there\.json is not a directory"):
+        bench("cpu", tmp_path / "there.json" / "below.json")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU"):
             bench("cuda")

@@ -46,6 +46,15 @@ def test_the_demo_leaves_what_it_says(short, tmp_path, capsys):
         demo(run)
 
 
+def test_what_cannot_be_written_is_told_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is not a directory"):
+        demo(tmp_path / "file" / "demo")
+    (tmp_path / "demo" / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"demo/model exists already; name another with --run-dir"):
+        demo(tmp_path / "demo")
+
+
 def test_the_sweep_at_the_configs_own_rate_is_the_arm_itself(tiny_llama):
     import numpy as np
 

@@ -1,9 +1,10 @@
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,26 +12,15 @@ import torch
 from scipy import stats
 
 import flipproof
-from flipproof import BitFlipSpec, LoraSpec, loss
+from flipproof import BitFlipSpec, LoraSpec, files, loss
 from flipproof.adapter import save_adapter
+from flipproof.arms import Arm, arms_table
 from flipproof.cli import main
 from flipproof.config import load_config
 from flipproof.data import PackedText
 from flipproof.errors import ConfigError
-from flipproof.evaluate import (
-    Arm,
-    Cost,
-    arms_table,
-    costs,
-    evaluate,
-    fault_seeds,
-    gap_closed,
-    mean_loss,
-    measure_arms,
-    sure_enough,
-    t_interval,
-    two_way_interval,
-)
+from flipproof.evaluate import arms_of, evaluate, fault_seeds, mean_loss, measure_arms
+from flipproof.intervals import sure_enough, t_interval
 from flipproof.loss import LossHead, fuse_loss, loss_by_row, next_token_loss
 from flipproof.model import byte_tokenizer
 
@@ -102,77 +92,6 @@ def test_an_arm_says_how_seeds_and_sequences_vary(tiny_llama, text):
     assert Arm.from_dict(json.loads(json.dumps(asdict(arm)))) == arm
 
 
-def test_the_cost_is_paired_by_sequence():
-    """Against the analysis of variance of the table of differences."""
-    rng = np.random.default_rng(0)
-    clean = rng.normal(3, 1, 6)
-    table = clean + 0.5 + rng.normal(0, 0.2, (4, 1)) + rng.normal(0, 0.1, 6) + rng.normal(0, 0.05, (4, 6))
-    guard = clean + rng.normal(0.1, 0.1, 6)
-    arms = {
-        "clean": Arm.from_table(clean[None], 60),
-        "guard": Arm.from_table(guard[None], 60),
-        "flipped": Arm.from_table(table, 60),
-    }
-    found = costs(arms)
-    assert list(found) == ["guard", "flipped"]
-    paired = stats.ttest_rel(guard, clean).confidence_interval(0.95)
-    assert found["guard"].interval == pytest.approx((paired.low, paired.high))
-    d = table - clean
-    k, s = d.shape
-    mean = d.mean()
-    ms_seeds = s * ((d.mean(1) - mean) ** 2).sum() / (k - 1)
-    ms_text = k * ((d.mean(0) - mean) ** 2).sum() / (s - 1)
-    ms_rest = ((d - d.mean(1)[:, None] - d.mean(0) + mean) ** 2).sum() / ((k - 1) * (s - 1))
-    variance = (ms_seeds + ms_text - ms_rest) / (k * s)
-    freedom = variance**2 / ((ms_seeds / (k * s)) ** 2 / (k - 1) + (ms_text / (k * s)) ** 2 / (s - 1))
-    expected = stats.t.interval(0.95, freedom, loc=mean, scale=math.sqrt(variance))
-    assert found["flipped"].cost == pytest.approx(mean)
-    assert found["flipped"].interval == pytest.approx(expected)
-    assert f"{mean:+.4f} ({expected[0]:+.4f} to {expected[1]:+.4f})" in arms_table(arms)
-    # from results.json, as a resumed run has them
-    again = {name: Arm.from_dict(json.loads(json.dumps(asdict(arm)))) for name, arm in arms.items()}
-    assert costs(again) == found
-    assert costs({"flipped": arms["flipped"]}) == {}
-    broken = Arm.from_table(np.array([[1.0, 2.0], [1.0, math.inf]]), 20)
-    assert costs({"clean": arms["clean"], "flipped": broken}) == {"flipped": Cost(math.inf, None)}
-
-
-@pytest.mark.parametrize(
-    ("seeds", "text", "rest", "least", "most"),
-    [
-        (1.0, 0.0, 0.0, 0.95, 0.95),  # nothing but seeds: Student's t, exactly
-        (0.05, 1.0, 0.2, 0.945, 0.96),
-        (1.0, 1.0, 1.0, 0.94, 0.965),
-        (0.3, 1.0, 1.0, 0.935, 0.965),
-        (0.0, 0.0, 1.0, 0.96, 0.995),  # independent values: the two first terms count them twice
-    ],
-)
-def test_the_interval_over_seeds_and_text_covers_the_truth(seeds, text, rest, least, most):
-    """2000 simulated experiments of 5 seeds and 16 sequences with these standard deviations: coverage is
-    Binomial(2000, p), p from least to most; bound at a false alarm of 1e-6 for either side."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(2000):
-        table = rng.normal(0, seeds, (5, 1)) + rng.normal(0, text, 16) + rng.normal(0, rest, (5, 16))
-        arm = Arm.from_table(table, 1)
-        low, high = two_way_interval(arm.trial_losses, arm.sequence_losses, arm.residual_variance)
-        covered += low < 0 < high
-    assert stats.binomtest(covered, 2000, least, alternative="less").pvalue > 1e-6
-    assert stats.binomtest(covered, 2000, most, alternative="greater").pvalue > 1e-6
-
-
-def test_stopping_when_sure_covers_the_truth_92_times_of_100_at_worst():
-    """1500 experiments that stop at a half-width of half a standard deviation, where coverage is least: 0.9223 by
-    400,000 experiments in plain NumPy. Binomial(1500, 0.9223), bound at a false alarm of 1e-6."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for draws in rng.normal(3.0, 1.0, (1500, 100)).tolist():
-        count = next((n for n in range(5, 100) if sure_enough(draws[:n], math.expm1(0.5))), 100)
-        low, high = t_interval(draws[:count])
-        covered += low < 3.0 < high
-    assert stats.binomtest(covered, 1500, 0.9223).pvalue > 1e-6
-
-
 def test_until_ci_adds_seeds_until_the_perplexity_is_known(tiny_llama, text):
     model = tiny_llama()
     flipproof.inject(model, BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, w_zero_out_t=0.06))
@@ -213,43 +132,12 @@ def test_arms_switch_what_they_say(tiny_llama, text):
     )
 
 
-def test_the_interval_is_students_t():
-    values = [2.0, 2.5, 1.5, 2.2]
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert t_interval(values) == pytest.approx((expected.low, expected.high))
-    assert t_interval([1.0]) is None
-    assert t_interval([1.0, math.inf]) is None
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """4000 simulated experiments of 5 trials: coverage is Binomial(4000, 0.95); bound at a false alarm of 1e-6."""
-    draws = np.random.default_rng(0).normal(3.0, 0.5, (4000, 5))
-    covered = sum(low < 3.0 < high for low, high in map(t_interval, draws.tolist()))
-    assert stats.binomtest(covered, 4000, 0.95).pvalue > 1e-6
-
-
 def test_evaluation_seeds_are_never_the_training_seed():
     for base in (0, 7, 2**63 - 2):
         seeds = fault_seeds(base, 5)
         assert len(set(seeds)) == 5
         assert base not in seeds
         BitFlipSpec(base_seed=seeds[-1])
-
-
-def test_gap_closed():
-    arms = {name: Arm.from_losses([loss], 1) for name, loss in (("clean", 1.0), ("flipped", 3.0), ("recovered", 1.5))}
-    assert gap_closed(arms) == 0.75
-    assert gap_closed({"clean": arms["clean"]}) is None
-    assert "flipped" in arms_table(arms)
-
-
-def test_a_broken_model_has_infinite_perplexity():
-    arm = Arm.from_losses([1.0, math.inf], 1)
-    assert arm.seed_sd is None
-    assert arm.perplexity == math.inf
-    assert Arm.from_dict({"trial_losses": [1.0, None], "tokens": 1}) == arm  # as JSON has it
-    assert arm.perplexity_interval is None
-    assert "inf" in arms_table({"flipped": arm})
 
 
 @pytest.fixture
@@ -279,7 +167,7 @@ def test_evaluate_writes_equal_files_for_equal_runs_and_never_over_one(model_dir
     one = (tmp_path / "one" / "results.json").read_text()
     assert one == (tmp_path / "two" / "results.json").read_text()
     results = json.loads(one)
-    assert list(results["arms"]) == ["clean", "guard", "flipped"]
+    assert list(results["arms"]) == ["clean", "flipped"]  # without a threshold, no guard
     assert results["arms"]["flipped"]["loss"] == arms["flipped"].loss
     assert results["costs"]["flipped"]["cost"] == arms["flipped"].loss - arms["clean"].loss
     assert results["dtype"] == "float32"
@@ -288,8 +176,94 @@ def test_evaluate_writes_equal_files_for_equal_runs_and_never_over_one(model_dir
         evaluate(config, to=tmp_path / "one")
 
 
-def test_evaluate_without_faults_measures_the_clean_arm_alone(model_dir):
-    assert list(evaluate(settings(model_dir))) == ["clean"]
+@pytest.mark.parametrize(
+    ("bitflip", "names"),
+    [
+        ({}, ["clean"]),
+        ({"w_p_frac": 0.1, "layer_name_to_config": {".*": {"w_p_frac": 0.0, "x_zero_out_t": 8.0}}}, ["clean", "guard"]),
+        ({"w_p_frac": 0.1, "w_zero_out_t": 8.0, "skip_patterns": ["mlp"]}, ["clean", "guard", "flipped"]),
+        ({"kv_p_frac": 0.1}, ["clean", "flipped"]),
+        ({"kv_zero_out_t": 8.0}, ["clean", "guard"]),
+        ({"w_p_row": 0.1, "sites": ["embedding"]}, ["clean", "flipped"]),
+        ({"x_p_frac": 0.1, "sites": ["embedding"], "w_zero_out_t": 8.0}, ["clean", "guard"]),  # a table has no inputs
+    ],
+)
+def test_a_model_has_the_arms_of_what_is_faulty_in_it(model_dir, tiny_llama, bitflip, names):
+    config = settings(model_dir, **bitflip)
+    model = tiny_llama()
+    if bitflip:
+        flipproof.inject(model, config.bitflip)
+    assert list(arms_of(model, config.bitflip, trained=False)) == names
+
+
+def test_a_run_without_flips_has_no_flipped_arm(model_dir, tmp_path):
+    arms = evaluate(settings(model_dir, w_zero_out_t=0.02), to=tmp_path)
+    assert list(arms) == ["clean", "guard"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (list(results["arms"]), list(results["costs"])) == (["clean", "guard"], ["guard"])
+    assert results["fault_seeds"] == []
+
+
+def test_a_guard_that_cuts_clean_values_is_warned_of(learned_llama_dir, caplog):
+    with caplog.at_level("WARNING", logger="flipproof"):
+        evaluate(settings(learned_llama_dir, w_p_frac=0.1, w_zero_out_t=1e3))
+        assert not caplog.messages
+        arms = evaluate(settings(learned_llama_dir, w_p_frac=0.1, w_zero_out_t=0.03))
+    (line,) = caplog.messages
+    cost = arms["guard"].loss - arms["clean"].loss
+    assert f"the guard alone, before any bit flips, costs {cost:.4g} nats" in line
+    assert "bitflip.w_zero_out_t = 0.03 zeroes clean values; flipproof profile" in line
+
+
+@pytest.mark.parametrize(
+    ("training", "dtype"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float32", "mixed_precision_param": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16", "mixed_precision_param": "float16"}, "float16"),
+    ],
+)
+def test_the_dtype_is_that_of_the_bits_that_flip(model_dir, tmp_path, training, dtype):
+    """In results.json as in the log of what flipped, whose bits say it themselves."""
+    config = settings(model_dir, w_p_frac=0.2)
+    config = replace(config, training=replace(config.training, **training))
+    evaluate(config, to=tmp_path, flip_log=tmp_path / "new" / "flips.jsonl")
+    header, *entries = map(json.loads, (tmp_path / "new" / "flips.jsonl").read_text().splitlines())
+    mantissa = {"float32": 23, "float16": 10, "bfloat16": 7}[dtype]
+    assert max(entry["bit"] for entry in entries) == mantissa - 1
+    assert header["dtype"] == json.loads((tmp_path / "results.json").read_text())["dtype"] == dtype
+    assert evaluate(config, replay=tmp_path / "new" / "flips.jsonl")["replayed"].trials == 1
+
+
+def test_what_autocast_does_not_compute_in_is_refused(model_dir):
+    config = settings(model_dir, w_p_frac=0.2)
+    training = replace(config.training, dtype="bfloat16", mixed_precision_param="float32")
+    with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32': the weights are bfloat16; set training"):
+        evaluate(replace(config, training=training))
+
+
+@pytest.mark.parametrize("flag", ["--to", "--flip-log"])
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys, flag):
+    (tmp_path / "file").write_text("")
+    assert main(["eval", "no/such/model", "--bitflip.w_p_frac", "0.1", flag, str(tmp_path / "file" / "out")]) == 2
+    assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_printed_though_it_cannot_be_written(model_dir, tmp_path, capsys, monkeypatch):
+    """A disk that fills while the model is measured; and a file that somebody else wrote in the meantime."""
+    config = settings(model_dir, w_p_frac=0.1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(ConfigError, match=r"--to: .*results\.json could not be written \(No space left"):
+        evaluate(config, to=tmp_path, tell=print)
+    assert "flipped" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"results\.json has been written by somebody else since"):
+        evaluate(config, to=tmp_path, tell=lambda _: (tmp_path / "results.json").write_text("theirs"))
+    assert (tmp_path / "results.json").read_text() == "theirs"
 
 
 def test_until_ci_is_the_same_in_two_processes(model_dir, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import flipproof
+from flipproof.adapter import save_adapter
 from flipproof.cli import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
@@ -132,3 +133,55 @@ def test_no_faults_no_second_text(model_dir):
     assert list(generate(config, "abc", Sampling(max_new_tokens=3))) == ["clean"]
     with pytest.raises(ConfigError, match="nothing to log"):
         generate(config, "abc", flip_log=model_dir / "log.jsonl")
+
+
+def test_the_guards_text_is_its_own(telling_llama_dir, telling_llama, capsys):
+    """By transformers with the guard alone; and a line where it changes the clean text."""
+    cut = {"w_p_frac": 1e-3, "w_zero_out_t": 0.1}
+    texts = generate(config_of(telling_llama_dir, **cut), "abc", Sampling(max_new_tokens=8))
+    assert list(texts) == ["clean", "guard", "flipped"]
+    model = telling_llama.eval()
+    flipproof.inject(model, flipproof.BitFlipSpec(w_zero_out_t=0.1))
+    assert texts["guard"].text == byte_tokenizer().decode(by_transformers(model, "abc", max_new_tokens=8))
+    assert (texts["guard"].flipped_bits["w"], texts["guard"].parts_at is None) == (0, False)
+    zeroed = sum(int((layer.weight.abs() >= 0.1).sum()) for layer in flipproof.faulty_layers(model).values())
+    assert texts["guard"].zeroed["w"] == zeroed * texts["guard"].passes
+    flags = [f"--bitflip.{key}={value}" for key, value in cut.items()]
+    assert main(["generate", str(telling_llama_dir), "--prompt", "abc", "--max_new_tokens", "3", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "--- guard ---\nabc" in out
+    assert f"in 3 passes nothing was flipped, {3 * zeroed:,} values zeroed" in out
+    (line,) = [line for line in err.splitlines() if "guard" in line and "alone" in line]
+    assert "bitflip.w_zero_out_t = 0.1 zeroes clean values; flipproof profile" in line
+
+
+@pytest.mark.parametrize(
+    ("bitflip", "with_adapter", "arms"),
+    [
+        ({"w_p_frac": 0.1}, False, ["clean", "flipped"]),
+        ({"w_zero_out_t": 8.0}, False, ["clean", "guard"]),
+        ({"w_p_frac": 0.1, "w_zero_out_t": 8.0}, True, ["clean", "guard", "flipped", "recovered"]),
+        ({"w_zero_out_t": 8.0}, True, ["clean", "guard", "recovered_guard"]),
+        ({}, True, ["clean", "recovered_clean"]),
+    ],
+)
+def test_texts_are_of_the_arms_that_differ(model_dir, tiny_llama, tmp_path, bitflip, with_adapter, arms):
+    adapter = None
+    if with_adapter:
+        model = tiny_llama()
+        flipproof.inject(model, flipproof.BitFlipSpec(), flipproof.LoraSpec(r=2))
+        save_adapter(model, adapter := tmp_path / "adapter", None)
+    settings = {"model": {"hf_model_path": str(model_dir), "tokenizer": "bytes"}, "bitflip": bitflip}
+    settings["training"] = {"mixed_precision_param": "bfloat16"}
+    to = tmp_path / "a" / "b"
+    assert list(generate(load_config([], settings), "abc", Sampling(max_new_tokens=2), adapter=adapter, to=to)) == arms
+    written = json.loads((to / "generate.json").read_text())
+    assert (list(written["texts"]), written["dtype"]) == (arms, "bfloat16")
+
+
+@pytest.mark.parametrize("flag", ["--to", "--flip-log"])
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys, flag):
+    (tmp_path / "file").write_text("")
+    argv = ["generate", "no/such/model", "--prompt", "a", "--bitflip.w_p_frac", "0.1"]
+    assert main([*argv, flag, str(tmp_path / "file" / "out")]) == 2
+    assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err

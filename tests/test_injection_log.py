@@ -8,7 +8,7 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
 from flipproof.inject import fault_state
-from flipproof.injection_log import FlipCount, FlipLog, Replay, about, tapped
+from flipproof.injection_log import FlipCount, FlipLog, Replay, tapped
 
 SPEC = BitFlipSpec(
     w_p_exp=0.002,
@@ -43,7 +43,7 @@ def places(entry):
 
 
 def logged(model, ids, path):
-    with FlipLog(path, **about(model, seed=9)) as log, tapped(model, log):
+    with FlipLog(path, dtype="bfloat16", seed=9) as log, tapped(model, log):
         return passes(model, ids), log
 
 
@@ -156,8 +156,8 @@ def test_bad_logs_and_names(model, token_ids, tmp_path):
 def test_a_log_of_another_model_is_refused(model, token_ids, tmp_path, caplog):
     path = tmp_path / "log.jsonl"
     plain, _ = logged(model, token_ids, path)
-    with pytest.raises(ConfigError, match=r"log\.jsonl: is of a model in bfloat16, and this one is in float32"):
-        Replay(path, torch.float32)
+    with pytest.raises(ConfigError, match=r"log\.jsonl: is of flips in bfloat16, and bits flip in float32 here"):
+        Replay(path, "float32")
     replay = Replay(path)
     with tapped(model, replay), torch.no_grad():
         flipproof.set_tick(model, 5)

@@ -1,6 +1,9 @@
 import json
 import math
+import re
+import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 
 import lm_eval.evaluator
@@ -9,14 +12,16 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from scipy import stats
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec, harness, tasks
 from flipproof.adapter import load_adapter, save_adapter
 from flipproof.cli import main
 from flipproof.config import load_config
-from flipproof.evaluate import t_interval
+from flipproof.errors import ConfigError
 from flipproof.harness import TaskRequest
+from flipproof.intervals import t_interval
 from flipproof.model import byte_tokenizer
 from flipproof.tasks import Metric, evaluate_tasks, tasks_table
 
@@ -181,7 +186,7 @@ def test_eval_writes_tasks_beside_arms(model, model_dir, lm_eval_tasks, tmp_path
     one = (tmp_path / "one" / "results.json").read_text()
     assert one == (tmp_path / "two" / "results.json").read_text()
     results = json.loads(one)
-    assert list(results["arms"]) == ["clean", "guard", "flipped"]
+    assert list(results["arms"]) == ["clean", "flipped"]
     assert results["text"] == str(tmp_path / "text.txt")
     assert list(results["tasks"]) == ["toy_pages", "toy_choice"]
     assert results["tasks"]["toy_pages"]["arms"]["clean"]["word_perplexity,none"]["trials"] == [None]
@@ -204,7 +209,7 @@ def test_what_is_wrong_is_told_in_one_line(model_dir, lm_eval_tasks, capsys, mon
         return lines[0]
 
     assert "--limit: belongs to --tasks" in told("--limit", "3")
-    assert "num_fewshot" in told("--tasks", "toy_pages", "--num-fewshot", "many")
+    assert "--num-fewshot = 'many'" in told("--tasks", "toy_pages", "--num-fewshot", "many")
     assert "did you mean toy_pages" in told("--tasks", "toy_page", "--include-path", str(lm_eval_tasks))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--tasks: 2 processes were started" in told("--tasks", "toy_pages")
@@ -212,3 +217,152 @@ def test_what_is_wrong_is_told_in_one_line(model_dir, lm_eval_tasks, capsys, mon
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "flipproof.harness")
     assert "pip install 'flipproof[eval]'" in told("--tasks", "toy_pages")
+
+
+FAILING = """
+task: toy_fails
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Q: {{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+process_results: !function broken.results
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def failing_tasks(lm_eval_tasks, tmp_path):
+    """The same tasks, and one whose own code fails as long as there is a file called broken."""
+    own = tmp_path / "tasks"
+    shutil.copytree(lm_eval_tasks, own)
+    (own / "toy_fails.yaml").write_text(FAILING.replace("DATA", str(own / "toy_choice.jsonl")))
+    code = f"""
+from pathlib import Path
+def results(doc, answers):
+    if Path({str(own / "broken")!r}).exists():
+        raise RuntimeError("the grader\\nis out of order")
+    return {{"acc": 1.0}}
+"""
+    (own / "broken.py").write_text(code)
+    (own / "broken").touch()
+    return own
+
+
+def test_a_task_that_fails_keeps_those_before_it_and_the_next_start_goes_on(
+    model_dir, failing_tasks, tmp_path, capsys, monkeypatch
+):
+    argv = ["eval", str(model_dir), "--include-path", str(failing_tasks), "--bitflip.w_p_exp", "1e-3", "--trials", "2"]
+    argv += ["--batch-size", "4", "--to", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    asked = ["--tasks", "toy_choice,toy_fails,toy_pages"]
+    assert main([*argv, *asked]) == 2
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if "error:" in line]
+    assert line.endswith("error: --tasks toy_fails, clean: the grader is out of order")
+    assert "toy_choice           acc " in out
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (list(written["tasks"]), written["unfinished"]) == (["toy_choice"], ["toy_fails", "toy_pages"])
+    # what another start would lose stays
+    assert main([*argv, "--tasks", "toy_pages"]) == 2
+    assert "unfinished results of toy_choice" in capsys.readouterr().err
+    assert main(["2e-3" if word == "1e-3" else word for word in (*argv, *asked)]) == 2
+    assert "unfinished results of other faults" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == written
+    (failing_tasks / "broken").unlink()
+    runs, real = [], tasks.run_task
+    monkeypatch.setattr(tasks, "run_task", lambda *arguments: runs.append(1) or real(*arguments))
+    assert main([*argv, *asked]) == 0
+    assert len(runs) == 2 * 3  # clean and two seeds of the two tasks that were left
+    finished = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(finished["tasks"]) == ["toy_choice", "toy_fails", "toy_pages"]
+    assert "unfinished" not in finished
+    assert finished["tasks"]["toy_choice"] == written["tasks"]["toy_choice"]
+    assert main([*argv, *asked]) == 2
+    assert "results.json exists already" in capsys.readouterr().err
+
+
+def test_until_ci_adds_seeds_until_each_metric_is_known(model_dir, lm_eval_tasks):
+    flips = {"w_p_frac": 0.05}
+    asked = partial(TaskRequest, include_path=lm_eval_tasks)
+    many = settings(model_dir, trials=8, **flips)
+    every = evaluate_tasks(many, asked(("toy_pages",)))[1]["toy_pages"].arms["flipped"]
+
+    def width(values):
+        interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        return (interval.high - interval.low) / 2 / abs(sum(values) / len(values))
+
+    widths = {n: max(width(metric.trials[:n]) for metric in every.values()) for n in range(5, 9)}
+    wanted = widths[7] * 1.0001
+    stops = next(n for n, one in widths.items() if one <= wanted)
+    config = settings(model_dir, trials=2, **flips)
+    config = replace(config, eval=replace(config.eval, until_ci=wanted, max_trials=8))
+    found = evaluate_tasks(config, asked(("toy_pages",)))[1]["toy_pages"].arms
+    assert {name: metric.trials for name, metric in found["flipped"].items()} == {
+        name: metric.trials[:stops] for name, metric in every.items()
+    }
+    assert len(found["clean"]["byte_perplexity,none"].trials) == 1
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+
+
+def test_the_chat_template_is_lm_evals(model, model_dir, lm_eval_tasks, tmp_path, capsys):
+    argv = ["eval", str(model_dir), "--tasks", "toy_choice", "--include-path", str(lm_eval_tasks), "--batch-size", "4"]
+    assert main([*argv, "--apply-chat-template"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert f"--apply-chat-template: the tokenizer of '{model_dir}' has no chat template" in line
+    assert main([*argv, "--fewshot-as-multiturn"]) == 2
+    assert "add --apply-chat-template" in capsys.readouterr().err
+    assert main(["eval", str(model_dir), "--apply-chat-template"]) == 2
+    assert "--apply-chat-template: belongs to --tasks" in capsys.readouterr().err
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model_dir)
+    manager = harness.TaskManager(include_path=str(lm_eval_tasks))
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    found = []
+    for flags, how in (
+        ([], {}),
+        (["--apply-chat-template"], {"apply_chat_template": True}),
+        (["--apply_chat_template", "--fewshot_as_multiturn", "false"],
+         {"apply_chat_template": True, "fewshot_as_multiturn": False}),
+        (["--apply-chat-template", "--system-instruction", "Guess."],
+         {"apply_chat_template": True, "system_instruction": "Guess."}),
+    ):  # fmt: skip
+        to = tmp_path / f"out{len(found)}"
+        cache = ["--num-fewshot", "2", "--cache", str(tmp_path / "cache")]
+        assert main([*argv, *cache, *flags, "--to", str(to)]) == 0
+        results = json.loads((to / "results.json").read_text())["tasks"]["toy_choice"]["arms"]["clean"]
+        expected = simple_evaluate(
+            lm, tasks=["toy_choice"], task_manager=manager, log_samples=False, num_fewshot=2, **how
+        )
+        found.append([results[name]["mean"] for name in ("acc,none", "acc_norm,none")])
+        assert found[-1] == [expected["results"]["toy_choice"][name] for name in ("acc,none", "acc_norm,none")]
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # no one answered for another
+
+
+@pytest.mark.parametrize("flag", ["--to", "--cache"])
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys, flag):
+    (tmp_path / "file").write_text("")
+    assert main(["eval", "no/such/model", "--tasks", "toy_choice", flag, str(tmp_path / "file" / "out")]) == 2
+    assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err
+
+
+def test_a_damaged_answer_of_the_cache_is_named(model_dir, lm_eval_tasks, tmp_path):
+    request = TaskRequest(("toy_pages",), lm_eval_tasks, cache=tmp_path / "cache")
+    evaluate_tasks(settings(model_dir), request)
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text('{"key"')
+    with pytest.raises(ConfigError, match=rf"--cache: {kept} is no answer that was kept .*; delete it"):
+        evaluate_tasks(settings(model_dir), request)
+
+
+def test_data_that_the_hub_does_not_give_is_told_as_it_says(model_dir, lm_eval_tasks, tmp_path):
+    task = (lm_eval_tasks / "toy_pages.yaml").read_text()
+    task = re.sub("dataset_path.*\n.*\n", "dataset_path: nobody/no-such-data\n", task)
+    (tmp_path / "elsewhere.yaml").write_text(task.replace("toy_pages", "elsewhere"))
+    with pytest.raises(ConfigError, match=r"--tasks elsewhere: .*'nobody/no-such-data' on the Hub \(OfflineMode"):
+        evaluate_tasks(settings(model_dir), TaskRequest(("elsewhere",), tmp_path))

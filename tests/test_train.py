@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import flipproof.train as train_module
+from flipproof import BitFlipSpec
 from flipproof.checkpoint import list_checkpoints
 from flipproof.cli import EXIT_REQUEUE, main
 from flipproof.config import RunConfig, TrainingConfig, load_config
 from flipproof.errors import ConfigError
+from flipproof.evaluate import evaluate
 from flipproof.model import byte_tokenizer
 from flipproof.train import DEFAULT_STEPS, LossScale, learning_rate, make_optimizer, resolve_steps, train
 
@@ -113,6 +115,7 @@ def child_paused_at(step, tmp_path, config):
     code = f"""
 import os, runpy, sys, time
 import flipproof.train as train_module
+from flipproof import BitFlipSpec
 original = train_module.learning_rate
 def pause(training, step):
     if step == {step}:
@@ -291,6 +294,32 @@ def test_pretraining_from_scratch_without_faults(tmp_path):
     train(load_config([], overrides))
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())["arms"]) == ["clean"]
     assert (tmp_path / "run" / "model" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("bitflip", "lora_r", "init", "arms"),
+    [
+        ({}, 2, "pretrained", ["clean", "recovered_clean"]),
+        ({}, 0, "pretrained", ["clean", "recovered_clean"]),
+        ({"w_zero_out_t": 0.5}, 2, "pretrained", ["clean", "guard", "recovered_guard", "recovered_clean"]),
+        ({"w_p_frac": 0.1}, 0, "pretrained", ["clean", "flipped", "recovered", "recovered_clean"]),
+        ({"w_p_frac": 0.1, "w_zero_out_t": 0.5}, 0, "random", ["recovered", "recovered_clean"]),
+    ],
+)
+def test_a_run_measures_the_arms_that_differ(base, tmp_path, caplog, bitflip, lora_r, init, arms):
+    config = settings(base, tmp_path / "run", lora_r, steps=1, save_freq=0)
+    config = replace(config, model=replace(config.model, init=init), bitflip=BitFlipSpec(**bitflip))
+    with caplog.at_level("INFO", logger="flipproof"):
+        train(config)
+    assert list(json.loads((tmp_path / "run" / "results.json").read_text())["arms"]) == arms
+    assert any(line.startswith("before training:\n") for line in caplog.messages) == (init == "pretrained")
+
+
+def test_eval_of_a_runs_adapter_is_what_the_run_says(base, tmp_path):
+    config = settings(base, tmp_path / "run", steps=2, save_freq=0)
+    train(config)
+    evaluate(config, tmp_path / "run" / "adapter", tmp_path / "eval")
+    assert (tmp_path / "run" / "results.json").read_text() == (tmp_path / "eval" / "results.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
-from flipproof.files import write_json
+from flipproof.files import check_new, write_new_json
 from flipproof.inject import inject
 from flipproof.ops.flip import BACKENDS
 from flipproof.spec import BitFlipSpec, LoraSpec
@@ -39,23 +39,30 @@ class Row:
     """Of a layer: memory that forward leaves allocated for backward, its output included."""
 
 
-def bench(device: str | None = None, to: Path | None = None) -> str:
-    """Measure, and return the tables. ``to``: a JSON file to write as well, which must not exist.
+def bench(device: str | None = None, to: Path | None = None, tell: Callable[[str], None] | None = None) -> str:
+    """Measure, and return the tables.
+
+    Args:
+        device: "cpu" or "cuda". Default: the GPU where there is one.
+        to: a JSON file to write as well, which must not exist.
+        tell: called with the tables before anything is written to ``to``.
 
     Raises:
-        ConfigError: where there is no such device, or ``to`` exists; before anything is measured.
+        ConfigError: where there is no such device, or ``to`` exists or could not; before anything is measured.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["--device cuda: torch sees no GPU here; flipproof doctor says more"])
-    if to is not None and to.exists():
-        raise ConfigError([f"{to} exists already; name another file"])
+    if to is not None:
+        check_new(to, "--to")
     rows = [*_operations(device), *_small(device), *_layers(device)]
     about = _about(device)
+    tables = _tables(about, rows)
+    if tell:
+        tell(tables)
     if to is not None:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        write_json(to, {"about": about, "rows": [vars(row) for row in rows]})
-    return _tables(about, rows)
+        write_new_json(to, {"about": about, "rows": [vars(row) for row in rows]}, "--to")
+    return tables
 
 
 def _about(device: str) -> dict[str, str]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flipproof.config import RunConfig
-from flipproof.inject import check_bits, inject
+from flipproof.config import RunConfig, TrainingConfig
+from flipproof.errors import ConfigError
+from flipproof.inject import check_bits, fault_sites, inject
 from flipproof.limits import check_positions, watch_ids
 from flipproof.loss import fuse_loss
 from flipproof.model import load_model, materialise, model_config, model_on_meta
@@ -68,6 +69,7 @@ def build_model(
         model = model_on_meta(config.model, tokenizer, dtype)
     watch_ids(model, tokenizer)
     if computed := cast_to(config.training, model):
+        _check_computed(computed, model)
         check_bits(config.bitflip, [computed])
     if lora or config.bitflip.any_fault:
         logger.info("%s", inject(model, config.bitflip, lora))
@@ -82,3 +84,26 @@ def build_model(
     spread = f" in each of {world.size} processes" if world.size > 1 else ""
     logger.info("the model runs on %s%s; its bits are flipped by: %s", name, spread, BACKENDS[world.device.type])
     return model
+
+
+def _check_computed(dtype: torch.dtype, model: nn.Module) -> None:
+    """Raises ConfigError for float32, which autocast would silently not compute 16-bit weights in."""
+    if dtype == torch.float32:
+        held = dtype_name(next(model.parameters()).dtype)
+        raise ConfigError(
+            [
+                f"training.mixed_precision_param = 'float32': the weights are {held}; set training.dtype = 'float32' "
+                "to compute in it"
+            ]
+        )
+
+
+def flipped_dtype(training: TrainingConfig, model: nn.Module) -> str:
+    """The name of the dtype whose bits flip: the one that is computed in, else that of the faulty weights, or of the
+    model where it has none. Where weights of several dtypes are faulty, all of them, as "bfloat16 and float32"."""
+    computed = cast_to(training, model)
+    if computed is None:
+        weights = (getattr(site, "weight", None) for site in fault_sites(model).values())
+        if held := {dtype_name(weight.dtype) for weight in weights if weight is not None}:
+            return " and ".join(sorted(held))
+    return dtype_name(computed or next(model.parameters()).dtype)

@@ -186,29 +186,47 @@ def _eval(parser: Parser, argv: list[str]) -> None:
         help="Questions of each task, or below 1 their share; for trying out.",
     )
     parser.add_argument("--cache", type=path_of, metavar="DIR", help="Directory that keeps the tasks' answers.")
+    parser.add_argument(
+        "--apply-chat-template",
+        "--apply_chat_template",
+        action="store_true",
+        help="Ask tasks in the tokenizer's chat template, for instruct models.",
+    )
+    parser.add_argument(
+        "--fewshot-as-multiturn",
+        "--fewshot_as_multiturn",
+        nargs="?",
+        const=True,
+        type=value_of(bool),
+        metavar="true|false",
+        help="Examples as turns of the conversation. Default: where the chat template is applied.",
+    )
+    parser.add_argument(
+        "--system-instruction", "--system_instruction", type=str, metavar="TEXT", help="What comes before every prompt."
+    )
     _add_log_arguments(parser)
     overrides, rest = split_overrides(argv)
     args = parser.parse_args(rest)
     config = _config(args, overrides)
     if args.tasks is None:
-        flags = ("include-path", "num-fewshot", "limit", "cache")
-        if alone := [flag for flag in flags if getattr(args, flag.replace("-", "_")) is not None]:
+        flags = ("include_path", "num_fewshot", "limit", "cache", *_CHAT)
+        if alone := [flag.replace("_", "-") for flag in flags if getattr(args, flag) not in (None, False)]:
             raise ConfigError([f"--{flag}: belongs to --tasks, which is missing" for flag in alone])
-        from flipproof.evaluate import arms_table, evaluate
+        from flipproof.evaluate import evaluate
 
-        _say(arms_table(evaluate(config, args.adapter, args.to, flip_log=args.flip_log, replay=args.replay)))
+        evaluate(config, args.adapter, args.to, flip_log=args.flip_log, replay=args.replay, tell=_say)
         return
     if args.flip_log or args.replay:
         raise ConfigError(["--flip-log and --replay are about held-out text; leave out --tasks"])
-    from flipproof.evaluate import arms_table
     from flipproof.harness import TaskRequest
-    from flipproof.tasks import evaluate_tasks, tasks_table
+    from flipproof.tasks import evaluate_tasks
 
-    request = TaskRequest(args.tasks, args.include_path, args.num_fewshot, args.limit, args.cache)
-    arms, results = evaluate_tasks(config, request, args.adapter, args.to)
-    if arms:
-        _say(arms_table(arms) + "\n")
-    _say(tasks_table(results))
+    chat = {name: getattr(args, name) for name in _CHAT}
+    request = TaskRequest(args.tasks, args.include_path, args.num_fewshot, args.limit, args.cache, **chat)
+    evaluate_tasks(config, request, args.adapter, args.to, tell=_say)
+
+
+_CHAT = ("apply_chat_template", "fewshot_as_multiturn", "system_instruction")
 
 
 def _generate(parser: Parser, argv: list[str]) -> None:
@@ -247,11 +265,11 @@ def _generate(parser: Parser, argv: list[str]) -> None:
     _add_log_arguments(parser)
     overrides, rest = split_overrides(argv)
     args = parser.parse_args(rest)
-    from flipproof.generate import Sampling, generate, texts_report
+    from flipproof.generate import Sampling, generate
 
     sampling = Sampling(args.max_new_tokens, args.do_sample, args.temperature, args.top_k, args.top_p, args.seed)
     config = _config(args, overrides)
-    texts = generate(
+    generate(
         config,
         args.prompt,
         sampling,
@@ -259,8 +277,8 @@ def _generate(parser: Parser, argv: list[str]) -> None:
         to=args.to,
         flip_log=args.flip_log,
         replay=args.replay,
+        tell=_say,
     )
-    _say(texts_report(args.prompt, texts))
 
 
 def _add_log_arguments(parser: Parser) -> None:
@@ -282,10 +300,9 @@ def _profile(parser: Parser, argv: list[str]) -> None:
     overrides, rest = split_overrides(argv)
     args = parser.parse_args(rest)
     config = _config(args, overrides)
-    from flipproof.magnitudes import profile, profile_table, proposed_toml
+    from flipproof.magnitudes import profile
 
-    result = profile(config, args.to)
-    _say(f"{profile_table(result)}\n\n{proposed_toml(result)}")
+    profile(config, args.to, tell=_say)
 
 
 def _sweep(parser: Parser, argv: list[str]) -> None:
@@ -367,7 +384,7 @@ def _bench(parser: Parser, argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from flipproof.bench import bench
 
-    print(bench(args.device, args.to))
+    bench(args.device, args.to, tell=print)
 
 
 def _doctor(parser: Parser, argv: list[str]) -> None:

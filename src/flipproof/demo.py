@@ -17,12 +17,14 @@ from torch import nn
 
 from flipproof import parallel, runlog
 from flipproof.adapter import load_adapter
+from flipproof.arms import Arm, arms_table, gap_closed
 from flipproof.build import build_model
 from flipproof.config import RunConfig, load_config
 from flipproof.data import PackedText, load_held_out
-from flipproof.evaluate import Arm, arms_table, fault_seeds, gap_closed, measure_arms
+from flipproof.evaluate import arm_faults, fault_seeds, measure_arms
 from flipproof.export import export
-from flipproof.inject import faults, set_faults
+from flipproof.files import check_new, check_writable
+from flipproof.inject import set_faults
 from flipproof.model import load_tokenizer
 from flipproof.runlog import check_run_dir, logger
 from flipproof.train import train
@@ -37,6 +39,9 @@ def demo(run_dir: Path) -> None:
     """Run the demo into ``run_dir``, which must not hold a run. Raises ConfigError where it does."""
     check_run_dir(run_dir, resume=False)
     check_run_dir(run_dir / "base", resume=False)
+    check_writable(run_dir, "--run-dir")
+    for name in ("model", "samples.txt", "perplexity_vs_p.png"):
+        check_new(run_dir / name, "--run-dir")
     started = time.perf_counter()
 
     logger.info("1. A small Llama from scratch on the Python standard library's source, without faults")
@@ -148,13 +153,9 @@ def sample_texts(model: Any, tokenizer: Any, seed: int, length: int) -> dict[str
     """
     model.eval()
     samples = {}
-    for name, on in (
-        ("clean", {"flips": False, "guard": False, "adapters": False}),
-        ("flipped", {"adapters": False}),
-        ("recovered", {}),
-    ):
+    for name in ("clean", "flipped", "recovered"):
         lines = []
-        with faults(model, seed=seed, **on), torch.random.fork_rng():
+        with arm_faults(model, name, seed), torch.random.fork_rng():
             torch.manual_seed(0)
             for prompt in _PROMPTS:
                 ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)

@@ -19,6 +19,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
+def is_temporary(name: str, of: str) -> bool:
+    """Whether ``name`` is what ``temporary_name`` calls the file ``of``: what a killed process leaves of it."""
+    return name.startswith(f".{of}.") and name.endswith(".tmp")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole UTF-8 file or nothing. Raises OSError, and then leaves nothing behind."""
     temporary = temporary_name(path)
@@ -80,3 +85,25 @@ def check_writable(path: Path, what: str) -> None:
             return
     except OSError as error:  # a name too long to ask about, a directory that may not be looked into
         raise ConfigError([f"{what} = {str(path)!r}: {error.strerror}"]) from error
+
+
+def check_new(path: Path, what: str) -> None:
+    """Raises ConfigError where ``path`` is there already, or ``check_writable`` finds that it could not be."""
+    if path.exists() or path.is_symlink():
+        raise ConfigError([f"{path} exists already; name another with {what}"])
+    check_writable(path, what)
+
+
+def write_new_json(path: Path, value: Any, what: str) -> None:
+    """``write_json`` of what passed ``check_new`` before it was measured, its directory made.
+
+    Raises:
+        ConfigError: where somebody else has written it since, whose it stays, or it cannot be written after all.
+    """
+    if path.exists():
+        raise ConfigError([f"{path} has been written by somebody else since the start; name another with {what}"])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, value)
+    except OSError as error:
+        raise ConfigError([f"{what}: {path} could not be written ({error.strerror})"]) from error

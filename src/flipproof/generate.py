@@ -4,7 +4,7 @@ Generation is ``transformers``' own. Each pass over the model is a tick, so a tr
 token; the first pass reads the prompt, and later ones a token each beside the KV cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,22 +15,20 @@ from transformers import GenerationConfig
 
 from flipproof import parallel
 from flipproof.adapter import adapter_spec, load_adapter
-from flipproof.build import build_model
+from flipproof.arms import thresholds_in_words
+from flipproof.build import build_model, flipped_dtype
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
-from flipproof.evaluate import check_log, fault_seeds
-from flipproof.files import write_json
-from flipproof.inject import fault_state, faults, is_faulty
-from flipproof.injection_log import FlipCount, FlipLog, Replay, about, tapped
+from flipproof.evaluate import arm_faults, arms_of, check_log, fault_seeds, faulty_arm
+from flipproof.files import check_new, write_new_json
+from flipproof.inject import fault_state, is_faulty
+from flipproof.injection_log import FlipCount, FlipLog, Replay, tapped
 from flipproof.limits import positions
 from flipproof.model import compute_context, load_tokenizer
+from flipproof.runlog import logger
+from flipproof.spec import BitFlipSpec
 
 RESULT = "generate.json"
-_ARMS = {
-    "clean": {"flips": False, "guard": False, "adapters": False},
-    "flipped": {"adapters": False},
-    "recovered": {},
-}
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,10 @@ def generate(
     to: Path | None = None,
     flip_log: Path | None = None,
     replay: Path | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Text]:
-    """Continue a prompt without and with faults.
+    """Continue a prompt without and with faults: one text for each arm of the model (``arms.arm_names``), except that
+    of a trained model the one without faults is left out where there is one with them.
 
     Args:
         config: model and faults; the fault seed is the first that evaluation uses.
@@ -103,6 +103,7 @@ def generate(
         to: directory to write ``generate.json`` into; it must not hold one.
         flip_log: file for all flips of the arm ``flipped``, or with an adapter of ``recovered``.
         replay: such a file; its flips take the place of that arm's draws.
+        tell: called by the first process with all texts, before anything is written to ``to``.
 
     Returns:
         Arm -> its text; ``clean`` comes first.
@@ -113,8 +114,8 @@ def generate(
     sampling = sampling or Sampling()
     if problems := sampling.problems():
         raise ConfigError(problems)
-    if to is not None and (to / RESULT).exists():
-        raise ConfigError([f"{to / RESULT} exists already; name another directory"])
+    if to is not None:
+        check_new(to / RESULT, "--to")
     if not prompt:
         raise ConfigError(["--prompt is empty; give at least a character"])
     if flip_log or replay:
@@ -127,23 +128,23 @@ def generate(
         _check_length(model, ids.shape[1], sampling)
         if adapter:
             load_adapter(model, adapter)
-        arms = ["clean"]
-        if config.bitflip.any_fault:
-            arms += ["flipped", "recovered"] if adapter else ["flipped"]
-        elif adapter:
-            arms.append("recovered")
-        replayed = Replay(replay, next(model.parameters()).dtype) if replay else None
+        arms = [name for name in arms_of(model, config.bitflip, adapter is not None) if name != "recovered_clean"]
+        if adapter and not {"recovered", "recovered_guard"} & set(arms):
+            arms.append("recovered_clean")
+        seed, dtype = fault_seeds(config.bitflip.base_seed, 1)[0], flipped_dtype(config.training, model)
+        last = faulty_arm(arms) if flip_log or replay else None
+        replayed = Replay(replay, dtype) if replay else None
         log = None
         if flip_log and world.first:
-            seed = fault_seeds(config.bitflip.base_seed, 1)[0]
-            what = about(model, seed=seed, prompt=prompt, sampling=asdict(sampling), arm=arms[-1])
+            what = {"dtype": dtype, "seed": seed, "prompt": prompt, "sampling": asdict(sampling), "arm": last}
+            flip_log.parent.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
         texts: dict[str, Text] = {}
         clean: Sequence[int] = ()
         with compute_context(config.training, model):
             for arm in arms:
-                tap: FlipCount | Replay = FlipCount() if arm != arms[-1] else replayed or log or FlipCount()
-                tokens, passes = _continued(model, ids.to(world.device), arm, config, sampling, tokenizer, tap)
+                tap: FlipCount | Replay = FlipCount() if arm != last else replayed or log or FlipCount()
+                tokens, passes = _continued(model, ids.to(world.device), arm, seed, sampling, tokenizer, tap)
                 clean = tokens if arm == "clean" else clean
                 texts[arm] = Text(
                     text=tokenizer.decode([*ids[0].tolist(), *tokens], skip_special_tokens=True).removeprefix(
@@ -157,15 +158,26 @@ def generate(
                 )
         if replayed:
             replayed.check_all_done()
+        if line := guard_warning(texts, config.bitflip):
+            logger.warning("%s", line)
+        if tell and world.first:
+            tell(texts_report(prompt, texts))
         if to is not None and world.first:
-            to.mkdir(parents=True, exist_ok=True)
-            _write(to / RESULT, config, prompt, sampling, texts)
+            write_new_json(to / RESULT, _written(config, prompt, sampling, texts, seed, dtype), "--to")
     return texts
+
+
+def guard_warning(texts: dict[str, Text], spec: BitFlipSpec) -> str | None:
+    """A line for a guard that changes the clean text before any bit flips."""
+    guard = texts.get("guard")
+    if guard is None or guard.parts_at is None:
+        return None
+    return f"the guard alone, before any bit flips, changes the text: {thresholds_in_words(spec)}"
 
 
 @torch.no_grad()
 def _continued(
-    model: Any, ids: torch.Tensor, arm: str, config: RunConfig, sampling: Sampling, tokenizer: Any, tap: Any
+    model: Any, ids: torch.Tensor, arm: str, seed: int, sampling: Sampling, tokenizer: Any, tap: Any
 ) -> tuple[list[int], int]:
     """(new tokens, forward passes) of one arm."""
     how = GenerationConfig(
@@ -196,8 +208,8 @@ def _continued(
             state = fault_state(model)
             rank, state.rank = state.rank, 0  # every process continues the same row
             stack.callback(setattr, state, "rank", rank)
-            stack.enter_context(faults(model, seed=fault_seeds(config.bitflip.base_seed, 1)[0], **_ARMS[arm]))
-            if arm != "clean":
+            stack.enter_context(arm_faults(model, arm, seed))
+            if arm not in ("clean", "recovered_clean"):
                 stack.enter_context(tapped(model, tap))
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return output[0, ids.shape[1] :].tolist(), passes
@@ -223,22 +235,23 @@ def _parts_at(clean: Sequence[int], tokens: Sequence[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(clean), len(tokens)))
 
 
-def _write(path: Path, config: RunConfig, prompt: str, sampling: Sampling, texts: dict[str, Text]) -> None:
-    write_json(
-        path,
-        {
-            "model": config.model.hf_model_path or config.model.flavor,
-            "prompt": prompt,
-            "sampling": asdict(sampling),
-            "seed": fault_seeds(config.bitflip.base_seed, 1)[0],
-            "bitflip": asdict(config.bitflip),
-            "texts": {arm: text.text for arm, text in texts.items()},
-            "parts_at": {arm: text.parts_at for arm, text in texts.items()},
-            "flips": {arm: text.flipped_bits for arm, text in texts.items()},
-            "zeroed": {arm: text.zeroed for arm, text in texts.items()},
-            "passes": {arm: text.passes for arm, text in texts.items()},
-        },
-    )
+def _written(
+    config: RunConfig, prompt: str, sampling: Sampling, texts: dict[str, Text], seed: int, dtype: str
+) -> dict[str, Any]:
+    """What ``generate.json`` holds."""
+    return {
+        "model": config.model.hf_model_path or config.model.flavor,
+        "dtype": dtype,
+        "prompt": prompt,
+        "sampling": asdict(sampling),
+        "seed": seed,
+        "bitflip": asdict(config.bitflip),
+        "texts": {arm: text.text for arm, text in texts.items()},
+        "parts_at": {arm: text.parts_at for arm, text in texts.items()},
+        "flips": {arm: text.flipped_bits for arm, text in texts.items()},
+        "zeroed": {arm: text.zeroed for arm, text in texts.items()},
+        "passes": {arm: text.passes for arm, text in texts.items()},
+    }
 
 
 _OPERANDS = {"w": "weights", "x": "inputs", "k": "keys", "v": "values"}
@@ -253,11 +266,10 @@ def texts_report(prompt: str, texts: dict[str, Text]) -> str:
             same = (
                 "the clean text" if text.parts_at is None else f"parts from the clean text at token {text.parts_at + 1}"
             )
-            flips = ", ".join(f"{n:,} bits of {_OPERANDS[operand]}" for operand, n in text.flipped_bits.items())
+            flips = ", ".join(f"{n:,} bits of {_OPERANDS[operand]}" for operand, n in text.flipped_bits.items() if n)
             zeroed = sum(text.zeroed.values())
             lines.append(
-                f"({same}; in {text.passes} passes {flips or 'nothing was drawn'}"
-                + (" were flipped" if flips else "")
+                f"({same}; in {text.passes} passes {flips + ' were' if flips else 'nothing was'} flipped"
                 + (f", {zeroed:,} values zeroed" if zeroed else "")
                 + ")"
             )

@@ -38,6 +38,7 @@ from torch import nn
 from flipproof.adapter import adapter_spec, load_adapter
 from flipproof.config import RunConfig, load_config
 from flipproof.errors import ConfigError
+from flipproof.files import check_writable
 from flipproof.inject import inject
 from flipproof.model import byte_tokenizer
 from flipproof.parallel import cast_to
@@ -56,6 +57,7 @@ except ImportError as error:
         sys.exit(f"flipproof: error: {_MISSING}")
     raise ConfigError([_MISSING]) from error
 
+_CAUSE = 500  # characters
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 """lm-eval's own defaults, named so that no later version changes them."""
 
@@ -74,9 +76,27 @@ class TaskRequest:
     """Questions of each task, or below 1 their share. None: all."""
     cache: Path | None = None
     """A directory that keeps answers, one file for each task, arm and seed."""
+    apply_chat_template: bool = False
+    """Ask in the tokenizer's chat template, which instruct models know."""
+    fewshot_as_multiturn: bool | None = None
+    """Examples as turns of the conversation, not as one. None: where the chat template is applied."""
+    system_instruction: str | None = None
+    """What comes before every prompt, in the template's system role where it is applied."""
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The last three, as lm-eval calls them."""
+        multiturn = self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+        return {
+            "apply_chat_template": self.apply_chat_template,
+            "fewshot_as_multiturn": multiturn,
+            "system_instruction": self.system_instruction,
+        }
 
     def problems(self) -> list[str]:
         problems = []
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            problems.append("--fewshot-as-multiturn: turns are those of a chat template; add --apply-chat-template")
         if not self.names:
             problems.append("--tasks: no task is named")
         if self.include_path is not None and not self.include_path.is_dir():
@@ -85,8 +105,11 @@ class TaskRequest:
             problems.append(f"--num-fewshot {self.num_fewshot}: at least 0 is allowed")
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)):
             problems.append(f"--limit {self.limit:g}: a whole number of questions, or a share below 1, is allowed")
-        if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
-            problems.append(f"--cache {self.cache}: not a directory")
+        if self.cache is not None:
+            try:
+                check_writable(self.cache / "answer.json", "--cache")
+            except ConfigError as error:
+                problems += error.problems
         return problems
 
 
@@ -125,9 +148,7 @@ def _load_task(manager: Any, name: str, request: TaskRequest) -> LoadedTask:
     try:
         loaded = manager.load([name])
     except Exception as error:  # lm-eval, datasets and the tasks' own code raise any kind
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise ConfigError([f"--tasks {name}: its questions cannot be read ({reason})"]) from error
+        raise ConfigError([f"--tasks {name}: its questions cannot be read ({cause_of(error)})"]) from error
     groups, tasks = loaded.get("groups", {}), loaded["tasks"]
     own_files = sorted(request.include_path.rglob("*")) if request.include_path else []
     key = {
@@ -142,8 +163,26 @@ def _load_task(manager: Any, name: str, request: TaskRequest) -> LoadedTask:
         ],
         "num_fewshot": request.num_fewshot,
         "limit": request.limit,
+        "chat": request.chat,
     }
     return LoadedTask(name, [groups[name]] if name in groups else list(tasks.values()), key)
+
+
+def cause_of(error: BaseException) -> str:
+    """What an error of somebody else's code says, in one line."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    if not text or isinstance(error, KeyError):  # which says its key alone
+        text = f"{name}: {text}" if text else name
+    return text if len(text) <= _CAUSE else f"{text[:_CAUSE]} …"
+
+
+def check_chat_template(request: TaskRequest, tokenizer: Any, name: str) -> None:
+    """Raises ConfigError where a chat template is to be applied that the tokenizer called ``name`` lacks."""
+    if request.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            [f"--apply-chat-template: the tokenizer of {name!r} has no chat template; leave the flag out"]
+        )
 
 
 def _data_key(task: Any) -> Any:
@@ -183,6 +222,7 @@ def run_task(lm: Any, manager: Any, task: LoadedTask) -> dict[str, Any]:
             task_manager=manager,
             num_fewshot=task.key["num_fewshot"],
             limit=task.key["limit"],
+            **task.key["chat"],
             use_cache=None,
             log_samples=False,
             **SEEDS,
@@ -301,6 +341,13 @@ class FlipproofLM(HFLM):
             logger.info("%s", inject(self._model, spec, adapter_spec(adapter) if adapter else None))
         if adapter:
             load_adapter(self._model, adapter)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """lm-eval's, but that a tokenizer without one is refused."""
+        if chat_template and not self.tokenizer.chat_template:
+            raise ConfigError(["--apply_chat_template: the tokenizer has no chat template; leave the flag out"])
+        template: str | None = super().chat_template(chat_template)
+        return template
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Refused: lm-eval's cache would answer for a faulty model what another one said."""

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
-from flipproof.files import temporary_name
+from flipproof.files import check_new, temporary_name
 from flipproof.inject import fault_state
 from flipproof.ops.parity import dtype_name
 from flipproof.runlog import logger
@@ -111,9 +111,8 @@ class FlipLog(FlipCount):
             ConfigError: where the file exists or cannot be written.
         """
         super().__init__()
+        check_new(path, "--flip-log")
         self.path, self._temporary = path, temporary_name(path)
-        if path.exists():
-            raise ConfigError([f"{path} exists already; name another file"])
         try:
             self._file: IO[str] = _open(self._temporary, "wt", compressed=path.suffix == ".gz")
         except OSError as error:
@@ -125,10 +124,12 @@ class FlipLog(FlipCount):
 
     def __exit__(self, error: object, *_: object) -> None:
         self._file.close()
-        if error is None:
-            self._temporary.replace(self.path)
-        else:
+        if error is not None:
             self._temporary.unlink()
+        elif self.path.exists():
+            raise ConfigError([f"{self.path} has been written by somebody else since; the log is {self._temporary}"])
+        else:
+            self._temporary.replace(self.path)
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -158,8 +159,8 @@ class FlipLog(FlipCount):
 class Replay:
     """Does what a log says in the place of a draw."""
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
-        """``dtype``: the model's, which must be the log's.
+    def __init__(self, path: Path, dtype: str | None = None) -> None:
+        """``dtype``: of the model's flips by name, which must be the log's.
 
         Raises:
             ConfigError: where the file is not a whole log, naming the line, or is of another dtype.
@@ -178,8 +179,8 @@ class Replay:
                     self._note(self._entry(line, number), number)
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise ConfigError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from error
-        if dtype is not None and run.get("dtype", dtype_name(dtype)) != dtype_name(dtype):
-            raise ConfigError([f"{path}: is of a model in {run['dtype']}, and this one is in {dtype_name(dtype)}"])
+        if dtype is not None and run.get("dtype", dtype) != dtype:
+            raise ConfigError([f"{path}: is of flips in {run['dtype']}, and bits flip in {dtype} here"])
 
     def _header(self, line: str) -> dict[str, Any]:
         try:
@@ -283,8 +284,3 @@ def _bits(x: Tensor) -> Tensor:
 def _numbers(bits: Tensor, dtype: torch.dtype) -> list[float | None]:
     values = bits.to(_INTEGERS[dtype]).view(dtype).tolist()
     return [value if math.isfinite(value) else None for value in values]
-
-
-def about(model: nn.Module, **run: Any) -> dict[str, Any]:
-    """What the first line of a log says: the given, and the dtype of the model."""
-    return {"dtype": dtype_name(next(model.parameters()).dtype), **run}

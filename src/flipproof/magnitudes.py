@@ -31,17 +31,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flipproof import parallel
-from flipproof.build import build_model, check_length
+from flipproof.build import build_model, check_length, flipped_dtype
 from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
-from flipproof.errors import ConfigError
-from flipproof.files import write_json
+from flipproof.files import check_new, write_new_json
 from flipproof.inject import faults, iter_faulty
 from flipproof.layers import FaultyLinear
 from flipproof.limits import check_ids
 from flipproof.loss import next_token_loss
 from flipproof.model import compute_context, load_tokenizer
-from flipproof.ops.parity import dtype_name, guard_bits, magnitude_bits
+from flipproof.ops.parity import guard_bits, magnitude_bits
 from flipproof.parallel import World, cast_to
 from flipproof.runlog import logger
 from flipproof.shards import local
@@ -323,7 +322,7 @@ def _replica(world: World) -> tuple[int, int]:
 # -- the verb ----------------------------------------------------------------------------------------------------------
 
 
-def profile(config: RunConfig, to: Path | None = None) -> Profile:
+def profile(config: RunConfig, to: Path | None = None, tell: Callable[[str], None] | None = None) -> Profile:
     """Measure the magnitudes of a clean model on held-out text, and warn of thresholds that clip them.
 
     The layers are those that faults would reach: every ``nn.Linear`` but the output head, less what
@@ -333,14 +332,13 @@ def profile(config: RunConfig, to: Path | None = None) -> Profile:
         config: model, text and number of samples; of ``bitflip`` the thresholds and patterns. ``lora`` counts for
             nothing.
         to: directory to write ``profile.json`` into; it must not hold one.
+        tell: called by the first process with table and proposals, before anything is written to ``to``.
 
     Raises:
         ConfigError: where model, text, patterns or directory are at fault, before anything is measured.
     """
-    if to is not None and (to / PROFILE).exists():
-        raise ConfigError([f"{to / PROFILE} exists already; name another directory"])
-    if to is not None and to.exists() and not to.is_dir():
-        raise ConfigError([f"{to} is not a directory; name one to write {PROFILE} into"])
+    if to is not None:
+        check_new(to / PROFILE, "--to")
     # A compiled block may leave out hooks of its layers; nothing is kept for a backward pass.
     training = replace(config.training, compile=False, activation_checkpointing="none")
     config = replace(config, training=training)
@@ -363,7 +361,7 @@ def profile(config: RunConfig, to: Path | None = None) -> Profile:
             )
         result = Profile(
             model=str(config.model.hf_model_path or config.model.flavor),
-            dtype=dtype_name(dtype or next(model.parameters()).dtype),
+            dtype=flipped_dtype(training, model),
             text=text.source,
             tokens=tokens,
             all=total,
@@ -372,9 +370,10 @@ def profile(config: RunConfig, to: Path | None = None) -> Profile:
         if world.first:
             for line in warnings_of(result):
                 logger.warning("%s", line)
+            if tell:
+                tell(f"{profile_table(result)}\n\n{proposed_toml(result)}")
             if to is not None:
-                to.mkdir(parents=True, exist_ok=True)
-                write_json(to / PROFILE, asdict(result))
+                write_new_json(to / PROFILE, asdict(result), "--to")
     return result
 
 

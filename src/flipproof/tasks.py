@@ -11,12 +11,11 @@ versions. A file holds what the whole run gave, never single responses: to answe
 the others to other ticks and batches, that is, to other flips.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,36 +25,30 @@ import torch
 from torch import nn
 
 from flipproof import parallel
+from flipproof.arms import FLIPPED_ARMS, GUARD_ARMS, TRAINED_ARMS, Arm, arms_table
 from flipproof.build import check_length
 from flipproof.config import DataConfig, RunConfig
 from flipproof.data import load_held_out
-from flipproof.evaluate import (
-    FLIPPED_ARMS,
-    TRAINED_ARMS,
-    Arm,
-    arm_faults,
-    check_free,
-    fault_seeds,
-    measure_config_arms,
-    open_model,
-    t_interval,
-    write_results,
-)
-from flipproof.files import write_atomically
+from flipproof.errors import ConfigError
+from flipproof.evaluate import arm_faults, fault_seeds, measure_config_arms, open_model, results
+from flipproof.files import check_new, check_writable, write_atomically, write_json
 from flipproof.harness import (
     SEEDS,
     LoadedTask,
     TaskRequest,
     as_sha256,
+    cause_of,
+    check_chat_template,
     harness_model,
     load_tasks,
     one_process,
     run_task,
 )
 from flipproof.inject import iter_faulty
+from flipproof.intervals import MIN_TRIALS, narrow_enough, t_interval
 from flipproof.limits import check_ids
 from flipproof.model import load_tokenizer
-from flipproof.runlog import logger
+from flipproof.runlog import RESULTS, logger
 from flipproof.spec import BitFlipSpec
 
 
@@ -102,20 +95,30 @@ class TaskResult:
 
 
 def evaluate_tasks(
-    config: RunConfig, request: TaskRequest, adapter: Path | None = None, to: Path | None = None
+    config: RunConfig,
+    request: TaskRequest,
+    adapter: Path | None = None,
+    to: Path | None = None,
+    *,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Arm], dict[str, TaskResult]]:
     """Measure a model's arms in tasks, and on held-out text where the config's [data] names one.
 
-    Arguments and errors are those of ``evaluate.evaluate``; and a ConfigError for tasks that cannot be asked, or for
-    several processes.
+    ``results.json`` is written anew after each task, and says under "unfinished" which are still to come, so one that
+    fails, or a process that is killed, loses nothing of those before it. A later start of the same faults and tasks
+    takes such a file's place as soon as it has measured as much.
+
+    Arguments and errors are those of ``evaluate.evaluate``; and a ConfigError for tasks that cannot be asked, for
+    several processes, and for a task that fails.
     """
-    check_free(to)
+    before = _unfinished(to, config, request) if to else set()
     one_process("--tasks")
     manager, tasks = load_tasks(request, {"pretrained": config.model.hf_model_path})
     if config.training.compile is None:  # prompts have any length
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, compile=False))
+        config = replace(config, training=replace(config.training, compile=False))
     with parallel.start(config.parallelism) as world:
         tokenizer = load_tokenizer(config.model)
+        check_chat_template(request, tokenizer, str(config.model.tokenizer or config.model.hf_model_path or "bytes"))
         text = None
         if config.data != DataConfig():
             check_length(config, tokenizer)
@@ -124,11 +127,52 @@ def evaluate_tasks(
         if text:
             check_ids(model, tokenizer, text.sequences)
         arms = measure_config_arms(config, names, model, text, world) if text else {}
-        results = measure_tasks(config, names, model, tokenizer, manager, tasks, request.cache)
-        if to is not None:
-            to.mkdir(parents=True, exist_ok=True)
-            write_results(to, config, arms, model, text, {name: asdict(result) for name, result in results.items()})
-    return arms, results
+        if arms and tell:
+            tell(arms_table(arms) + "\n")
+        found: dict[str, TaskResult] = {}
+        left = [task.name for task in tasks]
+
+        def keep() -> None:
+            written = {name: asdict(result) for name, result in found.items()}
+            if to is not None and (before <= written.keys() or not left):
+                to.mkdir(parents=True, exist_ok=True)
+                more = {"asked": list(request.names), "unfinished": left} if left else {}
+                write_json(to / RESULTS, results(config, arms, model, text, written) | more)
+
+        def done(task: LoadedTask, measured: dict[str, TaskResult]) -> None:
+            found.update(measured)
+            left.remove(task.name)
+            keep()
+
+        if arms:
+            keep()
+        try:
+            measure_tasks(config, names, model, tokenizer, manager, tasks, request.cache, done)
+        finally:
+            if tell and found:
+                tell(tasks_table(found))
+    return arms, found
+
+
+def _unfinished(to: Path, config: RunConfig, request: TaskRequest) -> set[str]:
+    """The tasks of an unfinished ``results.json``, which this start may go on from. Raises ConfigError where there is
+    another one, or none could be."""
+    path = to / RESULTS
+    try:
+        there = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        there = {}
+    if not (isinstance(there, dict) and there.get("unfinished")):
+        check_new(path, "--to")
+        return set()
+    check_writable(path, "--to")
+    if there.get("bitflip") != json.loads(json.dumps(asdict(config.bitflip))):
+        raise ConfigError([f"{path} has unfinished results of other faults; name another with --to"])
+    if missing := [name for name in there.get("asked", ()) if name not in request.names]:
+        raise ConfigError(
+            [f"{path} has unfinished results of {missing[0]}, too; ask for it, or name another with --to"]
+        )
+    return set(there.get("tasks", ()))
 
 
 def measure_tasks(
@@ -139,19 +183,43 @@ def measure_tasks(
     manager: Any,
     tasks: Sequence[LoadedTask],
     cache: Path | None = None,
+    done: Callable[[LoadedTask, dict[str, TaskResult]], None] | None = None,
 ) -> dict[str, TaskResult]:
-    """The tasks, and the parts of groups, in the named arms; with ``eval.trials`` fault seeds where bits flip."""
+    """The tasks, and the parts of groups, in the named arms; ``done`` is called after each with what it gave.
+
+    Where bits flip with ``eval.trials`` fault seeds; with ``eval.until_ci`` with the first that are enough for each
+    metric of the task or group to be known to ± that share of its mean (``narrow_enough``).
+    """
     lm = harness_model(model, tokenizer, config)
     key = _run_key(config, model, tokenizer) if cache else {}
     runs = _Runs(model, lm, manager, cache, key, config.bitflip)
-    seeds = fault_seeds(config.bitflip.base_seed, config.eval.trials)
-    results: dict[str, TaskResult] = {}
+    until_ci, trials = config.eval.until_ci, config.eval.trials
+    seeds = fault_seeds(config.bitflip.base_seed, trials if until_ci is None else config.eval.max_trials)
+    found: dict[str, TaskResult] = {}
     for task in tasks:
-        answers = {
-            name: [runs.run(task, name, s) for s in (seeds if name in FLIPPED_ARMS else [None])] for name in names
-        }
-        results |= _results(answers)
-    return results
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for name in names:
+            answers[name] = []
+            for seed in seeds if name in FLIPPED_ARMS else [None]:
+                answers[name].append(runs.run(task, name, seed))
+                if until_ci is not None and _known(answers[name], until_ci, max(MIN_TRIALS, trials)):
+                    break
+            if until_ci is not None and name in FLIPPED_ARMS and not _known(answers[name], until_ci, MIN_TRIALS):
+                logger.warning("%s, %s: after eval.max_trials = %d seeds not within ±%g of each metric",
+                               task.name, name, len(answers[name]), until_ci)  # fmt: skip
+        measured = _results(answers)
+        found |= measured
+        if done:
+            done(task, measured)
+    return found
+
+
+def _known(trials: Sequence[Mapping[str, Any]], until_ci: float, at_least: int) -> bool:
+    """Whether all metrics that a task shows are known well enough."""
+    if len(trials) < at_least:
+        return False
+    shown = [result for result in _results({"flipped": trials}).values() if result.shown]
+    return all(narrow_enough(m.trials, until_ci, at_least) for result in shown for m in result.arms["flipped"].values())
 
 
 @dataclass(frozen=True)
@@ -173,11 +241,13 @@ class _Runs:
             path = self.cache / f"{as_sha256(key)[:32]}.json"
             if path.exists():
                 logger.info("%s: answered before (%s)", what, path)
-                kept: dict[str, Any] = json.loads(path.read_text())["answer"]
-                return kept
+                return _kept(path)
         logger.info("%s", what)
-        with arm_faults(self.model, arm, seed):
-            answer = run_task(self.lm, self.manager, task)
+        try:
+            with arm_faults(self.model, arm, seed):
+                answer = run_task(self.lm, self.manager, task)
+        except Exception as error:  # the task's own code, its data, the device: any kind
+            raise ConfigError([f"--tasks {what}: {cause_of(error)}"]) from error
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             # unlike results.json this file is read back: infinity must stay infinity
@@ -187,7 +257,7 @@ class _Runs:
     def _key(self, task: LoadedTask, arm: str, seed: int | None) -> dict[str, Any]:
         """All that the answer depends on, as JSON. The clean arms know nothing of faults, nor untrained ones of
         adapters: their answers serve other faults and adapters too."""
-        trained, faulty = arm in TRAINED_ARMS, arm in FLIPPED_ARMS or arm == "guard"
+        trained, faulty = arm in TRAINED_ARMS, arm in (*FLIPPED_ARMS, *GUARD_ARMS)
         return {
             **{name: value for name, value in self.key.items() if name != "adapter" or trained},
             "task": task.key,
@@ -195,6 +265,15 @@ class _Runs:
             # the seed of the draws is not base_seed but the trial's
             "bitflip": asdict(self.bitflip) | {"base_seed": seed} if faulty else None,
         }
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The answer that a file of the cache holds. Raises ConfigError where it holds none."""
+    try:
+        answer: dict[str, Any] = json.loads(path.read_text("utf-8"))["answer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"--cache: {path} is no answer that was kept ({cause_of(error)}); delete it"]) from error
+    return answer
 
 
 def _results(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, TaskResult]:
@@ -292,5 +371,10 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
     # each call of a tokenizer sets these two anew: here they only tell what its last call was
     del state["truncation"], state["padding"]
     return as_sha256(
-        [state, type(tokenizer).__qualname__, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+        [
+            state,
+            type(tokenizer).__qualname__,
+            {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+            tokenizer.chat_template,
+        ]
     )

@@ -19,19 +19,13 @@ from torch import Tensor, nn
 
 from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
+from flipproof.arms import TRAINED_ARMS, Arm, arms_table
 from flipproof.build import build_model, check_length, with_trainable_weights
 from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, step_of
 from flipproof.config import RunConfig, TrainingConfig
 from flipproof.data import load_text, training_indices
 from flipproof.errors import ConfigError
-from flipproof.evaluate import (
-    BASE_ARMS,
-    TRAINED_ARMS,
-    Arm,
-    arms_table,
-    measure_config_arms,
-    write_results,
-)
+from flipproof.evaluate import arms_of, measure_config_arms, write_results
 from flipproof.files import write_atomically
 from flipproof.inject import is_faulty, set_tick
 from flipproof.limits import check_ids
@@ -203,15 +197,21 @@ class _Run:
         log = StepLog(run_dir, config, self.model, self.world, self.first_step)
 
         # What the model was before training; a model from scratch was nothing.
-        base_arms = BASE_ARMS if config.faulty and config.model.init == "pretrained" else ()
+        names, scratch = arms_of(self.model, config.bitflip, trained=True), config.model.init == "random"
+        base_arms = () if scratch else tuple(name for name in names if name not in TRAINED_ARMS)
+        trained_arms = tuple(name for name in names if name in TRAINED_ARMS)
+        if scratch and not config.faulty:
+            trained_arms = ("clean",)  # made without faults, it is what others are measured against
         arms = _saved_arms(run_dir) if self.first_step else self._measure(base_arms)
         self._write_results(arms)
+        if base_arms and not self.first_step:
+            logger.info("before training:\n%s", arms_table(arms))
         self._train(log)
         if config.lora.r:
             save_adapter(self.model, run_dir / "adapter", config.model.hf_model_path, writes=first)
         else:
             save_model(self.model, run_dir / "model", self.tokenizer, self.world)
-        arms |= self._measure(TRAINED_ARMS if config.faulty else ("clean",))
+        arms |= self._measure(trained_arms)
         self._write_results(arms)
         logger.info("%s", arms_table(arms))
         return run_dir
@@ -335,4 +335,4 @@ def _saved_arms(run_dir: Path) -> dict[str, Arm]:
         logger.warning("%s is gone, and with it what was measured before training", run_dir / runlog.RESULTS)
         return {}
     arms = json.loads((run_dir / runlog.RESULTS).read_text())["arms"]
-    return {name: Arm.from_dict(arm) for name, arm in arms.items() if name in BASE_ARMS}
+    return {name: Arm.from_dict(arm) for name, arm in arms.items() if name not in TRAINED_ARMS}

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from flipproof.evaluate import Arm
+from flipproof.arms import Arm
 from flipproof.report.curves import (
     Point,
     Setting,

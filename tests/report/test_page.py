@@ -3,6 +3,8 @@ import html.parser
 import itertools
 import json
 import math
+import urllib.parse
+import urllib.request
 
 import PIL.Image
 import plotly.graph_objects as go
@@ -10,8 +12,9 @@ import pytest
 
 from flipproof.cli import main
 from flipproof.errors import ConfigError
-from flipproof.evaluate import t_interval
+from flipproof.intervals import t_interval
 from flipproof.report import charts
+from flipproof.report import page as page_module
 from flipproof.report.curves import Setting
 from flipproof.report.page import report
 from flipproof.report.sections import sections_of
@@ -340,3 +343,129 @@ def test_a_perplexity_axis_has_numbers(low, high):
         assert len(set(axis["ticktext"])) == len(axis["ticktext"])
     else:
         assert axis["range"][1] - axis["range"][0] >= 1  # at least a power of ten lies inside
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Where their names are the subject: rendering takes most of a report's time."""
+    monkeypatch.setattr(page_module.figures, "png", lambda _: b"a picture")
+
+
+def links(page):
+    """The files that a page leads to, as a browser resolves its links."""
+    parsed = Page(page.read_text())
+    hrefs = [href for href in parsed.hrefs if not href.startswith(("#", "data:"))]
+    hrefs += [png for chart in parsed.charts for view in json.loads(chart)["views"] if (png := view.get("png"))]
+    base = page.resolve().as_uri()
+    return {urllib.request.url2pathname(urllib.parse.urlparse(urllib.parse.urljoin(base, href)).path) for href in hrefs}
+
+
+@pytest.mark.parametrize("name", ["a b", "50% of #1?", "größe [1]", "c:d", "it's & <more>"])
+def test_links_lead_to_files_of_any_name(no_pictures, tmp_path, name):
+    write_run(tmp_path / name)
+    page = report(tmp_path / name, tmp_path / name / f"{name}.html")
+    written = {str(path) for path in (tmp_path / name / name).iterdir() if path.suffix in (".png", ".csv")}
+    assert len(written) > 2
+    assert links(page) == written
+
+
+def test_runs_of_one_name_stay_two(no_pictures, tmp_path):
+    """Of directories that differ in their parents, in their case or in what a file's name cannot tell."""
+    for i, name in enumerate(("a/run", "b/run", "a-run", "a b", "a-b", "A-b", tmp_path.name)):
+        write_run(tmp_path / name)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        results["arms"]["clean"]["trial_losses"] = [1.0 + i]
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        write_profile(tmp_path / name)
+    write_run(tmp_path)
+    write_sweep(tmp_path / "1" / "perplexity")
+    write_sweep(tmp_path / "1")
+    (tmp_path / "a b" / "samples.txt").write_text("[clean]\nof samples\n")
+    page = report(tmp_path)
+    parsed = Page(page.read_text())
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    rows = [row for row in table(tmp_path / "report" / "arms.csv") if row["arm"] == "clean"]
+    assert sorted(float(row["loss"]) for row in rows) == [1.0, 2.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert len({row["run"] for row in rows}) == 8
+    magnitudes = [path for path in (tmp_path / "report").iterdir() if path.name.startswith("magnitudes-")]
+    assert len({path.name.casefold() for path in magnitudes if "histogram" not in path.name}) == 2 * 7  # PNG and CSV
+    assert len([one for one in parsed.ids if one.startswith("texts-")]) == 9
+    assert {str(path) for path in (tmp_path / "report").iterdir() if path.name != ".written"} == links(page)
+
+
+@pytest.mark.parametrize("voltage", [True, False])
+def test_a_sweep_of_a_broken_model_is_shown_without_costs_and_empties_no_chart(tmp_path, voltage):
+    write_sweep(tmp_path / "fine")
+    write_sweep(tmp_path / "broken")
+    sweep = json.loads((tmp_path / "broken" / "sweep.json").read_text())
+    sweep |= {"clean": {"loss": None, "perplexity": None}, "guard": {"loss": None, "perplexity": None}}
+    (tmp_path / "broken" / "sweep.json").write_text(json.dumps(sweep if voltage else sweep | {"voltages": None}))
+    page = Page(report(tmp_path).read_text())
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    for chart in page.charts:  # as a browser reads them
+        for view in json.loads(chart, parse_constant=refuse)["views"]:
+            assert view["data"]
+    assert ("voltage-broken" in page.ids) == voltage
+    assert {"perplexity-broken", "perplexity-fine", "heat-map-fine"} <= set(page.ids)
+    assert "heat-map-broken" not in page.ids
+    assert {row["cost"] for row in table(tmp_path / "report" / "perplexity-broken.csv")} == {""}
+    assert {row["cliff"] for row in table(tmp_path / "report" / "perplexity-broken-cliffs.csv")} == {"not measured"}
+
+
+def test_nulls_of_all_kinds_are_read(tmp_path):
+    """What is no number is null in every file."""
+    arms = {"clean": {"trial_losses": [None], "sequence_losses": [None, 1.0], "tokens": 10}}
+    metric = {"mean": None, "interval": None, "seed_sd": None, "stderr": None, "trials": [None]}
+    result = {"shown": True, "questions": None, "num_fewshot": 0, "version": 1, "arms": {"clean": {"ppl,none": metric}}}
+    results = {"arms": arms, "tasks": {"mini": result}, "unfinished": ["other"]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    write_profile(tmp_path)
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    empty = {"count": 0, "zeros": 0, "nan": 5, "infinite": 0, "quantiles": dict.fromkeys(["p50", "p99"]),
+             "maximum": None, "proposed_t": None, "zero_out_t": None, "clipped": None, "histogram": []}  # fmt: skip
+    profile["all"] = {"weights": empty, "inputs": empty}
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    text = report(tmp_path).read_text()
+    assert "∞" in text
+    assert "results.json: other was not measured." in text
+
+
+def test_a_users_own_files_with_names_like_ours_stay(no_pictures, tmp_path):
+    write_run(tmp_path)
+    for name in (".report.old", ".report.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    report(tmp_path)
+    assert all((tmp_path / name / "mine").read_text() == "mine" for name in (".report.old", ".report.new"))
+    names = {path.name for path in tmp_path.iterdir() if path.name[0] == "."}
+    assert names == {".report.old", ".report.new"}
+
+
+def test_two_writers_of_one_report_leave_a_whole_one(no_pictures, tmp_path, monkeypatch):
+    """The second one gets in between the first one's two renames."""
+    write_run(tmp_path)
+    report(tmp_path)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    real, calls = page_module.os.replace, []
+
+    def replaced(source, target):
+        calls.append(target)
+        real(source, target)
+        if len(calls) == 2:  # the old one is aside, and the name is free
+            report(tmp_path)
+
+    monkeypatch.setattr(page_module.os, "replace", replaced)
+    report(tmp_path)
+    assert len(calls) > 4
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == written
+    assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(tmp_path), "--to", str(tmp_path / "file" / "page.html")]) == 2
+    assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err

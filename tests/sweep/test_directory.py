@@ -8,6 +8,7 @@ import pytest
 
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.files import temporary_name
 from flipproof.sweep.directory import SweepDirectory
 from flipproof.sweep.plan import Cell, Plan, Rate
 
@@ -182,3 +183,33 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
         SweepDirectory(tmp_path).check(config())
     SweepDirectory(tmp_path / "new").check(config())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_start_that_was_killed_while_it_wrote_blocks_nothing(tmp_path):
+    """What is there then are locks, and a part of the table under a temporary name."""
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "sweep.lock").touch()
+    temporary_name(tmp_path / "sweep.toml").write_text("[mod")
+    SweepDirectory(tmp_path).begin(config()).release()
+    SweepDirectory(tmp_path).check(config())
+    (tmp_path / ".sweep.toml.mine").write_text("mine")
+    (tmp_path / "sweep.toml").unlink()
+    with pytest.raises(ConfigError, match=r"holds something that is no sweep \(\.sweep\.toml\.mine\)"):
+        SweepDirectory(tmp_path).check(config())
+
+
+def test_what_is_known_of_the_header_is_compared_before_the_model_is(directory):
+    directory.write_header({"sequences_per_pass": 4, "voltages": None, "dtype": "float32"})
+    directory.check(config(), {"sequences_per_pass": 4, "voltages": None})
+    with pytest.raises(ConfigError, match="of sequences_per_pass = 4; here it is 8"):
+        directory.check(config(), {"sequences_per_pass": 8})
+    (directory.path / "sweep.json").write_text('{"sequences')
+    with pytest.raises(ConfigError, match=r"sweep\.json: not as a sweep writes it .*; delete it"):
+        directory.check(config(), {})
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ConfigError, match="file is not a directory"):
+            SweepDirectory(path).check(config())

@@ -15,6 +15,7 @@ from flipproof.errors import ConfigError
 from flipproof.evaluate import evaluate
 from flipproof.model import byte_tokenizer
 from flipproof.sweep.directory import SweepDirectory
+from flipproof.sweep.grid import resolved
 from flipproof.sweep.run import sweep
 
 GRID = {"p": "1e-4:1e-2:3", "sites": "w,wx", "layers": "all,block", "seeds": "2", "protection": "none,guard"}
@@ -252,3 +253,45 @@ def test_the_command_line(model_dir, tmp_path, capsys, monkeypatch):
         assert not out
     assert sorted(os.listdir()) == ["bad.toml", "model", "other", "out", "run.toml"]
     assert os.listdir("other") == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--layers", "q_prj"], "sweep.layers = 'q_prj': no faulty layer has that in its name; did you mean q_proj?"),
+        (["--bits", "31", "--training.dtype", "bfloat16"], "bit '31': bfloat16 has bits 0 to 15"),
+        (["--bits", "31", "--training.mixed_precision_param", "float16"], "bit '31': float16 has bits 0 to 15"),
+        (["--until-ci", "0.01"], "--until-ci: unknown flag"),
+        (["--eval.until_ci", "0.01"], "eval.until_ci = 0.01: a sweep has sweep.seeds"),
+        (["--to", "there"], "there holds another sweep, of sequences_per_pass = 3; here it is 1"),
+    ],
+)
+def test_a_bad_grid_is_told_before_weights_and_text_are_read(model_dir, tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (model_dir / "model.safetensors").write_bytes(b"no weights")
+    argv = ["sweep", str(model_dir), "--data.source", "no/such/text.txt", "--p", "1e-3"]
+    if "there" in flags:
+        there = SweepDirectory(tmp_path / "there")
+        config = load_config([], {"model": {"hf_model_path": str(model_dir)}, "sweep": {"p": "1e-3"}})
+        config = replace(config, data=replace(config.data, source="no/such/text.txt"))
+        there.begin(resolved(config)).release()
+        there.write_header({"sequences_per_pass": 3, "voltages": None})
+    assert main([*argv, *([] if "there" in flags else ["--to", "new"]), *flags]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert words in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_guard_that_cuts_is_warned_of_with_the_base_first(learned_llama_dir, tmp_path, capsys):
+    argv = ["sweep", str(learned_llama_dir), "--to", str(tmp_path / "out"), "--p", "1e-3", "--sites", "w"]
+    argv += ["--data.source", "stdlib", "--data.max_tokens", "20000", "--training.seq_len", "32"]
+    argv += ["--seeds", "1", "--eval.num_samples", "2", "--bitflip.w_zero_out_t", "0.03"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    header = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    base = f"clean perplexity {header['clean']['perplexity']:.4g}, behind the guard alone "
+    base += f"{header['guard']['perplexity']:.4g}"
+    assert f"{base}; 1 of 1 points" in out
+    said = [line for line in err.splitlines() if base in line or "the guard alone, before" in line]
+    assert len(said) == 2
+    assert f"costs {header['guard']['loss'] - header['clean']['loss']:.4g} nats" in said[1]

@@ -104,9 +104,10 @@ def _curve_traces(curve: Curve, label: str, i: int, xs: Mapping[float, float], t
     return traces
 
 
-def _clean_line(clean_perplexity: float, xs: Sequence[float], **axes: Any) -> Chart:
+def _clean_line(clean_perplexity: float, xs: Sequence[float], **axes: Any) -> list[Chart]:
+    """None for a clean model that is broken itself."""
     ends = [min(xs), max(xs)] if xs else []
-    return {
+    line = {
         "type": "scatter",
         "mode": "lines",
         "name": "clean",
@@ -116,12 +117,14 @@ def _clean_line(clean_perplexity: float, xs: Sequence[float], **axes: Any) -> Ch
         "hovertemplate": "perplexity %{y:.4g}",
         **axes,
     }
+    return [line] if math.isfinite(clean_perplexity) else []
 
 
 def _finite_perplexities(curves: Sequence[Curve], clean_perplexity: float) -> list[float]:
     arms = [curve.arms[p] for curve in curves for p in curve.finite]
     ends = [high for arm in arms for high in (arm.perplexity_interval or ()) if math.isfinite(high)]
-    return [clean_perplexity, *(arm.perplexity for arm in arms), *ends]
+    values = [clean_perplexity, *(arm.perplexity for arm in arms), *ends]
+    return [value for value in values if math.isfinite(value)] or [1.0]
 
 
 def perplexity_curves(groups: Mapping[str, tuple[Sequence[Curve], Sequence[str]]], clean_perplexity: float) -> Chart:
@@ -132,7 +135,7 @@ def perplexity_curves(groups: Mapping[str, tuple[Sequence[Curve], Sequence[str]]
         y_axis = _ranges(_finite_perplexities(curves, clean_perplexity))
         bottom, top = (10**end for end in y_axis["range"])
         ps = [p for curve in curves for p in curve.arms if p > 0]
-        data = [_clean_line(clean_perplexity, ps)]
+        data = _clean_line(clean_perplexity, ps)
         for i, (curve, label) in enumerate(zip(curves, labels, strict=True)):
             data += _curve_traces(curve, label, i, {p: p for p in curve.arms}, top)
             if curve.cliff.p is not None:
@@ -267,7 +270,7 @@ def voltage_panels(
         "line": {"color": "ink", "width": 1.5},
         "hovertemplate": "%{x} V: %{y:.3g}<extra></extra>",
     }
-    data = [rate, _clean_line(clean_perplexity, [volts for volts, _ in rows], **lower)]
+    data = [rate, *_clean_line(clean_perplexity, [volts for volts, _ in rows], **lower)]
     for i, (curve, label) in enumerate(zip(curves, labels, strict=True)):
         data += _curve_traces(curve, label, i, curve.voltages, 10 ** y_axis["range"][1], **lower)
     layout = {

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flipproof.evaluate import Arm
+from flipproof.arms import Arm
 
 CLIFF_THRESHOLD = 0.10
 """Perplexity over the clean one's, as a share, that makes the cliff."""
@@ -91,7 +91,10 @@ class Curve:
 
 
 def find_cliff(clean_loss: float, losses: Mapping[float, float], threshold: float = CLIFF_THRESHOLD) -> Cliff:
-    """The cliff of mean losses (p -> nats per token) against the clean loss; p of 0 does not count."""
+    """The cliff of mean losses (p -> nats per token) against the clean loss; p of 0 does not count. A clean model that
+    is broken itself has none."""
+    if not math.isfinite(clean_loss):
+        return Cliff(None, None, None)
     limit = math.log1p(threshold)
     before: tuple[float, float] | None = None  # (p, cost)
     for p in sorted(p for p in losses if p > 0):
@@ -218,7 +221,10 @@ class CostMap:
 
 def cost_maps(curves: Sequence[Curve], clean_loss: float) -> list[CostMap]:
     """One map for each (sites, protection, p) that was measured at several layers or bits; the most telling one first:
-    most cells with a finite loss, then the largest p. Layers and bits keep the curves' order."""
+    most cells with a finite loss, then the largest p. Layers and bits keep the curves' order. None where the clean
+    model is broken itself, over which nothing has a cost."""
+    if not math.isfinite(clean_loss):
+        return []
     groups: dict[tuple[str, str, float], dict[tuple[str, str], Cost]] = {}
     for curve in curves:
         sites, layers, bits, protection = curve.setting

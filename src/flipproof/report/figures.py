@@ -117,6 +117,11 @@ def _draw_curve(axis: Any, xs: Sequence[float], curve: Curve, ps: Sequence[float
     axis.errorbar(xs, middle, yerr=off if arms else None, elinewidth=1, **style)
 
 
+def _draw_clean(axis: Any, perplexity: float) -> None:
+    if math.isfinite(perplexity):  # else the clean model is broken itself
+        axis.axhline(perplexity, color="#333333", ls="--", lw=1, label="clean")
+
+
 def perplexity_curves(curves: Sequence[Curve], labels: Sequence[str], clean_perplexity: float) -> Figure:
     """Perplexity against p on logarithmic axes, with 95% intervals, cliffs and the clean perplexity. Broken points are
     open markers at the top edge. The first ``SHOWN_CURVES`` curves are drawn."""
@@ -131,7 +136,7 @@ def perplexity_curves(curves: Sequence[Curve], labels: Sequence[str], clean_perp
                 curve.broken, [1.0] * len(curve.broken), color=colour, marker=marker, ls="none", ms=6, mfc="white",
                 transform=axis.get_xaxis_transform(), clip_on=False, zorder=5,
             )  # fmt: skip
-        axis.axhline(clean_perplexity, color="#333333", ls="--", lw=1, label="clean")
+        _draw_clean(axis, clean_perplexity)
         _label_p_axis(axis, [p for curve in curves for p in curve.arms if p > 0])
         _label_log_values(axis)
         axis.set_xlabel("flip probability p of each bit")
@@ -230,7 +235,7 @@ def voltage_panels(voltages: Sequence[tuple[float, float]], curves: Sequence[Cur
             broken = [curve.voltages[p] for p in curve.broken if p in curve.voltages]
             lower.plot(broken, [1.0] * len(broken), color=PALETTE[i], marker=MARKERS[i], ls="none", ms=6, mfc="white",
                        transform=lower.get_xaxis_transform(), clip_on=False, zorder=5)  # fmt: skip
-        lower.axhline(clean_perplexity, color="#333333", ls="--", lw=1, label="clean")
+        _draw_clean(lower, clean_perplexity)
         _label_log_values(lower)
         lower.set_xlabel("supply voltage (V)")
         lower.set_ylabel("perplexity")

@@ -9,18 +9,22 @@ A report is derived, so a new one takes the place of an old one. Nothing else is
 head that it is a report, and the directory keeps a list of the files that were written into it.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from flipproof.errors import ConfigError
-from flipproof.files import write_atomically
+from flipproof.files import check_writable, finite, temporary_name, write_atomically
 from flipproof.report import figures
-from flipproof.report.sections import Section, sections_of
+from flipproof.report.sections import Section, free_name, sections_of
 from flipproof.report.sources import Sources, read_sources
 
 PAGE = "report.html"
@@ -52,13 +56,13 @@ def report(directory: Path, to: Path | None = None) -> Path:
 
 
 def _files_of(sections: Iterable[Section], folder: str) -> dict[str, bytes]:
-    """Name -> content of every picture and table; sections and views learn where their pictures are."""
-    files = {}
+    """Name -> content of every picture and table; sections and views learn where theirs are."""
+    files: dict[str, bytes] = {}
     for section in sections:
         for i, draw in enumerate(section.drawings):
             name = f"{section.id}-{i + 1}.png" if len(section.drawings) > 1 else f"{section.id}.png"
-            files[name] = figures.png(draw())
-            section.pictures.append(f"{folder}/{name}")
+            files[name := free_name(name, files)] = figures.png(draw())
+            section.pictures.append(quote(f"{folder}/{name}"))
         if section.chart:
             views = section.chart["views"]
             for view, picture in zip(views, section.pictures, strict=False):
@@ -66,8 +70,8 @@ def _files_of(sections: Iterable[Section], folder: str) -> dict[str, bytes]:
             if len(section.drawings) == 1:
                 for view in views:
                     view["png"] = section.pictures[0]
-        for table in section.tables:
-            files[table.file] = table.to_csv()
+        section.tables = [replace(table, file=free_name(table.file, files)) for table in section.tables]
+        files |= {table.file: table.to_csv() for table in section.tables}
     return files
 
 
@@ -86,6 +90,8 @@ def _render(directory: Path, sources: Sources, sections: Sequence[Section], fold
     template = Environment(
         loader=PackageLoader("flipproof.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    # a browser reads no Infinity, and one would leave the whole page without charts
+    template.policies["json.dumps_function"] = lambda value, **how: json.dumps(finite(value), allow_nan=False, **how)
     return template.get_template("page.html.jinja").render(
         title=f"Bit flips in {name}",
         about=" · ".join(fact for fact in facts if fact),
@@ -100,7 +106,10 @@ def _render(directory: Path, sources: Sources, sections: Sequence[Section], fold
 
 
 def _check_target(page: Path, folder: Path) -> None:
-    """Raises ConfigError where the page or its directory would take the place of something that is no report."""
+    """Raises ConfigError where the page or its directory could not be written, or would take the place of something
+    that is no report."""
+    for path in (page, folder, folder / _WRITTEN):
+        check_writable(path, "--to")
     problems = []
     if page.suffix != ".html":
         problems.append(f"--to {page}: a file that ends in .html is allowed")
@@ -119,15 +128,28 @@ def _check_target(page: Path, folder: Path) -> None:
 def _write(page: Path, folder: Path, html: str, files: Mapping[str, bytes]) -> None:
     """Everything into a hidden directory first, which then takes the place of the old one; the page comes last."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (page.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
-    for leftover in (new, old):  # of a report that was interrupted
-        shutil.rmtree(leftover, ignore_errors=True)
+    new = temporary_name(folder)
     new.mkdir()
-    for name, content in files.items():
-        (new / name).write_bytes(content)
-    (new / _WRITTEN).write_text("".join(f"{name}\n" for name in files), "utf-8")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+        (new / _WRITTEN).write_text("".join(f"{name}\n" for name in files), "utf-8")
+        _replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     write_atomically(page, html)
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Give ``new`` the name ``folder``, whatever has it, or is given it by another process at the same time."""
+    while True:
+        try:
+            os.replace(new, folder)
+            return
+        except OSError:
+            if not os.path.lexists(folder):
+                raise
+        old = temporary_name(folder)
+        with suppress(FileNotFoundError):  # another process was faster
+            os.replace(folder, old)
+            shutil.rmtree(old, ignore_errors=True)

@@ -7,14 +7,14 @@ and a caption that says what is measured. What was not measured has no section.
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from flipproof.evaluate import ARM_ROWS, Arm
+from flipproof.arms import ARM_ROWS, Arm
 from flipproof.report import charts, figures
 from flipproof.report.curves import (
     CLIFF_THRESHOLD,
@@ -33,6 +33,7 @@ from flipproof.report.sources import Sources, Sweep
 
 _MOST_CURVES = 14
 """On one chart; twice the palette."""
+_LONGEST_SLUG = 50
 _MOST_PICTURES = 6
 """Of one section that has many views."""
 
@@ -97,7 +98,7 @@ class Section:
     """The picture of each view of the chart, or of the first few."""
     texts: Mapping[str, str] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
-    """Where the drawings lie, relative to the page; filled in when they are made."""
+    """Where the drawings lie, as URLs relative to the page; filled in when they are made."""
 
 
 def sections_of(sources: Sources) -> list[Section]:
@@ -111,25 +112,35 @@ def sections_of(sources: Sources) -> list[Section]:
         for name, sweep in sources.sweeps.items():
             curves = curves_of(sweep.points, sweep.clean_loss, sweep.axes)
             if section := make(sweep, curves):
-                sections.append(_named(section, name, len(sources.sweeps)))
+                sections.append(_named(section, name, len(sources.sweeps), sections))
     for name, profile in sources.profiles.items():
-        sections.append(_named(_magnitudes(profile), name, len(sources.profiles)))
+        sections.append(_named(_magnitudes(profile), name, len(sources.profiles), sections))
     if sources.training:
         sections.append(_training(sources.training))
     for name, texts in sources.texts.items():
-        sections.append(_named(_texts(texts), name, len(sources.texts)))
+        sections.append(_named(_texts(texts), name, len(sources.texts), sections))
     return sections
 
 
-def _named(section: Section, name: str, of: int) -> Section:
-    """Sections of one kind are told apart by the directory they are from."""
+def _named(section: Section, name: str, of: int, before: Sequence[Section]) -> Section:
+    """Sections of one kind are told apart by the directory they are from, which their ids are made of."""
     if of > 1:
-        slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+        # a file's name has so many bytes; and "a b" is another directory than "a-b"
+        slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower())[-_LONGEST_SLUG:]
+        slug = free_name(f"{section.id}-{slug}", {one.id for one in before}).removeprefix(f"{section.id}-")
         section.tables = [
             replace(one, file=one.file.replace(section.id, f"{section.id}-{slug}", 1)) for one in section.tables
         ]
         section.id, section.title = f"{section.id}-{slug}", f"{section.title} ({name})"
     return section
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """``name``, with a number before its ending where it is taken, in whichever case."""
+    stem, dot, ending = name.partition(".")
+    folded = {other.casefold() for other in taken}
+    numbered = (name, *(f"{stem}_{n}{dot}{ending}" for n in range(2, len(folded) + 3)))
+    return next(one for one in numbered if one.casefold() not in folded)
 
 
 def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
@@ -198,7 +209,7 @@ def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
             *_perplexity_cells(arm),
             arm.loss,
             *(arm.loss_interval or (None, None)),
-            arm.loss - sweep.clean_loss,
+            arm.loss - sweep.clean_loss if math.isfinite(sweep.clean_loss) else None,
             arm.trials,
             arm.tokens,
         ]

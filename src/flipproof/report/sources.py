@@ -1,7 +1,9 @@
 """What a report is made from: the files that runs, sweeps, profiles and generated texts leave in directories.
 
-A directory is searched itself and one level deep, so that ``runs/demo`` with ``base/`` and ``sweep/`` in it is one
-report. Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. Those that grow line by line
+A directory is searched itself and two levels deep, so that ``runs/demo`` with ``base/`` and ``sweep/`` in it is one
+report, and so is a study of several models. What is found is called after its path below the directory.
+
+Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. Those that grow line by line
 (``points.jsonl``, ``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
 """
 
@@ -15,8 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flipproof.arms import Arm
 from flipproof.errors import ConfigError
-from flipproof.evaluate import Arm
 from flipproof.report.curves import Point, Setting
 from flipproof.runlog import CONFIG, METRICS, RESULTS
 
@@ -28,6 +30,7 @@ SWEEP, POINTS, PROFILE, GENERATED, SAMPLES = (
     "samples.txt",
 )
 _KNOWN = (RESULTS, METRICS, SWEEP, POINTS, PROFILE, GENERATED, SAMPLES)
+_LEVELS = 2
 _ARMS = ("clean", "flipped", "recovered")
 T = TypeVar("T")
 
@@ -90,9 +93,8 @@ def read_sources(directory: Path) -> Sources:
     """
     if not directory.is_dir():
         raise ConfigError([f"{directory} is not a directory; a report is made of one with {', '.join(_KNOWN)}"])
-    places = [directory, *sorted(path for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")]
     sources, problems = Sources(), []
-    for place in places:
+    for place in _places(directory, sources.notes):
         held = {name: place / name for name in _KNOWN if (place / name).is_file()}
         for name, read in _READERS.items():
             if name in held:
@@ -107,6 +109,20 @@ def read_sources(directory: Path) -> Sources:
     if not (sources.about or sources.training or sources.texts):
         raise ConfigError([f"{directory} and the directories in it hold none of {', '.join(_KNOWN)}"])
     return sources
+
+
+def _places(directory: Path, notes: list[str], levels: int = _LEVELS) -> Iterator[Path]:
+    """The directory and those in it, each before what it holds; what cannot be read is a note."""
+    yield directory
+    if levels == 0:
+        return
+    try:
+        inside = sorted(path for path in directory.iterdir() if path.name[0] != "." and path.is_dir())
+    except OSError as error:
+        notes.append(f"{directory}: {error.strerror}; what it holds is left out.")
+        return
+    for path in inside:
+        yield from _places(path, notes, levels - 1)
 
 
 @contextmanager
@@ -156,8 +172,11 @@ def _lines(sources: Sources, name: str, path: Path, parse: Callable[[dict[str, A
 
 
 def _name(directory: Path, path: Path) -> str:
-    """The name of a file's directory: what sections are called after."""
-    return (directory.resolve() if path.parent == directory else path.parent).name
+    """The name of a file's directory, which no other one has: what sections are called after."""
+    if path.parent != directory:
+        return path.parent.relative_to(directory).as_posix()
+    name = directory.resolve().name or "/"
+    return f"{name} (itself)" if (directory / name).is_dir() else name
 
 
 def _about(directory: Path, path: Path, values: Mapping[str, Any], model: str | None = None) -> Measured:
@@ -186,6 +205,8 @@ def _read_results(sources: Sources, directory: Path, path: Path) -> None:
             model = table.get("hf_model_path") or table.get("flavor")
         tokens = max((arm.tokens for arm in arms.values()), default=None)
         sources.about.append(_about(directory, path, {"tokens": tokens} | values, model))
+    if left := values.get("unfinished"):
+        sources.notes.append(f"{path.relative_to(directory).as_posix()}: {', '.join(map(str, left))} was not measured.")
     if arms:
         sources.arms[_name(directory, path)] = arms
     if tasks := values.get("tasks"):
@@ -206,8 +227,8 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
             axes=axes,
             overhead={key: float(share) for key, share in (values.get("overhead") or {}).items()},
             voltages=tuple((float(volts), float(ber)) for volts, ber in values.get("voltages") or ()),
-            clean_loss=float(clean["loss"]),
-            clean_perplexity=float(clean["perplexity"]),
+            clean_loss=_number(clean["loss"]),
+            clean_perplexity=_number(clean["perplexity"]),
             guard_loss=_number(guard["loss"]) if (guard := values.get("guard")) else None,
             planned=int(values["planned"]),
             points=tuple(points.values()),
@@ -272,7 +293,9 @@ def _read_samples(sources: Sources, directory: Path, path: Path) -> None:
         elif texts:
             texts[next(reversed(texts))].append(line)
     if texts:
-        sources.texts.setdefault(_name(directory, path), {arm: "\n".join(rows).strip() for arm, rows in texts.items()})
+        name = _name(directory, path)
+        name = f"{name} ({SAMPLES})" if name in sources.texts else name  # beside generate.json
+        sources.texts[name] = {arm: "\n".join(rows).strip() for arm, rows in texts.items()}
 
 
 _READERS: dict[str, Callable[[Sources, Path, Path], None]] = {

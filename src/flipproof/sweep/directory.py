@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from flipproof.config import RunConfig, load_config
 from flipproof.errors import ConfigError
-from flipproof.files import finite, write_atomically, write_json
+from flipproof.files import check_writable, finite, is_temporary, write_atomically, write_json
 from flipproof.runlog import logger
 from flipproof.spec import OPERANDS
 from flipproof.sweep.plan import Point
@@ -72,17 +72,23 @@ class SweepDirectory:
         """Points by id, as far as they are read."""
         self._read, self._lines = 0, 0  # bytes and lines of points.jsonl
 
-    def check(self, config: RunConfig) -> None:
-        """Raises ConfigError where the directory holds anything but this sweep."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError([f"--to {self.path}: not a directory"])
+    def check(self, config: RunConfig, known: dict[str, Any] | None = None) -> None:
+        """Raises ConfigError where the directory holds anything but this sweep, or could not be written.
+
+        Args:
+            known: keys of the header that are known before the model is.
+        """
+        for name in (CONFIG, POINTS, HEADER, f"{CLAIMS}/points.lock"):
+            check_writable(self.path / name, "--to")
         names = sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
         if CONFIG not in names:
-            if other := [name for name in names if name != CLAIMS]:
+            # of a start that was killed there may be locks, and the table half written
+            if other := [name for name in names if name != CLAIMS and not is_temporary(name, CONFIG)]:
                 shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
                 raise ConfigError([f"--to {self.path}: holds something that is no sweep ({shown}); name another one"])
             return
         self._refuse(depends_on(load_config([self.path / CONFIG])), depends_on(config))
+        self.header(known or {})
 
     def _refuse(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         problems = [
@@ -93,13 +99,13 @@ class SweepDirectory:
         if problems:
             raise ConfigError(problems)
 
-    def begin(self, config: RunConfig) -> FileLock:
+    def begin(self, config: RunConfig, known: dict[str, Any] | None = None) -> FileLock:
         """Make the directory, or find this sweep in it. The lock is to be held until the header is written."""
         (self.path / CLAIMS).mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / CLAIMS / "sweep.lock")
         lock.acquire()
         try:
-            self.check(config)  # another process may have begun another sweep in the meantime
+            self.check(config, known)  # another process may have begun another sweep in the meantime
             if not (self.path / CONFIG).exists():
                 write_atomically(self.path / CONFIG, config.to_toml())
         except BaseException:
@@ -116,7 +122,10 @@ class SweepDirectory:
         path = self.path / HEADER
         if not path.exists():
             return None
-        there: dict[str, Any] = json.loads(path.read_text())
+        try:
+            there: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError([f"{path}: not as a sweep writes it ({error}); delete it to measure it anew"]) from error
         self._refuse(there, json.loads(json.dumps(finite(expected))))
         return there
 

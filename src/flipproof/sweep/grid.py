@@ -40,6 +40,11 @@ _EVERY = Rate(0.5, None, 0.5, 0.5)
 def resolved(config: RunConfig) -> RunConfig:
     """The config with the default protection, after what can be known to be wrong without the model."""
     sweep, bitflip, problems = config.sweep, config.bitflip, []
+    if config.eval.until_ci is not None:
+        problems.append(
+            f"eval.until_ci = {config.eval.until_ci:g}: a sweep has sweep.seeds for each cell, the most telling first; "
+            "leave it out"
+        )
     if sweep.p is None and sweep.voltage is None:
         problems.append("sweep.p is not set: give flip probabilities (--p 1e-7:1e-3:9), or --voltage FILE")
     for operand in OPERANDS:
@@ -174,7 +179,8 @@ class Grid:
         self.config, self.dtype, self.rates = config, dtype, rates
         sweep, base = config.sweep, config.bitflip
         self.sites, self.protections = sweep.site_names(), sweep.protections()
-        self.bits = _bits(sweep, dtype)
+        self._narrowest = min(dtype.split(" and "), key=ELEMENT_BITS.__getitem__)  # whose bits all values have
+        self.bits = _bits(sweep, self._narrowest)
         there = {site.kind for site in fault_sites(model).values()}
         if absent := [kind for kind in _alone(self.sites) if kind not in there]:
             raise ConfigError(
@@ -219,7 +225,7 @@ class Grid:
     def _overhead(self, protection: str) -> float:
         """Bits stored beyond those of the values, over those of the values."""
         everything = Cell(self.rates[-1], "".join(OPERANDS), "all", "all", protection)
-        return max(storage_overhead(cell_spec(BitFlipSpec(), everything), self.dtype).values())
+        return max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
 
     @property
     def guard_spec(self) -> BitFlipSpec | None:

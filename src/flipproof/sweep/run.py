@@ -21,21 +21,21 @@ from torch import nn
 from tqdm import tqdm
 
 from flipproof import parallel
-from flipproof.build import build_model, check_length
+from flipproof.arms import Arm, arm_names, guard_warning
+from flipproof.build import build_model, check_length, flipped_dtype
 from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
 from flipproof.errors import ConfigError
-from flipproof.evaluate import Arm, mean_loss
-from flipproof.inject import faults, set_faults
+from flipproof.evaluate import mean_loss, measure_arms
+from flipproof.inject import check_bits, faults, inject, set_faults
 from flipproof.limits import check_ids
-from flipproof.model import compute_context, load_tokenizer
-from flipproof.ops.parity import dtype_name
+from flipproof.model import compute_context, load_tokenizer, model_on_meta
 from flipproof.parallel import World, cast_to
 from flipproof.runlog import logger
 from flipproof.spec import OPERANDS
 from flipproof.sweep.directory import SweepDirectory
 from flipproof.sweep.grid import Grid, all_that_flips, rates_of, resolved
-from flipproof.sweep.plan import Cell, Point, next_point
+from flipproof.sweep.plan import Cell, Point, Rate, next_point
 
 _LOG_EVERY_S = 30.0
 _TABLE_COLUMNS = 6
@@ -59,18 +59,37 @@ def sweep(config: RunConfig, to: Path) -> str:
     rates = rates_of(config.sweep)
     directory = SweepDirectory(to)
     with parallel.start(config.parallelism) as world:
-        _on_first(world, lambda: directory.check(config))
+        known = _known_before(config, rates, world)
+        _on_first(world, lambda: directory.check(config, known))
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
+        _check_grid(config, rates, tokenizer)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
         check_ids(model, tokenizer, text.sequences)
-        dtype = dtype_name(cast_to(config.training, model) or next(model.parameters()).dtype)
-        grid = Grid(config, rates, model, dtype)
+        grid = Grid(config, rates, model, flipped_dtype(config.training, model))
         with compute_context(config.training, model):
             header = _begin(grid, directory, model, text, world)
             _measure(grid, directory, model, text, world, started)
     return _report(grid, directory, header)
+
+
+def _known_before(config: RunConfig, rates: list[Rate], world: World) -> dict[str, Any]:
+    """What of the sweep's header is known before the model is."""
+    return {
+        "voltages": None if config.sweep.voltage is None else [[rate.voltage, rate.p] for rate in rates],
+        "sequences_per_pass": config.training.local_batch_size * world.size,
+    }
+
+
+def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
+    """Raises ConfigError for layers that the model does not have, or bits that its dtype lacks: on its skeleton, before
+    weights and text are read."""
+    skeleton = model_on_meta(config.model, tokenizer, config.training.dtype)
+    if computed := cast_to(config.training, skeleton):
+        check_bits(config.bitflip, [computed])
+    inject(skeleton, all_that_flips(config))
+    Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))
 
 
 def _on_first(world: World, action: Callable[[], Any]) -> Any:
@@ -119,37 +138,43 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
             "seeds": config.sweep.seeds,
         },
         "overhead": grid.overhead,
-        "voltages": None if config.sweep.voltage is None else [[rate.voltage, rate.p] for rate in grid.rates],
+        **_known_before(config, grid.rates, world),
         "thresholds": {name: t for name, t in thresholds.items() if name != "kv" or t is not None},
         "planned": len(grid.plan.points),
-        "sequences_per_pass": config.training.local_batch_size * world.size,
     }
     lock: FileLock | None = None
 
     def open_directory() -> dict[str, Any] | None:
         nonlocal lock
-        lock = directory.begin(config)
+        lock = directory.begin(config, _known_before(config, grid.rates, world))
         return directory.header(header)
 
     try:
         if (there := _on_first(world, open_directory)) is not None:
             return dict(there)
-        with faults(model, flips=False, guard=False, adapters=False):
-            header["clean"] = _shown(*_loss(grid, model, text, world))
-        header["guard"] = None
-        if (spec := grid.guard_spec) is not None:
-            set_faults(model, spec)
-            with faults(model, flips=False, adapters=False):
-                header["guard"] = _shown(*_loss(grid, model, text, world))
+        if grid.guard_spec is not None:
+            set_faults(model, grid.guard_spec)
+        arms = measure_arms(
+            model,
+            arm_names(flips=False, guard=grid.guard_spec is not None, trained=False),
+            text,
+            seeds=(),
+            num_samples=config.eval.num_samples,
+            batch_size=config.training.local_batch_size,
+            world=world,
+        )
+        for name in ("clean", "guard"):
+            header[name] = None
+            if name in arms:
+                header[name] = {"loss": arms[name].loss, "perplexity": arms[name].perplexity}
+        logger.info("%s", _base_in_words(header))
+        if line := guard_warning(arms, bitflip):
+            logger.warning("%s", line)
         _on_first(world, lambda: directory.write_header(header))
     finally:
         if lock is not None:
             lock.release()
     return header
-
-
-def _shown(loss: float, tokens: int) -> dict[str, float]:
-    return {"loss": loss, "perplexity": Arm.from_losses([loss], tokens).perplexity}
 
 
 def _measure(
@@ -247,12 +272,18 @@ def _report(grid: Grid, directory: SweepDirectory, header: dict[str, Any]) -> st
         lines.append((f"{rate.voltage:>8.4g}  " if voltages else "") + f"{rate.p:>10.3g}  " + "  ".join(texts))
     if len(curves) > len(shown):
         lines.append(f"(perplexity; {len(curves) - len(shown)} more curves in the report)")
-    clean = header["clean"]["perplexity"]
-    lines += ["", f"clean perplexity {'inf' if clean is None else format(clean, '.4g')}; {done} of {planned} points"]
+    lines += ["", f"{_base_in_words(header)}; {done} of {planned} points"]
     if done < planned:
         lines.append("the rest is with other processes, or left for the same command again")
     lines.append(f"{directory.path}: see flipproof report {directory.path}")
     return "\n".join(lines)
+
+
+def _base_in_words(header: dict[str, Any]) -> str:
+    """What the model is without flips."""
+    names = {"clean": "clean perplexity", "guard": "behind the guard alone"}
+    found = {words: one["perplexity"] for name, words in names.items() if (one := header[name])}
+    return ", ".join(f"{words} {math.inf if value is None else value:.4g}" for words, value in found.items())
 
 
 def _mean_perplexity(grid: Grid, directory: SweepDirectory, cell: Cell, tokens: int) -> str:
