@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -439,3 +440,22 @@ def test_data_parallel_is_refused(tiny_llama):
     flipproof.inject(model, FLIPS)
     with pytest.raises(RuntimeError, match="torchrun"):
         model.model.layers[0].mlp.up_proj._replicate_for_data_parallel()
+
+
+def test_what_spreads_a_model_over_processes_comes_after(tiny_llama):
+    """Else adapters would be trained by each process for itself, without a word."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        sharded = tiny_llama()
+        fully_shard(sharded.model.layers[1])
+        for model, what in (
+            (nn.parallel.DistributedDataParallel(tiny_llama()), "DistributedDataParallel is around"),
+            (nn.Sequential(nn.DataParallel(tiny_llama())), "DataParallel at 0 is around"),
+            (sharded, r"fully_shard at model\.layers\.1 is around"),
+        ):
+            before = everything_of(model)
+            with pytest.raises(ValueError, match=what):
+                flipproof.inject(model, FLIPS, LoraSpec(r=2))
+            assert everything_of(model) == before
+    finally:
+        torch.distributed.destroy_process_group()

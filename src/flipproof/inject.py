@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from flipproof import attention
 from flipproof.errors import ConfigError, first_of
@@ -26,6 +27,7 @@ from flipproof.state import FaultSite, FaultState
 from flipproof.ties import merge_adapters
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_SPREADS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 _HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
 
 
@@ -79,11 +81,12 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
     Raises:
         ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
             without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped.
-            ValueError: where the model is injected already.
+            ValueError: where the model is injected already, or wrapped by what spreads it over processes.
     """
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
+    _check_unwrapped(model)
     check_bits(spec, (parameter.dtype for parameter in model.parameters()))
     for line in unmatched_patterns(spec, _matchable(model, spec)):
         logger.warning("%s", line)
@@ -145,6 +148,16 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
     state.sites = list(fault_sites(model).values())
     state.watch(model)
     return replace(coverage, memories=(*([table_name] if table_spec else []), *kv_faults))
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raises ConfigError where something spreads the model over processes already: it knows the parameters that it
+    found, and would neither gather nor average those of layers that come later."""
+    for name, module in model.named_modules():
+        if isinstance(module, _SPREADS):
+            kind = "fully_shard" if isinstance(module, FSDPModule) else type(module).__name__
+            where = f" at {name}" if name else ""
+            raise ConfigError([f"{kind}{where} is around the model already; inject first, then wrap"])
 
 
 def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
