@@ -3,13 +3,18 @@
 import json
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flipproof.cli import main
-from flipproof.config import RunConfig, load_config, preset_names, preset_text
-from flipproof.train import resolve_steps
+from flipproof.config import RunConfig, TrainingConfig, load_config, preset_names, preset_text
+from flipproof.model import FLAVORS
+from flipproof.optimizer import learning_rate
+from flipproof.train import counted_parameters, resolve_steps
 
 # The tutorials' configs, verbatim, and what the command line of the second says.
 TUTORIALS = Path(__file__).parent / "tutorials"
@@ -34,8 +39,16 @@ def test_every_preset_loads_and_begins_by_saying_what_it_is(name):
     assert preset_text(name).startswith("# ")
 
 
-def test_70b_is_the_tutorial_and_nothing_else():
-    assert tomllib.loads(preset_text("70b")) == tomllib.loads(TUTORIAL_70B)
+def test_70b_is_the_tutorial_with_its_scripts_schedule():
+    """Which the TOML does not name: the script has linear warm-up and a cosine to 0, whatever the config says."""
+    preset = tomllib.loads(preset_text("70b"))
+    assert preset["training"].pop("lr_scheduler") == "cosine"
+    assert preset == tomllib.loads(TUTORIAL_70B)
+    training = replace(load_config(["70b"]).training, steps=21000)
+    # closed form: 2e-4 · (1 + cos(π · (step − 100) / 20900)) / 2; at step 7900 the tutorial's run was stopped
+    stopped = 2e-4 * (1 + math.cos(math.pi * 78 / 209)) / 2
+    for step, expected in ((99, 2e-4), (100, 2e-4), (10550, 1e-4), (7900, stopped)):
+        assert learning_rate(training, step) == pytest.approx(expected)
 
 
 def test_8b_is_the_tutorial_but_for_its_thresholds(tmp_path):
@@ -52,9 +65,42 @@ def test_8b_is_the_tutorial_but_for_its_thresholds(tmp_path):
 
 
 def test_8b_takes_the_tutorials_steps_for_its_accumulation():
+    """Its 8,000,000,000 parameters are those of the name; the model has 8,030,261,248."""
     config = load_config(["8b"])
-    steps = resolve_steps(config, 8_000_000_000, 8).training.steps
+    counted = counted_parameters(skeleton("8B"), config.training.tokens_per_parameter_of)
+    steps = resolve_steps(config, counted, 8).training.steps
     assert steps == math.ceil(STEPS_8B / config.training.gradient_accumulation_steps) == 2442
+
+
+def skeleton(flavor):
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**FLAVORS[flavor]))
+
+
+@pytest.mark.parametrize(
+    ("flavor", "batch", "processes", "steps", "warmup"),
+    [
+        ("clm-60M", 48, 2, 7075, 1415),
+        ("clm-200M", 38, 2, 31686, 6337),
+        ("clm-400M", 12, 8, 45712, 9142),
+        ("clm-1.1B", 24, 2, 239383, 47876),
+    ],
+)
+def test_clm_has_the_steps_of_its_published_configs(flavor, batch, processes, steps, warmup):
+    """AICrossSim's aixsim-*.yaml: 22 tokens for each parameter but the input embedding; a fifth is warm-up."""
+    training = TrainingConfig(
+        tokens_per_parameter=22, tokens_per_parameter_of="non-embedding", local_batch_size=batch, seq_len=2048
+    )
+    counted = counted_parameters(skeleton(flavor), training.tokens_per_parameter_of)
+    found = resolve_steps(replace(RunConfig(), training=training), counted, processes).training.steps
+    assert (found, int(0.2 * found)) == (steps, warmup)
+
+
+def test_all_parameters_are_what_the_model_has():
+    assert counted_parameters(skeleton("8B"), "all") == 8_030_261_248
+    embedding = 128256 * 4096
+    assert counted_parameters(skeleton("8B"), "non-embedding") == 8_030_261_248 - embedding
+    assert counted_parameters(skeleton("8B"), 7) == 7
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8, 24, 512])

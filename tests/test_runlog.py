@@ -1,20 +1,6 @@
 import json
 
-import pytest
-
-from flipproof.errors import ConfigError
-from flipproof.runlog import Metrics, check_run_dir, peak_memory_gib
-
-
-def test_a_directory_with_a_run_is_refused_unless_resumed(tmp_path):
-    check_run_dir(tmp_path, resume=False)
-    check_run_dir(tmp_path / "new", resume=False)
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl.*--resume"):
-        check_run_dir(tmp_path, resume=False)
-    check_run_dir(tmp_path, resume=True)
-    with pytest.raises(ConfigError, match="not a directory"):
-        check_run_dir(tmp_path / "metrics.jsonl", resume=False)
+from flipproof.runlog import Metrics, peak_memory_gib
 
 
 def test_metrics_go_on_after_the_step_they_resume_from(tmp_path):

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import sharded_jobs
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -270,6 +271,7 @@ STRATEGIES = {
 }
 
 
+SKIPS = "rank_1_has_a_loss_that_is_not_finite_in_step_3"
 KILLS = {"rank_1_dies_while_it_writes_step_4": [1, -9], "rank_0_dies_before_step_4_gets_its_name": [-9, 1]}
 
 
@@ -284,9 +286,9 @@ def pair(home):
     jobs["export"] = ["export", f"{home}/pair/full_shard", "--to", f"{home}/pair/exported/model"]
     jobs["tied"] = arguments(home, "pair/tied", 2, "--model.hf_model_path", f"{home}/tied", *ALL_LINEAR)
     jobs["export_tied"] = ["export", f"{home}/pair/tied", "--to", f"{home}/pair/exported_tied/model"]
-    jobs |= {name: arguments(home, f"pair/{name}", 2) for name in (*KILLS, "rank_1_gets_sigterm_in_step_3")}
+    jobs |= {name: arguments(home, f"pair/{name}", 2) for name in (*KILLS, "rank_1_gets_sigterm_in_step_3", SKIPS)}
     jobs |= loads(home, "pair.jobs")
-    patches = {name: name for name in (*KILLS, "rank_1_gets_sigterm_in_step_3")}
+    patches = {name: name for name in (*KILLS, "rank_1_gets_sigterm_in_step_3", SKIPS)}
     codes = KILLS | {"rank_1_gets_sigterm_in_step_3": [75, 75]}
     run_jobs(home / "pair.jobs", 2, jobs, patches, codes)
     return home / "pair"
@@ -314,6 +316,11 @@ def ended(home):
     wait_for(home / "ended/killed/checkpoints/step-4/manifest.json", killed)
     os.kill(int(rank_1), signal.SIGKILL)
     codes = {"killed": finish(killed)[::2]}
+    orphaned = start_jobs(home / "agent.jobs", 2, {"run": arguments(home, "ended/agent", 2)}, {"run": HANGS})
+    wait_for(home / "agent.jobs/reached", orphaned)
+    wait_for(home / "ended/agent/checkpoints/step-4/manifest.json", orphaned)
+    orphaned.kill()
+    finish(orphaned, 30)  # its ranks have the other ends of its pipes: this is when all of them have ended
     for name in ("torchrun", "process_group"):
         jobs = {"run": arguments(home, f"ended/{name}", 2)}
         process = start_jobs(home / f"{name}.jobs", 2, jobs, {"run": "step_3_waits_for_sigterm"})
@@ -329,6 +336,7 @@ def ended(home):
 HANGS = "rank_1_hangs_in_step_5"
 INTERRUPTED = [  # run, its checkpoints
     ("ended/killed", ["step-2", "step-4"]),
+    ("ended/agent", ["step-2", "step-4"]),
     *((f"pair/{name}", ["step-2"]) for name in KILLS),
     ("pair/rank_1_gets_sigterm_in_step_3", ["step-2", "step-3"]),
     ("ended/torchrun", ["step-2", "step-3"]),
@@ -399,6 +407,20 @@ def test_mixed_precision_is_near_float32(single, pair):
     first, reference = curve(pair / "bfloat16")[0], curve(single / "lora")[0]
     assert first[3] != reference[3]
     assert first[3] == pytest.approx(reference[3], abs=2e-2)
+
+
+def test_a_loss_that_one_process_alone_sees_skips_the_step_in_all(home, pair, single, monkeypatch):
+    """And in one process: the same step is left out, and nothing else differs."""
+    jobs = sharded_jobs.train_module, sharded_jobs.rank_1_has_a_loss_that_is_not_finite_in_step_3
+    monkeypatch.setattr(jobs[0], "next_token_loss", jobs[0].next_token_loss)  # to be put back
+    jobs[1](1, home)
+    alone(*arguments(home, "single/skips", 4))
+    for run in (pair / SKIPS, single / "skips"):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1]
+        assert [line["loss"] is None for line in lines] == [False, False, True, False, False, False]
+    assert_same_weights(pair / SKIPS, single / "skips")
+    assert_same_arms(pair / SKIPS, single / "skips")
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -620,5 +642,7 @@ def test_the_wrong_number_of_processes_is_told_before_anything_is_written(home):
     assert "2 processes were started" in errors[0]
     assert "fsdp_degree x replicas = 4 x 1 = 4" in errors[0]
     assert "--parallelism.fsdp_degree 2" in errors[0]
+    # torchrun's own words come after it, some hundred lines; the last of them are it again
+    assert any(line.endswith(f": {errors[0]}") for line in err.strip().splitlines()[-3:]), err
     assert out == ""
     assert not run.exists()

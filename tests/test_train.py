@@ -1,25 +1,30 @@
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch import nn
 
 import flipproof.train as train_module
-from flipproof import BitFlipSpec
+from flipproof import BitFlipSpec, rundir
 from flipproof.checkpoint import list_checkpoints
 from flipproof.cli import EXIT_REQUEUE, main
 from flipproof.config import RunConfig, TrainingConfig, load_config
+from flipproof.data import training_indices
 from flipproof.errors import ConfigError
 from flipproof.evaluate import evaluate
 from flipproof.model import byte_tokenizer
-from flipproof.train import DEFAULT_STEPS, LossScale, learning_rate, make_optimizer, resolve_steps, train
+from flipproof.optimizer import LossScale, learning_rate
+from flipproof.train import DEFAULT_STEPS, Diverged, chosen_sequences, resolve_steps, train
 
 FAULTS = {"w_p_exp": 0.001, "w_p_frac": 0.01, "w_zero_out_t": 1.0, "x_p_exp": 0.001, "x_zero_out_t": 64.0}
 
@@ -29,6 +34,13 @@ def base(tiny_llama, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+def text_file(directory):
+    path = directory / "text.txt"
+    if not path.exists():
+        path.write_text(Path(subprocess.__file__).read_text())
+    return path
 
 
 def settings(base, run_dir, lora_r=2, **training):
@@ -49,7 +61,7 @@ def settings(base, run_dir, lora_r=2, **training):
             },
             "lora": {"r": lora_r, "lora_alpha": 4},
             "bitflip": FAULTS,
-            "data": {"source": "stdlib", "max_tokens": 20_000},
+            "data": {"source": str(text_file(base.parent)), "max_tokens": 20_000},
             "eval": {"num_samples": 4, "trials": 2},
             "logging": {"run_dir": str(run_dir)},
         },
@@ -84,7 +96,7 @@ def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["tokens"] == 6 * 2 * 2 * 32
     not_measured = {"mfu", "communication_share", "exposed_communication_share"}  # on a CPU
-    assert lines[-1].keys() == {"step", "tokens", "loss", "lr", "grad_norm", *not_measured}
+    assert lines[-1].keys() == {"step", "tokens", "loss", "lr", "grad_norm", "skipped_steps", *not_measured}
     assert all(lines[-1][name] is None for name in not_measured)
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-4", "step-6"]
     arms = json.loads((run / "results.json").read_text())["arms"]
@@ -115,7 +127,6 @@ def child_paused_at(step, tmp_path, config):
     code = f"""
 import os, runpy, sys, time
 import flipproof.train as train_module
-from flipproof import BitFlipSpec
 original = train_module.learning_rate
 def pause(training, step):
     if step == {step}:
@@ -322,30 +333,6 @@ def test_eval_of_a_runs_adapter_is_what_the_run_says(base, tmp_path):
     assert (tmp_path / "run" / "results.json").read_text() == (tmp_path / "eval" / "results.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "expected"),
-    [
-        # closed forms at steps 0, 1 (warm-up), 2 (peak), 6 (half-way), 9 (last) of 10
-        ("linear", [0.5, 1.0, 1.0, 0.5, 0.125]),
-        ("cosine", [0.5, 1.0, 1.0, 0.5, 0.0380602337]),
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
-    ],
-)
-def test_learning_rate_schedules(scheduler, expected):
-    training = TrainingConfig(steps=10, warmup_steps=2, lr=1.0, lr_scheduler=scheduler)
-    assert [learning_rate(training, step) for step in (0, 1, 2, 6, 9)] == pytest.approx(expected)
-
-
-def test_weight_decay_is_for_matrices(tiny_llama):
-    model = tiny_llama()
-    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == len(list(model.parameters()))
-    assert {name for name, p in model.named_parameters() if decay[id(p)] == 0} == {
-        name for name, _ in model.named_parameters() if "norm" in name
-    }
-
-
 def budget(tokens_per_parameter, **training):
     return replace(RunConfig(), training=TrainingConfig(tokens_per_parameter=tokens_per_parameter, **training))
 
@@ -380,39 +367,6 @@ def test_a_run_by_tokens_per_parameter(base, tmp_path, tiny_llama):
     lines = metrics(tmp_path / "run")
     assert [line["lr"] for line in lines] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     assert load_config([tmp_path / "run" / "config.toml"]).training.steps == 4
-
-
-def test_the_loss_scale_is_out_of_the_way_but_for_float16():
-    for training in (TrainingConfig(dtype="bfloat16"), TrainingConfig(mixed_precision_param="bfloat16")):
-        scale = LossScale(training)
-        parameter = nn.Parameter(torch.ones(3))
-        parameter.grad = torch.full((3,), 5.0)
-        scale.unscale([parameter])
-        assert parameter.grad.tolist() == [5.0] * 3
-        assert scale.update(torch.tensor(torch.inf))  # the step is taken, and NaN is seen
-        assert float(scale.scale) == 1
-
-
-@pytest.mark.parametrize("training", [{"dtype": "float16"}, {"dtype": "float32", "mixed_precision_param": "float16"}])
-def test_the_loss_scale_halves_at_once_and_doubles_after_2000_good_steps(training):
-    scale = LossScale(TrainingConfig(**training))
-    assert float(scale.scale) == 2**16
-    parameter = nn.Parameter(torch.ones(3))
-    parameter.grad = torch.full((3,), 2.0**16)
-    scale.unscale([parameter, nn.Parameter(torch.ones(1))])  # the other has no gradient
-    assert parameter.grad.tolist() == [1.0] * 3
-
-    good = torch.tensor(0.5)
-    assert all(scale.update(good) for _ in range(1999))
-    assert float(scale.scale) == 2**16
-    assert not scale.update(torch.tensor(torch.nan))
-    assert float(scale.scale) == 2**15
-    assert not scale.update(torch.tensor(torch.inf))
-    assert float(scale.scale) == 2**14
-    assert all(scale.update(good) for _ in range(1999))  # the count began anew
-    assert float(scale.scale) == 2**14
-    assert scale.update(good)
-    assert float(scale.scale) == 2**15
 
 
 def test_a_float16_run_has_the_losses_of_a_float32_one(base, tmp_path):
@@ -481,7 +435,7 @@ def test_a_float16_step_with_infinite_gradients_is_skipped(base, tmp_path, monke
     assert not any(tensor.any() for name, tensor in weights(tmp_path / "run").items() if "lora_B" in name)
     longer = replace(config, training=replace(config.training, steps=4))
     scales = []
-    monkeypatch.setattr(train_module.LossScale, "update", lambda self, norm: scales.append(float(self.scale)) or False)
+    monkeypatch.setattr(train_module.LossScale, "update", lambda self, finite: scales.append(float(self.scale)))
     train(longer, resume="step-3")
     assert scales == [2.0**57]
 
@@ -496,3 +450,386 @@ def test_processes_must_fit_the_config(base, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"2 processes were started, .*= 1 x 1 = 1; .*--parallelism.fsdp_degree 2"):
         train(replace(config, parallelism=replace(config.parallelism, fsdp_degree=1)))
     assert not (tmp_path / "run").exists()
+
+
+# -- steps that are not finite -----------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, steps, what="loss"):
+    """Make the loss, or its gradient alone, NaN in the second micro-batch of some steps, counted from 0."""
+    original = train_module.next_token_loss
+    ticks = []
+    set_tick = train_module.set_tick
+    monkeypatch.setattr(train_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
+
+    def spoiled(model, ids, **more):
+        loss = original(model, ids, **more)
+        if ticks[-1] % 2 == 0 or ticks[-1] // 2 not in steps:
+            return loss
+        if what == "loss":
+            return loss * torch.nan
+        loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss * 1.0
+
+    monkeypatch.setattr(train_module, "next_token_loss", spoiled)
+
+
+def saved_tensors(checkpoint, base, run_dir):
+    """Adapters and Adam's moments of a checkpoint, by name."""
+    reader = dcp.FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(("model.", "optimizer.state.")) and hasattr(meta, "size")
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    assert len(state) > 20
+    return state
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_taken_and_counted(base, tmp_path, monkeypatch, caplog, what):
+    """After it weights and moments have the bits that they had before; the run goes on, and ends well."""
+    caplog.set_level("INFO")
+    config = settings(base, tmp_path / "run", save_freq=1)
+    config = replace(config, checkpoint=replace(config.checkpoint, keep_last=9))
+    with monkeypatch.context() as patch:
+        spoil(patch, {2, 4}, what)
+        train(config)
+    before, after, later = (
+        saved_tensors(tmp_path / "run" / "checkpoints" / f"step-{step}", base, tmp_path) for step in (2, 3, 4)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], later[name]) for name in after)
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    assert [line["loss"] is None for line in lines] == [what == "loss" and step in (2, 4) for step in range(6)]
+    assert [line["grad_norm"] is None for line in lines] == [step in (2, 4) for step in range(6)]
+    words = "loss is" if what == "loss" else "gradients are"
+    assert f"step 3 is skipped: its {words} not finite" in caplog.messages
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    # the count is part of the checkpoint
+    with monkeypatch.context() as patch:
+        spoil(patch, {2, 4}, what)
+        train(replace(config, logging=replace(config.logging)), resume="step-4")
+    assert metrics(tmp_path / "run") == lines
+
+
+def test_ten_in_a_row_end_the_run_with_one_line_and_leave_the_last_good_checkpoint(base, tmp_path, monkeypatch, capsys):
+    config = settings(base, tmp_path / "run", steps=30, save_freq=4)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    with monkeypatch.context() as patch:
+        spoil(patch, set(range(5, 30)))
+        assert main(["train", "--config", str(tmp_path / "config.toml")]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1
+    assert "stopped after step 15: 10 steps in a row were not finite (loss nan, " in error[0]
+    assert "the likely cause is the learning rate (training.lr = 0.01" in error[0]
+    assert "the last checkpoint, step-12, is whole" in error[0]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-8", "step-12"]
+    saved = saved_tensors(tmp_path / "run" / "checkpoints" / "step-12", base, tmp_path)
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert not (tmp_path / "run" / "adapter").exists()
+    # from there a run whose steps are finite goes on
+    train(config, resume="step-12")
+    assert metrics(tmp_path / "run")[-1]["step"] == 30
+    assert metrics(tmp_path / "run")[-1]["skipped_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("faults", "spoiled", "cause"),
+    [
+        (
+            {"x_zero_out_t": None},
+            range(3, 30),
+            r"flips without a guard \(bitflip\.x_p_exp = 0\.001 and no x_zero_out_t",
+        ),
+        ({}, range(30), "the text or the base model, since no step was finite from the start"),
+    ],
+)
+def test_the_likely_cause_is_named(base, tmp_path, monkeypatch, faults, spoiled, cause):
+    config = settings(base, tmp_path / "run", steps=30, save_freq=0)
+    spoil(monkeypatch, set(spoiled))
+    with pytest.raises(Diverged, match=f"the likely cause is {cause}.*; no checkpoint was written"):
+        train(replace(config, bitflip=replace(config.bitflip, **faults)))
+
+
+def test_weights_that_are_not_finite_are_never_saved(base, tmp_path, monkeypatch):
+    """Finite losses and gradients, but a learning rate without bounds."""
+
+    def no_bounds(training, step):
+        return math.inf if step == 3 else learning_rate(training, step)
+
+    config = settings(base, tmp_path / "run", lora_r=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "learning_rate", no_bounds)
+        with pytest.raises(Diverged, match=r"after step 4: the trained weights or Adam's moments are not finite"):
+            train(config)
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-2"]
+    assert not (tmp_path / "run" / "model").exists()
+    train(settings(base, tmp_path / "whole", lora_r=0))
+    train(config, resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_float16_may_halve_its_scale_as_often_as_it_takes(base, tmp_path, monkeypatch):
+    """From 2^60 on, more than ten steps in a row overflow; none of them is the run's fault."""
+    made = LossScale.__init__
+
+    def huge(self, *arguments):
+        made(self, *arguments)
+        self.scale.fill_(2.0**60)
+
+    monkeypatch.setattr(LossScale, "__init__", huge)
+    mixed = {"dtype": "float32", "mixed_precision_param": "float16"}
+    train(settings(base, tmp_path / "run", steps=14, save_freq=0, **mixed))
+    assert metrics(tmp_path / "run")[-1]["skipped_steps"] == 14
+
+
+def test_a_base_model_that_is_not_finite_is_refused_by_tensor(base, tmp_path, tiny_llama):
+    model = tiny_llama()
+    model.model.layers[0].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(base)
+    with pytest.raises(
+        ConfigError, match=r"not finite before any training .*model\.layers\.0\.self_attn\.k_proj\.weight"
+    ):
+        train(settings(base, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+# -- going on with another config --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(base, tmp_path):
+    """A run of six steps, with checkpoints of steps 4 and 6; (its config, what is in its directory)."""
+    config = settings(base, tmp_path / "run")
+    train(config)
+    return config
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_with_nothing_else(finished, base, tmp_path, tiny_llama):
+    run = tmp_path / "run"
+    before = contents(run)
+    other_text = tmp_path / "other.txt"
+    other_text.write_text("x = 1; y = 2\n" * 3000)
+    for section, change, words in [
+        ("bitflip", {"w_p_frac": 0.2}, r"bitflip\.w_p_frac = 0\.2, .* begun with 0\.01"),
+        ("lora", {"lora_alpha": 16.0}, r"lora\.lora_alpha = 16\.0, .* begun with 4"),
+        ("lora", {"r": 4}, r"lora\.r = 4, .* begun with 2"),
+        ("training", {"seq_len": 16}, r"training\.seq_len = 16, .* begun with 32"),
+        ("training", {"local_batch_size": 3}, r"local_batch_size x processes = 3, .* begun with 2"),
+        ("training", {"steps": 5}, r"training\.steps = 5, but .*step-6 has done 6"),
+        ("data", {"source": str(other_text)}, r"data\.source = .*other\.txt', .*; the training text is another"),
+        ("data", {"held_out_tokens": 200}, r"data\.held_out_tokens = 200, .*; the training text is another"),
+        ("training", {"dtype": "bfloat16"}, r"training\.dtype = 'bfloat16', .*; the base model is another"),
+    ]:
+        changed = replace(finished, **{section: replace(getattr(finished, section), **change)})
+        with pytest.raises(ConfigError, match=words):
+            train(changed, resume="auto")
+        assert contents(run) == before, words
+
+    edited = tiny_llama()
+    edited.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    edited.save_pretrained(base)
+    with pytest.raises(ConfigError, match=r"the base model is another .* though no key that names it has changed"):
+        train(finished, resume="auto")
+    tiny_llama().save_pretrained(base)
+    (tmp_path / "text.txt").write_text("import nothing\n" * 3000)
+    with pytest.raises(ConfigError, match=r"the training text is another .* though no key that names it has changed"):
+        train(finished, resume="auto")
+    assert contents(run) == before
+
+
+def test_what_is_only_called_otherwise_is_the_same(finished, base, tmp_path, caplog):
+    caplog.set_level("INFO")
+    shutil.copytree(base, tmp_path / "moved")
+    shutil.copy(tmp_path / "text.txt", tmp_path / "copy.txt")
+    expected = contents(tmp_path / "run")
+    moved = replace(
+        finished,
+        model=replace(finished.model, hf_model_path=str(tmp_path / "moved")),
+        data=replace(finished.data, source=str(tmp_path / "copy.txt")),
+    )
+    train(moved, resume="step-4")
+    assert any("moved', until now " in line and line.endswith("the same base model") for line in caplog.messages)
+    got = contents(tmp_path / "run")
+    for name in ("adapter/adapter_model.safetensors",):
+        assert got[tmp_path / "run" / name] == expected[tmp_path / "run" / name]
+
+
+def test_an_evaluation_that_has_changed_is_measured_anew(finished, tmp_path, caplog):
+    """Its arms before training are those that eval gives for the same samples and seeds."""
+    caplog.set_level("INFO")
+    changed = replace(finished, eval=replace(finished.eval, num_samples=6, trials=3))
+    train(changed, resume="auto")
+    assert any("eval.num_samples = 6, until now 4: the arms before training were" in line for line in caplog.messages)
+    arms = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
+    fresh = evaluate(changed)
+    for name, arm in fresh.items():
+        assert arms[name]["trial_losses"] == list(arm.trial_losses), name
+    assert {name: arm["trials"] for name, arm in arms.items()}["recovered"] == 3
+
+
+def test_a_start_that_dies_while_it_measures_anew_leaves_no_mixture(finished, tmp_path, monkeypatch):
+    """Between results.json and config.toml: the next start, with the old evaluation again, does not take the new."""
+    old = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]["flipped"]
+    write = train_module.write_atomically
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        with pytest.raises(OSError, match="power cut"):
+            train(replace(finished, eval=replace(finished.eval, num_samples=6)), resume="auto")
+    assert write is train_module.write_atomically
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["arms"]["flipped"] != old
+    train(finished, resume="auto")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["arms"]["flipped"] == old
+
+
+def test_going_back_is_decided_before_the_first_step(base, tmp_path, monkeypatch):
+    """Killed before its first save, a run that went back to step 2 with another learning rate goes on from step 2."""
+    for name in ("whole", "killed"):
+        config = settings(base, tmp_path / name)
+        train(replace(config, checkpoint=replace(config.checkpoint, keep_last=9)))
+    slower = {
+        name: replace(settings(base, tmp_path / name, lr=1e-3), checkpoint=replace(config.checkpoint, keep_last=9))
+        for name in ("whole", "killed")
+    }
+    train(slower["whole"], resume="step-2")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "learning_rate", crash_at(2))
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(slower["killed"], resume="step-2")
+    assert [path.name for path in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-2"]
+    assert load_config([tmp_path / "killed" / "config.toml"]).training.lr == 1e-3
+    train(slower["killed"], resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("at", ["forget_abandoned", "write_atomically"])
+def test_going_back_is_all_or_nothing_wherever_it_is_killed(base, tmp_path, monkeypatch, at):
+    """After the decision is written, and before config.toml is: the abandoned branch is not gone on with."""
+    config = settings(base, tmp_path / "run")
+    config = replace(config, checkpoint=replace(config.checkpoint, keep_last=9))
+    train(config)
+    lines = metrics(tmp_path / "run")
+    back = replace(config, training=replace(config.training, lr=1e-3))
+    calls = []
+    real = getattr(train_module, at)
+
+    def dies(*arguments):
+        calls.append(arguments)
+        if at == "write_atomically" or len(calls) == 2:  # the first comes before a checkpoint is looked for
+            raise OSError("power cut")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, at, dies)
+        with pytest.raises(OSError, match="power cut"):
+            train(back, resume="step-2")
+    assert metrics(tmp_path / "run") == lines  # nothing is lost before something else is decided
+    train(back, resume="auto")
+    assert metrics(tmp_path / "run")[:2] == lines[:2]
+    assert metrics(tmp_path / "run")[2]["lr"] == pytest.approx(1e-3)  # the peak: it did go on from step 2
+
+
+def test_more_steps_read_on_in_the_text(finished, tmp_path, caplog):
+    caplog.set_level("INFO")
+    before = metrics(tmp_path / "run")
+    longer = replace(finished, training=replace(finished.training, steps=9))
+    train(longer, resume="auto")
+    assert "resumed with training.steps = 9, until now 6" in caplog.messages
+    lines = metrics(tmp_path / "run")
+    assert lines[:6] == before
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert lines[6]["lr"] == pytest.approx(1e-2 * (1 - 4 / 7))  # of nine steps, two of them warm-up
+
+
+def test_each_segment_of_a_text_has_an_order_of_its_own():
+    """The first is that of a run that never was longer; nothing comes twice before all has come once."""
+    whole = chosen_sequences([10, 7], seed=3, first=0, count=17 + 14)
+    assert (whole[:10] == training_indices(10, 3, 0, 10)).all()
+    assert (whole[10:] == 10 + training_indices(7, 3, 0, 21)).all()
+    assert sorted(whole[:17]) == list(range(17))
+    for first in range(25):
+        for count in (1, 3, 6):
+            assert (chosen_sequences([10, 7], 3, first, count) == whole[first : first + count]).all()
+    assert (chosen_sequences([10], 3, 8, 9) == training_indices(10, 3, 8, 9)).all()
+    three = chosen_sequences([4, 2, 3], 0, 0, 9)
+    assert [sorted(three[:4]), sorted(three[4:6]), sorted(three[6:])] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
+
+
+# -- one run in a directory, which blocks nothing where it fails -------------------------------------------------------
+
+
+def test_a_second_run_is_refused_before_it_loads_anything(base, tmp_path, monkeypatch):
+    config = settings(base, tmp_path / "run")
+    process = child_paused_at(1, tmp_path, config)
+    try:
+        monkeypatch.setattr(rundir, "PATIENCE_S", 0)
+        monkeypatch.setattr(train_module, "load_tokenizer", lambda *_: pytest.fail("something was loaded"))
+        for resume in (None, "auto"):
+            with pytest.raises(ConfigError, match=rf"run is in use by process {process.pid} on .*, since "):
+                train(config, resume=resume)
+        monkeypatch.undo()
+        (tmp_path / "go").touch()
+        process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    train(settings(base, tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_start_that_fails_blocks_no_other(base, tmp_path, monkeypatch):
+    config = settings(base, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "build_model", lambda *_: (_ for _ in ()).throw(ConfigError(["no model"])))
+        with pytest.raises(ConfigError, match="no model"):
+            train(config)
+    assert not (tmp_path / "run").exists()
+    for name in ("measure_config_arms", "learning_rate"):  # before the first step, and in it
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, name, lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                train(config)
+    train(config)
+    train(settings(base, tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_where_the_run_cannot_be_written_nothing_is_loaded(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "load_tokenizer", lambda *_: pytest.fail("something was loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"logging\.run_dir = .*file is not a directory"):
+        train(settings(base, tmp_path / "file" / "run"))
+    config = settings(base, tmp_path / "run")
+    monkeypatch.setattr(train_module, "log_in", lambda _: (_ for _ in ()).throw(ConfigError(["no key"])))
+    with pytest.raises(ConfigError, match="no key"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+# -- what is said before the first step --------------------------------------------------------------------------------
+
+
+def test_the_arms_before_training_are_printed_before_the_first_step(base, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "learning_rate", crash_at(0))
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(settings(base, tmp_path / "run"))
+    (table,) = (line for line in caplog.messages if line.startswith("before training:"))
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ["arm", "clean", "guard", "flipped"]
+
+
+def test_a_warm_up_longer_than_the_run_is_one_warning(base, tmp_path, caplog):
+    train(settings(base, tmp_path / "run", steps=2, warmup_steps=3))
+    (warning,) = (line for line in caplog.messages if "warmup_steps" in line)
+    assert "training.warmup_steps = 3: the run ends after 2 steps" in warning
+    caplog.clear()
+    train(settings(base, tmp_path / "other", steps=2, warmup_steps=2))
+    assert not any("warmup_steps" in line for line in caplog.messages)

@@ -17,7 +17,7 @@ from flipproof.ops.flip import BACKENDS
 from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World, cast_to, parallelize
 from flipproof.runlog import logger
-from flipproof.spec import LoraSpec
+from flipproof.spec import OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.weights import own_dtype
 
 
@@ -68,6 +68,9 @@ def build_model(
     else:
         model = model_on_meta(config.model, tokenizer, dtype)
     watch_ids(model, tokenizer)
+    if keys := unguarded(config.bitflip):
+        logger.warning("flips without a guard (%s): a flipped exponent bit makes up to 1e38 of a small number; "
+                       "flipproof profile proposes thresholds", keys)  # fmt: skip
     if computed := cast_to(config.training, model):
         _check_computed(computed, model)
         check_bits(config.bitflip, [computed])
@@ -107,3 +110,17 @@ def flipped_dtype(training: TrainingConfig, model: nn.Module) -> str:
         if held := {dtype_name(weight.dtype) for weight in weights if weight is not None}:
             return " and ".join(sorted(held))
     return dtype_name(computed or next(model.parameters()).dtype)
+
+
+def unguarded(spec: BitFlipSpec) -> str:
+    """The keys by which exponent bits flip where no guard zeroes what comes of it, with their values; "" without."""
+    found: dict[str, None] = {}
+    for variant in spec.variants():
+        for operand in OPERANDS:
+            t, of = f"{operand}_zero_out_t", vars(variant)
+            if of[t] is None:
+                bits = {name: p for name, p in of[f"{operand}_p_bits"].items() if p and name not in ("sign", "frac")}
+                keys = {f"{operand}_p_exp": of[f"{operand}_p_exp"], f"{operand}_p_row": of[f"{operand}_p_row"]}
+                keys[f"{operand}_p_bits"] = bits
+                found |= {f"bitflip.{key} = {value!r} and no {t}": None for key, value in keys.items() if value}
+    return ", ".join(found)

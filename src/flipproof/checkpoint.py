@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,6 +39,7 @@ from flipproof.config import CheckpointConfig
 from flipproof.errors import ConfigError
 from flipproof.files import write_json
 from flipproof.parallel import World
+from flipproof.rundir import discard
 
 MANIFEST = "manifest.json"
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -94,15 +96,14 @@ class Checkpointer:
             written = {name: value for part in files for name, value in part.items()}
             write_json(unfinished / MANIFEST, {"step": step, "files": written})
             _sync(unfinished / MANIFEST)
-            if final.exists():  # left by a run that resumed from an earlier step
-                shutil.rmtree(final)
+            discard(final)  # left by a run that resumed from an earlier step
             os.rename(unfinished, final)
             _sync(self.directory)
             there = list_checkpoints(self.directory)
             # later ones were left by a run that this one does not go on from
             stale = [path for path in there if step_of(path) > step]
             for path in stale + there[: -self.config.keep_last - len(stale)]:
-                shutil.rmtree(path)
+                discard(path)
 
         self._together(complete if first else None)
 
@@ -198,6 +199,11 @@ def _load(state: dict[str, Any], path: Path) -> None:
         raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
     try:
         with _one_process():
+            held = FileSystemReader(path).read_metadata().state_dict_metadata
+            # what versions before this one did not count is 0
+            uncounted = {name for name in state.get("progress", {}) if f"progress.{name}" not in held}
+            if uncounted:
+                state["progress"] = {k: v for k, v in state["progress"].items() if k not in uncounted}
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -17,6 +17,7 @@ from flipproof.arguments import Parser, Probed, path_of, value_of
 from flipproof.config import RunConfig, load_config, preset_names, preset_text, split_overrides
 from flipproof.config.names import nearest
 from flipproof.errors import ConfigError
+from flipproof.launch import join_srun, tell_launcher
 
 EXIT_REQUEUE = 75
 """sysexits.h's EX_TEMPFAIL: stopped by SIGTERM with a checkpoint, so starting again with --resume goes on."""
@@ -49,11 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if (problem := _of_the_machine(error)) is None:
+            tell_launcher(f"flipproof {verb}: {type(error).__name__}: {error}")
             raise
         _complain(verb, [problem])
     except KeyboardInterrupt:
         print(f"flipproof {verb}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        tell_launcher(f"flipproof {verb}: {type(error).__name__}: {error}")
+        raise
     return 2
 
 
@@ -74,14 +79,16 @@ def _run(verb: str, arguments: list[str]) -> int:
         return 2
     from flipproof.runlog import set_up_logging
 
+    join_srun()
     set_up_logging()
     return VERBS[verb][0](_parser(verb), arguments[1:]) or 0
 
 
 def _complain(verb: str, problems: Sequence[str]) -> None:
+    lines = [f"flipproof {verb}: error: {' '.join(problem.splitlines())}" for problem in problems]
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node see the same
-        for problem in problems:
-            print(f"flipproof {verb}: error: {' '.join(problem.splitlines())}", file=sys.stderr)
+        print("\n".join(lines), file=sys.stderr)
+    tell_launcher("\n".join(lines))
 
 
 def _of_the_machine(error: OSError) -> str | None:
@@ -148,6 +155,7 @@ def _train(parser: Parser, argv: list[str]) -> int:
         _say(train(config, resume=args.resume))
     except Interrupted as reason:
         logger.warning("%s", reason)
+        tell_launcher(str(reason))
         return EXIT_REQUEUE
     return 0
 

@@ -26,7 +26,8 @@ from flipproof.export import export
 from flipproof.files import check_new, check_writable
 from flipproof.inject import set_faults
 from flipproof.model import load_tokenizer
-from flipproof.runlog import check_run_dir, logger
+from flipproof.rundir import check_run_dir
+from flipproof.runlog import logger
 from flipproof.train import train
 
 _SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)

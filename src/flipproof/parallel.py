@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from flipproof import recompute
 from flipproof.config import ParallelismConfig, RunConfig, TrainingConfig
 from flipproof.errors import ConfigError
 from flipproof.inject import fault_state, is_faulty
+from flipproof.launch import check_joined, end_with_launcher, join_srun
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,25 @@ class World:
         dist.all_reduce(tensor, how, group=self.cpu_group)
         return float(tensor)
 
+    def once(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` returns in the first process, the only one to run it. What it raises there ends all."""
+        if self.size == 1:
+            return action()
+        answer: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.first:
+            try:
+                answer[0] = action()
+            except Exception as raised:  # told to the others, which would wait for ever, and raised again
+                error, answer[1] = raised, getattr(raised, "problems", [str(raised)])
+        dist.broadcast_object_list(answer, group=self.cpu_group)
+        if error is not None:
+            raise error
+        if answer[1] is not None:
+            raise ConfigError(answer[1])
+        result: Result = answer[0]
+        return result
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -108,14 +130,18 @@ def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, i
 
 @contextmanager
 def start(config: ParallelismConfig, dumps: Path | None = None) -> Iterator[World]:
-    """Join the processes that torchrun started, for as long as the context lasts; without torchrun, be the only one.
+    """Join the processes that torchrun or srun started, for as long as the context lasts; without, be the only one.
 
     Args:
-        dumps: directory for what NCCL's flight recorder writes when a collective hangs; None is NCCL's own choice.
+        dumps: directory for what NCCL's flight recorder writes when a collective hangs; None is NCCL's own choice. It
+            is not made here.
 
     Raises:
         ConfigError: where the processes are not those that the config shards over, or have no GPU each.
     """
+    join_srun()
+    check_joined()
+    end_with_launcher()
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     layout(config, size, node_size(size))  # before anything is started
     on_gpu = torch.cuda.is_available()
@@ -139,8 +165,6 @@ def start(config: ParallelismConfig, dumps: Path | None = None) -> Iterator[Worl
     timeout = timedelta(minutes=config.timeout_minutes)
     dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=timeout)
     try:
-        if dumps is not None and dist.get_rank() == 0:
-            dumps.mkdir(parents=True, exist_ok=True)
         # a disk may be slow
         groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, timedelta(days=1))]
         world = arrange(World(dist.get_rank(), size, device, None, *groups), config)

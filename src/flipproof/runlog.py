@@ -1,4 +1,4 @@
-"""What a run says while it runs: log lines for people, ``metrics.jsonl`` for programs, and the run directory itself."""
+"""What a run says while it runs: log lines for people, ``metrics.jsonl`` for programs."""
 
 import json
 import logging
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from flipproof.errors import ConfigError
 from flipproof.files import finite, write_atomically
 
 logger = logging.getLogger("flipproof")
@@ -27,20 +26,6 @@ def set_up_logging() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     logger.propagate = False
-
-
-def check_run_dir(run_dir: Path, resume: bool) -> None:
-    """Raises ConfigError where the directory holds a run already and this one does not resume it."""
-    held = [name for name in (CONFIG, METRICS, RESULTS, "checkpoints") if (run_dir / name).exists()]
-    if held and not resume:
-        raise ConfigError(
-            [
-                f"{run_dir} holds a run already ({', '.join(held)}); resume it with --resume, or name another "
-                "directory with --logging.run_dir"
-            ]
-        )
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError([f"logging.run_dir = {str(run_dir)!r} is not a directory"])
 
 
 class Metrics:

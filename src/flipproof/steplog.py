@@ -73,8 +73,9 @@ class StepLog:
             self._profiler.step()
         self._bar.update()
 
-    def write(self, done: int, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Report the ``done``-th step, until which the run has used so many ``tokens``; all processes call."""
+    def write(self, done: int, tokens: int, loss: float, lr: float, grad_norm: float, skipped: int) -> None:
+        """Report the ``done``-th step, until which the run has used so many ``tokens`` and skipped so many steps; all
+        processes call."""
         peak = self.world.largest(peak_memory_gib())
         if self._trackers is None:
             return
@@ -89,6 +90,7 @@ class StepLog:
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
+            skipped_steps=skipped,
             tokens_per_second=round(rate, 1),
             mfu=mfu if mfu is None else round(mfu, 4),
             peak_memory_gib=round(peak, 3),
@@ -100,6 +102,8 @@ class StepLog:
             seen.insert(2, f"MFU {mfu:.1%}")
         if running is not None:
             seen.append(f"communication {running:.0%}, exposed {exposed:.0%}")
+        if skipped:
+            seen.append(f"{skipped} skipped")
         self._bar.set_postfix_str(", ".join(seen))
         if self._bar.disable:
             left = (self.steps - done) * self.tokens_per_step / rate

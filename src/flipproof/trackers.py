@@ -45,6 +45,24 @@ def check_trackers(logging: LoggingConfig) -> None:
         raise ConfigError(problems)
 
 
+def log_in(logging: LoggingConfig) -> None:
+    """Raises ConfigError where the config asks for Weights & Biases' server and it does not let this user in. Before
+    anything is loaded or measured, where ``check_trackers`` has found nothing; for one process of the run."""
+    if logging.wandb != "online":
+        return
+    import wandb
+
+    try:
+        wandb.login(verify=True)
+    except (wandb.Error, OSError) as error:  # no key, a wrong one, no network
+        raise ConfigError([_refused(logging, Path(logging.run_dir), error)]) from error
+
+
+def _refused(logging: LoggingConfig, run_dir: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"logging.wandb = {json.dumps(logging.wandb)}: {reason}; offline logs into {run_dir / 'wandb'}"
+
+
 def _installed(package: str) -> bool:
     # the folder ./wandb that W&B runs leave behind is found too, as a namespace package: that one has no origin
     spec = find_spec(package)
@@ -108,10 +126,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> "wandb.Run":
             resume="allow",
         )
     except wandb.Error as error:  # no key, no network, no such entity
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            [f"logging.wandb = {json.dumps(config.logging.wandb)}: {reason}; offline logs into {run_dir / 'wandb'}"]
-        ) from error
+        raise ConfigError([_refused(config.logging, run_dir, error)]) from error
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -6,45 +6,58 @@ number (data order, learning rate, fault ticks), so a checkpoint holds only what
 killed and resumed ends with the bits of one that never was.
 """
 
+import hashlib
 import json
 import math
 import signal
 import threading
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
 from flipproof.arms import TRAINED_ARMS, Arm, arms_table
-from flipproof.build import build_model, check_length, with_trainable_weights
-from flipproof.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, step_of
-from flipproof.config import RunConfig, TrainingConfig
-from flipproof.data import load_text, training_indices
-from flipproof.errors import ConfigError
+from flipproof.build import build_model, check_length, unguarded, with_trainable_weights
+from flipproof.checkpoint import Checkpointer, find_checkpoint, list_checkpoints, load_checkpoint, step_of
+from flipproof.config import RunConfig, load_config
+from flipproof.data import PackedText, load_text, training_indices
+from flipproof.errors import ConfigError, first_of
 from flipproof.evaluate import arms_of, measure_config_arms, write_results
-from flipproof.files import write_atomically
+from flipproof.files import check_writable, write_atomically
 from flipproof.inject import is_faulty, set_tick
 from flipproof.limits import check_ids
 from flipproof.loss import next_token_loss
 from flipproof.model import compute_context, load_tokenizer, save_model, skeleton
 from flipproof.ops.philox import derive_key
+from flipproof.optimizer import LossScale, learning_rate, make_optimizer
 from flipproof.parallel import Gradients, World
+from flipproof.resume import check_fixed, compare, examine_model, text_fingerprint, text_segments
+from flipproof.rundir import Record, check_run_dir, forget_abandoned, held
 from flipproof.runlog import logger
 from flipproof.shards import local, whole
 from flipproof.steplog import StepLog
-from flipproof.trackers import check_trackers
+from flipproof.trackers import check_trackers, log_in
 
 DEFAULT_STEPS = 1000
+MAX_SKIPPED = 10
+"""So many steps in a row that are not finite end a run. One is bad luck; after ten nothing will come of it."""
 HANGS = "hangs"
 """Where in the run's directory NCCL's flight recorder writes, where a collective times out."""
 
 
 class Interrupted(Exception):
     """The run was asked to stop (SIGTERM), saved a checkpoint and can be resumed."""
+
+
+class Diverged(ConfigError):
+    """Training goes nowhere: its losses, gradients or weights are not finite. What was saved before is as it was."""
 
 
 def train(config: RunConfig, resume: str | None = None) -> Path:
@@ -56,14 +69,20 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
             and for a start where there is none.
 
     Raises:
-        ConfigError: before anything is written, where the config, the data or the model is at fault.
+        ConfigError: before anything is written, where the config, the data or the model is at fault, another process
+            writes into the directory, or what is resumed is another run (``resume.py``).
+        Diverged: after ``MAX_SKIPPED`` steps in a row that are not finite.
         Interrupted: after SIGTERM, when a checkpoint is written.
     """
     run_dir = Path(config.logging.run_dir)
     check_trackers(config.logging)
     _check_trainable(config)
-    with parallel.start(config.parallelism, run_dir / HANGS) as world:
-        runlog.check_run_dir(run_dir, resume is not None)
+    check_writable(run_dir, "logging.run_dir")
+    with parallel.start(config.parallelism, run_dir / HANGS) as world, ExitStack() as stack:
+        world.once(lambda: stack.enter_context(held(run_dir)))
+        world.once(lambda: check_run_dir(run_dir, resume is not None))
+        world.once(lambda: log_in(config.logging))
+        world.once(lambda: forget_abandoned(run_dir))
         checkpoint = find_checkpoint(run_dir / "checkpoints", resume)
         seen = -1 if checkpoint is None else step_of(checkpoint)
         if world.largest(seen) != world.least(seen):  # also until all have looked, before anything is written
@@ -83,6 +102,27 @@ def resolve_steps(config: RunConfig, parameters: int, processes: int) -> RunConf
     return replace(config, training=replace(training, steps=steps or DEFAULT_STEPS))
 
 
+def counted_parameters(model: nn.Module, of: str | int) -> int:
+    """How many parameters ``training.tokens_per_parameter_of`` means, of a model without adapters."""
+    if isinstance(of, int):
+        return of
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    left_out = embedding.numel() if of == "non-embedding" else 0
+    return sum(parameter.numel() for parameter in model.parameters()) - left_out
+
+
+def chosen_sequences(lengths: Sequence[int], seed: int, first: int, count: int) -> np.ndarray:
+    """Which sequences are the first-th to (first+count)-th of a run whose text has segments of these lengths: int64,
+    shape (count,). Each segment has an order of its own and comes after the one before; the last comes again."""
+    start, parts = 0, []
+    for number, length in enumerate(lengths):
+        here = count if number == len(lengths) - 1 else min(count, max(0, length - first))
+        if here:
+            parts.append(start + training_indices(length, seed, first, here))
+        start, first, count = start + length, max(0, first + here - length), count - here
+    return np.concatenate(parts)
+
+
 def _check_trainable(config: RunConfig) -> None:
     dtype = config.training.dtype
     if not config.lora.r and dtype in ("float16", "bfloat16"):
@@ -92,64 +132,6 @@ def _check_trainable(config: RunConfig) -> None:
                 f"steps; use float32 with training.mixed_precision_param = {dtype!r}, or adapters (lora.r)"
             ]
         )
-
-
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; weight decay for matrices, none for norms and biases."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=training.lr, betas=(0.9, 0.95), foreach=True
-    )
-
-
-def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The learning rate of the ``step``-th step, counted from 0: linear warm-up, then the schedule down to 0."""
-    assert training.steps is not None  # resolve_steps
-    if step < training.warmup_steps:
-        return training.lr * (step + 1) / training.warmup_steps
-    if training.lr_scheduler == "constant":
-        return training.lr
-    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
-    if training.lr_scheduler == "linear":
-        return training.lr * (1 - progress)
-    return training.lr * (1 + math.cos(math.pi * progress)) / 2
-
-
-class LossScale:
-    """A factor on the loss that keeps float16 gradients in range; 1 and out of the way for other dtypes.
-
-    Steps whose gradients are not finite are skipped and halve it, 2000 good ones in a row double it (Micikevicius et
-    al., Mixed Precision Training, 2018).
-    """
-
-    def __init__(self, training: TrainingConfig, weights: torch.dtype | None = None) -> None:
-        """``weights``: their dtype, where the config leaves it to the checkpoint."""
-        self.used = weights == torch.float16 or "float16" in (training.dtype, training.mixed_precision_param)
-        self.scale = torch.tensor(2.0**16 if self.used else 1.0, dtype=torch.float64)
-        self.good_steps = torch.tensor(0)
-
-    def unscale(self, parameters: list[nn.Parameter]) -> None:
-        """Divide the gradients by it."""
-        if self.used:
-            torch._foreach_div_([local(p.grad) for p in parameters if p.grad is not None], float(self.scale))
-
-    def update(self, grad_norm: Tensor) -> bool:
-        """Whether the step with this gradient norm is to be taken."""
-        if not self.used:
-            return True
-        if not math.isfinite(grad_norm):
-            self.scale.div_(2)
-            self.good_steps.zero_()
-            return False
-        self.good_steps.add_(1)
-        if self.good_steps >= 2000:
-            self.scale.mul_(2)
-            self.good_steps.zero_()
-        return True
 
 
 class _Run:
@@ -163,17 +145,31 @@ class _Run:
         config = with_trainable_weights(config)
         if config.training.steps is None and config.training.tokens_per_parameter is not None:
             shape = skeleton(config.model, tokenizer, config.training.dtype)
-            config = resolve_steps(config, sum(p.numel() for p in shape.parameters()), world.size)
+            counted = counted_parameters(shape, config.training.tokens_per_parameter_of)
+            config = resolve_steps(config, counted, world.size)
         self.config = config = resolve_steps(config, 0, world.size)
         training = config.training
         assert training.steps is not None
+        if training.warmup_steps > training.steps:
+            logger.warning("training.warmup_steps = %d: the run ends after %d steps, and its learning rate never "
+                           "reaches training.lr", training.warmup_steps, training.steps)  # fmt: skip
+        self.checkpoint = checkpoint
+        self.first_step = 0 if checkpoint is None else step_of(checkpoint)
         self.rows = training.local_batch_size * world.size
         """Sequences of a global micro-batch."""
-        needed = training.steps * training.gradient_accumulation_steps * self.rows
-        self.text, self.held_out = load_text(config.data, tokenizer, training.seq_len, needed)
+        was, record = (None, None) if checkpoint is None else self._before()
+        self.text, self.held_out = self._load_text(() if record is None else tuple(count for count, _ in record.text))
         self.model = build_model(config, tokenizer, world, config.lora)
         check_ids(self.model, tokenizer, self.text.sequences, self.held_out.sequences)
         dtype = next(self.model.parameters()).dtype
+        self.record = self._record(() if record is None else tuple(count for count, _ in record.text))
+        self.differences = None if was is None else compare(was, config, record, self.record, self.run_dir)
+        self.measured_before = record is not None and record.measured == self.record.measured
+        if record is None and self.differences is not None:  # of a version that left no record
+            logger.warning(
+                "%s has no record of its text and model: whether they are the same is not known", self.run_dir
+            )
+            self.measured_before = not self.differences.measured
         self.optimizer = make_optimizer(self.model, training)
         self.gradients = Gradients(self.model, config.parallelism, world)
         self.loss_scale = LossScale(training, dtype)
@@ -182,39 +178,104 @@ class _Run:
             "micro_steps": torch.tensor(0),
             "loss_scale": self.loss_scale.scale,
             "good_steps": self.loss_scale.good_steps,
+            "skipped": torch.tensor(0),
+            "skipped_in_a_row": torch.tensor(0),
         }
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.first_step = 0
-        if checkpoint is not None:
-            self.first_step = load_checkpoint(checkpoint, self.model, self.optimizer, self.progress)
-            logger.info("resumed from %s", checkpoint)
+
+    def _before(self) -> tuple[RunConfig, Record | None]:
+        """Config and record of the run that this one goes on with."""
+        path = self.run_dir / runlog.CONFIG
+        if not path.exists():
+            raise ConfigError([f"--resume: {path} is gone, and with it what the checkpoints there were trained with"])
+        was, steps = load_config([path]), self.config.training.steps
+        check_fixed(was, self.config, self.run_dir)
+        if steps is not None and steps < self.first_step:
+            raise ConfigError(
+                [
+                    f"--resume: training.steps = {steps}, but {self.checkpoint} has done {self.first_step}; name an "
+                    "earlier one with --resume, or more steps"
+                ]
+            )
+        return was, Record.read(self.run_dir)
+
+    def _load_text(self, lengths: tuple[int, ...]) -> tuple[PackedText, PackedText]:
+        """(training text of at least these segments, held-out text)."""
+        training = self.config.training
+        assert training.steps is not None
+        needed, tokenizer = training.steps * training.gradient_accumulation_steps * self.rows, self.tokenizer
+        text, held_out = load_text(self.config.data, tokenizer, training.seq_len, needed)
+        if len(text) < sum(lengths):  # the run was begun with more steps, hence with more text in another order
+            text, held_out = load_text(self.config.data, tokenizer, training.seq_len, sum(lengths))
+            text = replace(text, sequences=text.sequences[: sum(lengths)])
+        return text, held_out
+
+    def _record(self, lengths: tuple[int, ...]) -> Record:
+        """What later starts are compared with. Raises ConfigError where the base model is not finite."""
+        model = None
+        if self.config.model.init == "pretrained":
+            model, broken = examine_model(self.model, self.world)
+            if broken:
+                raise ConfigError(
+                    [
+                        f"model.hf_model_path = {self.config.model.hf_model_path!r}: the weights are not finite before "
+                        f"any training (NaN or infinity), in {first_of(broken)}"
+                    ]
+                )
+
+        def of_text() -> tuple[tuple[tuple[int, str], ...], str]:
+            return text_segments(self.text.sequences, lengths), text_fingerprint(self.held_out.sequences)
+
+        text, held_out = self.world.once(of_text)
+        measured = hashlib.sha256(json.dumps([asdict(self.config.eval), held_out]).encode()).hexdigest()[:32]
+        return Record(model, self.rows, text, held_out, measured)
 
     def run(self) -> Path:
-        config, run_dir, first = self.config, self.run_dir, self.world.first
-        if first:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(run_dir / runlog.CONFIG, config.to_toml())
-        log = StepLog(run_dir, config, self.model, self.world, self.first_step)
-
+        config, run_dir = self.config, self.run_dir
         # What the model was before training; a model from scratch was nothing.
         names, scratch = arms_of(self.model, config.bitflip, trained=True), config.model.init == "random"
         base_arms = () if scratch else tuple(name for name in names if name not in TRAINED_ARMS)
         trained_arms = tuple(name for name in names if name in TRAINED_ARMS)
         if scratch and not config.faulty:
             trained_arms = ("clean",)  # made without faults, it is what others are measured against
-        arms = _saved_arms(run_dir) if self.first_step else self._measure(base_arms)
-        self._write_results(arms)
-        if base_arms and not self.first_step:
+        arms = _saved_arms(run_dir) if self.measured_before else None
+        if arms is None or set(base_arms) - set(arms):
+            arms = self._measure(base_arms)
+        if arms:
             logger.info("before training:\n%s", arms_table(arms))
-        self._train(log)
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint, self.model, self.optimizer, self.progress)
+            logger.info("resumed from %s", self.checkpoint)
+        self._begin(arms)
+        self._train(StepLog(run_dir, config, self.model, self.world, self.first_step))
         if config.lora.r:
-            save_adapter(self.model, run_dir / "adapter", config.model.hf_model_path, writes=first)
+            save_adapter(self.model, run_dir / "adapter", config.model.hf_model_path, writes=self.world.first)
         else:
             save_model(self.model, run_dir / "model", self.tokenizer, self.world)
         arms |= self._measure(trained_arms)
         self._write_results(arms)
         logger.info("%s", arms_table(arms))
         return run_dir
+
+    def _begin(self, arms: dict[str, Arm]) -> None:
+        """Make what this start has decided durable, before its first step: from which checkpoint, with what."""
+        for change in [] if self.differences is None else self.differences.said:
+            logger.info("resumed with %s", change)
+        for change in [] if self.differences is None else self.differences.measured:
+            logger.info("resumed with %s: the arms before training were measured anew", change)
+
+        def write() -> None:
+            there = list_checkpoints(self.run_dir / "checkpoints")
+            abandoned = tuple(path.name for path in there if step_of(path) > self.first_step)
+            replace(self.record, measured=None, abandoned=abandoned).write(self.run_dir)
+            forget_abandoned(self.run_dir)
+            self._write_results(arms)
+            write_atomically(self.run_dir / runlog.CONFIG, self.config.to_toml())
+            self.record.write(self.run_dir)
+            if self.world.device.type == "cuda" and self.world.size > 1:
+                (self.run_dir / HANGS).mkdir(exist_ok=True)
+
+        self.world.once(write)
 
     def _measure(self, names: tuple[str, ...]) -> dict[str, Arm]:
         return measure_config_arms(self.config, names, self.model, self.held_out, self.world)
@@ -239,9 +300,14 @@ class _Run:
                 checkpoints.check()
                 stopping = world.largest(float(stop.requested)) > 0
                 if done % training.log_freq == 0 or done == training.steps:
-                    tokens = int(self.progress["sequences"]) * training.seq_len
-                    log.write(done, tokens, loss=world.mean(loss), lr=lr, grad_norm=float(grad_norm))
+                    tokens, skipped = (int(self.progress[name]) for name in ("sequences", "skipped"))
+                    tokens *= training.seq_len
+                    log.write(done, tokens, world.mean(loss), lr, float(grad_norm), skipped)
+                if self.progress["skipped_in_a_row"] >= MAX_SKIPPED:
+                    checkpoints.wait()
+                    raise Diverged([self._why_not_finite(done, loss, grad_norm)])
                 if (training.save_freq and done % training.save_freq == 0) or done == training.steps or stopping:
+                    self._check_finite(done)
                     checkpoints.save(done, self.model, self.optimizer, self.progress)
                 if stopping:
                     break
@@ -266,17 +332,67 @@ class _Run:
             self.progress["sequences"] += self.rows
         self.loss_scale.unscale(self.trainable)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.trainable, self.config.training.max_norm or math.inf))
-        if self.loss_scale.update(grad_norm):
+        if self._is_finite(step, loss_sum, grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum / accumulation, grad_norm
+
+    def _is_finite(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the step may be taken; all processes decide alike, whichever of them has the loss that is not."""
+        numbers = [math.isfinite(loss), math.isfinite(grad_norm)]
+        # 2: the loss is not finite; 1: its gradient alone
+        worst = self.world.largest(0 if all(numbers) else 1 if numbers[0] else 2)
+        # at a scale above 1 the scale may be what is too much, and half of it enough
+        scaled = worst == 1 and self.loss_scale.used and float(self.loss_scale.scale) > 1
+        if worst < 2:  # no scale makes a loss finite
+            self.loss_scale.update(worst == 0)
+        if worst == 0:
+            self.progress["skipped_in_a_row"].zero_()
+            return True
+        self.progress["skipped"] += 1
+        if not scaled:
+            self.progress["skipped_in_a_row"] += 1
+        logger.warning("step %d is skipped: its %s not finite", step + 1, "loss is" if worst == 2 else "gradients are")
+        return False
+
+    def _why_not_finite(self, done: int, loss: Tensor, grad_norm: Tensor) -> str:
+        """One line on why training goes nowhere."""
+        training, guards = self.config.training, unguarded(self.config.bitflip)
+        if guards:
+            why = f"flips without a guard ({guards}), which make huge numbers of small ones"
+        elif int(self.progress["skipped"]) >= done:
+            why = "the text or the base model, since no step was finite from the start"
+        else:
+            why = f"the learning rate (training.lr = {training.lr:g}, warmup_steps = {training.warmup_steps})"
+        kept = list_checkpoints(self.run_dir / "checkpoints")
+        way_out = f"the last checkpoint, {kept[-1].name}, is whole" if kept else "no checkpoint was written"
+        return (
+            f"training stopped after step {done}: {MAX_SKIPPED} steps in a row were not finite (loss {float(loss):g}, "
+            f"gradient norm {float(grad_norm):g}) and none of them was taken; the likely cause is {why}; {way_out}"
+        )
+
+    def _check_finite(self, done: int) -> None:
+        """Raises Diverged where weights or optimizer are not finite: such a checkpoint would push out a good one."""
+        tensors = [local(parameter).detach() for parameter in self.trainable]
+        tensors += [
+            local(value) for state in self.optimizer.state.values() for value in state.values() if value.dim() > 0
+        ]
+        bad = any(not tensor.isfinite().all() for tensor in tensors)
+        if self.world.largest(float(bad)):
+            raise Diverged(
+                [
+                    f"training stopped after step {done}: the trained weights or Adam's moments are not finite; they "
+                    f"are not saved; the likely cause is the learning rate (training.lr = {self.config.training.lr:g})"
+                ]
+            )
 
     def _forward(self, tick: int, sequence: int) -> Tensor:
         """Loss of this process's rows of the global micro-batch that begins with the given sequence."""
         training, rows = self.config.training, self.config.training.local_batch_size
         if is_faulty(self.model):
             set_tick(self.model, tick)
-        chosen = training_indices(len(self.text), training.seed, sequence + self.world.rank * rows, rows)
+        lengths = [length for length, _ in self.record.text]
+        chosen = chosen_sequences(lengths, training.seed, sequence + self.world.rank * rows, rows)
         ids = self.text.batch(chosen).to(self.world.device)
         with compute_context(training, self.model):
             return next_token_loss(self.model, ids, forward=self.gradients.forward)
@@ -329,10 +445,12 @@ class _StopRequest:
             signal.signal(signal.SIGTERM, self._before)
 
 
-def _saved_arms(run_dir: Path) -> dict[str, Arm]:
-    """The arms that an interrupted run measured before it trained."""
-    if not (run_dir / runlog.RESULTS).exists():
-        logger.warning("%s is gone, and with it what was measured before training", run_dir / runlog.RESULTS)
-        return {}
-    arms = json.loads((run_dir / runlog.RESULTS).read_text())["arms"]
-    return {name: Arm.from_dict(arm) for name, arm in arms.items() if name not in TRAINED_ARMS}
+def _saved_arms(run_dir: Path) -> dict[str, Arm] | None:
+    """The arms that an interrupted run measured before it trained; None where they cannot be read."""
+    try:
+        arms = json.loads((run_dir / runlog.RESULTS).read_text(encoding="utf-8"))["arms"]
+        return {name: Arm.from_dict(arm) for name, arm in arms.items() if name not in TRAINED_ARMS}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s): the arms before training are measured anew",
+                       run_dir / runlog.RESULTS, error)  # fmt: skip
+        return None

@@ -82,6 +82,9 @@ class TrainingConfig:
     tokens_per_parameter: float | None = None
     """Length of the run where steps is not given, in training tokens per parameter of the model: 0.01 is 1%. The steps
     follow from it with batch, accumulation and number of processes."""
+    tokens_per_parameter_of: Literal["all", "non-embedding"] | int = "all"
+    """Which parameters tokens_per_parameter counts: all; non-embedding, without the input embedding but with the output
+    head, as AICrossSim-CLM counts its 22 tokens per parameter; or a number, such as 8000000000 for an "8B"."""
     lr: float = 2e-4
     """Peak learning rate of AdamW (betas 0.9 and 0.95)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -109,6 +112,8 @@ class TrainingConfig:
         problems = _at_least(self, 0, "weight_decay", "warmup_steps", "max_norm", "save_freq", "seed")
         if isinstance(self.activation_checkpointing, int):
             problems += _at_least(self, 1, "activation_checkpointing")
+        if isinstance(self.tokens_per_parameter_of, int):
+            problems += _at_least(self, 1, "tokens_per_parameter_of")
         problems += _at_least(self, 1, "local_batch_size", "gradient_accumulation_steps", "steps", "log_freq")
         problems += _at_least(self, 2, "seq_len")
         return problems + _positive(self, "lr", "tokens_per_parameter")
