@@ -45,13 +45,48 @@ def said(capsys, *argv):
         ("export run --to x --format zip", "--format = 'zip': 'model' | 'adapter' is allowed"),
         ("generate m --prompt a --seed 1e3", "--seed = '1e3': int is allowed"),
         ("generate m --prompt a --do_sample yes", "--do_sample = 'yes': bool is allowed"),
-        ("eval m n", "n: not expected here; a flag is missing before it"),
+        ("train m", "m: not expected here; did you mean --model.hf_model_path m?"),
+        ("export m n --to x", "n: not expected here"),
+        ("train --batch_size 1", "--batch_size: unknown flag; did you mean --training.local_batch_size? (eval has"
+         " --batch_size)"),
         ("train --steps 3 --training.steps 4", "--steps is --training.steps, which is given as well; once is allowed"),
         ("eval m --model.hf_model_path n", "MODEL is --model.hf_model_path, which is given as well; once is allowed"),
     ],
 )  # fmt: skip
 def test_what_was_meant(argv, expected, capsys):
     assert said(capsys, *argv.split()) == expected
+
+
+def test_the_words_of_the_tutorials_commands_lead_to_keys(capsys):
+    """Of the 8B tutorial, the pretraining tutorial and LitGPT's."""
+    words = {
+        "model_name_or_path": "model.hf_model_path",
+        "dataset_name": "data.source",
+        "per_device_train_batch_size": "training.local_batch_size",
+        "learning_rate": "training.lr",
+        "weight_decay": "training.weight_decay",
+        "num_train_epochs": "training.steps",
+        "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+        "lr_scheduler_type": "training.lr_scheduler",
+        "output_dir": "logging.run_dir",
+        "with_tracking": "logging.wandb",
+        "transform_cfg": "config",
+        "block_size": "training.seq_len",
+        "log_train_loss_steps": "training.log_freq",
+        "max_train_steps": "training.steps",
+        "model_flavor": "model.flavor",
+        "data_parallel_replicate_degree": "parallelism.replicas",
+        "data_parallel_shard_degree": "parallelism.fsdp_degree",
+        "token_num_scale": "training.tokens_per_parameter",
+        "compile": "training.compile",
+        "precision": "training.dtype",
+        "lora_r": "lora.r",
+        "out_dir": "logging.run_dir",
+    }
+    assert main(["train", *(f"--{word}=x" for word in words)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    for line, (word, key) in zip(lines, words.items(), strict=True):
+        assert line == f"flipproof train: error: --{word}: unknown flag; did you mean --{key}?"
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,7 @@ def test_a_home_directory_is_found(write, tmp_path, monkeypatch):
     config = load_config(["~/home.toml"])
     assert config.logging.run_dir == f"{tmp_path}/runs/a"
     assert LoggingConfig(run_dir="~/b").run_dir == f"{tmp_path}/b"
+    assert SweepConfig(voltage="~/chip.csv").voltage == f"{tmp_path}/chip.csv"
     assert load_config([], {"model": {"hf_model_path": "m"}, "logging": {"run_dir": "~/c"}}).logging.run_dir == (
         f"{tmp_path}/c"
     )

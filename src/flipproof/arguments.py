@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flipproof.config import describe_keys, sections_help, warn_of_two
-from flipproof.config.names import keys_meant, nearest
+from flipproof.config.names import is_named, keys_meant, nearest
 from flipproof.config.schema import SECTIONS
 from flipproof.config.values import convert
 from flipproof.errors import ConfigError
@@ -75,7 +75,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())
         if extra := re.fullmatch(r"unrecognized arguments: (.*)", text):
-            text = f"{extra[1]}: not expected here; a flag is missing before it"
+            model = f"; did you mean --model.hf_model_path {extra[1]}?" if self.takes_keys else ""
+            text = f"{extra[1]}: not expected here{model}"
         elif missing := re.fullmatch(r"the following arguments are required: (.*)", text):
             text = f"{missing[1]} is missing"
         elif value := re.fullmatch(r"argument ([^\s/:]+)\S*: (.*)", text):
@@ -102,7 +103,7 @@ class Parser(argparse.ArgumentParser):
             where = f"; it belongs to {' and '.join(others)}" if others else ""
             return f"{where}; flipproof {plain} is a verb: {self.verbs[plain]}"
         meant = [f"--{key}" for key in keys_meant(plain)] if self.takes_keys else []
-        exact = any(key.endswith(f".{plain}") for key in meant)
+        exact = self.takes_keys and is_named(plain)
         if others and not exact:
             return f"; it belongs to {' and '.join(others)}"
         if near := nearest(plain, own) if not exact else None:

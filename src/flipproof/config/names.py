@@ -15,6 +15,7 @@ _OTHER_WORDS = {
     ("training.steps",): ("max_steps", "max_train_steps", "num_steps", "epochs", "num_train_epochs"),
     ("training.seq_len",): ("block_size", "max_length", "max_seq_length", "max_seq_len", "context_length"),
     ("training.local_batch_size",): ("batch_size", "micro_batch_size", "per_device_train_batch_size"),
+    ("training.log_freq",): ("log_train_loss_steps", "logging_steps"),
     ("training.tokens_per_parameter",): ("token_num_scale",),
     ("training.seed", "bitflip.base_seed"): ("seed", "random_seed"),
     ("model.hf_model_path",): ("model", "model_path", "model_name", "model_name_or_path", "checkpoint_dir"),
@@ -36,6 +37,12 @@ def keys_meant(word: str) -> list[str]:
         return list(_MEANT[word])
     near = nearest(word, KEYS.values())
     return [key for key, name in KEYS.items() if name == near][:1]
+
+
+def is_named(word: str) -> bool:
+    """Whether a key is called so, here or in other trainers."""
+    spelled = word.replace("-", "_").lower()
+    return spelled in KEYS.values() or spelled in _MEANT
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

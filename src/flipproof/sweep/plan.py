@@ -17,6 +17,7 @@ so processes that share a sweep spread out.
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -56,6 +57,10 @@ class SweepConfig:
     budget_minutes: float | None = None
     """Stop after so many minutes; the points that tell most come first, and a later start goes on. Default: measure
     all."""
+
+    def __post_init__(self) -> None:
+        if self.voltage is not None:
+            object.__setattr__(self, "voltage", os.path.expanduser(self.voltage))
 
     def problems(self) -> list[str]:
         problems = []
