@@ -164,16 +164,21 @@ class DataConfig:
     source: str = "Cheng98/fineweb-edu-1.25B"
     """A file or folder (txt, jsonl, parquet), a Hub data set, or "stdlib": Python's own standard library source."""
     eval_source: str | None = None
-    """Held-out text, given as source is. Default: a part of source that is kept out of training."""
+    """Text to evaluate on, all of it, given as source is. Default: the held-out part of source, about a tenth of its
+    documents, which is never trained on."""
     held_out_tokens: int = 262144
-    """How many tokens of source are held out, where eval_source is not given; never more than a tenth of it."""
+    """How many tokens of the held-out part of source are used, at most; never more than a tenth of max_tokens."""
     text_column: str = "text"
     """The column of jsonl, parquet and Hub data that holds the text."""
     max_tokens: int | None = None
     """Use this many tokens of source at most."""
+    bos: bool | None = None
+    """Begin each document and each sequence with the tokenizer's beginning-of-text token. Default: where the tokenizer
+    begins a text with one."""
 
     def problems(self) -> list[str]:
-        return _at_least(self, 1, "max_tokens", "held_out_tokens")
+        empty = [f"{name} is empty" for name in ("source", "eval_source") if getattr(self, name) == ""]
+        return empty + _at_least(self, 1, "max_tokens", "held_out_tokens")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""Rows of tables, one at a time: JSON Lines, a JSON array, Parquet; of each row no more than is asked for.
+
+What is wrong with one column, or with one line, is of no matter to the others.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flipproof.data.document import Row, Span, TextFile, blocks, not_utf8
+from flipproof.errors import ConfigError
+
+_HEAD = 2**16  # bytes within which a file begins
+_ITEM = 2**26  # characters: no item of a JSON array is larger
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line; of ``datasets``' error that says only that something did, its cause."""
+    while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).split("Example of usage")[0]
+    return " ".join(text.split())[:500] or type(error).__name__
+
+
+def no_column(column: str, name: str, columns: Iterable[str]) -> ConfigError:
+    hint = ""
+    if {"messages", "conversations", "instruction", "prompt"} & set(columns):
+        hint = "; chat messages and other instruction data are not read yet"
+    return ConfigError([f"data.text_column = {column!r}: {name!r} has the columns {', '.join(columns)}{hint}"])
+
+
+def rows(values: Iterable[Any], name: str, column: str) -> Iterator[Row]:
+    for number, value in enumerate(values):
+        held = len(value) if isinstance(value, str | bytes) else 100
+        yield Row(f"{name}, row {number}", column, partial(dict, [(column, value)]), held)
+
+
+def parquet_rows(path: Path, column: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise no_column(column, str(path), file.schema_arrow.names)
+            batches = file.iter_batches(256, columns=[column])
+            yield from rows((v for batch in batches for v in batch.column(0).to_pylist()), str(path), column)
+    except pa.ArrowException as error:
+        raise ConfigError([f"data source {str(path)!r} cannot be read ({reason(error)})"]) from error
+
+
+def json_rows(path: Path, column: str) -> Iterator[Row]:
+    """The rows of a file of JSON Lines, or of one JSON array."""
+    with path.open("rb") as file:
+        begins = file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+        if begins.startswith(b"["):
+            for number, (item, length) in enumerate(_array_items(path)):
+                where = f"{path}, item {number}"
+                yield Row(where, column, partial(_object, item, where), length)
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield Row(where, column, partial(_line, line, where, path), len(line))
+
+
+def _line(line: bytes, where: str, path: Path) -> dict[str, Any]:
+    try:
+        item = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        raise not_utf8(where, path, error, error.start) from error
+    except (ValueError, RecursionError) as error:
+        what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+        raise ConfigError([f"data file {where} is not one JSON object: {what}"]) from error
+    return _object(item, where)
+
+
+def _object(item: Any, where: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise ConfigError([f"data file {where} holds a {type(item).__name__}, not an object with columns"])
+    return item
+
+
+def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
+    """(item, its length in characters) of a file that is one JSON array, of which one item at a time is decoded."""
+    size = path.stat().st_size
+    reader = _JsonReader(blocks(Span(TextFile(path, size), 0, size)))
+    number, mark = -1, "["
+    try:
+        while reader.skip() == mark:
+            reader.at += 1
+            if mark == "[" and reader.skip() == "]":
+                return
+            number, mark = number + 1, ","
+            yield reader.item()
+        if reader.skip() != "]":
+            raise ValueError("a comma or the end of the array is missing after it")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError([f"data file {path}, item {number} is not JSON: {reason(error)}"]) from error
+
+
+class _JsonReader:
+    """A text that is read as far as it is asked for."""
+
+    def __init__(self, unread: Iterator[str]) -> None:
+        self.unread, self.text, self.at = unread, "", 0
+
+    def skip(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at].isspace():
+                self.at += 1
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def item(self) -> tuple[Any, int]:
+        """The value that comes next, and its length. Raises ValueError where it is none."""
+        while True:
+            self.skip()
+            try:
+                item, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except ValueError:
+                if len(self.text) - self.at > _ITEM or not self._more():
+                    raise
+            else:
+                length, self.at = end - self.at, end
+                return item, length
+
+    def _more(self) -> bool:
+        """Read on, as much again as is there already: what is decoded anew stays within twice of the whole."""
+        self.text, self.at = self.text[self.at :], 0
+        before = len(self.text)
+        for block in self.unread:
+            self.text += block
+            if len(self.text) > 2 * before:
+                break
+        return len(self.text) > before
