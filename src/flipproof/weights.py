@@ -170,7 +170,7 @@ def _from_pretrained(name: str, dtype: str | None, **kwargs: Any) -> Any:
         # with PEFT installed, transformers would mix it in
         for module in ("models.auto.auto_factory", "integrations.peft"):
             stack.enter_context(mock.patch(f"transformers.{module}.find_adapter_config_file", return_value=None))
-        return from_hub(AutoModelForCausalLM.from_pretrained, name, KEY, "a model", dtype=dtype, **kwargs)
+        return from_hub(AutoModelForCausalLM.from_pretrained, name, KEY, "a model", dtype=dtype or "auto", **kwargs)
 
 
 @contextmanager
