@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flipproof.config import LoggingConfig, RunConfig
 from flipproof.errors import ConfigError
-from flipproof.trackers import Trackers, check_trackers
+from flipproof.trackers import Trackers, check_trackers, log_in
 
 
 @pytest.fixture
@@ -113,6 +113,38 @@ def test_where_wandb_lets_nobody_in_there_is_one_line(config, fake_wandb):
     fake_wandb.init = refuse
     with pytest.raises(ConfigError, match=r'^logging.wandb = "online": No API key .* log in\.; offline logs into .*$'):
         Trackers(config(wandb="online"), 0)
+
+
+def test_a_login_that_fails_is_one_line_before_anything_begins(fake_wandb, tmp_path):
+    """Weights & Biases' server is asked once, and only where it will be written to."""
+    asked = []
+
+    def login(verify):
+        asked.append(verify)
+        raise fake_wandb.Error("Invalid credentials for https://api.wandb.ai.\nGet a key.")
+
+    fake_wandb.login = login
+    logging = LoggingConfig(run_dir="runs/a", wandb="online")
+    with pytest.raises(ConfigError) as error:
+        log_in(logging)
+    assert error.value.problems == [
+        'logging.wandb = "online": Invalid credentials for https://api.wandb.ai. Get a key.; offline logs into '
+        "runs/a/wandb"
+    ]
+    for mode in ("offline", "disabled"):
+        log_in(LoggingConfig(wandb=mode))
+    fake_wandb.login = lambda verify: asked.append(verify)
+    log_in(logging)
+    assert asked == [True, True]
+
+
+def test_without_a_key_there_is_no_login(monkeypatch, tmp_path):
+    """The package itself, without a terminal."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r'^logging.wandb = "online": .*API key.*; offline logs into '):
+        log_in(LoggingConfig(wandb="online"))
 
 
 def wandb_records(path):
