@@ -459,3 +459,20 @@ def test_what_spreads_a_model_over_processes_comes_after(tiny_llama):
             assert everything_of(model) == before
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_arguments_of_other_types_are_refused_by_name(tiny_llama):
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match=r"spec = \{'w_p_exp': 0\.1\}: a BitFlipSpec"):
+        flipproof.inject(model, {"w_p_exp": 0.1})
+    flipproof.inject(model, BitFlipSpec(w_p_exp=0.1))
+    for tick in (1.5, True, "1", -1, 2**48):
+        with pytest.raises(ValueError, match=f"tick = {tick!r}: ticks are integers"):
+            flipproof.set_tick(model, tick)
+    for name in ("flips", "guard", "adapters"):
+        with pytest.raises(ConfigError, match=f"{name} = 'no'"), flipproof.faults(model, **{name: "no"}):
+            pass
+    draw = {"p_exp": 0.1, "seed": 0, "site": "a", "tick": 0}
+    for name, value in {"tick": 1.5, "site": 3, "offset": 0.5, "seed": 1.5, "p_exp": "a"}.items():
+        with pytest.raises(ValueError, match=f"{name} = {value!r}"):
+            flipproof.flip(torch.ones(4), **draw | {name: value})

@@ -83,6 +83,8 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
             without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped.
             ValueError: where the model is injected already, or wrapped by what spreads it over processes.
     """
+    if not isinstance(spec, BitFlipSpec):
+        raise ConfigError([f"spec = {spec!r}: a BitFlipSpec is allowed, such as BitFlipSpec(w_p_exp=1e-5)"])
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
@@ -371,6 +373,9 @@ def faults(
     Seed and tick go on afterwards from where they were.
     """
     state = fault_state(model)
+    for name, value in (("flips", flips), ("guard", guard), ("adapters", adapters)):
+        if not isinstance(value, bool):
+            raise ConfigError([f"{name} = {value!r}: True or False is allowed"])
     before = (state.flips, state.guard, state.adapters)
     seed_before, place = state.seed, (state._next, state.tick, state.resumed_at)
     state.flips, state.guard, state.adapters = flips, guard, adapters

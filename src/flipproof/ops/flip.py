@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipproof.errors import ConfigError
 from flipproof.ops import patterns, reference
 from flipproof.ops.parity import DTYPES, dtype_name
 from flipproof.ops.philox import derive_key, tick_problem
@@ -232,10 +233,12 @@ def _draw(
         threshold_problem("zero_out_t", zero_out_t),
         tick_problem(tick),
     ]
-    if not 0 <= offset < 2**61:
+    if not isinstance(site, str):
+        problems.append(f"site = {site!r}: a text is allowed")
+    if not isinstance(offset, int) or not 0 <= offset < 2**61:
         problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
     if found := [problem for problem in problems if problem]:
-        raise ValueError("; ".join(found))
+        raise ConfigError(found)
     pattern.bit_probabilities(p_exp or 0, p_frac or 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
     key = torch.tensor(derive_key(check_seed(seed), site))

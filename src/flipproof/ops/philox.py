@@ -46,7 +46,8 @@ Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def tick_problem(tick: int) -> str | None:
     """One line naming what is wrong with a tick, or None where it is fine."""
-    return None if 0 <= tick < MAX_TICK else f"tick = {tick!r}: ticks run from 0 to 2^48 - 1"
+    whole = isinstance(tick, int) and not isinstance(tick, bool)
+    return None if whole and 0 <= tick < MAX_TICK else f"tick = {tick!r}: ticks are integers from 0 to 2^48 - 1"
 
 
 def check_tick(tick: int) -> int:
