@@ -14,6 +14,7 @@ from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.evaluate import evaluate
 from flipproof.model import byte_tokenizer
+from flipproof.sweep import run as sweep_run
 from flipproof.sweep.directory import SweepDirectory
 from flipproof.sweep.grid import resolved
 from flipproof.sweep.run import sweep
@@ -215,7 +216,7 @@ def test_voltages_are_carried(model_dir, tmp_path):
     assert measured[0.7]["loss"] == arms["flipped"].trial_losses[0]
     assert said.splitlines()[0].split() == ["voltage", "p", "w"]
     (tmp_path / "chip.csv").write_text("voltage,ber\n0.8,0\n0.7,2e-3\n")
-    with pytest.raises(ConfigError, match="holds another sweep, of axes"):
+    with pytest.raises(ConfigError, match="holds another sweep, of voltages"):
         sweep(settings(model_dir, **table), tmp_path / "sweep")
 
 
@@ -244,7 +245,7 @@ def test_the_command_line(model_dir, tmp_path, capsys, monkeypatch):
         ([*start, "--to", "new", "--p", "1e-3", "--layers", "q_prj"], "did you mean q_proj?"),
         ([*start, "--to", "other", "--p", "1e-3"], "--to other: holds something that is no sweep (notes.txt)"),
         ([*start, "--to", "out", "--config", "run.toml", *few, "--bits", "21"], "of sweep.bits = 20; here it is 21"),
-        ([*start, "--p", "1e-3"], "required: to"),
+        ([*start, "--p", "1e-3"], "--to is missing"),
     ):
         assert main(argv) == 2
         out, err = capsys.readouterr()
@@ -263,17 +264,18 @@ def test_the_command_line(model_dir, tmp_path, capsys, monkeypatch):
         (["--bits", "31", "--training.mixed_precision_param", "float16"], "bit '31': float16 has bits 0 to 15"),
         (["--until-ci", "0.01"], "--until-ci: unknown flag"),
         (["--eval.until_ci", "0.01"], "eval.until_ci = 0.01: a sweep has sweep.seeds"),
-        (["--to", "there"], "there holds another sweep, of sequences_per_pass = 3; here it is 1"),
+        (["--to", "there"], "there: holds another sweep, of sequences_per_pass = 3; here it is 1"),
     ],
 )
 def test_a_bad_grid_is_told_before_weights_and_text_are_read(model_dir, tmp_path, capsys, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    (model_dir / "model.safetensors").write_bytes(b"no weights")
-    argv = ["sweep", str(model_dir), "--data.source", "no/such/text.txt", "--p", "1e-3"]
+    monkeypatch.setattr(sweep_run, "build_model", lambda *_: pytest.fail("weights were read"))
+    argv = ["sweep", str(model_dir), "--data.source", "no/such/text.txt", "--training.seq_len", "32", "--p", "1e-3"]
     if "there" in flags:
         there = SweepDirectory(tmp_path / "there")
         config = load_config([], {"model": {"hf_model_path": str(model_dir)}, "sweep": {"p": "1e-3"}})
         config = replace(config, data=replace(config.data, source="no/such/text.txt"))
+        config = replace(config, training=replace(config.training, seq_len=32))
         there.begin(resolved(config)).release()
         there.write_header({"sequences_per_pass": 3, "voltages": None})
     assert main([*argv, *([] if "there" in flags else ["--to", "new"]), *flags]) == 2
