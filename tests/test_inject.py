@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import ROUNDED
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import (
@@ -185,7 +186,8 @@ def test_merge_and_remove_give_plain_layers_back(tiny_llama, token_ids):
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
         if restore is flipproof.merge:
-            torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, expected)
+            atol = ROUNDED * float(expected.abs().max())  # a sum of three terms
+            torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, expected, rtol=0, atol=atol)
         else:
             assert torch.equal(model(token_ids).logits, clean)
         flipproof.inject(model, FLIPS)

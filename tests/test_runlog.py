@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 
 from flipproof.runlog import Metrics, peak_memory_gib
 
@@ -17,8 +18,16 @@ def test_metrics_go_on_after_the_step_they_resume_from(tmp_path):
     ]
 
 
-def test_peak_memory_counts_what_is_allocated():
+def peak_before_and_after(nbytes):
     before = peak_memory_gib()
-    block = bytearray(400 * 2**20)
+    block = bytearray(nbytes)
     block[::4096] = b"x" * len(block[::4096])
-    assert peak_memory_gib() - before > 0.2 or before > 1.0
+    return before, peak_memory_gib()
+
+
+def test_peak_memory_counts_what_is_allocated():
+    """In a fork, whose peak begins with what it has: that of this process depends on the tests before."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        before, after = pool.apply(peak_before_and_after, (400 * 2**20,))
+    assert before > 0.05  # torch alone is more
+    assert 390 / 2**10 < after - before < 500 / 2**10

@@ -14,10 +14,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from rounding import ROUNDED, assert_same_function, training_moved
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +37,7 @@ hf_model_path = "{home}/base"
 seq_len = 32
 gradient_accumulation_steps = 2
 steps = 6
-lr = 5e-3  # at 1e-2 a bit at the edge of a guard makes the orders of sums differ by nearly 1e-5
+lr = 5e-3
 warmup_steps = 2
 log_freq = 1
 save_freq = 2
@@ -46,7 +48,7 @@ r = 2
 lora_alpha = 4
 [bitflip]
 w_p_exp = 0.001
-w_p_frac = 0.01
+w_p_frac = 0.007  # below what is drawn densely, which takes time
 w_zero_out_t = 1.0
 x_p_exp = 0.001
 x_zero_out_t = 64.0
@@ -80,7 +82,7 @@ def start(processes, *command):
     )
 
 
-def finish(process, timeout=540):
+def finish(process, timeout=3000):
     """(exit code, stdout, stderr) of torchrun."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -156,40 +158,62 @@ def weights(run):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def assert_same_curve(run, reference):
+def distance(run, reference):
+    """How far two runs are apart in what the order of sums may change; what it may not is compared."""
     got, expected = curve(run), curve(reference)
+    assert [line[:3] for line in got] == [line[:3] for line in expected]  # step, tokens, lr
     assert [line[0] for line in got] == [1, 2, 3, 4, 5, 6]
-    for (step, tokens, lr, loss, norm), other in zip(got, expected, strict=True):
-        assert [step, tokens, lr] == other[:3]
-        assert loss == pytest.approx(other[3], abs=1e-5), f"loss of step {step}"
-        assert norm == pytest.approx(other[4], rel=1e-4), f"grad_norm of step {step}"
+    return {
+        "loss of a step": max(abs(one[3] - other[3]) for one, other in zip(got, expected, strict=True)),
+        "grad_norm": max(abs(one[4] / other[4] - 1) for one, other in zip(got, expected, strict=True)),
+        "loss of an arm": distance_of_arms(run, reference),
+        "weight": distance_of_weights(run, reference),
+    }
 
 
-def assert_same_weights(run, reference, tolerance=1e-5):
+def distance_of_weights(run, reference):
     got, expected = weights(run), weights(reference)
     assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    return max(float((got[name] - tensor).abs().max()) for name, tensor in expected.items())
 
 
-def assert_same_arms(run, reference):
+def distance_of_arms(run, reference):
     got, expected = arms(run), arms(reference)
     assert list(got) == list(expected)
-    for name, arm in expected.items():
-        assert got[name]["tokens"] == arm["tokens"]
-        assert got[name]["trial_losses"] == pytest.approx(arm["trial_losses"], rel=1e-5), name
+    assert all(got[name]["tokens"] == arm["tokens"] for name, arm in expected.items())
+    # moved runs have the first seed alone
+    losses = [(got[name]["trial_losses"], arm["trial_losses"]) for name, arm in expected.items()]
+    return max(abs(one - other) for pair in losses for one, other in zip(*pair, strict=False))
+
+
+@cache
+def room(reference):
+    """How far another order of sums may take a run of ``single``: as far as moved weights take it (``rounding.py``)."""
+    found = [distance(run, reference) for run in reference.parent.glob(f"{reference.name}.moved*")]
+    assert len(found) == MOVED
+    return {what: max(one[what] for one in found) for what in found[0]}
 
 
 def assert_same_run(run, reference):
-    assert_same_curve(run, reference)
-    assert_same_arms(run, reference)
-    assert_same_weights(run, reference)
+    assert [arm["trials"] for arm in arms(run).values()] == [arm["trials"] for arm in arms(reference).values()]
+    allowed = room(reference)
+    for what, found in distance(run, reference).items():
+        assert found <= allowed[what], what
+
+
+def assert_same_merged(run, reference):
+    """Weights that are each one sum, W + s (b1 a1 + b2 a2)."""
+    got, expected = weights(run), weights(reference)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        atol = ROUNDED * float(tensor.abs().max())
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_bitwise_the_same_run(run, reference):
+    assert set(distance(run, reference).values()) == {0}
     assert curve(run) == curve(reference)
     assert arms(run) == arms(reference)
-    assert_same_weights(run, reference, tolerance=0)
 
 
 def stopped_after_step_2(run, copy):
@@ -234,17 +258,19 @@ def save_llama(directory, max_shard_size="1GB", **changes):
 
 
 ALL_LINEAR = ("--bitflip.sites", "[linear, head]")
+MOVED = 2
 SCRATCH = ("--model.init", "random", "--lora.r", "0")
 TRAIN_ALL = ("--lora.r", "0", "--training.lr", "1e-3")
 
 
 @pytest.fixture(scope="module")
 def single(home):
-    """Reference runs in one process, by name."""
-    alone(*arguments(home, "single/lora", 4))
-    alone(*arguments(home, "single/all", 4, *TRAIN_ALL))
-    alone(*arguments(home, "single/scratch", 4, *SCRATCH))
-    alone(*arguments(home, "single/memories", 4, *TRAIN_ALL, *MEMORIES))
+    """Reference runs in one process, by name, and how far other orders of sums might take each (``room``)."""
+    for name, flags in REFERENCES.items():
+        alone(*arguments(home, f"single/{name}", 4, *flags))
+        for seed in range(MOVED):
+            with training_moved(seed):
+                alone(*arguments(home, f"single/{name}.moved{seed}", 4, *flags, "--eval.trials", "1"))
     return home / "single"
 
 
@@ -254,6 +280,7 @@ MEMORIES = (
     *("--bitflip.kv_zero_out_t", "16", "--bitflip.w_protection", "secded", "--bitflip.w_faults", "persistent"),
     *("--bitflip.x_p_row", "1e-3", "--bitflip.x_p_bits", "{sign: 0.001}"),
 )
+REFERENCES = {"lora": (), "all": TRAIN_ALL, "scratch": SCRATCH, "memories": (*TRAIN_ALL, *MEMORIES)}
 
 
 STRATEGIES = {
@@ -371,11 +398,12 @@ def resumed(home, pair, four, ended):
 
 
 def test_faults_count_in_the_reference_run(single):
-    """Else the comparisons below would say little about draws."""
-    measured = arms(single / "lora")
+    """Else the comparisons below would say little about draws: other draws change far more than the order of sums."""
+    measured, allowed = arms(single / "lora"), room(single / "lora")
     first, second = measured["flipped"]["trial_losses"]
-    assert abs(first - second) > 1e-2
+    assert abs(first - second) > 1e-2 > 10 * allowed["loss of an arm"]
     assert abs(measured["recovered"]["loss"] - measured["recovered_clean"]["loss"]) > 1e-2
+    assert all(room(single / name)["loss of a step"] < 1e-2 for name in REFERENCES)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -423,8 +451,9 @@ def test_a_loss_that_one_process_alone_sees_skips_the_step_in_all(home, pair, si
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1]
         assert [line["loss"] is None for line in lines] == [False, False, True, False, False, False]
-    assert_same_weights(pair / SKIPS, single / "skips")
-    assert_same_arms(pair / SKIPS, single / "skips")
+    allowed = room(single / "lora")
+    assert distance_of_weights(pair / SKIPS, single / "skips") <= allowed["weight"]
+    assert distance_of_arms(pair / SKIPS, single / "skips") <= allowed["loss of an arm"]
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -564,19 +593,20 @@ def test_several_processes_export_what_one_does(exported):
     by_two, by_one = exported
     assert len(list((by_two / "model").glob("*.safetensors"))) > 2
     assert len(list((by_one / "model").glob("*.safetensors"))) == 1
-    assert_same_weights(by_two, by_one, tolerance=1e-7)
+    assert_same_merged(by_two, by_one)
 
 
 def test_several_processes_export_an_adapter_on_a_tied_head_as_one_does(home, pair):
     alone("export", str(pair / "tied"), "--to", str(home / "single/exported_tied/model"))
-    assert_same_weights(pair / "exported_tied", home / "single/exported_tied", tolerance=1e-7)
+    assert_same_merged(pair / "exported_tied", home / "single/exported_tied")
     opened = AutoModelForCausalLM.from_pretrained(pair / "exported_tied/model")
     assert not opened.config.tie_word_embeddings
     base, adapter = AutoModelForCausalLM.from_pretrained(home / "tied"), weights(pair / "tied")
     head = (adapter[f"base_model.model.lm_head.lora_{matrix}.weight"].double() for matrix in "BA")
     expected = base.lm_head.weight.double() + 2.0 * next(head) @ next(head)
     assert (expected - base.lm_head.weight).abs().max() > 1e-3
-    torch.testing.assert_close(opened.lm_head.weight.double(), expected, rtol=1e-6, atol=1e-6)
+    atol = ROUNDED * float(expected.abs().max())
+    torch.testing.assert_close(opened.lm_head.weight.double(), expected, rtol=0, atol=atol)
     assert torch.equal(opened.model.embed_tokens.weight, base.model.embed_tokens.weight)
 
 
@@ -587,20 +617,20 @@ def test_the_adapter_opens_with_peft_and_says_what_the_merged_model_says(home, p
     with torch.no_grad():
         before = base(ids).logits
         adapted = peft.PeftModel.from_pretrained(base, pair / "full_shard/adapter").eval()(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(exported[0] / "model")(ids).logits
-    assert (adapted - before).abs().max() > 0.1
-    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
+        merged = AutoModelForCausalLM.from_pretrained(exported[0] / "model")
+        assert (adapted - before).abs().max() > 0.1
+        assert_same_function(adapted, lambda: merged(ids).logits, merged.parameters())
 
 
-def test_a_model_in_several_files_opens_with_from_pretrained(single, pair):
+def test_a_model_in_several_files_opens_with_from_pretrained(pair):
     files = list((pair / "all/model").glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 2**15 or len(load_file(file)) == 1 for file in files)
     mine, problems = AutoModelForCausalLM.from_pretrained(pair / "all/model", output_loading_info=True)
     assert not any(problems.values())
-    expected = AutoModelForCausalLM.from_pretrained(single / "all/model").state_dict()
-    for name, tensor in mine.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+    expected = weights(pair / "all")
+    assert mine.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in mine.state_dict().items())
 
 
 # -- the command line under torchrun -----------------------------------------------------------------------------------
@@ -612,10 +642,19 @@ def test_eval_prints_the_table_of_one_process(home, single, capsys):
     code, out, err = finish(start(2, "-m", "flipproof", *argv, *of_two))
     assert code == 0, err
     alone(*argv, "--training.local_batch_size", "4", "--to", f"{home}/eval/one")
-    assert out == capsys.readouterr().out
+    assert_same_table(out, capsys.readouterr().out)
     assert list(arms(home / "eval/two")) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
-    assert_same_arms(home / "eval/two", home / "eval/one")
-    assert_same_arms(home / "eval/two", single / "lora")
+    for reference in (home / "eval/one", single / "lora"):
+        assert distance_of_arms(home / "eval/two", reference) <= room(single / "lora")["loss of an arm"]
+
+
+def assert_same_table(got, expected):
+    """But for the last digit of a number that has decimals, where what is printed was nearly half-way between two."""
+    number = re.compile(r"\d+\.\d+")
+    assert number.sub("", got) == number.sub("", expected)
+    for one, other in zip(number.findall(got), number.findall(expected), strict=True):
+        assert len(one.partition(".")[2]) == len(other.partition(".")[2])
+        assert abs(int(one.replace(".", "")) - int(other.replace(".", ""))) <= 1
 
 
 def test_generate_says_in_two_processes_what_it_says_in_one(home, capsys):
