@@ -149,9 +149,15 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         ("bench", "bench"),
         ("doctor", "doctor"),
     ):
-        monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_: (_ for _ in ()).throw(Reached))
+        monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_, **__: (_ for _ in ()).throw(Reached))
     monkeypatch.setattr(cli, "preset_names", lambda: (_ for _ in ()).throw(Reached))
-    values = {"--format": "adapter", "--device": "cpu", "--do_sample": "true", "--do-sample": "true"}
+    values = {
+        "--format": "adapter",
+        "--device": "cpu",
+        "--do_sample": "true",
+        "--do-sample": "true",
+        "--fewshot-as-multiturn": "true",
+    }
     for flag in flags:
         if flag in ("--help", "--help-all"):
             continue
@@ -206,7 +212,7 @@ def test_train_export_and_eval_work_together(capsys, tmp_path, model_dir):
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "merged"), "--trials", "2", *flips, *SMALL]) == 0
     table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines()[1:]] == ["clean", "guard", "flipped"]
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ["clean", "flipped"]
     adapted = ["eval", model_dir, "--adapter", f"{run}/adapter", "--to", str(tmp_path / "out")]
     assert main([*adapted, "--trials", "2", *flips, *SMALL]) == 0
     assert "recovered_clean" in capsys.readouterr().out
@@ -234,8 +240,8 @@ def test_bad_input_is_one_clear_line_each(capsys, tmp_path, model_dir, monkeypat
     fails(capsys, ["eval", "no/model", *SMALL], "no local directory, and the Hub did not give")
     fails(capsys, ["eval", model_dir, "--bitflip.w_p_exp", "0.1", "--bitflip.include_patterns", '["q_prj"]', *SMALL],
           "no layer matched include_patterns = ['q_prj']")  # fmt: skip
-    fails(capsys, ["eval", model_dir, "--data.source", "nowhere"], "data source 'nowhere'")
-    fails(capsys, ["eval", model_dir, "--adapter", "nowhere", *SMALL], "adapter nowhere")
+    fails(capsys, ["eval", model_dir, "--training.seq_len", "64", "--data.source", "nowhere"], "data source 'nowhere'")
+    fails(capsys, ["eval", model_dir, "--adapter", "nowhere", *SMALL], "--adapter = 'nowhere'")
     fails(capsys, ["export", "nowhere", "--to", "x"], "nowhere holds no run")
     fails(capsys, ["export", "nowhere"], "--to is missing")
     fails(capsys, ["config", "7b"], "no preset is called '7b'; did you mean 70b?")

@@ -1,12 +1,11 @@
 """Ticks, runs and ranks, in loops that know nothing of flipproof."""
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import foreign_loops
 import pytest
 import torch
 from rounding import assert_same_function
@@ -18,10 +17,6 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.inject import fault_state
 from flipproof.injection_log import FlipLog, Replay, tapped
-
-_spec = importlib.util.spec_from_file_location("foreign_loops", Path(__file__).with_name("foreign_loops.py"))
-foreign_loops = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(foreign_loops)
 
 FLIPS = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
 NEXT_RUN = 0x9E3779B97F4A7C15
