@@ -157,6 +157,7 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         "--do_sample": "true",
         "--do-sample": "true",
         "--fewshot-as-multiturn": "true",
+        "--fewshot_as_multiturn": "true",
     }
     for flag in flags:
         if flag in ("--help", "--help-all"):
