@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from rounding import ROUNDED
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     GemmaConfig,
@@ -191,6 +193,30 @@ def test_merge_and_remove_give_plain_layers_back(tiny_llama, token_ids):
         else:
             assert torch.equal(model(token_ids).logits, clean)
         flipproof.inject(model, FLIPS)
+
+
+def test_a_sharded_model_is_not_restored_and_stays_as_it_is(tiny_llama, token_ids):
+    """FSDP gathers weights into the layers that it has wrapped, and would not into others."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_llama(tie_word_embeddings=True).eval()
+        flipproof.inject(model, replace(FLIPS, sites=("linear", "head")), LoraSpec(r=2))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        expected = model(token_ids).logits
+        for restore in (flipproof.merge, flipproof.remove):
+            with pytest.raises(ValueError, match="this model is sharded"):
+                restore(model)
+        flipproof.set_tick(model, 0)
+        assert torch.equal(model(token_ids).logits, expected)
+        assert model.config.tie_word_embeddings
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_is_not_faulty_is_not_restored(tiny_llama):
+    for restore in (flipproof.merge, flipproof.remove):
+        with pytest.raises(ValueError, match="no faulty layers"):
+            restore(tiny_llama())
 
 
 def test_set_faults_changes_rates_in_place(tiny_llama, token_ids):

@@ -392,7 +392,12 @@ def faults(
 
 
 def remove(model: nn.Module) -> None:
-    """Put plain ``nn.Linear`` layers back, with the weights as they are; adapters are dropped."""
+    """Put plain ``nn.Linear`` layers back, with the weights as they are; adapters are dropped.
+
+    Raises:
+        ValueError: where nothing is faulty, or FSDP has sharded the model, which would go on with the faulty layers.
+    """
+    _check_restorable(model)
     _restore(model)
 
 
@@ -401,9 +406,21 @@ def merge(model: nn.Module) -> None:
 
     A layer with an adapter whose weight other modules hold too, as a head tied to the embedding, gets one of its own;
     the config of a ``transformers`` model says then that its weights are not tied.
+
+    Raises:
+        ValueError: as ``remove`` does.
     """
+    _check_restorable(model)
     merge_adapters(model)
     _restore(model)
+
+
+def _check_restorable(model: nn.Module) -> None:
+    fault_state(model)
+    if any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
+        raise ConfigError(
+            ["this model is sharded: its faulty layers stay; flipproof export writes a run's model without them"]
+        )
 
 
 def _restore(model: nn.Module) -> None:
