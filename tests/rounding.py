@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_map
 
+import flipproof.evaluate as evaluate_module
 import flipproof.train as train_module
 
 ULPS = 8
@@ -58,3 +59,14 @@ def training_moved(seed, by=ROUNDED):
         return model
 
     return mock.patch.object(train_module, "build_model", build_moved)
+
+
+def loading_moved(seed, by=ROUNDED):
+    """Within the block ``eval`` measures an adapter and a base model whose weights are moved."""
+    load = evaluate_module.load_adapter
+
+    def load_moved(model, adapter):
+        load(model, adapter)
+        move_(model.parameters(), seed, by)
+
+    return mock.patch.object(evaluate_module, "load_adapter", load_moved)

@@ -17,9 +17,10 @@ import time
 from functools import cache
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from rounding import ROUNDED, assert_same_function, training_moved
+from rounding import ROUNDED, assert_same_function, loading_moved, training_moved
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -299,13 +300,35 @@ STRATEGIES = {
 
 
 SKIPS = "rank_1_has_a_loss_that_is_not_finite_in_step_3"
+
+
+def eval_peft(home, to, rows):
+    """The command line that measures a PEFT adapter of some layers and of the tied head, in several ranks."""
+    if not (home / "peft").exists():
+        chosen = {
+            "target_modules": ["lm_head", "q_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 3},
+            "use_rslora": True,
+        }
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(home / "tied"), peft.LoraConfig(r=2, **chosen))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+        model.save_pretrained(home / "peft")
+    model = ["--model.hf_model_path", f"{home}/tied", "--adapter", f"{home}/peft", *ALL_LINEAR]
+    size = ["--training.local_batch_size", str(rows), "--to", f"{home}/eval_peft/{to}"]
+    return ["eval", "--config", f"{home}/run.toml", *model, *size]
+
+
 KILLS = {"rank_1_dies_while_it_writes_step_4": [1, -9], "rank_0_dies_before_step_4_gets_its_name": [-9, 1]}
 
 
 @pytest.fixture(scope="module")
 def pair(home):
-    """The runs on two processes, and what is exported and loaded there."""
-    jobs = {name: arguments(home, f"pair/{name}", 2, *flags) for name, flags in STRATEGIES.items()}
+    """The runs on two processes, and what is exported, measured and loaded there."""
+    jobs = loads(home, "pair.jobs")
+    jobs |= {name: arguments(home, f"pair/{name}", 2, *flags) for name, flags in STRATEGIES.items()}
     jobs["all"] = arguments(home, "pair/all", 2, *TRAIN_ALL)
     jobs["scratch"] = arguments(home, "pair/scratch", 2, *SCRATCH)
     jobs["memories"] = arguments(home, "pair/memories", 2, *TRAIN_ALL, *MEMORIES)
@@ -313,8 +336,8 @@ def pair(home):
     jobs["export"] = ["export", f"{home}/pair/full_shard", "--to", f"{home}/pair/exported/model"]
     jobs["tied"] = arguments(home, "pair/tied", 2, "--model.hf_model_path", f"{home}/tied", *ALL_LINEAR)
     jobs["export_tied"] = ["export", f"{home}/pair/tied", "--to", f"{home}/pair/exported_tied/model"]
+    jobs["eval_peft"] = eval_peft(home, "two", 2)
     jobs |= {name: arguments(home, f"pair/{name}", 2) for name in (*KILLS, "rank_1_gets_sigterm_in_step_3", SKIPS)}
-    jobs |= loads(home, "pair.jobs")
     patches = {name: name for name in (*KILLS, "rank_1_gets_sigterm_in_step_3", SKIPS)}
     codes = KILLS | {"rank_1_gets_sigterm_in_step_3": [75, 75]}
     run_jobs(home / "pair.jobs", 2, jobs, patches, codes)
@@ -611,7 +634,6 @@ def test_several_processes_export_an_adapter_on_a_tied_head_as_one_does(home, pa
 
 
 def test_the_adapter_opens_with_peft_and_says_what_the_merged_model_says(home, pair, exported):
-    peft = pytest.importorskip("peft")
     ids = torch.arange(24).view(1, 24)
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     with torch.no_grad():
@@ -655,6 +677,19 @@ def assert_same_table(got, expected):
     for one, other in zip(number.findall(got), number.findall(expected), strict=True):
         assert len(one.partition(".")[2]) == len(other.partition(".")[2])
         assert abs(int(one.replace(".", "")) - int(other.replace(".", ""))) <= 1
+
+
+def test_eval_of_a_peft_adapter_is_that_of_one_process(home, pair):
+    alone(*eval_peft(home, "one", 4))
+    results = home / "eval_peft"
+    found = arms(results / "one")
+    assert abs(found["recovered_clean"]["loss"] - found["clean"]["loss"]) > 0.01
+    distances = []
+    for seed in range(MOVED):
+        with loading_moved(seed):
+            alone(*eval_peft(home, f"moved{seed}", 4))
+        distances.append(distance_of_arms(results / f"moved{seed}", results / "one"))
+    assert distance_of_arms(results / "two", results / "one") <= max(distances)
 
 
 def test_generate_says_in_two_processes_what_it_says_in_one(home, capsys):

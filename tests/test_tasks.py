@@ -124,6 +124,21 @@ def test_a_metric_that_cannot_be_counted_has_no_interval():
     assert Metric.from_trials([0.25, 0.75], [0.1, 0.3]).stderr == pytest.approx(0.2)
 
 
+def test_the_cache_knows_which_layer_is_scaled_how(tiny_llama):
+    """Of adapters that PEFT scaled by layer: equal tensors do not say it."""
+
+    def key(up, down):
+        model = tiny_llama()
+        lora = {"model.layers.0.mlp.up_proj": up, "model.layers.0.mlp.down_proj": down}
+        flipproof.inject(model, BitFlipSpec(w_p_frac=0.1), {n: LoraSpec(r=2, lora_alpha=a) for n, a in lora.items()})
+        config = load_config([], {"model": {"hf_model_path": "any"}})
+        return tasks._run_key(config, model, byte_tokenizer())
+
+    for one, other in ((4, 8), (3, 5), (7, 9), (1, 6)):
+        assert key(one, other) == key(one, other)
+        assert key(one, other) != key(other, one)
+
+
 def test_the_cache_answers_equal_runs_and_no_others(model, model_dir, adapter, lm_eval_tasks, tmp_path, monkeypatch):
     own = tmp_path / "own"
     own.mkdir()

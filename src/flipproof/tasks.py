@@ -340,7 +340,10 @@ def _run_key(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
         shape.pop(name, None)
     return {
         "weights": _tensors_sha256(model, adapters=False),
-        "adapter": [_tensors_sha256(model, adapters=True), *{str(layer.lora) for _, layer in iter_faulty(model)}],
+        "adapter": [
+            _tensors_sha256(model, adapters=True),
+            {name: str(layer.lora) for name, layer in iter_faulty(model) if layer.lora},
+        ],
         "model": shape,
         "generation": json.loads(model.generation_config.to_json_string(use_diff=False)),
         "tokenizer": _tokenizer_sha256(tokenizer),
