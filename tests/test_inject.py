@@ -504,3 +504,24 @@ def test_arguments_of_other_types_are_refused_by_name(tiny_llama):
     for name, value in {"tick": 1.5, "site": 3, "offset": 0.5, "seed": 1.5, "p_exp": "a"}.items():
         with pytest.raises(ValueError, match=f"{name} = {value!r}"):
             flipproof.flip(torch.ones(4), **draw | {name: value})
+
+
+@pytest.mark.parametrize("head", ["disk", "cpu"])
+def test_a_model_whose_weights_accelerate_placed_is_refused_by_name(tiny_llama, tmp_path, head):
+    accelerate = pytest.importorskip("accelerate")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    where = {"device_map": {"model": "cpu", "lm_head": head}, "offload_folder": str(tmp_path / "rest")}
+    model = type(tiny_llama()).from_pretrained(tmp_path / "model", **where)
+    if head == "cpu":  # all in one place
+        assert flipproof.inject(model, FLIPS).covered
+        return
+    with pytest.raises(
+        ConfigError, match=r"^the model's weights are where accelerate placed them \(cpu, disk\); load it "
+    ):
+        flipproof.inject(model, FLIPS)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():  # it is as it was
+        assert torch.equal(model(ids).logits, tiny_llama().eval()(ids).logits)
+    part = nn.ModuleDict({"plain": nn.Linear(4, 4), "offloaded": accelerate.cpu_offload(nn.Linear(4, 4), "cpu")})
+    with pytest.raises(ConfigError, match=r"^offloaded's weights are where accelerate placed them \(elsewhere\)"):
+        flipproof.inject(part, FLIPS)

@@ -1,10 +1,9 @@
 import pytest
 import torch
 from reading import assert_equal_models, in_one_process, materialised
-from rounding import assert_same_function
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
@@ -16,19 +15,7 @@ from flipproof.model import (
     compute_context,
     load_model,
     load_tokenizer,
-    save_model,
 )
-
-
-def test_bytes_round_trip_and_the_tokenizer_is_saved_as_hugging_face_does(tmp_path):
-    tokenizer = byte_tokenizer()
-    text = "def f(x):\n\treturn 'é∑😀'  # \x00\x7f  two  spaces"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(ids) == len(text.encode())
-    assert tokenizer.decode(ids) == text
-    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (258, 256, 257)
-    tokenizer.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"] == ids
 
 
 @pytest.mark.parametrize(
@@ -263,28 +250,3 @@ def test_random_weights_of_a_tied_model_in_bfloat16(tiny_llama, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight.float().std().item() == pytest.approx(0.02, rel=6 / (2 * 258 * 32) ** 0.5)
-
-
-# -- to disk -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_plain_transformers_opens_the_merged_model(tiny_llama, tmp_path, token_ids, tied):
-    model = tiny_llama(tie_word_embeddings=tied)
-    flipproof.inject(model, BitFlipSpec(w_p_frac=0.01), LoraSpec(r=2, lora_alpha=6))
-    for layer in flipproof.faulty_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(3))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_model(model, tmp_path, byte_tokenizer())
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not any("lora" in name for name in opened.state_dict())
-    with torch.no_grad():
-        got = opened(token_ids).logits
-        with flipproof.faults(model.eval(), flips=False, guard=False):
-            assert_same_function(got, lambda: model(token_ids).logits, model.parameters())
-        plain = tiny_llama(tie_word_embeddings=tied).eval()(token_ids).logits
-        assert not torch.allclose(got, plain, atol=1e-2)
-    # the model stays as it is
-    assert any(isinstance(module, flipproof.FaultyLinear) for module in model.modules())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert AutoTokenizer.from_pretrained(tmp_path)("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]

@@ -153,9 +153,18 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
 
 
 def _check_unwrapped(model: nn.Module) -> None:
-    """Raises ConfigError where something spreads the model over processes already: it knows the parameters that it
-    found, and would neither gather nor average those of layers that come later."""
+    """Raises ConfigError where something spreads the model over processes or memories already: it knows the parameters
+    that it found, and would neither gather, average nor fetch those of layers that come later."""
     for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):  # accelerate fetches its weights when it runs
+            placed = getattr(model, "hf_device_map", None)
+            where = ", ".join(sorted({str(device) for device in placed.values()})) if placed else "elsewhere"
+            raise ConfigError(
+                [
+                    f"{name or 'the model'}'s weights are where accelerate placed them ({where}); load it onto one "
+                    'device, without device_map or with {"": device}'
+                ]
+            )
         if isinstance(module, _SPREADS):
             kind = "fully_shard" if isinstance(module, FSDPModule) else type(module).__name__
             where = f" at {name}" if name else ""

@@ -1,6 +1,7 @@
 """A model as a Hugging Face directory, which ``AutoModelForCausalLM`` opens."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from flipproof.errors import ConfigError
 from flipproof.files import share, write_json
 from flipproof.layers import FaultyLinear
+from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World
 from flipproof.shards import like, local, whole
 from flipproof.ties import declared_ties, merging_cuts, untied_config
@@ -51,9 +53,9 @@ def save_model(
 
     from safetensors.torch import save_file
 
-    if not cut:
-        for name in model.all_tied_weights_keys:  # type: ignore[union-attr]
-            state.pop(name, None)
+    left_out: Iterable[str] = model._keys_to_ignore_on_save or ()  # type: ignore[assignment]
+    for name in (*left_out, *(() if cut else model.all_tied_weights_keys)):  # type: ignore[misc]
+        state.pop(name, None)
     files: list[list[str]] = [[]]
     room = _FILE_BYTES
     for name, tensor in state.items():
@@ -77,20 +79,37 @@ def save_model(
                 tensor = like(layers[name].merged_weight(), tensor)
             tensor = whole(tensor)
             if i % world.size == world.rank:
-                tensors[name] = tensor.cpu().contiguous()
+                tensors[_name_in_files(model, name, tensor)] = tensor.cpu().contiguous()
         if i % world.size == world.rank:
             save_file(tensors, directory / names[i], metadata={"format": "pt"})
             share(directory / names[i])
     if world.first:
-        where = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        where = {
+            _name_in_files(model, name, state[name]): file
+            for file, held in zip(names, files, strict=True)
+            for name in held
+        }
         total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
         config: Any = untied_config(model) if cut else model.config
+        # as save_pretrained says it
+        config.dtype = dtype_name(model.dtype)  # type: ignore[arg-type]
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
         config.save_pretrained(directory)
         if model.can_generate():  # type: ignore[operator]
             model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
         tokenizer.save_pretrained(directory)
     world.wait()
+
+
+def _name_in_files(model: nn.Module, name: str, tensor: torch.Tensor) -> str:
+    """What the files call a tensor: with some models it is an older name, which the files had that were read."""
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+    changes = getattr(model, "_weight_conversions", None)
+    if changes is None or any(isinstance(change, WeightConverter) for change in changes):
+        return name  # as the model calls it, which transformers reads too
+    return next(iter(revert_weight_conversion(model, {name: tensor})))  # type: ignore[arg-type]
 
 
 def _check_finite(model: nn.Module, layers: dict[str, FaultyLinear], world: World | None, what: str) -> None:
