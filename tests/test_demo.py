@@ -51,7 +51,7 @@ def test_what_cannot_be_written_is_told_before_the_first_step(tmp_path):
     with pytest.raises(ConfigError, match="file is not a directory"):
         demo(tmp_path / "file" / "demo")
     (tmp_path / "demo" / "model").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"demo/model exists already; name another with --run-dir"):
+    with pytest.raises(ConfigError, match=r"demo/model exists already; name another directory with --run-dir"):
         demo(tmp_path / "demo")
 
 

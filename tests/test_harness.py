@@ -197,3 +197,11 @@ def test_lm_evals_command_line_tells_what_is_wrong(model_args, flags, told, comm
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert told in lines[0]
+
+
+def test_a_chat_template_that_is_not_there_is_refused(model_dir):
+    lm = harness.FlipproofLM(str(model_dir), w_p_exp=1e-3, device="cpu")
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        lm.chat_template(True)
+    lm.tokenizer.chat_template = "{{ messages }}"
+    assert lm.chat_template(True) == "{{ messages }}"

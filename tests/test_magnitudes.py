@@ -383,3 +383,10 @@ def run_in_four(directory, argvs):
         check=True,
         timeout=300,
     )
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for to in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert main(["profile", "no/such/model", "--to", str(to)]) == 2
+        assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err

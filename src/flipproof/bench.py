@@ -54,7 +54,7 @@ def bench(device: str | None = None, to: Path | None = None, tell: Callable[[str
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["--device cuda: torch sees no GPU here; flipproof doctor says more"])
     if to is not None:
-        check_new(to, "--to")
+        check_new(to, "--to", "file")
     rows = [*_operations(device), *_small(device), *_layers(device)]
     about = _about(device)
     tables = _tables(about, rows)

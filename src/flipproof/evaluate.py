@@ -216,7 +216,7 @@ def check_log(config: RunConfig, flip_log: Path | None, replay: Path | None) -> 
     if not config.bitflip.any_fault:
         raise ConfigError([_NO_FAULTS])
     if flip_log:
-        check_new(flip_log, "--flip-log")
+        check_new(flip_log, "--flip-log", "file")
 
 
 def check_free(to: Path | None) -> None:

@@ -87,10 +87,13 @@ def check_writable(path: Path, what: str) -> None:
         raise ConfigError([f"{what} = {str(path)!r}: {error.strerror}"]) from error
 
 
-def check_new(path: Path, what: str) -> None:
-    """Raises ConfigError where ``path`` is there already, or ``check_writable`` finds that it could not be."""
+def check_new(path: Path, what: str, kind: str = "directory") -> None:
+    """Raises ConfigError where ``path`` is there already, or ``check_writable`` finds that it could not be.
+
+    ``kind`` is what ``what`` names: the file, or the directory that it will be in.
+    """
     if path.exists() or path.is_symlink():
-        raise ConfigError([f"{path} exists already; name another with {what}"])
+        raise ConfigError([f"{path} exists already; name another {kind} with {what}"])
     check_writable(path, what)
 
 

@@ -105,7 +105,9 @@ class TaskRequest:
             problems.append(f"--num-fewshot {self.num_fewshot}: at least 0 is allowed")
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)):
             problems.append(f"--limit {self.limit:g}: a whole number of questions, or a share below 1, is allowed")
-        if self.cache is not None:
+        if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
+            problems.append(f"--cache {self.cache}: not a directory")
+        elif self.cache is not None:
             try:
                 check_writable(self.cache / "answer.json", "--cache")
             except ConfigError as error:

@@ -111,7 +111,7 @@ class FlipLog(FlipCount):
             ConfigError: where the file exists or cannot be written.
         """
         super().__init__()
-        check_new(path, "--flip-log")
+        check_new(path, "--flip-log", "file")
         self.path, self._temporary = path, temporary_name(path)
         try:
             self._file: IO[str] = _open(self._temporary, "wt", compressed=path.suffix == ".gz")
