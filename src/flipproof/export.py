@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from flipproof import parallel, runlog
@@ -67,15 +66,14 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
 @contextmanager
 def _unfinished(to: Path, world: World) -> Iterator[Path]:
     """What a directory is called until it is whole, the same in all processes; it gets its name, or goes."""
-    names = [to.with_name(f".{uuid.uuid4().hex}.unfinished")]  # of any length, ``to`` may have one of 255 bytes
-    if world.size > 1:
-        dist.broadcast_object_list(names, group=world.cpu_group)
+    # short, as the name of ``to`` may be as long as names can be
+    unfinished = world.once(lambda: to.with_name(f".{uuid.uuid4().hex}.unfinished"))
     try:
-        yield names[0]
+        yield unfinished
         if world.first:
-            os.rename(names[0], to)
+            os.rename(unfinished, to)
     except (OSError, SafetensorError) as error:
         raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
     finally:
         if world.first:
-            shutil.rmtree(names[0], ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
