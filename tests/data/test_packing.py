@@ -6,7 +6,9 @@ import sys
 import datasets
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from flipproof.config import DataConfig
 from flipproof.data import load_held_out, load_text, packing
@@ -271,6 +273,18 @@ def test_bos_can_be_asked_for_and_left_out(tmp_path):
     )
     assert whole(path, adds, bos=False) == whole(path, has) == whole(path, has, bos=False) == [a, b, c, 256]
     assert whole(path, byte_tokenizer(), bos=False) == whole(path) == [a, b, c, 256]
+
+
+def test_a_vocabulary_without_letters_has_a_beginning_too():
+    def tokenizer(**special):
+        model = models.BPE({"A": 0, "C": 1, "G": 2, "T": 3, "</s>": 4, "<s>": 5}, [])
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>", **special)
+
+    begins = tokenizer(bos_token="<s>")
+    special = [("<s>", 5), ("</s>", 4)]
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    assert packing.beginning(None, begins) == [5]
+    assert packing.beginning(None, tokenizer()) == packing.beginning(None, tokenizer(bos_token="<s>")) == []
 
 
 def test_no_token_of_a_beginning_or_an_end_is_doubled(tmp_path):

@@ -45,11 +45,9 @@ def beginning(bos: bool | None, tokenizer: Any) -> list[int]:
     if bos is False:
         return []
     bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    if bare:
-        starts = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
-        start = whole[: next(starts, 0)]
-    else:  # a vocabulary without letters
-        start = [token for token in whole[:1] if token == tokenizer.bos_token_id]
+    # the end of what stands before the bare tokens; these are not found where a vocabulary has no letters
+    at = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), None)
+    start = [token for token in whole[:1] if token == tokenizer.bos_token_id] if at is None else whole[:at]
     if bos and not start:
         if tokenizer.bos_token_id is None:
             raise ConfigError(["data.bos = True: the tokenizer has no beginning-of-text token"])
