@@ -74,7 +74,9 @@ def _line(line: bytes, where: str, path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise not_utf8(where, path, error, error.start) from error
     except (ValueError, RecursionError) as error:
-        what = f"{error.msg.removesuffix(" at")}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+        what = reason(error)
+        if isinstance(error, json.JSONDecodeError):  # which speaks of a line 1 in the line
+            what = f"{error.msg.removesuffix(' at')}, column {error.colno}"
         raise ConfigError([f"data file {where} is not one JSON object: {what}"]) from error
     return _object(item, where)
 
