@@ -3,7 +3,9 @@
 import pytest
 import torch
 from transformers import (
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
@@ -97,6 +99,21 @@ def test_arms_of_other_architectures(name, settings):
 def test_those_that_cannot_be_covered_are_refused(model, line, settings):
     model().save_pretrained(settings["model"]["hf_model_path"])
     with pytest.raises(ConfigError, match=line):
+        evaluate(load_config([], settings))
+
+
+def test_a_model_of_several_modalities_works_through_its_text(settings):
+    text = GROUPED | {"head_dim": 8, "max_position_embeddings": 32}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(settings["model"]["hf_model_path"])
+    with pytest.raises(ConfigError, match=r"out of reach of faults, in .*name them in bitflip.skip_patterns"):
+        evaluate(load_config([], settings))
+    settings["bitflip"] |= {"skip_patterns": ["vision_tower", "multi_modal_projector"]}
+    assert evaluate(load_config([], settings))["flipped"].seed_sd > 0
+    settings["training"]["seq_len"] = 33
+    with pytest.raises(ConfigError, match="seq_len = 33: the model has 32 positions"):
         evaluate(load_config([], settings))
 
 

@@ -16,8 +16,10 @@ from flipproof.errors import ConfigError
 from flipproof.flavors import FLAVORS
 from flipproof.hub import from_hub, reason
 from flipproof.inject import iter_faulty
+from flipproof.ops.parity import dtype_name
 from flipproof.ops.philox import derive_key
 from flipproof.parallel import cast_to
+from flipproof.runlog import logger
 from flipproof.save import save_model
 from flipproof.shards import assign_, local
 from flipproof.tokenizer import byte_tokenizer, load_tokenizer
@@ -102,8 +104,12 @@ def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int
         model = skeleton(config, tokenizer, dtype)
         materialise(model, config, seed, torch.device("cpu"))
         return model
-    model_config(config, tokenizer)
-    return read_model(str(config.hf_model_path), dtype)
+    quantised = getattr(model_config(config, tokenizer), "quantization_config", None)
+    model = read_model(str(config.hf_model_path), dtype)
+    if quantised is not None and not getattr(model, "is_quantized", False):
+        name = dtype_name(model.dtype)  # type: ignore[arg-type]
+        logger.info("%s = %r: its weights are quantised, and read as %s", KEY, config.hf_model_path, name)
+    return model
 
 
 def _check_flavor(config: ModelConfig, hf_config: Any, shape: dict[str, Any] | None) -> None:
