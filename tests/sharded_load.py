@@ -53,10 +53,12 @@ class CountingFile:
 
 def load(directory, dtype, to):
     """Leaves ``TO.RANK.json``: the names of tensors that differ in value, shape or dtype, and element counts."""
-    safetensors.safe_open = CountingFile
+    global READ
+    READ, safetensors.safe_open = 0, CountingFile
     config = load_config([], {"model": {"hf_model_path": directory}, "training": {"dtype": dtype}})
     with parallel.start(config.parallelism) as world:
         model = build_model(config, load_tokenizer(config.model), world)
+        read, safetensors.safe_open = READ, REAL_OPEN
         expected = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
         theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
         mine = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -76,7 +78,7 @@ def load(directory, dtype, to):
             "total": sum(p.numel() for p in model.parameters()),
             "held": sum(local(p).numel() for p in model.parameters()),
             "rows": sum(p[0].numel() for p in theirs.values() if p.requires_grad),  # one of each parameter
-            "read": READ,
+            "read": read,
         }
         Path(f"{to}.{os.environ['RANK']}.json").write_text(json.dumps(result))
     return 0

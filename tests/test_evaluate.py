@@ -11,6 +11,7 @@ import pytest
 import torch
 from rounding import ROUNDED, assert_same_function, move_
 from scipy import stats
+from texts import sentences
 from transformers import AutoModelForCausalLM
 
 import flipproof
@@ -274,8 +275,9 @@ def test_what_was_measured_is_printed_though_it_cannot_be_written(model_dir, tmp
 
 
 def test_until_ci_is_the_same_in_two_processes(model_dir, tmp_path):
+    (tmp_path / "text.txt").write_text(sentences())
     flags = ["--until-ci", "0.001", "--eval.max_trials", "20", "--num-samples", "5", "--training.seq_len", "32",
-             "--data.source", "stdlib", "--data.max_tokens", "20000", "--bitflip.w_p_frac", "0.1",
+             "--data.source", str(tmp_path / "text.txt"), "--bitflip.w_p_frac", "0.1",
              "--bitflip.w_zero_out_t", "1", "--bitflip.x_p_frac", "0.1"]  # fmt: skip
     assert main(["eval", str(model_dir), *flags, "--batch-size", "4", "--to", str(tmp_path / "1")]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "flipproof"]

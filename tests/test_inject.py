@@ -4,6 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from rounding import ROUNDED
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -211,6 +213,21 @@ def test_a_sharded_model_is_not_restored_and_stays_as_it_is(tiny_llama, token_id
         assert model.config.tie_word_embeddings
     finally:
         dist.destroy_process_group()
+
+
+def test_offloaded_weights_are_merged_once_they_are_back(tiny_llama):
+    model = tiny_llama().eval()
+    flipproof.inject(model, FLIPS, LoraSpec(r=2))
+    layer = model.model.layers[0].mlp.up_proj
+    nn.init.normal_(layer.lora_B)
+    expected = layer.merged_weight().detach().clone()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for restore in (flipproof.merge, flipproof.remove):
+        with pytest.raises(ValueError, match="accelerate fetches this model's weights"):
+            restore(model)
+    remove_hook_from_module(model, recurse=True)
+    flipproof.merge(model)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected)
 
 
 def test_what_is_not_faulty_is_not_restored(tiny_llama):

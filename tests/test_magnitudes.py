@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from texts import sentences
 
 import flipproof
 from flipproof import BitFlipSpec
@@ -352,7 +353,7 @@ def test_four_processes_count_what_one_does(tiny_llama, tmp_path):
     """
     tiny_llama(intermediate_size=66).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(Path(subprocess.__file__).read_text())
+    (tmp_path / "text.txt").write_text(sentences())
     argv = ["profile", str(tmp_path / "model"), "--data.source", str(tmp_path / "text.txt"), "--num-samples", "5"]
     argv += ["--training.seq_len", "32", "--training.local_batch_size", "2", "--bitflip.w_zero_out_t", "0.04"]
     argv += ["--bitflip.x_zero_out_t", "1.5", "--parallelism.timeout_minutes", "1.0"]

@@ -22,6 +22,7 @@ import pytest
 import torch
 from rounding import ROUNDED, assert_same_function, loading_moved, training_moved
 from safetensors.torch import load_file
+from texts import sentences
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import flipproof.train as train_module
@@ -233,7 +234,7 @@ def home(tmp_path_factory):
     """A directory with a base model, text and a config."""
     home = tmp_path_factory.mktemp("sharded")
     save_llama(home / "base")
-    (home / "text.txt").write_text(Path(subprocess.__file__).read_text())
+    (home / "text.txt").write_text(sentences())
     (home / "run.toml").write_text(CONFIG.format(home=home))
     return home
 

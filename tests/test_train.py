@@ -8,13 +8,13 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from rounding import ROUNDED, training_moved
 from safetensors.torch import load_file
+from texts import sentences
 
 import flipproof.train as train_module
 from flipproof import BitFlipSpec, rundir
@@ -41,7 +41,7 @@ def base(tiny_llama, tmp_path):
 def text_file(directory):
     path = directory / "text.txt"
     if not path.exists():
-        path.write_text(Path(subprocess.__file__).read_text())
+        path.write_text(sentences())
     return path
 
 
@@ -634,7 +634,7 @@ def test_a_run_goes_on_with_nothing_else(finished, base, tmp_path, tiny_llama):
         ("training", {"local_batch_size": 3}, r"local_batch_size x processes = 3, .* begun with 2"),
         ("training", {"steps": 5}, r"training\.steps = 5, but .*step-6 has done 6"),
         ("data", {"source": str(other_text)}, r"data\.source = .*other\.txt', .*; the training text is another"),
-        ("data", {"held_out_tokens": 200}, r"data\.held_out_tokens = 200, .*; the training text is another"),
+        ("data", {"max_tokens": 500}, r"data\.max_tokens = 500, .*; the training text is another"),
         ("training", {"dtype": "bfloat16"}, r"training\.dtype = 'bfloat16', .*; the base model is another"),
     ]:
         changed = replace(finished, **{section: replace(getattr(finished, section), **change)})
@@ -675,7 +675,9 @@ def test_an_evaluation_that_has_changed_is_measured_anew(finished, tmp_path, cap
     """Its arms before training are those that eval gives for the same samples and seeds."""
     caplog.set_level("INFO")
     changed = replace(finished, eval=replace(finished.eval, num_samples=6, trials=3))
+    changed = replace(changed, data=replace(finished.data, held_out_tokens=512))
     train(changed, resume="auto")
+    assert "resumed with the held-out text is another: the arms before training were measured anew" in caplog.messages
     assert any("eval.num_samples = 6, until now 4: the arms before training were" in line for line in caplog.messages)
     arms = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
     fresh = evaluate(changed)
@@ -761,7 +763,8 @@ def test_each_segment_of_a_text_has_an_order_of_its_own():
     """The first is that of a run that never was longer; nothing comes twice before all has come once."""
     whole = chosen_sequences([10, 7], seed=3, first=0, count=17 + 14)
     assert (whole[:10] == training_indices(10, 3, 0, 10)).all()
-    assert (whole[10:] == 10 + training_indices(7, 3, 0, 21)).all()
+    assert (whole[10:17] == 10 + training_indices(7, 3, 0, 7)).all()
+    assert (whole[17:] == training_indices(17, 3, 17, 14)).all()
     assert sorted(whole[:17]) == list(range(17))
     for first in range(25):
         for count in (1, 3, 6):

@@ -404,7 +404,7 @@ def remove(model: nn.Module) -> None:
     """Put plain ``nn.Linear`` layers back, with the weights as they are; adapters are dropped.
 
     Raises:
-        ValueError: where nothing is faulty, or FSDP has sharded the model, which would go on with the faulty layers.
+        ValueError: where nothing is faulty, or FSDP or accelerate hold the weights of the faulty layers.
     """
     _check_restorable(model)
     _restore(model)
@@ -429,6 +429,13 @@ def _check_restorable(model: nn.Module) -> None:
     if any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
         raise ConfigError(
             ["this model is sharded: its faulty layers stay; flipproof export writes a run's model without them"]
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ConfigError(
+            [
+                "accelerate fetches this model's weights when it runs; take its hooks off first: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            ]
         )
 
 

@@ -113,13 +113,16 @@ def counted_parameters(model: nn.Module, of: str | int) -> int:
 
 def chosen_sequences(lengths: Sequence[int], seed: int, first: int, count: int) -> np.ndarray:
     """Which sequences are the first-th to (first+count)-th of a run whose text has segments of these lengths: int64,
-    shape (count,). Each segment has an order of its own and comes after the one before; the last comes again."""
-    start, parts = 0, []
-    for number, length in enumerate(lengths):
-        here = count if number == len(lengths) - 1 else min(count, max(0, length - first))
+    shape (count,). Segments come one after the other, each in an order of its own; then the whole text again."""
+    start, end, parts = 0, first + count, []
+    for length in lengths:
+        here = range(max(first, start), min(end, start + length))
         if here:
-            parts.append(start + training_indices(length, seed, first, here))
-        start, first, count = start + length, max(0, first + here - length), count - here
+            parts.append(start + training_indices(length, seed, here[0] - start, len(here)))
+        start += length
+    if end > start:
+        again = max(first, start)
+        parts.append(training_indices(start, seed, again, end - again))
     return np.concatenate(parts)
 
 
