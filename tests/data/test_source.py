@@ -294,6 +294,13 @@ def test_what_the_hub_said_is_passed_on(monkeypatch):
         refused(["'org/data'", "local file or folder", *words], "org/data")
 
 
+def test_a_kind_of_file_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", [{"text": "not asked for"}])
+    for name in ("json", "text", "parquet", "csv"):
+        refused([repr(name), "a kind of file"], name)
+
+
 def test_a_file_that_vanishes_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a" * 100)
     source = open_source(str(tmp_path / "a.txt"), "text")

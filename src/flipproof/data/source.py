@@ -10,6 +10,7 @@ first are trained on and the held-out text is the validation files, or the test 
 
 import hashlib
 import os
+import pkgutil
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -122,7 +123,11 @@ class HubData:
     @cached_property
     def _data(self) -> Any:
         import datasets
+        from datasets import packaged_modules
 
+        if self.name in {module.name for module in pkgutil.iter_modules(packaged_modules.__path__)}:
+            # load_dataset would read whatever files of this kind are in the current directory
+            raise ConfigError([f"data source {self.name!r} is a kind of file, not the name of one; {_WAYS_OUT}"])
         try:
             data = datasets.load_dataset(self.name, split="train")
         except Exception as error:  # of dozens of kinds; each means that this source gives no text
