@@ -49,8 +49,8 @@ timeout_minutes = 1.0
 r = 2
 lora_alpha = 4
 [bitflip]
-w_p_exp = 0.001
-w_p_frac = 0.007  # below what is drawn densely, which takes time
+w_p_exp = 0.003
+w_p_frac = 1e-4  # few, since the last bits of a weight may carry into the one that flips
 w_zero_out_t = 1.0
 x_p_exp = 0.001
 x_zero_out_t = 64.0
@@ -176,7 +176,12 @@ def distance(run, reference):
 def distance_of_weights(run, reference):
     got, expected = weights(run), weights(reference)
     assert got.keys() == expected.keys()
-    return max(float((got[name] - tensor).abs().max()) for name, tensor in expected.items())
+    return mean_of({name: got[name] - tensor for name, tensor in expected.items()})
+
+
+def mean_of(tensors):
+    """Of the sizes of all elements. That of one, whose gradient is nearly nothing, is what Adam makes of its sign."""
+    return float(torch.cat([tensor.flatten() for tensor in tensors.values()]).double().abs().mean())
 
 
 def distance_of_arms(run, reference):
@@ -190,10 +195,13 @@ def distance_of_arms(run, reference):
 
 @cache
 def room(reference):
-    """How far another order of sums may take a run of ``single``: as far as moved weights take it (``rounding.py``)."""
+    """How far another order of sums may take a run of ``single``: as far as moved weights take it (``rounding.py``),
+    and what is measured is rounded, too."""
     found = [distance(run, reference) for run in reference.parent.glob(f"{reference.name}.moved*")]
     assert len(found) == MOVED
-    return {what: max(one[what] for one in found) for what in found[0]}
+    loss = max(line[3] for line in curve(reference))
+    sizes = {"loss of a step": loss, "grad_norm": 1, "loss of an arm": loss, "weight": mean_of(weights(reference))}
+    return {what: max(one[what] for one in found) + ROUNDED * size for what, size in sizes.items()}
 
 
 def assert_same_run(run, reference):
@@ -260,7 +268,7 @@ def save_llama(directory, max_shard_size="1GB", **changes):
 
 
 ALL_LINEAR = ("--bitflip.sites", "[linear, head]")
-MOVED = 2
+MOVED = 3
 SCRATCH = ("--model.init", "random", "--lora.r", "0")
 TRAIN_ALL = ("--lora.r", "0", "--training.lr", "1e-3")
 
@@ -278,9 +286,9 @@ def single(home):
 
 # what is not a new, independent flip in a linear layer
 MEMORIES = (
-    *("--bitflip.sites", "[linear, head, embedding]", "--bitflip.kv_p_exp", "1e-3", "--bitflip.kv_p_frac", "1e-2"),
+    *("--bitflip.sites", "[linear, head, embedding]", "--bitflip.kv_p_exp", "1e-3", "--bitflip.kv_p_frac", "1e-4"),
     *("--bitflip.kv_zero_out_t", "16", "--bitflip.w_protection", "secded", "--bitflip.w_faults", "persistent"),
-    *("--bitflip.x_p_row", "1e-3", "--bitflip.x_p_bits", "{sign: 0.001}"),
+    *("--bitflip.x_p_row", "1e-3", "--bitflip.x_p_bits", "{sign: 0.001}", "--bitflip.w_p_exp", "0.01"),
 )
 REFERENCES = {"lora": (), "all": TRAIN_ALL, "scratch": SCRATCH, "memories": (*TRAIN_ALL, *MEMORIES)}
 
@@ -326,8 +334,8 @@ KILLS = {"rank_1_dies_while_it_writes_step_4": [1, -9], "rank_0_dies_before_step
 
 
 @pytest.fixture(scope="module")
-def pair(home):
-    """The runs on two processes, and what is exported, measured and loaded there."""
+def pair(home, single):
+    """The runs on two processes, and what is exported, measured, generated and loaded there."""
     jobs = loads(home, "pair.jobs")
     jobs |= {name: arguments(home, f"pair/{name}", 2, *flags) for name, flags in STRATEGIES.items()}
     jobs["all"] = arguments(home, "pair/all", 2, *TRAIN_ALL)
@@ -337,7 +345,9 @@ def pair(home):
     jobs["export"] = ["export", f"{home}/pair/full_shard", "--to", f"{home}/pair/exported/model"]
     jobs["tied"] = arguments(home, "pair/tied", 2, "--model.hf_model_path", f"{home}/tied", *ALL_LINEAR)
     jobs["export_tied"] = ["export", f"{home}/pair/tied", "--to", f"{home}/pair/exported_tied/model"]
+    jobs["eval"] = eval_lora(home, "two", 2)
     jobs["eval_peft"] = eval_peft(home, "two", 2)
+    jobs["generate"] = generates(home)
     jobs |= {name: arguments(home, f"pair/{name}", 2) for name in (*KILLS, "rank_1_gets_sigterm_in_step_3", SKIPS)}
     patches = {name: name for name in (*KILLS, "rank_1_gets_sigterm_in_step_3", SKIPS)}
     codes = KILLS | {"rank_1_gets_sigterm_in_step_3": [75, 75]}
@@ -427,7 +437,7 @@ def test_faults_count_in_the_reference_run(single):
     first, second = measured["flipped"]["trial_losses"]
     assert abs(first - second) > 1e-2 > 10 * allowed["loss of an arm"]
     assert abs(measured["recovered"]["loss"] - measured["recovered_clean"]["loss"]) > 1e-2
-    assert all(room(single / name)["loss of a step"] < 1e-2 for name in REFERENCES)
+    assert all(room(single / name)["loss of a step"] < 1e-3 for name in REFERENCES)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -659,13 +669,21 @@ def test_a_model_in_several_files_opens_with_from_pretrained(pair):
 # -- the command line under torchrun -----------------------------------------------------------------------------------
 
 
-def test_eval_prints_the_table_of_one_process(home, single, capsys):
-    argv = ["eval", "--config", f"{home}/run.toml", "--num-samples", "5", "--adapter", f"{single}/lora/adapter"]
-    of_two = ["--training.local_batch_size", "2", "--to", f"{home}/eval/two"]
-    code, out, err = finish(start(2, "-m", "flipproof", *argv, *of_two))
-    assert code == 0, err
-    alone(*argv, "--training.local_batch_size", "4", "--to", f"{home}/eval/one")
-    assert_same_table(out, capsys.readouterr().out)
+def eval_lora(home, name, rows):
+    argv = ["eval", "--config", f"{home}/run.toml", "--num-samples", "5", "--adapter", f"{home}/single/lora/adapter"]
+    return [*argv, "--training.local_batch_size", str(rows), "--to", f"{home}/eval/{name}"]
+
+
+def stdout(home, name):
+    """What the first of two processes printed; the other printed nothing."""
+    first, second = ((home / f"pair.jobs/{name}.{rank}.out").read_text() for rank in range(2))
+    assert second == ""
+    return first
+
+
+def test_eval_prints_the_table_of_one_process(home, single, pair, capsys):
+    alone(*eval_lora(home, "one", 4))
+    assert_same_table(stdout(home, "eval"), capsys.readouterr().out)
     assert list(arms(home / "eval/two")) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
     for reference in (home / "eval/one", single / "lora"):
         assert distance_of_arms(home / "eval/two", reference) <= room(single / "lora")["loss of an arm"]
@@ -690,16 +708,18 @@ def test_eval_of_a_peft_adapter_is_that_of_one_process(home, pair):
         with loading_moved(seed):
             alone(*eval_peft(home, f"moved{seed}", 4))
         distances.append(distance_of_arms(results / f"moved{seed}", results / "one"))
-    assert distance_of_arms(results / "two", results / "one") <= max(distances)
+    rounded = ROUNDED * found["clean"]["loss"]
+    assert distance_of_arms(results / "two", results / "one") <= max(distances) + rounded
 
 
-def test_generate_says_in_two_processes_what_it_says_in_one(home, capsys):
+def generates(home):
     faults = ["--lora.r", "0", *MEMORIES, "--prompt", "def f(", "--max_new_tokens", "12"]
-    argv = ["generate", "--config", f"{home}/run.toml", *faults]
-    code, out, err = finish(start(2, "-m", "flipproof", *argv))
-    assert code == 0, err
-    alone(*argv)
-    assert out == capsys.readouterr().out
+    return ["generate", "--config", f"{home}/run.toml", *faults]
+
+
+def test_generate_says_in_two_processes_what_it_says_in_one(home, pair, capsys):
+    alone(*generates(home))
+    assert stdout(home, "generate") == capsys.readouterr().out
 
 
 def test_train_as_users_start_it(home, pair):
