@@ -434,12 +434,14 @@ def _config(
     short: Mapping[str, tuple[str, str]] = {},
 ) -> RunConfig:
     """Config files and flags together; a short flag is another name for a key, whose value is checked with it."""
+    from flipproof.runlog import logger
+
     for flag, (section, key) in {**_SHORT, **short}.items():
         if (value := getattr(args, flag, None)) in (None, False):
             continue
         if key in overrides.get(section, {}):
             name = "MODEL" if flag == "model_path" else f"--{flag.replace('_', '-')}"
-            raise ConfigError([f"{name} is --{section}.{key}, which is given as well; once is allowed"])
+            logger.warning("%s is --%s.%s, which is given as well; %s counts", name, section, key, name)
         overrides.setdefault(section, {})[key] = value
     return load_config(args.config or [], overrides)
 
