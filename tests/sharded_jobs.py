@@ -4,8 +4,8 @@ What takes time in a small run is to start Python and import torch, so a launch 
 
     torchrun --nproc_per_node=2 sharded_jobs.py jobs.json
 
-jobs.json is a list of {"name", "argv", "port", "patch"}. The processes of a job meet at a port of its own. What a job
-says is left beside jobs.json as ``NAME.RANK.out`` and ``NAME.RANK.err``, its exit code in ``NAME.RANK.json``.
+jobs.json is a list of {"name", "argv", "patch"}. The processes of a job meet in a file of its own. What a job says is
+left beside jobs.json as ``NAME.RANK.out`` and ``NAME.RANK.err``, its exit code in ``NAME.RANK.json``.
 
 ``patch`` names a function below that is called first, with rank and directory. Such a job, which may kill its process,
 has one of its own, forked before the others begin; -9 is SIGKILL's exit code. Where there is a single job, it is not
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from meeting import meet_in
 
 import flipproof.checkpoint as checkpoint_module
 import flipproof.cli
@@ -111,8 +112,7 @@ def step_3_waits_for_sigterm(rank, directory):
 
 def run(job, rank, directory):
     """The exit code of one job."""
-    os.environ["MASTER_PORT"] = str(job["port"])
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own store remembers the job before
+    meet_in(directory / f"{job['name']}.store", rank, int(os.environ["WORLD_SIZE"]))
     save._FILE_BYTES = 16 * 2**10  # of which even a tiny model needs several
     if job["patch"]:
         globals()[job["patch"]](rank, directory)

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import tomllib
@@ -372,11 +371,7 @@ def test_four_processes_count_what_one_does(tiny_llama, tmp_path):
 
 def run_in_four(directory, argvs):
     """Run command lines one after the other in four processes; see ``sharded_profile.py``."""
-    sockets = [socket.create_server(("", 0)) for _ in argvs]
-    jobs = [{"argv": argv, "port": each.getsockname()[1]} for argv, each in zip(argvs, sockets, strict=True)]
-    for each in sockets:
-        each.close()
-    (directory / "jobs.json").write_text(json.dumps(jobs))
+    (directory / "jobs.json").write_text(json.dumps(argvs))
     script = Path(__file__).parent / "sharded_profile.py"
     subprocess.run(
         [sys.executable, str(script), "4", str(directory / "jobs.json")],

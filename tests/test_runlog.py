@@ -1,6 +1,9 @@
 import json
+import os
 import subprocess
 import sys
+
+import pytest
 
 from flipproof.runlog import Metrics
 
@@ -34,3 +37,18 @@ print(*peaks)
     first, second, third = map(float, said.split())
     assert first > 600 / 2**10
     assert 190 / 2**10 < third - second < 210 / 2**10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a new program begins with a peak of its own")
+def test_peak_memory_is_not_that_of_the_process_before():
+    """Linux hands the largest resident size on to the program that takes a process's place."""
+    code = """
+import os, sys
+if len(sys.argv) == 1:
+    large = b"x" * 2 * 2**30
+    os.execv(sys.executable, [sys.executable, "-c", os.environ["CODE"], "again"])
+from flipproof.runlog import peak_memory_gib
+print(peak_memory_gib())
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CODE": code}, check=True, capture_output=True)
+    assert 0.05 < float(run.stdout) < 1.5

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -96,14 +95,8 @@ def finish(process, timeout=3000):
 
 
 def start_jobs(directory, processes, argvs, patches=None):
-    """Start torchrun with one job per name in ``argvs``, each with a port of its own; see ``sharded_jobs.py``."""
-    sockets = [socket.create_server(("", 0)) for _ in argvs]
-    jobs = [
-        {"name": name, "argv": argv, "port": each.getsockname()[1], "patch": (patches or {}).get(name)}
-        for (name, argv), each in zip(argvs.items(), sockets, strict=True)
-    ]
-    for each in sockets:
-        each.close()
+    """Start torchrun with one job per name in ``argvs``; see ``sharded_jobs.py``."""
+    jobs = [{"name": name, "argv": argv, "patch": (patches or {}).get(name)} for name, argv in argvs.items()]
     directory.mkdir()
     (directory / "jobs.json").write_text(json.dumps(jobs))
     return start(processes, str(HERE / "sharded_jobs.py"), str(directory / "jobs.json"))
@@ -112,7 +105,9 @@ def start_jobs(directory, processes, argvs, patches=None):
 def run_jobs(directory, processes, argvs, patches=None, codes=None):
     """Run all of ``argvs`` in one launch. ``codes`` are what the ranks of some jobs end with in the place of 0."""
     code, out, err = finish(start_jobs(directory, processes, argvs, patches))
-    assert code == 0, f"{out}\n{err}\n" + "".join(stderr(directory, name) for name in argvs)[-5000:]
+    unfinished = [name for name in argvs if len(exit_codes(directory, name)) < processes]
+    said = "".join(f"{name}:\n{stderr(directory, name)}" for name in unfinished)
+    assert code == 0, f"{out}\n{err}\n{said[-5000:]}"
     for name in argvs:
         expected = (codes or {}).get(name, [0] * processes)
         assert exit_codes(directory, name) == expected, f"{name}:\n{stderr(directory, name)}"
