@@ -1,8 +1,16 @@
+import dataclasses
+import json
+import os
+import pickle
 import threading
 from concurrent.futures import wait
+from contextlib import suppress
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec, checkpoint
@@ -240,6 +248,82 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_llama, tmp_path):
     path = save(tmp_path, 1, *trained(tiny_llama))
     with pytest.raises(ConfigError, match="does not fit"):
         load_checkpoint(path, *trained(tiny_llama, r=3), progress())
+
+
+class Evil:
+    """What unpickling makes a directory of."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def plant(path, where, marker, model, optimizer):
+    """Put a payload into a whole checkpoint, as what DCP would read."""
+    if where == "index":
+        (path / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
+    elif where == "within the index":
+        index = dcp.FileSystemReader(path).read_metadata()
+        index.planner_data = Evil(marker)
+        (path / ".metadata").write_bytes(pickle.dumps(index))
+    else:
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=checkpoint._TRAINABLE)
+        optimizer_state["param_groups"][0]["lr"] = Evil(marker)
+        state = {"model": model_state, "optimizer": optimizer_state, "progress": progress()}
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+
+
+def rewrite_manifest(path, names=None):
+    names = [file.name for file in path.iterdir() if file.name != "manifest.json"] if names is None else names
+    files = {name: checkpoint._fingerprint(path / name) for name in names}
+    (path / "manifest.json").write_text(json.dumps({"step": 1, "files": files}))
+
+
+@pytest.mark.parametrize("manifest", ["recomputed", "empty"])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("index", r"\.metadata is no index of a checkpoint \(it names posix\.mkdir"),
+        ("within the index", r"\.metadata is no index of a checkpoint \(it names posix\.mkdir"),
+        ("value", r"optimizer\.param_groups\..*\.lr is more than a number"),
+    ],
+)
+def test_a_planted_payload_does_not_run(tiny_llama, tmp_path, where, said, manifest):
+    model, optimizer = trained(tiny_llama)
+    path, marker = save(tmp_path, 1, model, optimizer), tmp_path / "ran"
+    plant(path, where, marker, model, optimizer)
+    rewrite_manifest(path, None if manifest == "recomputed" else [])
+    refused = rf"step-1 is refused: {said}" if manifest == "recomputed" else r"step-1: manifest\.json is missing or damaged"
+    with pytest.raises(ConfigError, match=refused):
+        load_checkpoint(path, *trained(tiny_llama), progress())
+    if where != "value" or manifest == "empty":  # which the weights alone do without
+        with pytest.raises(ConfigError, match=refused):
+            load_trained_weights(path, trained(tiny_llama)[0])
+    assert not marker.exists()
+    with suppress(CheckpointException):  # and the payload is one: DCP itself runs it
+        dcp.load({"optimizer": {"param_groups": {"0": {"lr": 0}}}}, checkpoint_id=path, no_dist=True)
+    assert marker.exists()
+
+
+def test_an_index_points_at_the_files_of_its_checkpoint_alone(tiny_llama, tmp_path):
+    path = save(tmp_path, 1, *trained(tiny_llama))
+    index = dcp.FileSystemReader(path).read_metadata()
+    elsewhere = dataclasses.replace(next(iter(index.storage_data.values())), relative_path="../../secret")
+    index.storage_data |= {next(iter(index.storage_data)): elsewhere}
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    rewrite_manifest(path)
+    with pytest.raises(ConfigError, match=r"step-1 is refused: \.metadata points at '\.\./\.\./secret'"):
+        load_checkpoint(path, *trained(tiny_llama), progress())
+
+
+@pytest.mark.parametrize("names", [[".metadata"], ["__0_0.distcp"], ["../step-1/.metadata", "__0_0.distcp"]])
+def test_a_manifest_names_every_file_and_no_other(tiny_llama, tmp_path, names):
+    path = save(tmp_path, 1, *trained(tiny_llama))
+    rewrite_manifest(path, names)
+    with pytest.raises(ConfigError, match=r"step-1: .*manifest\.json"):
+        load_checkpoint(path, *trained(tiny_llama), progress())
 
 
 def test_find_checkpoint(tiny_llama, tmp_path):

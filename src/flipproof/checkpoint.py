@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._pytree import tree_map_only
 
 from flipproof.config import CheckpointConfig
+from flipproof.dcp_reader import INDEX, NotACheckpoint, SafePlanner, SafeReader
 from flipproof.errors import ConfigError
 from flipproof.files import write_json
 from flipproof.parallel import World
@@ -116,7 +116,7 @@ class Checkpointer:
             elif world.first:
                 dcp.save(state, checkpoint_id=directory, no_dist=True)
         # each process vouches for the files that it wrote
-        prefixes = (f"__{world.rank}_", *([".metadata"] if world.first else []))
+        prefixes = (f"__{world.rank}_", *([INDEX] if world.first else []))
         mine = [file for file in sorted(directory.iterdir()) if file.name.startswith(prefixes)]
         for file in mine:
             _sync(file)
@@ -199,14 +199,18 @@ def _load(state: dict[str, Any], path: Path) -> None:
         raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
     try:
         with _one_process():
-            held = FileSystemReader(path).read_metadata().state_dict_metadata
+            reader = SafeReader(path, _manifest(path))
+            held = reader.read_metadata().state_dict_metadata
             # what versions before this one did not count is 0
             uncounted = {name for name in state.get("progress", {}) if f"progress.{name}" not in held}
             if uncounted:
                 state["progress"] = {k: v for k, v in state["progress"].items() if k not in uncounted}
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (CheckpointException, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+            dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=not dist.is_initialized())
+    except (CheckpointException, Exception) as error:  # DCP's own is no Exception; files may mean anything
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, NotACheckpoint):
+            raise ConfigError([f"checkpoint {path} is refused: {cause}"]) from error
+        reason = " ".join(str(cause).split())[:300]
         raise ConfigError([f"checkpoint {path} does not fit this model and config ({reason})"]) from error
 
 
@@ -214,10 +218,13 @@ def checkpoint_problems(path: Path) -> list[str]:
     """What keeps a checkpoint from being read, one line per file. Of several processes, which all must call, each reads
     a part of the files."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    files, problems = {}, []
+    files: dict[str, str] = {}
+    problems: list[str] = []
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = _manifest(path)
+        named = {MANIFEST, *files}
+        problems += [f"{file.name} is not named in {MANIFEST}" for file in path.iterdir() if file.name not in named]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         problems.append(f"{MANIFEST} is missing or damaged")
     for name, expected in list(files.items())[rank::size]:
         try:
@@ -232,6 +239,14 @@ def checkpoint_problems(path: Path) -> list[str]:
     gathered: list[Any] = [None] * size
     dist.all_gather_object(gathered, problems)
     return list(dict.fromkeys(problem for part in gathered for problem in part))
+
+
+def _manifest(path: Path) -> dict[str, str]:
+    """The fingerprint of each file of a checkpoint. Raises where there is no manifest, or it is something else."""
+    files: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    if INDEX not in files or not all(Path(name).name == name for name in files):
+        raise ValueError("a manifest names the files beside it, and the index among them")
+    return files
 
 
 @contextmanager

@@ -1,0 +1,96 @@
+"""Reading the files of a checkpoint so that none of them can run anything.
+
+DCP keeps its index as a pickle, and so each value that is not a tensor. Whoever unpickles such a file calls what it
+names, and a manifest of hashes is no signature: whoever plants a file computes its hash, too. So the index may name
+nothing but what DCP makes an index of, values go through torch's own reader of weights, and both only point at files
+that the manifest names.
+"""
+
+import io
+import pickle
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+INDEX = ".metadata"
+_INDEX_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+    # where Python 3.13 keeps the classes of pathlib
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+}
+"""What an index is made of: classes that hold values and do nothing."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in _INDEX_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
+        return super().find_class(module, name)
+
+
+class NotACheckpoint(ValueError):
+    """A file holds what no checkpoint holds."""
+
+
+class SafeReader(FileSystemReader):
+    """Reads an index that holds values alone and points at ``files`` alone.
+
+    Raises:
+        NotACheckpoint: where it does not, or is none.
+    """
+
+    def __init__(self, path: Path, files: Container[str]) -> None:
+        super().__init__(path)
+        self.index_file, self.files = path / INDEX, files
+
+    def read_metadata(self, *_args: Any, **_more: Any) -> Metadata:
+        try:
+            with self.index_file.open("rb") as file:
+                index = _IndexUnpickler(file).load()
+            places = [place.relative_path for place in index.storage_data.values()]
+            index.storage_meta = index.storage_meta or StorageMeta()
+        except OSError:
+            raise
+        except Exception as error:  # what a pickle raises that is none is whatever its bytes happen to mean
+            raise NotACheckpoint(f"{INDEX} is no index of a checkpoint ({' '.join(str(error).split())[:200]})") from error
+        for place in places:
+            if place not in self.files:
+                raise NotACheckpoint(f"{INDEX} points at {place!r}, which is no file of this checkpoint")
+        return index  # type: ignore[no-any-return]
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """Reads what is no tensor as weights are read: numbers, text and their lists.
+
+    Raises:
+        NotACheckpoint: naming the value, where it is more.
+    """
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            held = torch.load(value, weights_only=True)
+        except Exception as error:  # as above; torch's words say how to run what is in it
+            raise NotACheckpoint(f"{read_item.dest_index.fqn} is more than a number, a text or a list") from error
+        plain = io.BytesIO()
+        torch.save(held, plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)  # which unpickles: bytes of our own, now
