@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import threading
 from concurrent.futures import wait
 from contextlib import suppress
@@ -21,6 +22,7 @@ from flipproof.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_trained_weights,
+    whole_checkpoint,
 )
 from flipproof.config import CheckpointConfig
 from flipproof.errors import ConfigError
@@ -215,7 +217,7 @@ def test_what_fails_in_the_background_is_raised_at_the_next_save_or_wait(tiny_ll
 
 @pytest.mark.parametrize("state_dict_type", ["sharded", "full"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "no manifest"])
-def test_damage_is_refused_by_name_and_the_previous_one_offered(tiny_llama, tmp_path, damage, state_dict_type):
+def test_damage_is_refused_by_name_and_the_previous_one_offered(tiny_llama, tmp_path, caplog, damage, state_dict_type):
     model, optimizer = trained(tiny_llama)
     for step in (1, 2):
         path = save(tmp_path, step, model, optimizer, state_dict_type=state_dict_type)
@@ -234,13 +236,14 @@ def test_damage_is_refused_by_name_and_the_previous_one_offered(tiny_llama, tmp_
     before = [p.clone() for p in model.parameters()]
     used = progress(5)
     with pytest.raises(ConfigError, match=rf"step-2.*{victim.name}.*--resume step-1 goes on from the one before"):
-        load_checkpoint(path, model, optimizer, used)
+        load_whole(path, model, optimizer, used)
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
     assert int(used["sequences"]) == 5
-    assert not checkpoint_problems(tmp_path / "step-1")
+    assert whole_checkpoint(path, fall_back=True) == tmp_path / "step-1"
+    assert re.search(rf"step-2: {victim.name} is .*; goes on from step-1", caplog.text)
     (tmp_path / "step-1").rename(tmp_path / "gone")
     with pytest.raises(ConfigError, match="step-2") as error:
-        load_checkpoint(path, model, optimizer, used)
+        load_whole(path, model, optimizer, used)
     assert "goes on" not in str(error.value)  # there is none before
 
 
@@ -258,6 +261,11 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
+
+
+def load_whole(path, *training):
+    """As ``train`` does."""
+    return load_checkpoint(whole_checkpoint(path), *training)
 
 
 def plant(path, where, marker, model, optimizer):
@@ -295,12 +303,14 @@ def test_a_planted_payload_does_not_run(tiny_llama, tmp_path, where, said, manif
     path, marker = save(tmp_path, 1, model, optimizer), tmp_path / "ran"
     plant(path, where, marker, model, optimizer)
     rewrite_manifest(path, None if manifest == "recomputed" else [])
-    refused = rf"step-1 is refused: {said}" if manifest == "recomputed" else r"step-1: manifest\.json is missing or damaged"
+    refused = (
+        rf"step-1 is refused: {said}" if manifest == "recomputed" else r"step-1: manifest\.json is missing or damaged"
+    )
     with pytest.raises(ConfigError, match=refused):
-        load_checkpoint(path, *trained(tiny_llama), progress())
+        load_whole(path, *trained(tiny_llama), progress())
     if where != "value" or manifest == "empty":  # which the weights alone do without
         with pytest.raises(ConfigError, match=refused):
-            load_trained_weights(path, trained(tiny_llama)[0])
+            load_trained_weights(whole_checkpoint(path), trained(tiny_llama)[0])
     assert not marker.exists()
     with suppress(CheckpointException):  # and the payload is one: DCP itself runs it
         dcp.load({"optimizer": {"param_groups": {"0": {"lr": 0}}}}, checkpoint_id=path, no_dist=True)
@@ -323,7 +333,7 @@ def test_a_manifest_names_every_file_and_no_other(tiny_llama, tmp_path, names):
     path = save(tmp_path, 1, *trained(tiny_llama))
     rewrite_manifest(path, names)
     with pytest.raises(ConfigError, match=r"step-1: .*manifest\.json"):
-        load_checkpoint(path, *trained(tiny_llama), progress())
+        load_whole(path, *trained(tiny_llama), progress())
 
 
 def test_find_checkpoint(tiny_llama, tmp_path):

@@ -92,7 +92,6 @@ def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
 
     def half(_model, directory, *_):
-        directory.mkdir()
         (directory / "config.json").write_text("{}")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -3,11 +3,22 @@ import math
 import os
 import stat
 import threading
+import time
 
 import pytest
 
+from flipproof import files
 from flipproof.errors import ConfigError
-from flipproof.files import check_writable, temporary_name, write_atomically, write_json
+from flipproof.files import (
+    check_writable,
+    claimed,
+    discard,
+    is_temporary,
+    put_in_place,
+    temporary_name,
+    write_atomically,
+    write_json,
+)
 
 
 def test_json_has_no_infinities(tmp_path):
@@ -87,3 +98,58 @@ def test_a_directory_without_permission_is_refused(tmp_path):
             check_writable(tmp_path / "new", "--to")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_directory_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    (tmp_path / "step-2").mkdir()
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        discard(tmp_path / "step-2")
+    assert not (tmp_path / "step-2").exists()
+    discard(tmp_path / "step-2")
+
+
+def left(path, age_s=120, **more):
+    """What a process that was killed some time ago left of a file or directory."""
+    temporary = temporary_name(path)
+    if more.get("directory"):
+        temporary.mkdir()
+        (temporary / "half").write_text("x")
+    else:
+        temporary.write_text("half")
+    os.utime(temporary, (time.time() - age_s,) * 2)
+    return temporary
+
+
+def test_what_the_dead_left_is_cleared_and_nothing_else(tmp_path):
+    path, precious = tmp_path / "a.json", tmp_path / "precious"
+    precious.write_text("x")
+    dead = [left(path), left(path, directory=True)]
+    kept = [left(tmp_path / "b.json"), left(path, age_s=1), tmp_path / ".a.json.old", tmp_path / ".a.json.0123.tmp"]
+    for file in kept[2:]:
+        file.write_text("the user's")
+        os.utime(file, (time.time() - 120,) * 2)
+    link = temporary_name(path)
+    link.symlink_to(precious)
+    alive = left(path)
+    with claimed(alive):
+        write_atomically(path, "{}")
+        assert alive.exists()
+    assert not any(each.exists() for each in dead)
+    assert all(each.exists() for each in (*kept, link, precious))
+    write_atomically(path, "{}")  # the claim has ended
+    assert not alive.exists()
+
+
+def test_a_temporary_name_is_never_too_long(tmp_path):
+    for name in ("n" * 255, "\N{PILE OF POO}" * 63):
+        write_atomically(tmp_path / name, "x")
+        assert is_temporary(temporary_name(tmp_path / name).name, name)
+
+
+def test_a_directory_takes_the_place_of_another(tmp_path):
+    for name in ("new", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("x")
+    put_in_place(tmp_path / "new", tmp_path / "final")
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["final", "final/new"]

@@ -10,7 +10,7 @@ import pytest
 
 from flipproof import rundir
 from flipproof.errors import ConfigError
-from flipproof.rundir import Record, check_run_dir, discard, forget_abandoned, held
+from flipproof.rundir import Record, check_run_dir, forget_abandoned, held
 
 RECORD = Record("model", 4, ((10, "one"), (5, "two")), "held", "measured", ("step-4",))
 
@@ -122,12 +122,3 @@ def test_a_name_that_leads_out_of_the_directory_deletes_nothing_there(tmp_path):
     replace(RECORD, abandoned=("../../mine",)).write(tmp_path / "run") if (tmp_path / "run").mkdir() is None else None
     forget_abandoned(tmp_path / "run")
     assert (tmp_path / "mine").exists()
-
-
-def test_a_directory_loses_its_name_before_its_files(tmp_path, monkeypatch):
-    (tmp_path / "step-2").mkdir()
-    monkeypatch.setattr(rundir.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError("power cut")))
-    with pytest.raises(OSError, match="power cut"):
-        discard(tmp_path / "step-2")
-    assert not (tmp_path / "step-2").exists()
-    discard(tmp_path / "step-2")

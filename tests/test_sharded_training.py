@@ -415,9 +415,9 @@ def resumed(home, pair, four, ended):
     (home / "resumed" / "missing" / "checkpoints" / "step-6" / "__0_0.distcp").unlink()
     jobs = {run.replace("/", "_"): arguments(home, run, 2, "--resume", "auto") for run, _ in INTERRUPTED}
     jobs["of_four"] = arguments(home, "resumed/of_four", 2, "--resume")
-    jobs["damaged_refused"] = arguments(home, "resumed/damaged", 2, "--resume")
-    jobs["missing_refused"] = arguments(home, "resumed/missing", 2, "--resume")
-    jobs["damaged_step_4"] = arguments(home, "resumed/damaged", 2, "--resume", "step-4")
+    jobs["damaged_refused"] = arguments(home, "resumed/damaged", 2, "--resume", "step-6")
+    jobs["missing_refused"] = arguments(home, "resumed/missing", 2, "--resume", "step-6")
+    jobs["damaged_auto"] = arguments(home, "resumed/damaged", 2, "--resume")
     codes = {"damaged_refused": [2, 2], "missing_refused": [2, 2]}
     run_jobs(home / "resumed.jobs", 2, jobs, codes=codes)
     return left
@@ -524,6 +524,8 @@ def test_a_broken_checkpoint_is_refused_by_name_in_one_line(home, resumed, name,
 
 
 def test_the_checkpoint_before_a_damaged_one_goes_on(home, pair, resumed):
+    said = stderr(home / "resumed.jobs", "damaged_auto")
+    assert re.search(r"step-6: __1_0\.distcp is damaged .*; goes on from step-4", said), said
     assert_bitwise_the_same_run(home / "resumed/damaged", pair / "full_shard")
     found = list_checkpoints(home / "resumed/damaged/checkpoints")
     assert [path.name for path in found] == ["step-2", "step-4", "step-6"]

@@ -267,14 +267,21 @@ def test_auto_starts_where_there_is_nothing_to_resume(base, tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_damaged_checkpoint_stops_the_resume(base, tmp_path):
+def test_of_a_damaged_checkpoint_the_one_before_goes_on_where_none_is_named(base, tmp_path, caplog):
     config = settings(base, tmp_path / "run")
     train(config)
+    before = metrics(tmp_path / "run")
     next((tmp_path / "run" / "checkpoints" / "step-6").glob("*.distcp")).write_bytes(b"")
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match=r"step-6.*distcp is damaged.*--resume step-4 goes on from the one before"):
+        train(config, resume="step-6")
+    assert metrics(tmp_path / "run") == before
+    train(config, resume="auto")
+    assert "is damaged (size or hash differ from the manifest); goes on from step-4" in caplog.text
+    assert metrics(tmp_path / "run") == before
+    for name in ("step-4", "step-6"):
+        (tmp_path / "run" / "checkpoints" / name / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"step-6: manifest\.json is missing or damaged"):
         train(config, resume="auto")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_accumulation_is_the_mean_over_micro_batches(base, tmp_path):

@@ -11,7 +11,6 @@ DCP stores tensors by their place in the whole, so any number of processes reads
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,9 +36,9 @@ from torch.utils._pytree import tree_map_only
 from flipproof.config import CheckpointConfig
 from flipproof.dcp_reader import INDEX, NotACheckpoint, SafePlanner, SafeReader
 from flipproof.errors import ConfigError
-from flipproof.files import write_json
+from flipproof.files import discard, is_temporary, put_in_place, sync, temporary_name, write_json
 from flipproof.parallel import World
-from flipproof.rundir import discard
+from flipproof.runlog import logger
 
 MANIFEST = "manifest.json"
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -82,30 +81,39 @@ class Checkpointer:
             self.wait()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        final, unfinished = self.directory / f"step-{step}", self.directory / f".step-{step}.unfinished"
         first = self.world.first
 
-        def clear() -> None:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+        def begin() -> str:
+            # who writes here holds the run's lock: what is temporary is a dead process's
+            for path in self.directory.glob(".step-*"):
+                if is_temporary(path.name, path.name.split(".")[1]):
+                    shutil.rmtree(path, ignore_errors=True)
+            new = temporary_name(self.directory / f"step-{step}")
+            new.mkdir(parents=True)
+            return new.name
 
-        self._together(clear if first else None)
-        files = self._together(lambda: self._write_files(state, unfinished))
+        unfinished = self.directory / self._together(begin if first else None)[0]
+        try:
+            self._complete(step, unfinished, self._together(lambda: self._write_files(state, unfinished)))
+        finally:
+            if first:  # on a full disk, what was begun is in the way of all that comes
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _complete(self, step: int, unfinished: Path, files: list[dict[str, str]]) -> None:
+        """Give the checkpoint its name, and delete those that are no longer to be kept."""
 
         def complete() -> None:
             written = {name: value for part in files for name, value in part.items()}
             write_json(unfinished / MANIFEST, {"step": step, "files": written})
-            _sync(unfinished / MANIFEST)
-            discard(final)  # left by a run that resumed from an earlier step
-            os.rename(unfinished, final)
-            _sync(self.directory)
+            # another of its name was left by a run that resumed from an earlier step
+            put_in_place(unfinished, self.directory / f"step-{step}")
             there = list_checkpoints(self.directory)
             # later ones were left by a run that this one does not go on from
             stale = [path for path in there if step_of(path) > step]
             for path in stale + there[: -self.config.keep_last - len(stale)]:
                 discard(path)
 
-        self._together(complete if first else None)
+        self._together(complete if self.world.first else None)
 
     def _write_files(self, state: dict[str, Any], directory: Path) -> dict[str, str]:
         """What this process holds, as files; returns their fingerprints by name."""
@@ -119,7 +127,7 @@ class Checkpointer:
         prefixes = (f"__{world.rank}_", *([INDEX] if world.first else []))
         mine = [file for file in sorted(directory.iterdir()) if file.name.startswith(prefixes)]
         for file in mine:
-            _sync(file)
+            sync(file)
         return {file.name: _fingerprint(file) for file in mine}
 
     def _together(self, action: Callable[[], Any] | None) -> list[Any]:
@@ -149,10 +157,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> int:
-    """Restore trainable parameters, optimizer and progress in place; returns the step. All processes call.
+    """Restore trainable parameters, optimizer and progress in place; returns the step. All processes call, after
+    ``whole_checkpoint``.
 
     Raises:
-        ConfigError: naming the file, where one is missing, damaged or does not fit the model.
+        ConfigError: where it does not fit the model, or holds what no checkpoint holds.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
@@ -191,12 +200,26 @@ def find_checkpoint(directory: Path, resume: str | None) -> Path | None:
     return directory / resume
 
 
-def _load(state: dict[str, Any], path: Path) -> None:
+def whole_checkpoint(path: Path, fall_back: bool = False) -> Path:
+    """``path``, where its files are those that were written. Else, to ``fall_back``, the last one before it of which
+    that is true, with a warning. All processes must call.
+
+    Raises:
+        ConfigError: naming what is damaged, and the way out.
+    """
+    before = [other for other in list_checkpoints(path.parent) if step_of(other) < step_of(path)]
     problems = checkpoint_problems(path)
-    if problems:
-        earlier = [other.name for other in list_checkpoints(path.parent) if step_of(other) < step_of(path)]
-        way_out = f"; --resume {earlier[-1]} goes on from the one before" if earlier else ""
-        raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
+    if not problems:
+        return path
+    for earlier in reversed(before) if fall_back else ():
+        if not checkpoint_problems(earlier):
+            logger.warning("checkpoint %s: %s; goes on from %s", path, problems[0], earlier.name)
+            return earlier
+    way_out = f"; --resume {before[-1].name} goes on from the one before" if before else ""
+    raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
+
+
+def _load(state: dict[str, Any], path: Path) -> None:
     try:
         with _one_process():
             reader = SafeReader(path, _manifest(path))
@@ -264,11 +287,3 @@ def step_of(path: Path) -> int:
 def _fingerprint(file: Path) -> str:
     with file.open("rb") as stream:
         return f"{file.stat().st_size}:{hashlib.file_digest(stream, 'blake2b').hexdigest()[:32]}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -71,7 +71,9 @@ class SafeReader(FileSystemReader):
         except OSError:
             raise
         except Exception as error:  # what a pickle raises that is none is whatever its bytes happen to mean
-            raise NotACheckpoint(f"{INDEX} is no index of a checkpoint ({' '.join(str(error).split())[:200]})") from error
+            raise NotACheckpoint(
+                f"{INDEX} is no index of a checkpoint ({' '.join(str(error).split())[:200]})"
+            ) from error
         for place in places:
             if place not in self.files:
                 raise NotACheckpoint(f"{INDEX} points at {place!r}, which is no file of this checkpoint")

@@ -1,10 +1,6 @@
 """A run's result as files that other tools open: a merged Hugging Face model, or a PEFT adapter."""
 
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,13 +10,13 @@ from safetensors import SafetensorError
 from flipproof import parallel, runlog
 from flipproof.adapter import save_adapter
 from flipproof.build import build_model
-from flipproof.checkpoint import list_checkpoints, load_trained_weights
+from flipproof.checkpoint import list_checkpoints, load_trained_weights, whole_checkpoint
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.files import check_writable
 from flipproof.model import load_tokenizer, save_model
-from flipproof.parallel import World
 from flipproof.runlog import logger
+from flipproof.save import new_directory
 
 
 def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model") -> Path:
@@ -50,30 +46,18 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     )
     config = replace(config, parallelism=parallelism)
     with parallel.start(parallelism) as world:
+        whole_checkpoint(checkpoints[-1])
         tokenizer = load_tokenizer(config.model)
         model = build_model(config, tokenizer, world, config.lora)
         step = load_trained_weights(checkpoints[-1], model)
         what = f"checkpoint {checkpoints[-1]}"
-        with _unfinished(to, world) as unfinished:
-            if kind == "adapter":
-                save_adapter(model, unfinished, config.model.hf_model_path, world.first, what)
-            else:
-                save_model(model, unfinished, tokenizer, world, what)
+        try:
+            with new_directory(to, world) as new:
+                if kind == "adapter":
+                    save_adapter(model, new, config.model.hf_model_path, world.first, what)
+                else:
+                    save_model(model, new, tokenizer, world, what)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
     logger.info("step %d of %s as a %s", step, run_dir, "PEFT adapter" if kind == "adapter" else "Hugging Face model")
     return to
-
-
-@contextmanager
-def _unfinished(to: Path, world: World) -> Iterator[Path]:
-    """What a directory is called until it is whole, the same in all processes; it gets its name, or goes."""
-    # short, as the name of ``to`` may be as long as names can be
-    unfinished = world.once(lambda: to.with_name(f".{uuid.uuid4().hex}.unfinished"))
-    try:
-        yield unfinished
-        if world.first:
-            os.rename(unfinished, to)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
-    finally:
-        if world.first:
-            shutil.rmtree(unfinished, ignore_errors=True)

@@ -7,28 +7,86 @@ two writers never meet in one temporary file, and after a crash of the machine t
 import json
 import math
 import os
+import re
+import shutil
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flipproof.errors import ConfigError
 
+_OLD_S = 60.0
+"""What is temporary and younger than this may belong to somebody who has not claimed it yet."""
+
 
 def temporary_name(path: Path) -> Path:
-    """What a file is called until it is whole: another name at every call, and hidden."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    """What a file or directory is called until it is whole: another name at every call, hidden, and never too long."""
+    return path.with_name(f".{path.name[:_SHOWN]}.{uuid.uuid4().hex}.tmp")
+
+
+_SHOWN = 40
+"""Letters of a name in its temporary ones: names have at most 255 bytes."""
 
 
 def is_temporary(name: str, of: str) -> bool:
     """Whether ``name`` is what ``temporary_name`` calls the file ``of``: what a killed process leaves of it."""
-    return name.startswith(f".{of}.") and name.endswith(".tmp")
+    return re.fullmatch(rf"\.{re.escape(of[:_SHOWN])}\.[0-9a-f]{{32}}\.tmp", name) is not None
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What is there under temporary names of a file or directory, its writers being dead or alive."""
+    with suppress(OSError):
+        return [each for each in path.parent.iterdir() if is_temporary(each.name, path.name)]
+    return []
+
+
+def clear_dead(path: Path) -> None:
+    """Delete what dead processes left of a file or directory: what is temporary, old, and claimed by nobody.
+
+    Links are left alone, and so is what cannot be deleted.
+    """
+    for temporary in leftovers(path):
+        with suppress(OSError):
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if time.time() - os.fstat(descriptor).st_mtime > _OLD_S and _lock(descriptor):
+                    shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def claimed(temporary: Path) -> Iterator[None]:
+    """Within the block nobody takes a new file or directory for a dead process's: a lock of the kernel is on it, which
+    goes with this process."""
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether a file is this process's alone now; False where another has it, or there are no locks."""
+    try:
+        import fcntl  # which Windows lacks
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (ImportError, OSError):
+        return False
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole UTF-8 file or nothing. Raises OSError, and then leaves nothing behind."""
+    clear_dead(path)
     temporary = temporary_name(path)
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file, claimed(temporary):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -38,6 +96,32 @@ def write_atomically(path: Path, text: str) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(new: Path, final: Path) -> None:
+    """Give a directory its name when all of it is on the disk; the one that had the name goes."""
+    for file in (*(file for file in new.rglob("*") if file.is_file()), new):
+        sync(file)
+    discard(final)
+    os.rename(new, final)
+    sync(final.parent)
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory that is there; it loses its name first, so that none is ever half there."""
+    if directory.exists():
+        nameless = temporary_name(directory)
+        os.rename(directory, nameless)
+        shutil.rmtree(nameless)
+
+
+def sync(path: Path) -> None:
+    """Until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def share(path: Path) -> None:

@@ -11,9 +11,7 @@ are gone, whether or not the process lives to delete them.
 
 import json
 import os
-import shutil
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from flipproof import runlog
 from flipproof.errors import ConfigError
-from flipproof.files import write_json
+from flipproof.files import discard, write_json
 
 RECORD = "run.json"
 _LOCK, _HOLDER = ".lock", ".lock-holder"
@@ -147,11 +145,3 @@ def forget_abandoned(run_dir: Path) -> None:
         for name in record.abandoned:
             discard(run_dir / "checkpoints" / Path(name).name)
         replace(record, abandoned=()).write(run_dir)
-
-
-def discard(directory: Path) -> None:
-    """Delete a directory that is there; it loses its name first, so that none is ever half there."""
-    if directory.exists():
-        nameless = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.discarded")
-        os.rename(directory, nameless)
-        shutil.rmtree(nameless)

@@ -1,7 +1,9 @@
 """A model as a Hugging Face directory, which ``AutoModelForCausalLM`` opens."""
 
 import math
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from flipproof.errors import ConfigError
-from flipproof.files import share, write_json
+from flipproof.files import claimed, clear_dead, put_in_place, share, temporary_name, write_json
 from flipproof.layers import FaultyLinear
 from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World
@@ -100,6 +102,22 @@ def save_model(
             model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
         tokenizer.save_pretrained(directory)
     world.wait()
+
+
+@contextmanager
+def new_directory(to: Path, world: World) -> Iterator[Path]:
+    """What a directory is called until all processes have written into it; then it gets its name, the one that had it
+    goes, or what was begun goes. All processes must call."""
+    world.once(lambda: clear_dead(to))
+    new = world.once(lambda: temporary_name(to))
+    with ExitStack() as stack:
+        if world.first:
+            stack.callback(shutil.rmtree, new, ignore_errors=True)
+        world.once(lambda: new.mkdir(parents=True))
+        if world.first:
+            stack.enter_context(claimed(new))
+        yield new
+        world.once(lambda: put_in_place(new, to))
 
 
 def _name_in_files(model: nn.Module, name: str, tensor: torch.Tensor) -> str:

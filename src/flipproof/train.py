@@ -25,7 +25,14 @@ from flipproof import parallel, recompute, runlog
 from flipproof.adapter import save_adapter
 from flipproof.arms import TRAINED_ARMS, Arm, arms_table
 from flipproof.build import build_model, check_length, unguarded, with_trainable_weights
-from flipproof.checkpoint import Checkpointer, find_checkpoint, list_checkpoints, load_checkpoint, step_of
+from flipproof.checkpoint import (
+    Checkpointer,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    step_of,
+    whole_checkpoint,
+)
 from flipproof.config import RunConfig, load_config
 from flipproof.data import PackedText, load_text, training_indices
 from flipproof.errors import ConfigError, first_of
@@ -41,6 +48,7 @@ from flipproof.parallel import Gradients, World
 from flipproof.resume import check_fixed, compare, examine_model, text_fingerprint, text_segments
 from flipproof.rundir import Record, check_run_dir, forget_abandoned, held
 from flipproof.runlog import logger
+from flipproof.save import new_directory
 from flipproof.shards import local, whole
 from flipproof.steplog import StepLog
 from flipproof.trackers import check_trackers, log_in
@@ -87,6 +95,8 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
         seen = -1 if checkpoint is None else step_of(checkpoint)
         if world.largest(seen) != world.least(seen):  # also until all have looked, before anything is written
             raise ConfigError([f"{run_dir}: the processes see different checkpoints there; it must be shared by all"])
+        if checkpoint is not None:
+            checkpoint = whole_checkpoint(checkpoint, fall_back=resume == "auto")
         return _Run(config, world, checkpoint).run()
 
 
@@ -251,10 +261,11 @@ class _Run:
             logger.info("resumed from %s", self.checkpoint)
         self._begin(arms)
         self._train(StepLog(run_dir, config, self.model, self.world, self.first_step))
-        if config.lora.r:
-            save_adapter(self.model, run_dir / "adapter", config.model.hf_model_path, writes=self.world.first)
-        else:
-            save_model(self.model, run_dir / "model", self.tokenizer, self.world)
+        with new_directory(run_dir / ("adapter" if config.lora.r else "model"), self.world) as new:
+            if config.lora.r:
+                save_adapter(self.model, new, config.model.hf_model_path, writes=self.world.first)
+            else:
+                save_model(self.model, new, self.tokenizer, self.world)
         arms |= self._measure(trained_arms)
         self._write_results(arms)
         logger.info("%s", arms_table(arms))
