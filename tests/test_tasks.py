@@ -366,13 +366,26 @@ def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys
     assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err
 
 
-def test_a_damaged_answer_of_the_cache_is_named(model_dir, lm_eval_tasks, tmp_path):
-    request = TaskRequest(("toy_pages",), lm_eval_tasks, cache=tmp_path / "cache")
-    evaluate_tasks(settings(model_dir), request)
-    (kept,) = (tmp_path / "cache").iterdir()
-    kept.write_text('{"key"')
-    with pytest.raises(ConfigError, match=rf"--cache: {kept} is no answer that was kept .*; delete it"):
-        evaluate_tasks(settings(model_dir), request)
+def test_a_damaged_answer_of_the_cache_is_named_and_so_is_anothers(model_dir, lm_eval_tasks, tmp_path):
+    requests = [TaskRequest((name,), lm_eval_tasks, cache=tmp_path / "cache") for name in ("toy_pages", "toy_choice")]
+    found, kept = [], []
+    for request in requests:
+        found.append(evaluate_tasks(settings(model_dir), request))
+        kept.append(next(path for path in (tmp_path / "cache").iterdir() if path not in kept))
+    whole = kept[0].read_text()
+    digit = re.search(r'word_perplexity,none": \d+\.(\d)', whole)
+    wrong = f"{whole[: digit.start(1)]}{9 - int(digit[1])}{whole[digit.end(1) :]}"
+    for text, words in (
+        (whole[:6], "is no answer that was kept .*"),
+        (wrong, "is no answer that was kept .its hash is another."),
+        (kept[1].read_text(), "is the answer of another run under this one's name"),
+        ("[1]", "is no answer that was kept .*"),
+    ):
+        kept[0].write_text(text)
+        with pytest.raises(ConfigError, match=rf"--cache: {kept[0]} {words}; delete it"):
+            evaluate_tasks(settings(model_dir), requests[0])
+    kept[0].write_text(whole)
+    assert evaluate_tasks(settings(model_dir), requests[0]) == found[0]
 
 
 def test_data_that_the_hub_does_not_give_is_told_as_it_says(model_dir, lm_eval_tasks, tmp_path):

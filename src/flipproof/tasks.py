@@ -241,7 +241,7 @@ class _Runs:
             path = self.cache / f"{as_sha256(key)[:32]}.json"
             if path.exists():
                 logger.info("%s: answered before (%s)", what, path)
-                return _kept(path)
+                return _kept(path, key)
         logger.info("%s", what)
         try:
             with arm_faults(self.model, arm, seed):
@@ -251,7 +251,8 @@ class _Runs:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             # unlike results.json this file is read back: infinity must stay infinity
-            write_atomically(path, json.dumps({"key": key, "answer": answer}, indent=1, default=float) + "\n")
+            written = json.loads(json.dumps({"key": key, "answer": answer}, default=float))
+            write_atomically(path, json.dumps({"sha256": as_sha256(written), **written}, indent=1) + "\n")
         return answer
 
     def _key(self, task: LoadedTask, arm: str, seed: int | None) -> dict[str, Any]:
@@ -267,12 +268,17 @@ class _Runs:
         }
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """The answer that a file of the cache holds. Raises ConfigError where it holds none."""
+def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """The answer that a file of the cache holds. Raises ConfigError where it holds none, or another run's."""
     try:
-        answer: dict[str, Any] = json.loads(path.read_text("utf-8"))["answer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = json.loads(path.read_text("utf-8"))
+        if written.pop("sha256") != as_sha256(written):
+            raise ValueError("its hash is another")
+        answer: dict[str, Any] = written["answer"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError([f"--cache: {path} is no answer that was kept ({cause_of(error)}); delete it"]) from error
+    if written["key"] != json.loads(json.dumps(key, default=float)):
+        raise ConfigError([f"--cache: {path} is the answer of another run under this one's name; delete it"])
     return answer
 
 

@@ -4,6 +4,7 @@ Statistical tests use fixed seeds, so they pass or fail for good. Each states a 
 rate below 1e-6 for a fresh seed: every comparison is an exact binomial test at 1e-6 over the number of comparisons.
 """
 
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -246,6 +247,20 @@ def test_chunks_do_not_show(monkeypatch):
     monkeypatch.setattr(reference, "_CHUNK_BALLS", 2000)
     monkeypatch.setattr(reference, "_CHUNK_DENSE_BLOCKS", 5)
     np.testing.assert_array_equal(masks(torch.bfloat16, 0.1, 2**-8, 300_000, offset=77), plain)
+
+
+def test_recent_draws_take_no_more_memory_than_they_may():
+    """Not even those without a flip, of which a run with a low rate has one for each layer and pass."""
+    plan, capacity = flip_plan(torch.float32, 1e-9, 0.0), 2**20
+    tracemalloc.start()
+    draws = reference._RecentDraws(capacity)
+    for tick in range(20_000):
+        name = (plan, 2**60 + tick, tick, 0, 1000, 0)
+        draws.put(name, reference.sparse_flips(plan, np.arange(1), 2**60 + tick, tick, 0, 1000))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(draws.draws) > 100
+    assert held < capacity
 
 
 def test_a_rate_too_small_to_see_is_still_not_rounded_away():

@@ -266,8 +266,12 @@ def _coins(plan: FlipPlan, block: np.ndarray, element: np.ndarray, key: int, tic
     return (words >> (lane * plan.element_bits).astype(np.uint64)).astype(plan.unsigned)
 
 
+_ENTRY_BYTES = 1024
+"""What a draw without a flip takes: its name, its arrays' heads, its place."""
+
+
 class _RecentDraws:
-    """Sparse draws of late, up to a number of bytes. A draw is a function of its key, so this changes nothing but time:
+    """Sparse draws of late, up to a number of bytes, their names included. A draw is a function of its key, so this changes nothing but time:
     backward finds the draw of its forward, and a persistent fault that of the pass before."""
 
     def __init__(self, capacity: int) -> None:
@@ -282,14 +286,17 @@ class _RecentDraws:
             return self.draws.get(name)
 
     def put(self, name: tuple[Any, ...], draw: tuple[np.ndarray, np.ndarray]) -> None:
-        size = sum(array.nbytes for array in draw)
         with self.lock:
-            if size > self.capacity or name in self.draws:
+            if self._bytes(draw) > self.capacity or name in self.draws:
                 return
             self.draws[name] = draw
-            self.size += size
+            self.size += self._bytes(draw)
             while self.size > self.capacity:
-                self.size -= sum(array.nbytes for array in self.draws.popitem(last=False)[1])
+                self.size -= self._bytes(self.draws.popitem(last=False)[1])
+
+    @staticmethod
+    def _bytes(draw: tuple[np.ndarray, np.ndarray]) -> int:
+        return _ENTRY_BYTES + sum(array.nbytes for array in draw)
 
 
 _recent_draws = _RecentDraws(capacity=64 * 2**20)
