@@ -113,6 +113,13 @@ def test_yaml_that_is_refused(text):
         parse_yaml(text)
 
 
+@pytest.mark.parametrize(("first", "more"), [("[x, x]", "[*{0}, *{0}]"), ("{{x: 1}}", "{{<<: [*{0}, *{0}]}}")])
+def test_aliases_of_aliases_make_no_billions(first, more):
+    lines = [f"a0: &a0 {first.format()}", *(f"a{n}: &a{n} {more.format(f'a{n - 1}')}" for n in range(1, 40))]
+    with pytest.raises(yaml.YAMLError, match="anchors and aliases make more than 100,000 values"):
+        parse_yaml("\n".join(lines))
+
+
 def test_a_value_is_shown_in_a_line_of_bearable_length():
     assert shown("a\nb") == r"'a\nb'"
     bomb = parse_yaml("a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghi", "bcdefghij")))  # noqa: B905

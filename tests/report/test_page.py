@@ -17,7 +17,7 @@ from flipproof.report import charts
 from flipproof.report import page as page_module
 from flipproof.report.curves import Setting
 from flipproof.report.page import report
-from flipproof.report.sections import sections_of
+from flipproof.report.sections import Table, sections_of
 from flipproof.report.sources import read_sources
 
 CLEAN = 2.0
@@ -26,6 +26,14 @@ PS = [1e-6, 1e-5, 1e-4, 1e-3]
 SITES, LAYERS = ["w", "wx"], ["all", "model.layers.0.", "model.layers.1."]
 BITS, PROTECTIONS, SEEDS = ["all", "sign", "14"], ["none", "secded"], [1, 2, 3]
 VOLTAGES = [[0.9, 1e-6], [0.8, 1e-5], [0.7, 1e-4], [0.6, 1e-3]]
+
+
+def test_a_name_in_a_csv_is_no_formula():
+    rows = [["=1+1", -0.5], ["+a", 1e-9], ["-a", None], ["@a", True], ["\t=a", 1], ["a=b", 1]]
+    cells = list(csv.reader(Table("a.csv", ["run", "=p"], rows).to_csv().decode().splitlines()))
+    assert cells[0] == ["run", "'=p"]
+    assert [row[0] for row in cells[1:]] == ["'=1+1", "'+a", "'-a", "'@a", "'\t=a", "a=b"]
+    assert [row[1] for row in cells[1:]] == ["-0.5", "1e-09", "", "True", "1", "1"]
 
 
 def cost_at(p, setting):

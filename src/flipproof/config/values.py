@@ -10,7 +10,8 @@ import reprlib
 import tomllib
 import types
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -155,6 +156,10 @@ def described(declared: Any) -> str:
     return {types.NoneType: "None", Mapping: "a table"}.get(declared) or str(declared.__name__)
 
 
+_MOST_PARTS = 100_000
+_TOO_MANY = f"its anchors and aliases make more than {_MOST_PARTS:,} values of it"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's words, which are TOML's and those of flags: no yes, no 1:30, and 1e-5 is a number. No key twice."""
 
@@ -165,6 +170,11 @@ class _Loader(yaml.SafeLoader):
         if twice := [key for key, times in counts.items() if times > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"{shown(twice[0])} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_PARTS:  # merges of merges double it with each line
+            raise yaml.YAMLError(_TOO_MANY)
 
 
 for _tag, _pattern, _first in (
@@ -182,6 +192,17 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(re.sub(
 def parse_yaml(text: str) -> Any:
     """A YAML document. Raises yaml.YAMLError."""
     try:
-        return yaml.load(text, _Loader)
+        document = yaml.load(text, _Loader)
     except (ValueError, RecursionError) as error:  # tags that their values contradict; nesting without end
         raise yaml.YAMLError(str(error)) from error
+    if next(islice(_parts(document), _MOST_PARTS, None), None) is not None:
+        raise yaml.YAMLError(_TOO_MANY)
+    return document
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value and all within it, as often as they are there: ten short lines of aliases may come to billions."""
+    waiting = [value]
+    while waiting:
+        yield (item := waiting.pop())
+        waiting += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()

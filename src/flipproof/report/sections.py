@@ -69,9 +69,13 @@ class Table:
     def to_csv(self) -> bytes:
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(self.rows)
+        writer.writerows([_no_formula(cell) for cell in row] for row in (self.columns, *self.rows))
         return buffer.getvalue().encode()
+
+
+def _no_formula(cell: Any) -> Any:
+    """A name that a spreadsheet would run, with an apostrophe before it, which spreadsheets take for "this is text"."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def _shown(value: Any) -> str:

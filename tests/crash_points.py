@@ -1,0 +1,282 @@
+"""Kills a command before each of its file-system events and starts it again: nothing may be lost, and it ends the same.
+
+    python tests/crash_points.py                        # every point of every command: half an hour on two cores
+    python tests/crash_points.py train sweep --points 5
+
+An event is one that Python tells its audit hooks of: a file below the command's directory is opened for writing, gets
+another name or is deleted, a directory is made or deleted. What libraries write without Python (safetensors) lies
+between two of them. The process that dies is forked, so that a point costs no second start of Python; nothing is run
+in this one that would start threads, which a fork would lose.
+
+After each death whatever has its final name must be whole. Then the command is started again, as a script would, and
+what it leaves is compared with what it leaves when nobody kills it: metrics, results, weights and points bit for bit.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from texts import sentences
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import flipproof.cli
+import flipproof.evaluate
+import flipproof.report.page
+import flipproof.sweep.run
+import flipproof.train
+from flipproof.checkpoint import checkpoint_problems
+from flipproof.model import byte_tokenizer
+
+CONFIG = """
+[model]
+hf_model_path = "{directory}/base"
+[training]
+seq_len = 32
+local_batch_size = 2
+steps = 4
+lr = 1e-2
+save_freq = 1
+log_freq = 1
+[lora]
+r = 2
+lora_alpha = 4
+[bitflip]
+w_p_exp = 0.001
+w_zero_out_t = 1.0
+[data]
+source = "{directory}/text.txt"
+max_tokens = 5000
+[eval]
+num_samples = 2
+trials = 1
+[checkpoint]
+keep_last = {keep_last}
+[logging]
+run_dir = "{directory}/run"
+"""
+CLOCK = ("tokens_per_second", "peak_memory_gib", "seconds")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is killed, in a directory of its own."""
+
+    argv: Callable[[Path], list[str]]
+    before: tuple[Callable[[Path], list[str]], ...] = ()
+    """Commands that run undisturbed before it."""
+    again: Callable[[Path], list[str]] | None = None
+    """How it is started again; None: as it was."""
+    keep_last: int = 9
+
+
+def train(*flags: str) -> Callable[[Path], list[str]]:
+    return lambda directory: ["train", "--config", f"{directory}/run.toml", *flags]
+
+
+def sweep(directory: Path) -> list[str]:
+    grid = ["--p", "1e-3,1e-2", "--sites", "w", "--seeds", "2", "--to", f"{directory}/sweep"]
+    return ["sweep", "--config", f"{directory}/run.toml", *grid]
+
+
+def export(directory: Path) -> list[str]:
+    return ["export", f"{directory}/run", "--to", f"{directory}/exported"]
+
+
+def report(directory: Path) -> list[str]:
+    return ["report", f"{directory}/run"]
+
+
+COMMANDS = {
+    "train": Command(train("--resume", "auto")),
+    "back": Command(train("--resume", "step-2", "--training.lr", "1e-3"), before=(train(),)),
+    "back, then auto": Command(
+        train("--resume", "step-2", "--training.lr", "1e-3"),
+        before=(train(),),
+        again=train("--resume", "auto", "--training.lr", "1e-3"),
+    ),
+    "old ones go": Command(train("--resume", "auto"), keep_last=1),
+    "sweep": Command(sweep),
+    "export": Command(export, before=(train(),)),
+    "report": Command(report, before=(train(), report)),
+}
+
+
+# -- dying -------------------------------------------------------------------------------------------------------------
+
+_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
+
+
+def watch(directory: Path, last: int, counted: Path | None) -> None:
+    """From now on write each event below ``directory`` into the file ``counted``, or die before that of number
+    ``last``."""
+    count, log = 0, None if counted is None else os.open(counted, os.O_WRONLY | os.O_CREAT)
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal count
+        if event == "open":
+            changes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            changes = event in _EVENTS
+        # within a tree that goes, names are relative to a directory that is open
+        relative = event in ("os.remove", "os.rmdir") and args[-1] not in (-1, None)
+        if changes and (relative or (isinstance(args[0], str | os.PathLike) and directory in Path(args[0]).parents)):
+            count += 1
+            if count == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if log is not None:
+                os.write(log, f"{event} {args[0]}\n".encode())
+
+    sys.addaudithook(hook)
+
+
+def run(argv: list[str], directory: Path, last: int = 0, counted: Path | None = None) -> int:
+    """The exit code of a command in a process of its own, which dies before its event of number ``last``."""
+    child = os.fork()
+    if child == 0:
+        os.environ["HF_DATASETS_CACHE"] = str(directory / "cache")
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = directory / "cache"
+        said = os.open(directory / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        watch(directory, last, counted)
+        code = 1
+        try:
+            code = flipproof.cli.main(argv)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def broken(directory: Path) -> list[str]:
+    """What has its final name and is not whole."""
+    problems = [
+        f"{path}: {problem}"
+        for path in directory.glob("run/checkpoints/step-*")
+        for problem in checkpoint_problems(path)
+    ]
+    readers = {
+        ".json": lambda path: json.loads(path.read_text()),
+        ".toml": lambda path: tomllib.loads(path.read_text()),
+        ".safetensors": load_file,
+        ".html": lambda path: path.read_text().rstrip().endswith("</html>") or 1 / 0,
+    }
+    for path in files(directory):
+        try:
+            readers.get(path.suffix, lambda _: None)(path)
+        except Exception as error:
+            problems.append(f"{path}: {error}")
+    for name, complete in (("run/adapter", "adapter_config.json"), ("exported", "tokenizer.json")):
+        if (directory / name).exists() and not (directory / name / complete).exists():
+            problems.append(f"{directory / name} has no {complete}")
+    return problems
+
+
+def files(directory: Path) -> list[Path]:
+    """Those that have their final names."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts))
+
+
+def left(directory: Path) -> dict[str, bytes]:
+    """What a command leaves, without what a clock or the place says."""
+    found = {}
+    for path in files(directory):
+        name, data = str(path.relative_to(directory)), path.read_bytes()
+        if name == "said" or name.startswith(("cache/", "sweep/claims/", "run/checkpoints/")):
+            continue
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in data.splitlines()]
+            lines = [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+            data = json.dumps(sorted(lines, key=str) if name.startswith("sweep/") else lines).encode()
+        if path.suffix in (".html", ".png"):
+            data = b""  # they are there
+        found[name] = data
+    return found
+
+
+# -- all points --------------------------------------------------------------------------------------------------------
+
+
+def prepare(directory: Path, keep_last: int) -> None:
+    """A model, a text and a config."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory / "base")
+    byte_tokenizer().save_pretrained(directory / "base")
+    (directory / "text.txt").write_text(sentences()[:20_000])
+    (directory / "run.toml").write_text(CONFIG.format(directory=directory, keep_last=keep_last))
+
+
+def crash(name: str, place: Path, points: int | None = None) -> list[str]:
+    """What went wrong at the points of one command: at ``points`` of them, evenly spread, or at all. In the directory
+    ``place``, which is made, everything happens under one path, as configs name it."""
+    command, directory, before, log = COMMANDS[name], place / "now", place / "before", place / "events"
+    directory.mkdir(parents=True)
+    prepare(directory, command.keep_last)
+    for each in command.before:
+        assert run(each(directory), directory) == 0, (directory / "said").read_text()
+    shutil.copytree(directory, before)
+    assert run(command.argv(directory), directory, counted=log) == 0, (directory / "said").read_text()
+    events, expected, problems = log.read_text().splitlines(), left(directory), []
+    numbers = (
+        range(len(events)) if points is None else {round(i * (len(events) - 1) / (points - 1)) for i in range(points)}
+    )
+    for number in sorted(numbers):
+        shutil.rmtree(directory)
+        shutil.copytree(before, directory)
+        code = run(command.argv(directory), directory, last=number + 1)
+        found = broken(directory)
+        if code not in (0, -signal.SIGKILL):  # 0: a thread's event may come later than in the run that was counted
+            found.append(f"it ended with {code}")
+        done = name == "export" and (directory / "exported").exists()  # a second one is refused
+        if (code := run((command.again or command.argv)(directory), directory)) != (2 if done else 0):
+            found.append(f"started again it ended with {code}: {(directory / 'said').read_text()[-500:]}")
+        now = left(directory)
+        found += [f"{file} is another" for file in expected if now.get(file) != expected[file]]
+        found += [f"{file} should not be there" for file in now.keys() - expected.keys()]
+        found += [f"{path} is left" for path in (directory / "run" / "checkpoints").glob(".*")]
+        problems += [f"{name}, before event {number + 1} ({events[number]}): {problem}" for problem in found]
+    print(f"{name}: {len(numbers)} of {len(events)} points, {len(problems)} problems", flush=True)
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", default=[*COMMANDS], metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("--points", type=int, help="So many of each, evenly spread, in the place of all.")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        problems = [line for name in args.commands for line in crash(name, Path(place) / name, args.points)]
+    print(*problems, sep="\n")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
