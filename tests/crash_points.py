@@ -274,7 +274,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         problems = [line for name in args.commands for line in crash(name, Path(place) / name, args.points)]
-    print(*problems, sep="\n")
+    print(*problems, sep="\n") if problems else None
     return bool(problems)
 
 
