@@ -77,7 +77,7 @@ class SafeReader(FileSystemReader):
         for place in places:
             if place not in self.files:
                 raise NotACheckpoint(f"{INDEX} points at {place!r}, which is no file of this checkpoint")
-        return index  # type: ignore[no-any-return]
+        return index
 
 
 class SafePlanner(DefaultLoadPlanner):

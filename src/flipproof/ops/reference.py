@@ -271,8 +271,8 @@ _ENTRY_BYTES = 1024
 
 
 class _RecentDraws:
-    """Sparse draws of late, up to a number of bytes, their names included. A draw is a function of its key, so this changes nothing but time:
-    backward finds the draw of its forward, and a persistent fault that of the pass before."""
+    """Sparse draws of late, up to a number of bytes, their names included. A draw is a function of its key, so this
+    changes nothing but time: backward finds the draw of its forward, and a persistent fault that of the pass before."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.size = capacity, 0
