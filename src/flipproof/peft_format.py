@@ -21,6 +21,7 @@ from torch import Tensor
 from flipproof.errors import ConfigError, first_of
 from flipproof.hub import expand, from_hub
 from flipproof.spec import LoraSpec
+from flipproof.sums import check_sums
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -97,6 +98,7 @@ def read_adapter(adapter: str | Path) -> PeftAdapter:
     """
     name = str(adapter)
     directory = _directory(name)
+    check_sums(directory, f"adapter {name}")
     config = _config(name, directory)
     matrices: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}

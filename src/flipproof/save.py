@@ -16,6 +16,7 @@ from flipproof.layers import FaultyLinear
 from flipproof.ops.parity import dtype_name
 from flipproof.parallel import World
 from flipproof.shards import like, local, whole
+from flipproof.sums import write_sums
 from flipproof.ties import declared_ties, merging_cuts, untied_config
 
 _FILE_BYTES = 4 * 2**30
@@ -117,6 +118,7 @@ def new_directory(to: Path, world: World) -> Iterator[Path]:
         if world.first:
             stack.enter_context(claimed(new))
         yield new
+        world.once(lambda: write_sums(new))
         world.once(lambda: put_in_place(new, to))
 
 

@@ -20,6 +20,7 @@ from flipproof.errors import ConfigError, first_of
 from flipproof.hub import damaged_safetensors, expand, from_hub
 from flipproof.runlog import logger
 from flipproof.shards import held, local
+from flipproof.sums import check_sums
 
 KEY = "model.hf_model_path"
 _ROWS = 4096
@@ -46,6 +47,7 @@ def read_model(name: str, dtype: str | None) -> nn.Module:
     Raises:
         ConfigError: where tensors are missing or of another shape, or the files cannot be read.
     """
+    _check_sums(name)
     with _quiet():
         model, seen = _from_pretrained(name, dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_fit(model, name, seen["missing_keys"], seen["mismatched_keys"], seen["unexpected_keys"])
@@ -59,6 +61,7 @@ def unread_model(name: str, dtype: str | None) -> nn.Module:
     Raises:
         ConfigError: as ``read_model`` does, and where the weights are quantised, or not stored as the model has them.
     """
+    _check_sums(name)
     found = _resolve(name, dtype)
     if found.quantised:
         raise ConfigError(
@@ -77,6 +80,11 @@ def unread_model(name: str, dtype: str | None) -> nn.Module:
     _keep_wide(found.model, found.wide)
     _find_tensors(found, name)
     return found.model
+
+
+def _check_sums(name: str) -> None:
+    if (directory := Path(expand(name))).is_dir():
+        check_sums(directory, f"{KEY} = {name!r}")
 
 
 def own_dtype(name: str) -> torch.dtype:
