@@ -39,9 +39,9 @@ def test_what_has_changed_is_named(directory):
     with pytest.raises(ConfigError, match=rf"^it: a\.bin is not as it was written \({SUMS}\); .*delete {SUMS}"):
         check_sums(directory, "it")
     (directory / "sub" / "b c.json").unlink()
-    with pytest.raises(ConfigError, match=r"^it: .*sub/b c\.json cannot be read \(No such file or directory\)"):
+    with pytest.raises(ConfigError, match=rf"^it: .*sub/b c\.json, which {SUMS} names: No such file or directory"):
         check_sums(directory, "it")
-    for damaged in ("x", "\0" * 100, (directory / SUMS).read_text()[:-10]):
+    for damaged in ("", "x", "\0" * 100, (directory / SUMS).read_text()[:-10]):
         (directory / SUMS).write_text(damaged)
         with pytest.raises(ConfigError, match=rf"^it: .*{SUMS}"):
             check_sums(directory, "it")
@@ -57,14 +57,11 @@ def test_a_flipped_bit_in_a_model_that_was_written_is_seen_before_it_is_used(tin
     data = bytearray((tmp_path / "model" / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (tmp_path / "model" / "model.safetensors").write_bytes(data)
-    for read in (
-        lambda: load_model(config, byte_tokenizer(), None, 0),
-        lambda: model_on_meta(config, byte_tokenizer(), None),
-    ):
-        with pytest.raises(
-            ConfigError, match=r"hf_model_path = '.*model': model\.safetensors is not as it was written"
-        ):
-            read()
+    refused = r"hf_model_path = '.*model': model\.safetensors is not as it was written"
+    with pytest.raises(ConfigError, match=refused):
+        load_model(config, byte_tokenizer(), None, 0)
+    with pytest.raises(ConfigError, match=refused):
+        model_on_meta(config, byte_tokenizer(), None)
 
 
 def test_and_in_an_adapter(tmp_path):

@@ -45,9 +45,7 @@ def check_sums(directory: Path, what: str) -> None:
         hashes = _hashes(directory / name for _, name in mine)
         changed = [name for (mark, name), now in zip(mine, hashes, strict=True) if now != mark]
     except OSError as error:
-        raise ConfigError(
-            [f"{what}: {error.filename} cannot be read ({error.strerror}), which {SUMS} names"]
-        ) from error
+        raise ConfigError([f"{what}: {error.filename}, which {SUMS} names: {error.strerror}"]) from error
     if changed:
         raise ConfigError(
             [
