@@ -164,16 +164,33 @@ def test_processes_at_once_pack_once(source, cache):
     assert [path.suffix for path in files(cache)] == [".npy"] * 4
 
 
-@pytest.mark.parametrize("size", [0, 10, 128, 1000, -4, +4])
-def test_a_damaged_file_is_packed_anew(source, cache, tokenised, size):
+def cut_to(size):
+    return lambda file, length: file.truncate(size if size >= 0 else length + size)
+
+
+def longer(file, length):
+    file.truncate(length + 4)
+
+
+def flip_a_bit(file, length):
+    file.seek(length // 2)
+    byte = file.read(1)[0]
+    file.seek(length // 2)
+    file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("damage", [*map(cut_to, (0, 10, 128, 1000, -4)), longer, flip_a_bit])
+def test_a_damaged_file_is_packed_anew(source, cache, tokenised, caplog, damage):
     config = DataConfig(source=source)
     expected = np.array(load_text(config, byte_tokenizer(), 64)[0].sequences)
     paths = files(cache)
     before = [path.read_bytes() for path in paths]
     for path, content in zip(paths, before, strict=True):
-        os.truncate(path, size if size not in (-4, 4) else len(content) + size)
+        with path.open("r+b") as file:
+            damage(file, len(content))
     np.testing.assert_array_equal(load_text(config, byte_tokenizer(), 64)[0].sequences, expected)
     assert sum(tokenised) == 2 * len(DOCUMENTS)
+    assert caplog.text.count("is damaged: its text is tokenised anew") >= len(paths)
     assert files(cache) == paths
     assert [path.read_bytes() for path in paths] == before
 

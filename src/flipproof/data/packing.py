@@ -28,10 +28,10 @@ from filelock import FileLock
 from flipproof.data.document import Part, Piece, pieces
 from flipproof.data.source import Source
 from flipproof.errors import ConfigError
-from flipproof.files import temporary_name
+from flipproof.files import claimed, clear_dead, temporary_name
 from flipproof.runlog import logger
 
-_PACKING = 2  # part of every key: to be raised when other tokens are made of the same text
+_PACKING = 3  # part of every key: to be raised when other tokens are made of the same text
 _BATCH_CHARACTERS = 2**20  # enough pieces for the tokenizer's threads, and about 0.15 GB while it works
 _CONTEXT = "a"  # stands before a piece that does not begin its text: see _tokens
 
@@ -148,28 +148,46 @@ def _tokenizer_state(tokenizer: Any) -> Any:
 
 
 def _finished(path: Path) -> np.memmap | None:
-    """The tokens of a packed file; None where there is none, or a damaged one."""
+    """The tokens of a packed file; None where there is none, or, with a warning, a damaged one."""
     try:
         tokens = np.load(path, mmap_mode="r")
-        return tokens if path.stat().st_size == tokens.offset + tokens.nbytes else None
-    except (OSError, EOFError, ValueError):  # absent; empty; shorter than the shape in its header says
+    except FileNotFoundError:
         return None
+    except (OSError, EOFError, ValueError):  # empty; shorter than the shape in its header says
+        tokens = None
+    if tokens is not None and path.stat().st_size == (end := tokens.offset + tokens.nbytes) + _DIGEST:
+        digest = hashlib.blake2b(digest_size=_DIGEST)
+        with path.open("rb") as file:
+            file.seek(tokens.offset)
+            while (left := end - file.tell()) > 0:
+                digest.update(file.read(min(left, 2**24)))
+            if file.read() == digest.digest():
+                return tokens
+    logger.warning("%s is damaged: its text is tokenised anew", path)
+    return None
+
+
+_DIGEST = 16
+"""Bytes at the end of a packed file, behind what NumPy reads: the BLAKE2b hash of its tokens."""
 
 
 def _write(path: Path, stream: Iterable[np.ndarray], limit: int | None) -> int:
     """Write the first ``limit`` tokens into a file that appears when it is complete, and say how many they are; without
     any, no file."""
-    total = 0
+    total, digest = 0, hashlib.blake2b(digest_size=_DIGEST)
+    clear_dead(path)
     temporary = temporary_name(path)
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("xb") as file, claimed(temporary):
             _write_header(file, 0)
             for tokens in stream:
                 tokens = tokens if limit is None else tokens[: limit - total]
+                digest.update(tokens.tobytes())
                 file.write(tokens.tobytes())
                 total += len(tokens)
                 if total == limit:
                     break
+            file.write(digest.digest())
             file.seek(0)
             _write_header(file, total)
             file.flush()
