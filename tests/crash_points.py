@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flipproof.cli
 import flipproof.evaluate
+import flipproof.files
 import flipproof.report.page
 import flipproof.sweep.run
 import flipproof.train
@@ -243,16 +244,16 @@ def crash(name: str, place: Path, points: int | None = None) -> list[str]:
         assert run(each(directory), directory) == 0, (directory / "said").read_text()
     shutil.copytree(directory, before)
     assert run(command.argv(directory), directory, counted=log) == 0, (directory / "said").read_text()
-    events, expected, problems = log.read_text().splitlines(), left(directory), []
-    numbers = (
-        range(len(events)) if points is None else {round(i * (len(events) - 1) / (points - 1)) for i in range(points)}
-    )
+    events, expected, problems, died = log.read_text().splitlines(), left(directory), [], 0
+    last = len(events) - 1
+    numbers = range(last + 1) if points is None else {round(i * last / max(1, points - 1)) for i in range(points)}
     for number in sorted(numbers):
         shutil.rmtree(directory)
         shutil.copytree(before, directory)
         code = run(command.argv(directory), directory, last=number + 1)
         found = broken(directory)
-        if code not in (0, -signal.SIGKILL):  # 0: a thread's event may come later than in the run that was counted
+        died += code == -signal.SIGKILL
+        if code not in (0, -signal.SIGKILL):  # 0: a thread may have fewer events than in the run that was counted
             found.append(f"it ended with {code}")
         done = name == "export" and (directory / "exported").exists()  # a second one is refused
         if (code := run((command.again or command.argv)(directory), directory)) != (2 if done else 0):
@@ -260,8 +261,10 @@ def crash(name: str, place: Path, points: int | None = None) -> list[str]:
         now = left(directory)
         found += [f"{file} is another" for file in expected if now.get(file) != expected[file]]
         found += [f"{file} should not be there" for file in now.keys() - expected.keys()]
-        found += [f"{path} is left" for path in (directory / "run" / "checkpoints").glob(".*")]
+        found += [f"{path} is left" for path in directory.rglob(".*.tmp")]
         problems += [f"{name}, before event {number + 1} ({events[number]}): {problem}" for problem in found]
+    if died < 0.9 * len(numbers):
+        problems.append(f"{name}: it died at {died} of {len(numbers)} points only")
     print(f"{name}: {len(numbers)} of {len(events)} points, {len(problems)} problems", flush=True)
     return problems
 
@@ -272,6 +275,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, help="So many of each, evenly spread, in the place of all.")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    flipproof.files._OLD_S = 0.0  # what the dead left is cleared at once, not only after a minute
     with tempfile.TemporaryDirectory() as place:
         problems = [line for name in args.commands for line in crash(name, Path(place) / name, args.points)]
     print(*problems, sep="\n") if problems else None

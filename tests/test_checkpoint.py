@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import flipproof
@@ -295,7 +297,7 @@ def rewrite_manifest(path, names=None):
     [
         ("index", r"\.metadata is no index of a checkpoint \(it names posix\.mkdir"),
         ("within the index", r"\.metadata is no index of a checkpoint \(it names posix\.mkdir"),
-        ("value", r"optimizer\.param_groups\..*\.lr is more than a number"),
+        ("value", r"optimizer\.param_groups\..*\.lr is no plain value"),
     ],
 )
 def test_a_planted_payload_does_not_run(tiny_llama, tmp_path, where, said, manifest):
@@ -317,6 +319,63 @@ def test_a_planted_payload_does_not_run(tiny_llama, tmp_path, where, said, manif
     assert marker.exists()
 
 
+def changes_a_class():
+    """The opcodes by hand: no object says this of itself."""
+    return (
+        pickle.PROTO
+        + bytes([2])
+        + pickle.GLOBAL
+        + b"torch.distributed.checkpoint.metadata\nMetadataIndex\n"
+        + pickle.NONE
+        + pickle.EMPTY_DICT
+        + pickle.MARK
+        + pickle.BINUNICODE
+        + (10).to_bytes(4, "little")
+        + b"__module__"
+        + pickle.BINUNICODE
+        + (4).to_bytes(4, "little")
+        + b"evil"
+        + pickle.SETITEMS
+        + pickle.TUPLE2
+        + pickle.BUILD
+        + pickle.STOP
+    )
+
+
+def test_an_index_changes_no_class(tiny_llama, tmp_path):
+    """Else the next that is pickled would import what it names."""
+    path = save(tmp_path, 1, *trained(tiny_llama))
+    (path / ".metadata").write_bytes(changes_a_class())
+    rewrite_manifest(path)
+    before = MetadataIndex.__module__
+    try:
+        with pytest.raises(
+            ConfigError, match=r"step-1 is refused: \.metadata .*it would change <class .*MetadataIndex"
+        ):
+            load_checkpoint(path, *trained(tiny_llama), progress())
+        assert MetadataIndex.__module__ == before
+        pickle.loads(changes_a_class())
+        assert MetadataIndex.__module__ == "evil"  # and it is one that would
+    finally:
+        MetadataIndex.__module__ = before
+
+
+@pytest.mark.parametrize("wrong", ["index", "places", "place"])
+def test_an_index_is_made_of_what_it_should_be(tiny_llama, tmp_path, wrong):
+    path = save(tmp_path, 1, *trained(tiny_llama))
+    index = dcp.FileSystemReader(path).read_metadata()
+    if wrong == "places":
+        index.storage_data = list(index.storage_data.items())
+    elif wrong == "place":
+        index.storage_data |= {next(iter(index.storage_data)): index}
+    (path / ".metadata").write_bytes(pickle.dumps([index] if wrong == "index" else index))
+    rewrite_manifest(path)
+    with pytest.raises(
+        ConfigError, match=r"step-1 is refused: \.metadata is no index of a checkpoint \(\w+ in the place"
+    ):
+        load_checkpoint(path, *trained(tiny_llama), progress())
+
+
 def test_an_index_points_at_the_files_of_its_checkpoint_alone(tiny_llama, tmp_path):
     path = save(tmp_path, 1, *trained(tiny_llama))
     index = dcp.FileSystemReader(path).read_metadata()
@@ -328,12 +387,58 @@ def test_an_index_points_at_the_files_of_its_checkpoint_alone(tiny_llama, tmp_pa
         load_checkpoint(path, *trained(tiny_llama), progress())
 
 
-@pytest.mark.parametrize("names", [[".metadata"], ["__0_0.distcp"], ["../step-1/.metadata", "__0_0.distcp"]])
-def test_a_manifest_names_every_file_and_no_other(tiny_llama, tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([".metadata"], r"step-1 is refused: .*points at '__0_0\.distcp'"),
+        (["__0_0.distcp"], r"step-1: manifest\.json is missing or damaged"),
+        ([".metadata", "../step-1/__0_0.distcp"], r"step-1: manifest\.json is missing or damaged"),
+    ],
+)
+def test_what_the_manifest_does_not_name_is_not_read(tiny_llama, tmp_path, names, words):
     path = save(tmp_path, 1, *trained(tiny_llama))
     rewrite_manifest(path, names)
-    with pytest.raises(ConfigError, match=r"step-1: .*manifest\.json"):
+    with pytest.raises(ConfigError, match=words):
         load_whole(path, *trained(tiny_llama), progress())
+
+
+@pytest.mark.parametrize(
+    "files", ['[".metadata"]', '{".metadata": 1, "a\\u0000b": "1"}', '{".metadata": 1, "\\ud800": 1}']
+)
+def test_a_manifest_of_nonsense_is_damaged(tiny_llama, tmp_path, files):
+    path = save(tmp_path, 1, *trained(tiny_llama))
+    (path / "manifest.json").write_text(f'{{"step": 1, "files": {files}}}')
+    with pytest.raises(ConfigError, match=r"step-1: manifest\.json is missing or damaged"):
+        whole_checkpoint(path)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tiny_llama, tmp_path, monkeypatch):
+    """It may be whole, and would be deleted with what a run that goes back abandons. A file more is nothing."""
+    model, optimizer = trained(tiny_llama)
+    for step in (1, 2):
+        path = save(tmp_path, step, model, optimizer)
+    (path / ".DS_Store").write_text("")
+    assert whole_checkpoint(path, fall_back=True) == path
+
+    def refused(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", refused)
+    with pytest.raises(ConfigError, match=r"step-2: .* cannot be read \(Input/output error\)"):
+        whole_checkpoint(path, fall_back=True)
+
+
+def test_a_full_disk_is_told_by_its_name(tiny_llama, tmp_path, monkeypatch):
+    """DCP wraps it into what is no Exception."""
+
+    def full(*_, **__):
+        raise CheckpointException("full", {0: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None)})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*step-1") as error:
+        save(tmp_path, 1, *trained(tiny_llama), asynchronous=False)
+    assert error.value.errno == errno.ENOSPC
+    assert not any(tmp_path.iterdir())  # what was begun is gone
 
 
 def test_find_checkpoint(tiny_llama, tmp_path):

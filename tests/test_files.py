@@ -124,6 +124,7 @@ def left(path, age_s=120, **more):
 def test_what_the_dead_left_is_cleared_and_nothing_else(tmp_path):
     path, precious = tmp_path / "a.json", tmp_path / "precious"
     precious.write_text("x")
+    os.utime(precious, (time.time() - 120,) * 2)
     dead = [left(path), left(path, directory=True)]
     kept = [left(tmp_path / "b.json"), left(path, age_s=1), tmp_path / ".a.json.old", tmp_path / ".a.json.0123.tmp"]
     for file in kept[2:]:
@@ -145,6 +146,15 @@ def test_a_temporary_name_is_never_too_long(tmp_path):
     for name in ("n" * 255, "\N{PILE OF POO}" * 63):
         write_atomically(tmp_path / name, "x")
         assert is_temporary(temporary_name(tmp_path / name).name, name)
+
+
+def test_a_directory_that_is_not_to_be_replaced_stays(tmp_path):
+    for name in ("new", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("x")
+    with pytest.raises(OSError, match="not empty"):
+        put_in_place(tmp_path / "new", tmp_path / "final", replace=False)
+    assert (tmp_path / "final" / "final").exists()
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path):

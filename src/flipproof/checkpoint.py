@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_map_only
 from flipproof.config import CheckpointConfig
 from flipproof.dcp_reader import INDEX, NotACheckpoint, SafePlanner, SafeReader
 from flipproof.errors import ConfigError
-from flipproof.files import discard, is_temporary, put_in_place, sync, temporary_name, write_json
+from flipproof.files import discard, is_temporary, named, put_in_place, sync, temporary_name, write_json
 from flipproof.parallel import World
 from flipproof.runlog import logger
 
@@ -86,7 +86,8 @@ class Checkpointer:
         def begin() -> str:
             # who writes here holds the run's lock: what is temporary is a dead process's
             for path in self.directory.glob(".step-*"):
-                if is_temporary(path.name, path.name.split(".")[1]):
+                # and so it was called by the version before
+                if is_temporary(path.name, path.name.split(".")[1]) or path.name.endswith(".unfinished"):
                     shutil.rmtree(path, ignore_errors=True)
             new = temporary_name(self.directory / f"step-{step}")
             new.mkdir(parents=True)
@@ -119,10 +120,14 @@ class Checkpointer:
         """What this process holds, as files; returns their fingerprints by name."""
         world, alone = self.world, self.world.size == 1
         with _one_process():
-            if alone or self.config.state_dict_type == "sharded":
-                dcp.save(state, checkpoint_id=directory, process_group=world.writers, no_dist=alone)
-            elif world.first:
-                dcp.save(state, checkpoint_id=directory, no_dist=True)
+            try:
+                if alone or self.config.state_dict_type == "sharded":
+                    dcp.save(state, checkpoint_id=directory, process_group=world.writers, no_dist=alone)
+                elif world.first:
+                    dcp.save(state, checkpoint_id=directory, no_dist=True)
+            except CheckpointException as error:  # which is no Exception
+                with named(directory):
+                    raise _cause(error) from error
         # each process vouches for the files that it wrote
         prefixes = (f"__{world.rank}_", *([INDEX] if world.first else []))
         mine = [file for file in sorted(directory.iterdir()) if file.name.startswith(prefixes)]
@@ -211,11 +216,12 @@ def whole_checkpoint(path: Path, fall_back: bool = False) -> Path:
     problems = checkpoint_problems(path)
     if not problems:
         return path
-    for earlier in reversed(before) if fall_back else ():
+    damaged = not any(_UNREADABLE in problem for problem in problems)  # what cannot be read now may be whole
+    for earlier in reversed(before) if fall_back and damaged else ():
         if not checkpoint_problems(earlier):
             logger.warning("checkpoint %s: %s; goes on from %s", path, problems[0], earlier.name)
             return earlier
-    way_out = f"; --resume {before[-1].name} goes on from the one before" if before else ""
+    way_out = f"; train --resume {before[-1].name} goes on from the one before" if before and not fall_back else ""
     raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
 
 
@@ -230,11 +236,21 @@ def _load(state: dict[str, Any], path: Path) -> None:
                 state["progress"] = {k: v for k, v in state["progress"].items() if k not in uncounted}
             dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=not dist.is_initialized())
     except (CheckpointException, Exception) as error:  # DCP's own is no Exception; files may mean anything
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        cause = _cause(error)
         if isinstance(cause, NotACheckpoint):
             raise ConfigError([f"checkpoint {path} is refused: {cause}"]) from error
+        if isinstance(cause, OSError):
+            raise ConfigError([f"checkpoint {path} {_UNREADABLE} ({cause})"]) from error
         reason = " ".join(str(cause).split())[:300]
         raise ConfigError([f"checkpoint {path} does not fit this model and config ({reason})"]) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What DCP says that it failed of, in the first process that did."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+_UNREADABLE = "cannot be read"
 
 
 def checkpoint_problems(path: Path) -> list[str]:
@@ -245,9 +261,7 @@ def checkpoint_problems(path: Path) -> list[str]:
     problems: list[str] = []
     try:
         files = _manifest(path)
-        named = {MANIFEST, *files}
-        problems += [f"{file.name} is not named in {MANIFEST}" for file in path.iterdir() if file.name not in named]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         problems.append(f"{MANIFEST} is missing or damaged")
     for name, expected in list(files.items())[rank::size]:
         try:
@@ -256,7 +270,7 @@ def checkpoint_problems(path: Path) -> list[str]:
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
+            problems.append(f"{name} {_UNREADABLE} ({error.strerror})")
     if size == 1:
         return problems
     gathered: list[Any] = [None] * size
@@ -265,10 +279,13 @@ def checkpoint_problems(path: Path) -> list[str]:
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """The fingerprint of each file of a checkpoint. Raises where there is no manifest, or it is something else."""
-    files: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    if INDEX not in files or not all(Path(name).name == name for name in files):
-        raise ValueError("a manifest names the files beside it, and the index among them")
+    """The fingerprint of each file of a checkpoint; no other is read. Raises where there is no manifest, or it is
+    something else."""
+    files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    if not isinstance(files, dict) or INDEX not in files:
+        raise ValueError("a manifest names the index")
+    if not all(Path(name).name == name and name.isprintable() for name in files):
+        raise ValueError("a manifest names the files beside it")
     return files
 
 

@@ -95,7 +95,7 @@ def _of_the_machine(error: OSError) -> str | None:
     """What a file or a disk refused, or None where it may as well be a mistake of ours."""
     if error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, str | bytes) else None
-    return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO) else None
+    return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO) else None
 
 
 def _parser(verb: str, probe: bool = False) -> Parser:

@@ -10,11 +10,20 @@ import io
 import pickle
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
 INDEX = ".metadata"
@@ -36,15 +45,36 @@ _INDEX_NAMES = {
     # where Python 3.13 keeps the classes of pathlib
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
 }
-"""What an index is made of: classes that hold values and do nothing."""
+"""What an index is made of: classes that hold values and do nothing, as long as nobody changes them."""
+_WITH_STATE = {
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    TensorProperties,
+    _StorageInfo,
+}
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(pickle._Unpickler):  # the one in Python, whose steps can be looked at
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and name not in _INDEX_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Gives an object its attributes: never a class, whose attributes are what all its objects do."""
+        if type(self.stack[-2]) not in _WITH_STATE:
+            raise pickle.UnpicklingError(f"it would change {self.stack[-2]!r}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class NotACheckpoint(ValueError):
@@ -66,8 +96,8 @@ class SafeReader(FileSystemReader):
         try:
             with self.index_file.open("rb") as file:
                 index = _IndexUnpickler(file).load()
-            places = [place.relative_path for place in index.storage_data.values()]
-            index.storage_meta = index.storage_meta or StorageMeta()
+            places = _places(index)
+            index.storage_meta = StorageMeta()
         except OSError:
             raise
         except Exception as error:  # what a pickle raises that is none is whatever its bytes happen to mean
@@ -78,6 +108,24 @@ class SafeReader(FileSystemReader):
             if place not in self.files:
                 raise NotACheckpoint(f"{INDEX} points at {place!r}, which is no file of this checkpoint")
         return index
+
+
+def _places(index: Any) -> list[str]:
+    """The files that an index points at. Raises TypeError where it is none: objects may say one thing to who asks first
+    and another to DCP."""
+    _check_type(index, Metadata)
+    _check_type(index.state_dict_metadata, dict)
+    _check_type(index.storage_data, dict)
+    for key, place in index.storage_data.items():
+        _check_type(key, MetadataIndex)
+        _check_type(place, _StorageInfo)
+        _check_type(place.relative_path, str)
+    return [place.relative_path for place in index.storage_data.values()]
+
+
+def _check_type(value: object, kind: type) -> None:
+    if type(value) is not kind:
+        raise TypeError(f"{type(value).__name__} in the place of {kind.__name__}")
 
 
 class SafePlanner(DefaultLoadPlanner):
@@ -91,7 +139,7 @@ class SafePlanner(DefaultLoadPlanner):
         try:
             held = torch.load(value, weights_only=True)
         except Exception as error:  # as above; torch's words say how to run what is in it
-            raise NotACheckpoint(f"{read_item.dest_index.fqn} is more than a number, a text or a list") from error
+            raise NotACheckpoint(f"{read_item.dest_index.fqn} is no plain value, or damaged") from error
         plain = io.BytesIO()
         torch.save(held, plain)
         plain.seek(0)

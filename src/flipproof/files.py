@@ -43,16 +43,18 @@ def leftovers(path: Path) -> list[Path]:
     return []
 
 
-def clear_dead(path: Path) -> None:
-    """Delete what dead processes left of a file or directory: what is temporary, old, and claimed by nobody.
+def clear_dead(path: Path, age_s: float | None = None) -> None:
+    """Delete what dead processes left of a file or directory: what is temporary, claimed by nobody, and older than
+    ``age_s``, which is a minute: 0 for who holds a lock on its place.
 
     Links are left alone, and so is what cannot be deleted.
     """
+    age_s = _OLD_S if age_s is None else age_s
     for temporary in leftovers(path):
         with suppress(OSError):
             descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                if time.time() - os.fstat(descriptor).st_mtime > _OLD_S and _lock(descriptor):
+                if time.time() - os.fstat(descriptor).st_mtime > age_s and _lock(descriptor):
                     shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
             finally:
                 os.close(descriptor)
@@ -98,21 +100,41 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def put_in_place(new: Path, final: Path) -> None:
-    """Give a directory its name when all of it is on the disk; the one that had the name goes."""
+def put_in_place(new: Path, final: Path, replace: bool = True) -> None:
+    """Give a directory its name when all of it is on the disk. To ``replace``, the one that has the name goes, after
+    that; else OSError is raised where there is one with something in it."""
     for file in (*(file for file in new.rglob("*") if file.is_file()), new):
         sync(file)
-    discard(final)
+    old = _set_aside(final) if replace else None
     os.rename(new, final)
     sync(final.parent)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def discard(directory: Path) -> None:
     """Delete a directory that is there; it loses its name first, so that none is ever half there."""
-    if directory.exists():
-        nameless = temporary_name(directory)
-        os.rename(directory, nameless)
-        shutil.rmtree(nameless)
+    if old := _set_aside(directory):
+        shutil.rmtree(old)
+
+
+def _set_aside(directory: Path) -> Path | None:
+    if not directory.exists():
+        return None
+    old = temporary_name(directory)
+    os.rename(directory, old)
+    return old
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What fails in the block fails at ``path``: a write to a full disk says no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:

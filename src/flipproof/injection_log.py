@@ -26,7 +26,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
-from flipproof.files import check_new, temporary_name
+from flipproof.files import check_new, claimed, clear_dead, named, temporary_name
 from flipproof.inject import fault_state
 from flipproof.ops.parity import dtype_name
 from flipproof.runlog import logger
@@ -112,9 +112,11 @@ class FlipLog(FlipCount):
         """
         super().__init__()
         check_new(path, "--flip-log", "file")
-        self.path, self._temporary = path, temporary_name(path)
+        clear_dead(path)
+        self.path, self._temporary, self._claim = path, temporary_name(path), ExitStack()
         try:
-            self._file: IO[str] = _open(self._temporary, "wt", compressed=path.suffix == ".gz")
+            self._file: IO[str] = _open(self._temporary, "xt", compressed=path.suffix == ".gz")
+            self._claim.enter_context(claimed(self._temporary))
         except OSError as error:
             raise ConfigError([f"{path}: {error.strerror}"]) from error
         self._write({"kind": _KIND, **run})
@@ -123,8 +125,17 @@ class FlipLog(FlipCount):
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        self._file.close()
-        if error is not None:
+        with self._claim:
+            self._end(error is None)
+
+    def _end(self, well: bool) -> None:
+        try:
+            with named(self.path):
+                self._file.close()  # which writes what it still holds
+        except OSError:
+            self._temporary.unlink()
+            raise
+        if not well:
             self._temporary.unlink()
         elif self.path.exists():
             raise ConfigError([f"{self.path} has been written by somebody else since; the log is {self._temporary}"])
@@ -132,7 +143,8 @@ class FlipLog(FlipCount):
             self._temporary.replace(self.path)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        with named(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def note(self, name: str, draw: tuple[Any, ...], dtype: torch.dtype, changes: _Changes) -> None:
         tick, offset = int(draw[4]), int(draw[5])

@@ -11,6 +11,7 @@ are gone, whether or not the process lives to delete them.
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -143,5 +144,6 @@ def forget_abandoned(run_dir: Path) -> None:
     record = Record.read(run_dir)
     if record is not None and record.abandoned:
         for name in record.abandoned:
-            discard(run_dir / "checkpoints" / Path(name).name)
+            if re.fullmatch(r"step-\d+", name):  # whoever wrote the record
+                discard(run_dir / "checkpoints" / name)
         replace(record, abandoned=()).write(run_dir)

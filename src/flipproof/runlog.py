@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flipproof.files import finite, write_atomically
+from flipproof.files import finite, named, write_atomically
 
 logger = logging.getLogger("flipproof")
 
@@ -41,7 +42,7 @@ class Metrics:
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, **values: Any) -> None:
-        with self.path.open("a") as file:
+        with named(self.path), self.path.open("a") as file:
             file.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
 
@@ -50,6 +51,8 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "linux":  # whose ru_maxrss begins with the peak of the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes, on macOS
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found:  # not every container says it
+            return int(found[1]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +106,32 @@ def save_model(
 
 
 @contextmanager
-def new_directory(to: Path, world: World) -> Iterator[Path]:
-    """What a directory is called until all processes have written into it; then it gets its name, the one that had it
-    goes, or what was begun goes. All processes must call."""
-    world.once(lambda: clear_dead(to))
+def new_directory(to: Path, world: World, replace: bool = False) -> Iterator[Path]:
+    """What a directory is called until all processes have written into it; then it gets its name, or what was begun
+    goes. All processes must call.
+
+    Args:
+        replace: whether the directory that has the name goes; for who holds a lock on the place.
+    """
+    world.once(lambda: clear_dead(to, 0.0 if replace else None))
     new = world.once(lambda: temporary_name(to))
+    missing = [path for path in to.parents if not path.exists()]
     with ExitStack() as stack:
         if world.first:
+            stack.callback(_remove_empty, missing)
             stack.callback(shutil.rmtree, new, ignore_errors=True)
         world.once(lambda: new.mkdir(parents=True))
         if world.first:
             stack.enter_context(claimed(new))
         yield new
         world.once(lambda: write_sums(new))
-        world.once(lambda: put_in_place(new, to))
+        world.once(lambda: put_in_place(new, to, replace))
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    with suppress(OSError):  # there is something in it
+        for path in directories:
+            path.rmdir()
 
 
 def _name_in_files(model: nn.Module, name: str, tensor: torch.Tensor) -> str:

@@ -261,7 +261,7 @@ class _Run:
             logger.info("resumed from %s", self.checkpoint)
         self._begin(arms)
         self._train(StepLog(run_dir, config, self.model, self.world, self.first_step))
-        with new_directory(run_dir / ("adapter" if config.lora.r else "model"), self.world) as new:
+        with new_directory(run_dir / ("adapter" if config.lora.r else "model"), self.world, replace=True) as new:
             if config.lora.r:
                 save_adapter(self.model, new, config.model.hf_model_path, writes=self.world.first)
             else:

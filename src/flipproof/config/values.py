@@ -157,7 +157,7 @@ def described(declared: Any) -> str:
 
 
 _MOST_PARTS = 100_000
-_TOO_MANY = f"its anchors and aliases make more than {_MOST_PARTS:,} values of it"
+_TOO_MANY = f"with its anchors and aliases it comes to more than {_MOST_PARTS:,} values"
 
 
 class _Loader(yaml.SafeLoader):
@@ -205,4 +205,4 @@ def _parts(value: Any) -> Iterator[Any]:
     waiting = [value]
     while waiting:
         yield (item := waiting.pop())
-        waiting += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        waiting += item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple | set) else ()

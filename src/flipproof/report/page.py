@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from flipproof.errors import ConfigError
-from flipproof.files import check_writable, finite, temporary_name, write_atomically
+from flipproof.files import check_writable, claimed, clear_dead, finite, named, temporary_name, write_atomically
 from flipproof.report import figures
 from flipproof.report.sections import Section, free_name, sections_of
 from flipproof.report.sources import Sources, read_sources
@@ -128,13 +128,15 @@ def _check_target(page: Path, folder: Path) -> None:
 def _write(page: Path, folder: Path, html: str, files: Mapping[str, bytes]) -> None:
     """Everything into a hidden directory first, which then takes the place of the old one; the page comes last."""
     page.parent.mkdir(parents=True, exist_ok=True)
+    clear_dead(folder)
     new = temporary_name(folder)
     new.mkdir()
     try:
-        for name, content in files.items():
-            (new / name).write_bytes(content)
-        (new / _WRITTEN).write_text("".join(f"{name}\n" for name in files), "utf-8")
-        _replace(new, folder)
+        with claimed(new), named(folder):
+            for name, content in files.items():
+                (new / name).write_bytes(content)
+            (new / _WRITTEN).write_text("".join(f"{name}\n" for name in files), "utf-8")
+            _replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     write_atomically(page, html)
