@@ -97,9 +97,10 @@ def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(export_module, "save_model", half)
-        with pytest.raises(ConfigError, match=r"--to .*out cannot be written: .*No space left on device"):
-            export(run, tmp_path / "out")
-        assert sorted(tmp_path.iterdir()) == before
+        for to in (tmp_path / "out", tmp_path / "a" / "b" / "out"):
+            with pytest.raises(ConfigError, match=r"--to .*out cannot be written: .*No space left on device"):
+                export(run, to)
+            assert sorted(tmp_path.iterdir()) == before
     export(run, tmp_path / "out")
     assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"}
     export(run, tmp_path / ("n" * 255))  # as long as a name may be

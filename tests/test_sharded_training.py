@@ -520,7 +520,7 @@ def test_a_broken_checkpoint_is_refused_by_name_in_one_line(home, resumed, name,
     said = stderr(home / "resumed.jobs", f"{name}_refused")
     errors = [line for line in said.splitlines() if "error" in line]
     assert len(errors) == 1, said
-    assert re.fullmatch(rf"flipproof train: error: .*/step-6: {problem}.*; --resume step-4 goes on .*", errors[0])
+    assert re.fullmatch(rf"flipproof train: error: .*/step-6: {problem}.*; train --resume step-4 goes on .*", errors[0])
 
 
 def test_the_checkpoint_before_a_damaged_one_goes_on(home, pair, resumed):
