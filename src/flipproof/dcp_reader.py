@@ -7,6 +7,7 @@ that the manifest names.
 """
 
 import io
+import itertools
 import pickle
 from collections.abc import Container
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -27,25 +29,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 INDEX = ".metadata"
-_INDEX_NAMES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    # where Python 3.13 keeps the classes of pathlib
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-}
-"""What an index is made of: classes that hold values and do nothing, as long as nobody changes them."""
 _WITH_STATE = {
     Metadata,
     MetadataIndex,
@@ -56,6 +39,15 @@ _WITH_STATE = {
     TensorProperties,
     _StorageInfo,
 }
+_INDEX_NAMES = {
+    *((kind.__module__, kind.__name__) for kind in (*_WITH_STATE, _MEM_FORMAT_ENCODING, torch.Size)),
+    ("torch.serialization", "_get_layout"),
+    # Python 3.13 keeps the classes of pathlib elsewhere
+    *itertools.product(
+        ("pathlib", "pathlib._local"), ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ),
+}
+"""What an index is made of: classes that hold values and do nothing, as long as nobody changes them."""
 
 
 class _IndexUnpickler(pickle._Unpickler):  # the one in Python, whose steps can be looked at
@@ -64,7 +56,7 @@ class _IndexUnpickler(pickle._Unpickler):  # the one in Python, whose steps can 
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not dtype and name not in _INDEX_NAMES.get(module, ()):
+        if not dtype and (module, name) not in _INDEX_NAMES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
         return super().find_class(module, name)
 

@@ -88,14 +88,12 @@ def write_atomically(path: Path, text: str) -> None:
     clear_dead(path)
     temporary = temporary_name(path)
     try:
-        with temporary.open("x", encoding="utf-8") as file, claimed(temporary):
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk names none, and nobody knows the other name
-        raise
+        with named(path):
+            with temporary.open("x", encoding="utf-8") as file, claimed(temporary):
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -128,12 +126,11 @@ def _set_aside(directory: Path) -> Path | None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """What fails in the block fails at ``path``: a write to a full disk says no name."""
+    """What fails in the block fails at ``path``: a full disk names none, and nobody knows a temporary name."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -113,19 +113,24 @@ def new_directory(to: Path, world: World, replace: bool = False) -> Iterator[Pat
     Args:
         replace: whether the directory that has the name goes; for who holds a lock on the place.
     """
-    world.once(lambda: clear_dead(to, 0.0 if replace else None))
-    new = world.once(lambda: temporary_name(to))
-    missing = [path for path in to.parents if not path.exists()]
     with ExitStack() as stack:
-        if world.first:
-            stack.callback(_remove_empty, missing)
+
+        def begin() -> Path:
+            clear_dead(to, 0.0 if replace else None)
+            new = temporary_name(to)
+            stack.callback(_remove_empty, [path for path in to.parents if not path.exists()])
             stack.callback(shutil.rmtree, new, ignore_errors=True)
-        world.once(lambda: new.mkdir(parents=True))
-        if world.first:
+            new.mkdir(parents=True)
             stack.enter_context(claimed(new))
+            return new
+
+        def end() -> None:
+            write_sums(new)
+            put_in_place(new, to, replace)
+
+        new = world.once(begin)
         yield new
-        world.once(lambda: write_sums(new))
-        world.once(lambda: put_in_place(new, to, replace))
+        world.once(end)
 
 
 def _remove_empty(directories: list[Path]) -> None:
