@@ -37,6 +37,7 @@ import flipproof.sweep.run
 import flipproof.train
 from flipproof.checkpoint import checkpoint_problems
 from flipproof.model import byte_tokenizer
+from flipproof.records import HASH
 
 CONFIG = """
 [model]
@@ -65,7 +66,7 @@ keep_last = {keep_last}
 [logging]
 run_dir = "{directory}/run"
 """
-CLOCK = ("tokens_per_second", "peak_memory_gib", "seconds")
+CLOCK = ("tokens_per_second", "peak_memory_gib", "seconds", HASH)
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,16 @@ def files(directory: Path) -> list[Path]:
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts))
 
 
-def left(directory: Path) -> dict[str, bytes]:
-    """What a command leaves, without what a clock or the place says."""
+def left(directory: Path, below: tuple[str, ...] = ("",)) -> dict[str, bytes]:
+    """What a command leaves, without what a clock or the place says; ``below`` are beginnings of names."""
     found = {}
     for path in files(directory):
         name, data = str(path.relative_to(directory)), path.read_bytes()
-        if name == "said" or name.startswith(("cache/", "sweep/claims/", "run/checkpoints/")):
+        if (
+            name == "said"
+            or not name.startswith(below)
+            or name.startswith(("cache/", "sweep/claims/", "run/checkpoints/"))
+        ):
             continue
         if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
@@ -207,7 +212,7 @@ def left(directory: Path) -> dict[str, bytes]:
             data = json.dumps(sorted(lines, key=str) if name.startswith("sweep/") else lines).encode()
         if path.suffix in (".html", ".png"):
             data = b""  # they are there
-        found[name] = data
+        found[name] = data.rstrip(b"\n") if path.suffix in (".json", ".toml") else data
     return found
 
 

@@ -71,8 +71,8 @@ def save(directory, step, model, optimizer, used=None, **options):
 @pytest.fixture
 def held(monkeypatch):
     """Background writing waits at its last file until this event is set."""
-    event, write_json = threading.Event(), checkpoint.write_json
-    monkeypatch.setattr(checkpoint, "write_json", lambda *a: (event.wait(60), write_json(*a)))
+    event, write_record = threading.Event(), checkpoint.write_record
+    monkeypatch.setattr(checkpoint, "write_record", lambda *a: (event.wait(60), write_record(*a)))
     yield event
     event.set()
 
@@ -180,7 +180,7 @@ def test_weight_decay_is_the_configs_and_not_the_checkpoints(tiny_llama, tmp_pat
 
 
 def test_a_failed_write_is_noticed_without_waiting(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(checkpoint, "write_record", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     checkpoints = saver(tmp_path)
     checkpoints.check()  # nothing under way
     checkpoints.save(1, *trained(tiny_llama), progress())
@@ -195,7 +195,7 @@ def test_a_crash_while_saving_leaves_the_last_one(tiny_llama, tmp_path, monkeypa
     options = {"keep_last": 1, "asynchronous": False}
     save(tmp_path, 1, model, optimizer, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(checkpoint, "write_record", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             save(tmp_path, 2, model, optimizer, **options)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1"]
@@ -209,7 +209,7 @@ def test_what_fails_in_the_background_is_raised_at_the_next_save_or_wait(tiny_ll
     checkpoints = saver(tmp_path)
     checkpoints.save(1, model, optimizer, progress())
     checkpoints.wait()
-    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(checkpoint, "write_record", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     checkpoints.save(2, model, optimizer, progress())
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save(3, model, optimizer, progress()) if then == "save" else checkpoints.wait()

@@ -15,7 +15,7 @@ from texts import sentences
 from transformers import AutoModelForCausalLM
 
 import flipproof
-from flipproof import BitFlipSpec, LoraSpec, files, loss
+from flipproof import BitFlipSpec, LoraSpec, loss, records
 from flipproof.adapter import save_adapter
 from flipproof.arms import Arm, Cost, arms_table, costs
 from flipproof.cli import main
@@ -265,7 +265,7 @@ def test_what_was_measured_is_printed_though_it_cannot_be_written(model_dir, tmp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(records, "write_record", full)
     with pytest.raises(ConfigError, match=r"--to: .*results\.json could not be written \(No space left"):
         evaluate(config, to=tmp_path, tell=print)
     assert "flipped" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
 from flipproof.inject import fault_state
 from flipproof.injection_log import FlipCount, FlipLog, Replay, tapped
+from flipproof.records import sealed, unsealed
 
 SPEC = BitFlipSpec(
     w_p_exp=0.002,
@@ -62,7 +63,7 @@ def test_a_replay_is_the_run_bit_by_bit(model, token_ids, tmp_path, name):
 def test_the_log_says_what_flipped(model, token_ids, tmp_path):
     """Each weight's lines against ``flip``, of the merged weight."""
     _, log = logged(model, token_ids, tmp_path / "log.jsonl")
-    header, *entries = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    header, *entries = map(unsealed, (tmp_path / "log.jsonl").read_text().splitlines())
     assert header == {"kind": "flipproof injection log", "dtype": "bfloat16", "seed": 9}
     bits = 0
     for name, layer in flipproof.faulty_layers(model).items():
@@ -148,7 +149,8 @@ def test_bad_logs_and_names(model, token_ids, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"other\.jsonl is not a log that --flip-log wrote"):
         Replay(tmp_path / "other.jsonl")
-    (tmp_path / "bit.jsonl").write_text(text.replace('"bit": 3,', '"bit": 99,'))
+    header, entry, *_ = text.splitlines()
+    (tmp_path / "bit.jsonl").write_text(f"{header}\n{json.dumps(sealed(unsealed(entry) | {'bit': 99}))}\n")
     with pytest.raises(ConfigError, match=r"bit\.jsonl, line \d+: bit = 99: a bit from 0 to 31, or null"):
         Replay(tmp_path / "bit.jsonl")
 

@@ -1,10 +1,10 @@
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from flipproof.records import unsealed
 from flipproof.runlog import Metrics
 
 
@@ -15,7 +15,7 @@ def test_metrics_go_on_after_the_step_they_resume_from(tmp_path):
     with metrics.path.open("a") as file:
         file.write('{"step": 4')
     Metrics(tmp_path, 2).write(step=3, again=True)
-    assert [json.loads(line) for line in metrics.path.read_text().splitlines()] == [
+    assert [unsealed(line) for line in metrics.path.read_text().splitlines()] == [
         {"step": 1},
         {"step": 2},
         {"step": 3, "again": True},

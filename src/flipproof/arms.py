@@ -106,11 +106,15 @@ class Arm:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Arm":
-        """An arm of results.json."""
+        """An arm of results.json. Raises ValueError, TypeError or ArithmeticError where it is none."""
         trials, sequences = (
-            [math.inf if x is None else x for x in values.get(key, ())] for key in ("trial_losses", "sequence_losses")
+            [math.inf if x is None else float(x) for x in values.get(key, ())]
+            for key in ("trial_losses", "sequence_losses")
         )
-        return cls.from_losses(trials, values["tokens"], sequences, values.get("residual_variance"))
+        residual = values.get("residual_variance")
+        if residual is not None and not (residual >= 0 and min(len(trials), len(sequences)) > 1):
+            raise ValueError(f"residual_variance = {residual!r} of {len(trials)} seeds and {len(sequences)} sequences")
+        return cls.from_losses(trials, int(values["tokens"]), sequences, residual)
 
 
 @dataclass(frozen=True)

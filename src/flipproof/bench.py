@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
-from flipproof.files import check_new, write_new_json
+from flipproof.files import check_new
 from flipproof.inject import inject
 from flipproof.ops.flip import BACKENDS
+from flipproof.records import write_new_record
 from flipproof.spec import BitFlipSpec, LoraSpec
 
 _RANK = 32
@@ -61,7 +62,7 @@ def bench(device: str | None = None, to: Path | None = None, tell: Callable[[str
     if tell:
         tell(tables)
     if to is not None:
-        write_new_json(to, {"about": about, "rows": [vars(row) for row in rows]}, "--to")
+        write_new_record(to, {"about": about, "rows": [vars(row) for row in rows]}, "--to")
     return tables
 
 

@@ -10,7 +10,7 @@ DCP stores tensors by their place in the whole, so any number of processes reads
 """
 
 import hashlib
-import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,8 +36,9 @@ from torch.utils._pytree import tree_map_only
 from flipproof.config import CheckpointConfig
 from flipproof.dcp_reader import INDEX, NotACheckpoint, SafePlanner, SafeReader
 from flipproof.errors import ConfigError
-from flipproof.files import discard, is_temporary, named, put_in_place, sync, temporary_name, write_json
+from flipproof.files import discard, is_temporary, named, put_in_place, sync, temporary_name
 from flipproof.parallel import World
+from flipproof.records import read_record, write_record
 from flipproof.runlog import logger
 
 MANIFEST = "manifest.json"
@@ -54,9 +55,15 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, logged: int = 0
+    ) -> None:
         """Write ``step-N`` after the one before it, then delete all but the last ``keep_last``, and any of later steps,
-        which this run does not go on from. All processes call."""
+        which this run does not go on from. All processes call.
+
+        Args:
+            logged: how many lines the run's metrics have by then.
+        """
         self.wait()
         full = self.config.state_dict_type == "full"
         options = StateDictOptions(ignore_frozen_params=True, strict=False, cpu_offload=True, full_state_dict=full)
@@ -65,9 +72,9 @@ class Checkpointer:
         # a copy: training goes on with the tensors themselves, which on a CPU these are
         state = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
         if self.config.asynchronous:
-            self._pending = self._thread.submit(self._write, step, state)
+            self._pending = self._thread.submit(self._write, step, state, logged)
         else:
-            self._write(step, state)
+            self._write(step, state, logged)
 
     def wait(self) -> None:
         """Until the last checkpoint is complete. Raises what writing it raised, in any process."""
@@ -80,32 +87,28 @@ class Checkpointer:
         if self._pending is not None and self._pending.done():
             self.wait()
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], logged: int) -> None:
         first = self.world.first
 
         def begin() -> str:
-            # who writes here holds the run's lock: what is temporary is a dead process's
-            for path in self.directory.glob(".step-*"):
-                # and so it was called by the version before
-                if is_temporary(path.name, path.name.split(".")[1]) or path.name.endswith(".unfinished"):
-                    shutil.rmtree(path, ignore_errors=True)
             new = temporary_name(self.directory / f"step-{step}")
             new.mkdir(parents=True)
             return new.name
 
         unfinished = self.directory / self._together(begin if first else None)[0]
         try:
-            self._complete(step, unfinished, self._together(lambda: self._write_files(state, unfinished)))
+            files = self._together(lambda: self._write_files(state, unfinished))
+            self._complete(step, unfinished, files, logged)
         finally:
             if first:  # on a full disk, what was begun is in the way of all that comes
                 shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _complete(self, step: int, unfinished: Path, files: list[dict[str, str]]) -> None:
+    def _complete(self, step: int, unfinished: Path, files: list[dict[str, str]], logged: int) -> None:
         """Give the checkpoint its name, and delete those that are no longer to be kept."""
 
         def complete() -> None:
             written = {name: value for part in files for name, value in part.items()}
-            write_json(unfinished / MANIFEST, {"step": step, "files": written})
+            write_record(unfinished / MANIFEST, {"step": step, "metrics": logged, "files": written})
             # another of its name was left by a run that resumed from an earlier step
             put_in_place(unfinished, self.directory / f"step-{step}")
             there = list_checkpoints(self.directory)
@@ -155,9 +158,18 @@ class Checkpointer:
         return [part for part, _ in gathered]
 
 
+def clear_unfinished(directory: Path) -> None:
+    """Delete what dead processes left of checkpoints that were not complete, or not gone yet. For who holds the lock of
+    the run, before it writes any."""
+    for path in directory.glob(".step-*"):
+        # and so it was called by the version before
+        if is_temporary(path.name, path.name.split(".")[1]) or path.name.endswith(".unfinished"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name)]
     return sorted(found, key=step_of)
 
 
@@ -261,7 +273,7 @@ def checkpoint_problems(path: Path) -> list[str]:
     problems: list[str] = []
     try:
         files = _manifest(path)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         problems.append(f"{MANIFEST} is missing or damaged")
     for name, expected in list(files.items())[rank::size]:
         try:
@@ -281,12 +293,18 @@ def checkpoint_problems(path: Path) -> list[str]:
 def _manifest(path: Path) -> dict[str, str]:
     """The fingerprint of each file of a checkpoint; no other is read. Raises where there is no manifest, or it is
     something else."""
-    files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files: dict[str, str] = read_record(path / MANIFEST)["files"]
     if not isinstance(files, dict) or INDEX not in files:
         raise ValueError("a manifest names the index")
     if not all(Path(name).name == name and name.isprintable() for name in files):
         raise ValueError("a manifest names the files beside it")
     return files
+
+
+def logged_lines(path: Path) -> int:
+    """How many lines the metrics of the run had when it wrote a checkpoint; 0 where that is not known. Of one that
+    ``whole_checkpoint`` has found whole."""
+    return int(read_record(path / MANIFEST).get("metrics", 0))
 
 
 @contextmanager

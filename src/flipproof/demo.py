@@ -5,7 +5,6 @@ library's source, ``train`` again gives it adapters that learn under faults, ``e
 Around that, a table, a plot of perplexity against the flip probability, and a sample of text.
 """
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from flipproof.export import export
 from flipproof.files import check_new, check_writable
 from flipproof.inject import set_faults
 from flipproof.model import load_tokenizer
+from flipproof.records import read_record
 from flipproof.rundir import check_run_dir
 from flipproof.runlog import logger
 from flipproof.train import train
@@ -61,9 +61,7 @@ def demo(run_dir: Path) -> None:
         model = build_model(config, tokenizer, world, config.lora)
     load_adapter(model, run_dir / "adapter")
     points = sweep_p(config, model, text)
-    arms = {
-        name: Arm.from_dict(arm) for name, arm in json.loads((run_dir / runlog.RESULTS).read_text())["arms"].items()
-    }
+    arms = {name: Arm.from_dict(arm) for name, arm in read_record(run_dir / runlog.RESULTS)["arms"].items()}
     plot_sweep(points, arms, config, run_dir / "perplexity_vs_p.png")
     seed = fault_seeds(config.bitflip.base_seed, 1)[0]
     samples = sample_texts(model, tokenizer, seed, config.training.seq_len)

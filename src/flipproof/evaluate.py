@@ -35,7 +35,7 @@ from flipproof.build import build_model, check_length, flipped_dtype
 from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
 from flipproof.errors import ConfigError
-from flipproof.files import check_new, write_json, write_new_json
+from flipproof.files import check_new
 from flipproof.inject import fault_sites, faults, is_faulty
 from flipproof.injection_log import FlipLog, Replay, tapped
 from flipproof.intervals import MIN_TRIALS, sure_enough
@@ -43,6 +43,7 @@ from flipproof.limits import check_ids
 from flipproof.loss import loss_by_row
 from flipproof.model import compute_context, load_tokenizer
 from flipproof.parallel import World
+from flipproof.records import write_new_record, write_record
 from flipproof.runlog import logger
 from flipproof.spec import BitFlipSpec
 
@@ -196,7 +197,7 @@ def evaluate(
         if tell and world.first:
             tell(arms_table(arms))
         if to is not None and world.first:
-            write_new_json(to / runlog.RESULTS, results(config, arms, model, text), "--to")
+            write_new_record(to / runlog.RESULTS, results(config, arms, model, text), "--to")
     return arms
 
 
@@ -307,4 +308,4 @@ def write_results(
     directory: Path, config: RunConfig, arms: dict[str, Arm], model: nn.Module, text: PackedText | None
 ) -> None:
     """Write ``results.json`` of a run, or write it anew."""
-    write_json(directory / runlog.RESULTS, results(config, arms, model, text))
+    write_record(directory / runlog.RESULTS, results(config, arms, model, text))

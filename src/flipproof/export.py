@@ -15,6 +15,7 @@ from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.files import check_writable
 from flipproof.model import load_tokenizer, save_model
+from flipproof.records import check_toml
 from flipproof.runlog import logger
 from flipproof.save import new_directory
 
@@ -34,6 +35,7 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     check_writable(to, "--to")
     if not (run_dir / runlog.CONFIG).exists():
         raise ConfigError([f"{run_dir} holds no run ({runlog.CONFIG} is missing)"])
+    check_toml(run_dir / runlog.CONFIG)
     config = load_config([run_dir / runlog.CONFIG])
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:

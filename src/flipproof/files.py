@@ -198,18 +198,3 @@ def check_new(path: Path, what: str, kind: str = "directory") -> None:
     if path.exists() or path.is_symlink():
         raise ConfigError([f"{path} exists already; name another {kind} with {what}"])
     check_writable(path, what)
-
-
-def write_new_json(path: Path, value: Any, what: str) -> None:
-    """``write_json`` of what passed ``check_new`` before it was measured, its directory made.
-
-    Raises:
-        ConfigError: where somebody else has written it since, whose it stays, or it cannot be written after all.
-    """
-    if path.exists():
-        raise ConfigError([f"{path} has been written by somebody else since the start; name another with {what}"])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, value)
-    except OSError as error:
-        raise ConfigError([f"{what}: {path} could not be written ({error.strerror})"]) from error

@@ -20,11 +20,12 @@ from flipproof.build import build_model, flipped_dtype
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.evaluate import arm_faults, arms_of, check_log, fault_seeds, faulty_arm
-from flipproof.files import check_new, write_new_json
+from flipproof.files import check_new
 from flipproof.inject import fault_state, is_faulty
 from flipproof.injection_log import FlipCount, FlipLog, Replay, tapped
 from flipproof.limits import positions
 from flipproof.model import compute_context, load_tokenizer
+from flipproof.records import write_new_record
 from flipproof.runlog import logger
 from flipproof.spec import BitFlipSpec
 
@@ -163,7 +164,7 @@ def generate(
         if tell and world.first:
             tell(texts_report(prompt, texts))
         if to is not None and world.first:
-            write_new_json(to / RESULT, _written(config, prompt, sampling, texts, seed, dtype), "--to")
+            write_new_record(to / RESULT, _written(config, prompt, sampling, texts, seed, dtype), "--to")
     return texts
 
 

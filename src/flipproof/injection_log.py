@@ -37,12 +37,14 @@ from flipproof.errors import ConfigError
 from flipproof.files import check_new, claimed, clear_dead, named, temporary_name
 from flipproof.inject import fault_state
 from flipproof.ops.parity import dtype_name
+from flipproof.records import sealed, unsealed
 from flipproof.runlog import logger
 from flipproof.spec import Pattern
 from flipproof.state import Tap
 
 _KIND = "flipproof injection log"
-_KEYS = {"tick", "tensor", "index", "bit", "zeroed", "before_bits"}
+_ALLOWED: dict[str, type] = {"tick": int, "tensor": str, "index": int, "zeroed": bool, "before_bits": int}
+_KEYS = {*_ALLOWED, "bit"}
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -144,7 +146,7 @@ class FlipLog(FlipCount):
 
     def _write(self, line: dict[str, Any]) -> None:
         with named(self.path):
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.write(json.dumps(sealed(line), allow_nan=False) + "\n")
 
     def note(self, name: str, draw: tuple[Any, ...], dtype: torch.dtype, changes: _Changes) -> None:
         tick, offset = int(draw[4]), int(draw[5])
@@ -188,7 +190,7 @@ class Replay:
             with _open(path, "rt", compressed=path.suffix == ".gz") as file:
                 run = self._header(file.readline())
                 for number, line in enumerate(file, start=2):
-                    self._note(self._entry(line, number), number)
+                    self._note(self._entry(line, number))
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise ConfigError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from error
         if dtype is not None and run.get("dtype", dtype) != dtype:
@@ -196,32 +198,38 @@ class Replay:
 
     def _header(self, line: str) -> dict[str, Any]:
         try:
-            header = json.loads(line)
-        except json.JSONDecodeError:
-            header = None
-        if not isinstance(header, dict) or header.get("kind") != _KIND:
-            raise ConfigError([f"{self.path} is not a log that --flip-log wrote"])
+            header = unsealed(line)
+            if header.get("kind") != _KIND:
+                raise ValueError(f"its first line says {header.get('kind')!r}")
+        except ValueError as error:
+            raise ConfigError([f"{self.path} is not a log that --flip-log wrote ({error})"]) from error
         return header
 
     def _entry(self, line: str, number: int) -> dict[str, Any]:
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
+            entry = unsealed(line)
+            if not entry.keys() >= _KEYS:
+                raise ValueError("keys are missing")
+        except ValueError as error:
             raise ConfigError(
-                [f"{self.path}, line {number}: not a whole entry; its keys are {', '.join(sorted(_KEYS))}"]
-            )
+                [f"{self.path}, line {number}: not a whole entry ({error}); its keys are {', '.join(sorted(_KEYS))}"]
+            ) from error
+        for key, allowed in _ALLOWED.items():
+            if type(entry[key]) is not allowed:
+                raise ConfigError(
+                    [f"{self.path}, line {number}: {key} = {entry[key]!r}: {allowed.__name__} is allowed"]
+                )
+        bit = entry["bit"]
+        if bit is not None and (type(bit) is not int or not 0 <= bit < 32):
+            raise ConfigError([f"{self.path}, line {number}: bit = {bit!r}: a bit from 0 to 31, or null, is allowed"])
         return entry
 
-    def _note(self, entry: dict[str, Any], number: int) -> None:
+    def _note(self, entry: dict[str, Any]) -> None:
         bit = entry["bit"]
-        if bit is not None and (not isinstance(bit, int) or not 0 <= bit < 32):
-            raise ConfigError([f"{self.path}, line {number}: bit = {bit!r}: a bit from 0 to 31, or null, is allowed"])
         place = self._places.setdefault((entry["tensor"], entry["tick"]), {})
         mask, zeroed, _ = place.get(entry["index"], _Place(0, False, 0))
         mask ^= 0 if bit is None else 1 << bit
-        place[entry["index"]] = _Place(mask, zeroed or bool(entry["zeroed"]), entry["before_bits"])
+        place[entry["index"]] = _Place(mask, zeroed or entry["zeroed"], entry["before_bits"])
 
     def __call__(self, name: str, x: Tensor, draw: tuple[Any, ...]) -> Tensor:
         """``x`` with what the log says done to it.

@@ -34,7 +34,7 @@ from flipproof import parallel
 from flipproof.build import build_model, check_length, flipped_dtype
 from flipproof.config import RunConfig
 from flipproof.data import PackedText, load_held_out
-from flipproof.files import check_new, write_new_json
+from flipproof.files import check_new
 from flipproof.inject import faults, iter_faulty
 from flipproof.layers import FaultyLinear
 from flipproof.limits import check_ids
@@ -42,6 +42,7 @@ from flipproof.loss import next_token_loss
 from flipproof.model import compute_context, load_tokenizer
 from flipproof.ops.parity import guard_bits, magnitude_bits
 from flipproof.parallel import World, cast_to
+from flipproof.records import write_new_record
 from flipproof.runlog import logger
 from flipproof.shards import local
 from flipproof.spec import BitFlipSpec
@@ -373,7 +374,7 @@ def profile(config: RunConfig, to: Path | None = None, tell: Callable[[str], Non
             if tell:
                 tell(f"{profile_table(result)}\n\n{proposed_toml(result)}")
             if to is not None:
-                write_new_json(to / PROFILE, asdict(result), "--to")
+                write_new_record(to / PROFILE, asdict(result), "--to")
     return result
 
 

@@ -18,13 +18,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from flipproof import runlog
 from flipproof.errors import ConfigError
 from flipproof.files import discard, write_json
+from flipproof.records import read_record, write_record
 
 RECORD = "run.json"
 _LOCK, _HOLDER = ".lock", ".lock-holder"
@@ -117,7 +117,7 @@ class Record:
     """Checkpoints that the run does not go on from, and that are to be deleted."""
 
     def write(self, run_dir: Path) -> None:
-        write_json(run_dir / RECORD, asdict(self))
+        write_record(run_dir / RECORD, asdict(self))
 
     @classmethod
     def read(cls, run_dir: Path) -> "Record | None":
@@ -128,7 +128,7 @@ class Record:
         """
         path = run_dir / RECORD
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values = read_record(path)
             text = tuple((int(count), str(mark)) for count, mark in values.pop("text"))
             return cls(**values | {"text": text, "abandoned": tuple(values["abandoned"])})
         except FileNotFoundError:
@@ -144,6 +144,6 @@ def forget_abandoned(run_dir: Path) -> None:
     record = Record.read(run_dir)
     if record is not None and record.abandoned:
         for name in record.abandoned:
-            if re.fullmatch(r"step-\d+", name):  # whoever wrote the record
+            if re.fullmatch(r"step-[0-9]+", name):  # whoever wrote the record
                 discard(run_dir / "checkpoints" / name)
         replace(record, abandoned=()).write(run_dir)

@@ -1,6 +1,5 @@
 """What a run says while it runs: log lines for people, ``metrics.jsonl`` for programs."""
 
-import json
 import logging
 import os
 import re
@@ -11,7 +10,9 @@ from typing import Any
 
 import torch
 
-from flipproof.files import finite, named, write_atomically
+from flipproof.errors import ConfigError
+from flipproof.files import sync, write_atomically
+from flipproof.records import append_line, lines
 
 logger = logging.getLogger("flipproof")
 
@@ -34,16 +35,38 @@ class Metrics:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / METRICS
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            # the last line of a killed run may be half written
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = kept_metrics(run_dir, step) or [] if step else []
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, **values: Any) -> None:
-        with named(self.path), self.path.open("a") as file:
-            file.write(json.dumps(finite(values), allow_nan=False) + "\n")
+        append_line(self.path, values)
+
+    def sync(self) -> None:
+        """Until all lines are on the disk."""
+        sync(self.path)
+
+
+def kept_metrics(run_dir: Path, step: int) -> list[str] | None:
+    """The lines of a run's metrics of up to ``step``; None where there is no such file.
+
+    Raises:
+        ConfigError: for a line that is not what was written, by its number.
+    """
+    path = run_dir / METRICS
+    if not path.exists():
+        return None
+    text = path.read_bytes()
+    written = text[: text.rfind(b"\n") + 1]  # the last line of a killed run may be half written
+    texts, kept = written.split(b"\n"), []
+    for number, line in lines(written):
+        if isinstance(line, ValueError) or not isinstance(line.get("step"), int):
+            why = line if isinstance(line, ValueError) else "it has no step"
+            raise ConfigError(
+                [f"{path} line {number}: {why}; without the file a run goes on, and logs anew from there"]
+            )
+        if line["step"] <= step:
+            kept.append(texts[number - 1].decode())
+    return kept
 
 
 def peak_memory_gib() -> float:

@@ -73,6 +73,11 @@ class StepLog:
             self._profiler.step()
         self._bar.update()
 
+    def sync(self) -> None:
+        """Until the metrics of all logged steps are on the disk."""
+        if self._trackers is not None:
+            self._trackers.sync()
+
     def write(self, done: int, tokens: int, loss: float, lr: float, grad_norm: float, skipped: int) -> None:
         """Report the ``done``-th step, until which the run has used so many ``tokens`` and skipped so many steps; all
         processes call."""

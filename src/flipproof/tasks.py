@@ -31,7 +31,7 @@ from flipproof.config import DataConfig, RunConfig
 from flipproof.data import load_held_out
 from flipproof.errors import ConfigError
 from flipproof.evaluate import arm_faults, fault_seeds, measure_config_arms, open_model, results
-from flipproof.files import check_new, check_writable, write_atomically, write_json
+from flipproof.files import check_new, check_writable, write_atomically
 from flipproof.harness import (
     SEEDS,
     LoadedTask,
@@ -48,6 +48,7 @@ from flipproof.inject import iter_faulty
 from flipproof.intervals import MIN_TRIALS, narrow_enough, t_interval
 from flipproof.limits import check_ids
 from flipproof.model import load_tokenizer
+from flipproof.records import read_record, sealed, write_record
 from flipproof.runlog import RESULTS, logger
 from flipproof.spec import BitFlipSpec
 
@@ -137,7 +138,7 @@ def evaluate_tasks(
             if to is not None and (before <= written.keys() or not left):
                 to.mkdir(parents=True, exist_ok=True)
                 more = {"asked": list(request.names), "unfinished": left} if left else {}
-                write_json(to / RESULTS, results(config, arms, model, text, written) | more)
+                write_record(to / RESULTS, results(config, arms, model, text, written) | more)
 
         def done(task: LoadedTask, measured: dict[str, TaskResult]) -> None:
             found.update(measured)
@@ -159,7 +160,7 @@ def _unfinished(to: Path, config: RunConfig, request: TaskRequest) -> set[str]:
     another one, or none could be."""
     path = to / RESULTS
     try:
-        there = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        there = read_record(path) if path.is_file() else {}
     except (OSError, ValueError):
         there = {}
     if not (isinstance(there, dict) and there.get("unfinished")):
@@ -252,7 +253,7 @@ class _Runs:
             path.parent.mkdir(parents=True, exist_ok=True)
             # unlike results.json this file is read back: infinity must stay infinity
             written = json.loads(json.dumps({"key": key, "answer": answer}, default=float))
-            write_atomically(path, json.dumps({"sha256": as_sha256(written), **written}, indent=1) + "\n")
+            write_atomically(path, json.dumps(sealed(written), indent=1) + "\n")
         return answer
 
     def _key(self, task: LoadedTask, arm: str, seed: int | None) -> dict[str, Any]:
@@ -271,9 +272,7 @@ class _Runs:
 def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any]:
     """The answer that a file of the cache holds. Raises ConfigError where it holds none, or another run's."""
     try:
-        written = json.loads(path.read_text("utf-8"))
-        if written.pop("sha256") != as_sha256(written):
-            raise ValueError("its hash is another")
+        written = read_record(path, needs_hash=True)
         answer: dict[str, Any] = written["answer"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError([f"--cache: {path} is no answer that was kept ({cause_of(error)}); delete it"]) from error
@@ -345,6 +344,7 @@ def _run_key(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     for name in ("_name_or_path", "transformers_version"):
         shape.pop(name, None)
     return {
+        "kept": 2,  # to be raised when files are written in another way
         "weights": _tensors_sha256(model, adapters=False),
         "adapter": [
             _tensors_sha256(model, adapters=True),

@@ -98,6 +98,10 @@ class Trackers:
         if self._wandb is not None:
             self._wandb.log(measured, step=step)
 
+    def sync(self) -> None:
+        """Until ``metrics.jsonl`` is on the disk."""
+        self._metrics.sync()
+
     def close(self) -> None:
         """Finish: flush files and wait for uploads."""
         if self._tensorboard is not None:

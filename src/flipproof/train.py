@@ -27,9 +27,11 @@ from flipproof.arms import TRAINED_ARMS, Arm, arms_table
 from flipproof.build import build_model, check_length, unguarded, with_trainable_weights
 from flipproof.checkpoint import (
     Checkpointer,
+    clear_unfinished,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    logged_lines,
     step_of,
     whole_checkpoint,
 )
@@ -37,7 +39,7 @@ from flipproof.config import RunConfig, load_config
 from flipproof.data import PackedText, load_text, training_indices
 from flipproof.errors import ConfigError, first_of
 from flipproof.evaluate import arms_of, measure_config_arms, write_results
-from flipproof.files import check_writable, write_atomically
+from flipproof.files import check_writable
 from flipproof.inject import is_faulty, set_tick
 from flipproof.limits import check_ids
 from flipproof.loss import next_token_loss
@@ -45,6 +47,7 @@ from flipproof.model import compute_context, load_tokenizer, save_model, skeleto
 from flipproof.ops.philox import derive_key
 from flipproof.optimizer import LossScale, learning_rate, make_optimizer
 from flipproof.parallel import Gradients, World
+from flipproof.records import check_toml, read_record, write_toml
 from flipproof.resume import check_fixed, compare, examine_model, text_fingerprint, text_segments
 from flipproof.rundir import Record, check_run_dir, forget_abandoned, held
 from flipproof.runlog import logger
@@ -91,6 +94,7 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
         world.once(lambda: check_run_dir(run_dir, resume is not None))
         world.once(lambda: log_in(config.logging))
         world.once(lambda: forget_abandoned(run_dir))
+        world.once(lambda: clear_unfinished(run_dir / "checkpoints"))
         checkpoint = find_checkpoint(run_dir / "checkpoints", resume)
         seen = -1 if checkpoint is None else step_of(checkpoint)
         if world.largest(seen) != world.least(seen):  # also until all have looked, before anything is written
@@ -170,6 +174,7 @@ class _Run:
         self.first_step = 0 if checkpoint is None else step_of(checkpoint)
         self.rows = training.local_batch_size * world.size
         """Sequences of a global micro-batch."""
+        self.logged = world.once(self._logged_before)
         was, record = (None, None) if checkpoint is None else self._before()
         self.text, self.held_out = self._load_text(() if record is None else tuple(count for count, _ in record.text))
         self.model = build_model(config, tokenizer, world, config.lora)
@@ -201,6 +206,7 @@ class _Run:
         path = self.run_dir / runlog.CONFIG
         if not path.exists():
             raise ConfigError([f"--resume: {path} is gone, and with it what the checkpoints there were trained with"])
+        check_toml(path)
         was, steps = load_config([path]), self.config.training.steps
         check_fixed(was, self.config, self.run_dir)
         if steps is not None and steps < self.first_step:
@@ -211,6 +217,23 @@ class _Run:
                 ]
             )
         return was, Record.read(self.run_dir)
+
+    def _logged_before(self) -> int:
+        """How many lines of metrics there are of the steps that are done. Raises ConfigError where lines are gone."""
+        if self.checkpoint is None:
+            return 0
+        path, written = self.run_dir / runlog.METRICS, logged_lines(self.checkpoint)
+        kept = runlog.kept_metrics(self.run_dir, self.first_step)
+        if kept is None and written:
+            logger.warning("%s is gone: metrics are logged from step %d on", path, self.first_step + 1)
+        elif kept is not None and len(kept) < written:
+            raise ConfigError(
+                [
+                    f"{path} has {len(kept)} lines up to step {self.first_step}, and {written} were written; without "
+                    "the file a run goes on, and logs anew from there"
+                ]
+            )
+        return len(kept or ())
 
     def _load_text(self, lengths: tuple[int, ...]) -> tuple[PackedText, PackedText]:
         """(training text of at least these segments, held-out text)."""
@@ -284,7 +307,7 @@ class _Run:
             replace(self.record, measured=None, abandoned=abandoned).write(self.run_dir)
             forget_abandoned(self.run_dir)
             self._write_results(arms)
-            write_atomically(self.run_dir / runlog.CONFIG, self.config.to_toml())
+            write_toml(self.run_dir / runlog.CONFIG, self.config.to_toml())
             self.record.write(self.run_dir)
             if self.world.device.type == "cuda" and self.world.size > 1:
                 (self.run_dir / HANGS).mkdir(exist_ok=True)
@@ -317,12 +340,14 @@ class _Run:
                     tokens, skipped = (int(self.progress[name]) for name in ("sequences", "skipped"))
                     tokens *= training.seq_len
                     log.write(done, tokens, world.mean(loss), lr, float(grad_norm), skipped)
+                    self.logged += 1
                 if self.progress["skipped_in_a_row"] >= MAX_SKIPPED:
                     checkpoints.wait()
                     raise Diverged([self._why_not_finite(done, loss, grad_norm)])
                 if (training.save_freq and done % training.save_freq == 0) or done == training.steps or stopping:
                     self._check_finite(done)
-                    checkpoints.save(done, self.model, self.optimizer, self.progress)
+                    log.sync()
+                    checkpoints.save(done, self.model, self.optimizer, self.progress, self.logged)
                 if stopping:
                     break
             checkpoints.wait()
@@ -462,9 +487,9 @@ class _StopRequest:
 def _saved_arms(run_dir: Path) -> dict[str, Arm] | None:
     """The arms that an interrupted run measured before it trained; None where they cannot be read."""
     try:
-        arms = json.loads((run_dir / runlog.RESULTS).read_text(encoding="utf-8"))["arms"]
+        arms = read_record(run_dir / runlog.RESULTS)["arms"]
         return {name: Arm.from_dict(arm) for name, arm in arms.items() if name not in TRAINED_ARMS}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         logger.warning("%s cannot be read (%s): the arms before training are measured anew",
                        run_dir / runlog.RESULTS, error)  # fmt: skip
         return None

@@ -267,7 +267,7 @@ def test_an_unfinished_sweep_says_so_and_half_a_line_is_ignored(tmp_path):
     sources = read_sources(tmp_path)
     assert len(sources.sweeps[tmp_path.name].points) == len(rows) - 5
     assert sources.notes == ["points.jsonl: the last line is half written and was ignored.",
-                             f"sweep.json: {len(rows) - 5} of {len(rows)} points are measured so far."]  # fmt: skip
+                             f"points.jsonl: {len(rows) - 5} of {len(rows)} points are measured so far."]  # fmt: skip
     (tmp_path / "points.jsonl").unlink()
     assert sections_of(read_sources(tmp_path)) == []
 

@@ -9,6 +9,7 @@ import pytest
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.files import temporary_name
+from flipproof.records import sealed, unsealed
 from flipproof.sweep.directory import SweepDirectory
 from flipproof.sweep.plan import Cell, Plan, Rate
 
@@ -39,7 +40,7 @@ def test_points_are_read_back_and_a_broken_model_is_null(directory):
     directory.append(POINTS[0], 2.5, 100, 0.25)
     directory.append(POINTS[1], math.inf, 100, 0.5)
     assert losses(directory.path) == {POINTS[0].id: 2.5, POINTS[1].id: math.inf}
-    lines = [json.loads(line) for line in (directory.path / "points.jsonl").read_text().splitlines()]
+    lines = [unsealed(line) for line in (directory.path / "points.jsonl").read_text().splitlines()]
     assert lines[0] == {
         "id": f"{POINTS[0].cell.id}/1",
         "p": 1e-6,
@@ -87,13 +88,16 @@ def test_repair_is_logged_by_name(directory, monkeypatch):
 
 
 def test_a_line_that_is_no_point_is_told_by_its_number(directory):
-    directory.append(POINTS[0], 2.0, 100, 0.25)
+    directory.append(POINTS[0], 2.5, 100, 0.25)
     path = directory.path / "points.jsonl"
     whole = path.read_text()
     path.write_text(whole + "rubbish\n")
     with pytest.raises(ConfigError, match=r"points\.jsonl line 2: not a point of a sweep"):
         losses(directory.path)
-    path.write_text(whole + whole.replace(POINTS[0].id, "0123/1"))
+    path.write_text(whole + whole.replace("2.5", "2.4"))
+    with pytest.raises(ConfigError, match=r"points\.jsonl line 2: not a point of a sweep \(it is not what was written"):
+        losses(directory.path)
+    path.write_text(whole + json.dumps(sealed(unsealed(whole) | {"id": "0123/1"})) + "\n")
     with pytest.raises(ConfigError, match=r"points\.jsonl line 2: 0123/1 is a point of another grid"):
         losses(directory.path)
 

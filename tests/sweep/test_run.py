@@ -14,6 +14,7 @@ from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.evaluate import evaluate
 from flipproof.model import byte_tokenizer
+from flipproof.records import unsealed
 from flipproof.sweep import run as sweep_run
 from flipproof.sweep.directory import SweepDirectory
 from flipproof.sweep.grid import resolved
@@ -97,14 +98,14 @@ def test_a_point_is_what_eval_says_of_the_same_faults(model_dir, tmp_path, table
     assert [found[1], found[2]] == list(arms["flipped"].trial_losses)
     assert found[1] != found[2]
     assert len(found) == 2
-    header = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    header = unsealed((tmp_path / "sweep" / "sweep.json").read_text())
     assert header["clean"]["loss"] == arms["clean"].loss
     assert header["tokens"] == measured[0]["tokens"] == arms["clean"].tokens
 
 
 def test_what_a_sweep_leaves_behind(model_dir, tmp_path):
     said = sweep(settings(model_dir, **GRID), tmp_path / "sweep")
-    header = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    header = unsealed((tmp_path / "sweep" / "sweep.json").read_text())
     clean, guard = header.pop("clean"), header.pop("guard")
     assert header == {
         "model": str(model_dir),
@@ -207,7 +208,7 @@ def test_voltages_are_carried(model_dir, tmp_path):
     (tmp_path / "chip.csv").write_text("voltage,ber,p_exp,p_frac\n0.8,0,0,0\n0.7,1e-3,1e-5,1e-2\n")
     table = {"voltage": str(tmp_path / "chip.csv"), "sites": "w", "seeds": "1", "protection": "none"}
     said = sweep(settings(model_dir, **table), tmp_path / "sweep")
-    header = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    header = unsealed((tmp_path / "sweep" / "sweep.json").read_text())
     assert header["voltages"] == [[0.8, 0.0], [0.7, 1e-3]]
     measured = {point["voltage"]: point for point in points(tmp_path / "sweep").values()}
     assert measured[0.8]["loss"] == header["clean"]["loss"]

@@ -96,6 +96,7 @@ def _check_cache(directory: Path) -> None:
     probe = temporary_name(directory / "probe")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        clear_dead(directory / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -7,7 +7,6 @@ Files that are written whole (``results.json``, ``sweep.json``, …) must be who
 (``points.jsonl``, ``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
 """
 
-import json
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from flipproof.arms import Arm
 from flipproof.errors import ConfigError
+from flipproof.records import check_toml, lines, read_record
 from flipproof.report.curves import Point, Setting
 from flipproof.runlog import CONFIG, METRICS, RESULTS
 
@@ -136,38 +136,29 @@ def _as_written(where: str) -> Iterator[None]:
         raise ConfigError([f"{where}: {error} is missing"]) from error
     except OSError as error:
         raise ConfigError([f"{where}: {error.strerror}"]) from error
-    except (ValueError, TypeError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # JSON's and UTF-8's are ValueErrors
         raise ConfigError([f"{where}: not as flipproof writes it ({' '.join(str(error).split())})"]) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
     with _as_written(str(path)):
-        return _object(json.loads(path.read_text("utf-8")))
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{json.dumps(value)[:40]} is not an object")
-    return value
+        return read_record(path)
 
 
 def _lines(sources: Sources, name: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
     """Each line of a JSONL file parsed; half a line at the end is a note."""
     with _as_written(str(path)):
-        text = path.read_text("utf-8", errors="replace")  # half a line may end in half a character
-    lines = text.split("\n")
+        text = path.read_bytes()
+    last = text.count(b"\n") + 1
     parsed = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, line in lines(text):
+        if isinstance(line, ValueError) and number == last:  # no line break ends it
+            sources.notes.append(f"{name}: the last line is half written and was ignored.")
             continue
-        try:
-            json.loads(line)
-        except ValueError:
-            if number == len(lines):  # no line break ends it
-                sources.notes.append(f"{name}: the last line is half written and was ignored.")
-                continue
         with _as_written(f"{path} line {number}"):
-            parsed.append(parse(_object(json.loads(line))))
+            if isinstance(line, ValueError):
+                raise line
+            parsed.append(parse(line))
     return parsed
 
 
@@ -180,6 +171,9 @@ def _name(directory: Path, path: Path) -> str:
 
 
 def _about(directory: Path, path: Path, values: Mapping[str, Any], model: str | None = None) -> Measured:
+    for key in ("model", "dtype", "text"):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(f"{key} = {values[key]!r} is no name")
     return Measured(
         name=path.relative_to(directory).as_posix(),
         model=values.get("model") or model,
@@ -195,14 +189,21 @@ def _number(value: Any) -> float:
     return math.inf if value is None else float(value)
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """The tables of the config beside a file of a run."""
+    config = path.with_name(CONFIG)
+    if not config.is_file():
+        return {}
+    check_toml(config)
+    return tomllib.loads(config.read_text("utf-8"))
+
+
 def _read_results(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
     with _as_written(str(path)):
         arms = {name: Arm.from_dict(arm) for name, arm in values["arms"].items()}
-        model, config = None, path.with_name(CONFIG)
-        if config.is_file():
-            table = tomllib.loads(config.read_text("utf-8")).get("model", {})
-            model = table.get("hf_model_path") or table.get("flavor")
+        table = _config(path).get("model", {})
+        model = table.get("hf_model_path") or table.get("flavor")
         tokens = max((arm.tokens for arm in arms.values()), default=None)
         sources.about.append(_about(directory, path, {"tokens": tokens} | values, model))
     if left := values.get("unfinished"):
@@ -217,8 +218,9 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
     file = path.with_name(POINTS)
     name = file.relative_to(directory).as_posix()
-    lines = _lines(sources, name, file, _point) if file.is_file() else []
-    points = dict(lines)  # of a point that was measured twice, the last counts
+    points = dict(
+        _lines(sources, name, file, _point) if file.is_file() else []
+    )  # of a point that was measured twice, the last counts
     with _as_written(str(path)):
         axes = {key: axis if isinstance(axis, list) else [axis] for key, axis in values["axes"].items()}
         clean = values["clean"]
@@ -234,7 +236,7 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
             points=tuple(points.values()),
         )
     if len(points) < sweep.planned:
-        sources.notes.append(f"{sweep.about.name}: {len(points)} of {sweep.planned} points are measured so far.")
+        sources.notes.append(f"{name}: {len(points)} of {sweep.planned} points are measured so far.")
     sources.about.append(sweep.about)
     sources.sweeps[_name(directory, path)] = sweep
 
@@ -253,15 +255,31 @@ def _point(values: dict[str, Any]) -> tuple[str, Point]:
     )
 
 
+def _size(value: Any) -> float | int | None:
+    """A number that is not negative, or null."""
+    if value is None:
+        return None
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{value!r} is no magnitude")
+    return value
+
+
+def _exponent(value: Any) -> int:
+    if not -2000 < int(value) < 2000:
+        raise ValueError(f"2^{value!r} is no number of a computer")
+    return int(value)
+
+
 def _read_profile(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
     with _as_written(str(path)):
         for layer in (values["all"], *values["layers"].values()):
             for operand in ("weights", "inputs"):
                 one = layer[operand]
-                one["histogram"] = [(int(exponent), int(count)) for exponent, count in one["histogram"]]
-                one["quantiles"] = dict(one["quantiles"])
-                _ = one["maximum"], one["count"], one["proposed_t"], one["zero_out_t"], one["clipped"]
+                one["histogram"] = [(_exponent(e), int(_size(count) or 0)) for e, count in one["histogram"]]
+                one["quantiles"] = {str(name): _size(value) for name, value in one["quantiles"].items()}
+                for key in ("maximum", "count", "proposed_t", "zero_out_t", "clipped"):
+                    one[key] = _size(one[key])
         sources.about.append(_about(directory, path, values))
     sources.profiles[_name(directory, path)] = values
 
@@ -269,6 +287,11 @@ def _read_profile(sources: Sources, directory: Path, path: Path) -> None:
 def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
     name = path.relative_to(directory).as_posix()
     rows = _lines(sources, name, path, lambda values: (int(values["step"]), _number(values["loss"])))
+    with _as_written(str(path.with_name(CONFIG))):
+        steps = _config(path).get("training", {}).get("steps")
+        last = rows[-1][0] if rows else 0
+        if steps is not None and last < int(steps):
+            sources.notes.append(f"{name}: it ends at step {last} of {steps}.")
     if finite := [row for row in rows if math.isfinite(row[1])]:
         sources.training[_name(directory, path)] = finite
 

@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 
 from flipproof.config import RunConfig, load_config
 from flipproof.errors import ConfigError
-from flipproof.files import check_writable, finite, is_temporary, write_atomically, write_json
+from flipproof.files import check_writable, finite, is_temporary
+from flipproof.records import check_toml, read_record, sealed, unsealed, write_record, write_toml
 from flipproof.runlog import logger
 from flipproof.spec import OPERANDS
 from flipproof.sweep.plan import Point
@@ -87,6 +88,7 @@ class SweepDirectory:
                 shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
                 raise ConfigError([f"--to {self.path}: holds something that is no sweep ({shown}); name another one"])
             return
+        check_toml(self.path / CONFIG)
         self._refuse(depends_on(load_config([self.path / CONFIG])), depends_on(config))
         self.header(known or {})
 
@@ -107,7 +109,7 @@ class SweepDirectory:
         try:
             self.check(config, known)  # another process may have begun another sweep in the meantime
             if not (self.path / CONFIG).exists():
-                write_atomically(self.path / CONFIG, config.to_toml())
+                write_toml(self.path / CONFIG, config.to_toml())
         except BaseException:
             lock.release()
             raise
@@ -123,14 +125,17 @@ class SweepDirectory:
         if not path.exists():
             return None
         try:
-            there: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            there = read_record(path)
+            for one in (there["clean"], there["guard"]):
+                if one is not None:
+                    one |= {key: None if one[key] is None else float(one[key]) for key in ("loss", "perplexity")}
+        except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ConfigError([f"{path}: not as a sweep writes it ({error}); delete it to measure it anew"]) from error
         self._refuse(there, json.loads(json.dumps(finite(expected))))
         return there
 
     def write_header(self, header: dict[str, Any]) -> None:
-        write_json(self.path / HEADER, header)
+        write_record(self.path / HEADER, header)
 
     def refresh(self, known: dict[str, Point]) -> None:
         """Read the points that were measured since the last time.
@@ -148,11 +153,13 @@ class SweepDirectory:
         for line in whole.splitlines():
             self._lines += 1
             try:
-                point = json.loads(line)
+                point = unsealed(line)
                 loss = math.inf if point["loss"] is None else float(point["loss"])
                 name, result = point["id"], Measured(loss, float(point["seconds"]))
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError([f"{path} line {self._lines}: not a point of a sweep; take the line out"]) from error
+                raise ConfigError(
+                    [f"{path} line {self._lines}: not a point of a sweep ({error}); take the line out"]
+                ) from error
             if name not in known:
                 raise ConfigError([f"{path} line {self._lines}: {name} is a point of another grid; name another --to"])
             self.measured.setdefault(name, result)
@@ -179,7 +186,7 @@ class SweepDirectory:
             "tokens": tokens,
             "seconds": round(seconds, 3),
         }
-        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        data = json.dumps(sealed(line), allow_nan=False).encode() + b"\n"
         with self._points_lock():
             self._cut_half_line()
             file = os.open(self.path / POINTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
