@@ -13,7 +13,7 @@ import hashlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,11 +222,13 @@ def whole_checkpoint(path: Path, fall_back: bool = False) -> Path:
     that is true, with a warning. All processes must call.
 
     Raises:
-        ConfigError: naming what is damaged, and the way out.
+        ConfigError: naming what is damaged, and the way out; and what no checkpoint holds, which nobody passes over.
     """
     before = [other for other in list_checkpoints(path.parent) if step_of(other) < step_of(path)]
     problems = checkpoint_problems(path)
     if not problems:
+        if foreign := _of_all(foreign_values(path, _manifest(path), *_rank())):
+            raise ConfigError(foreign)
         return path
     damaged = not any(_UNREADABLE in problem for problem in problems)  # what cannot be read now may be whole
     for earlier in reversed(before) if fall_back and damaged else ():
@@ -268,7 +270,7 @@ _UNREADABLE = "cannot be read"
 def checkpoint_problems(path: Path) -> list[str]:
     """What keeps a checkpoint from being read, one line per file. Of several processes, which all must call, each reads
     a part of the files."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = _rank()
     files: dict[str, str] = {}
     problems: list[str] = []
     try:
@@ -283,9 +285,29 @@ def checkpoint_problems(path: Path) -> list[str]:
             problems.append(f"{name} is missing")
         except OSError as error:
             problems.append(f"{name} {_UNREADABLE} ({error.strerror})")
-    if size == 1:
+    return _of_all(problems)
+
+
+def foreign_values(path: Path, files: Container[str], rank: int = 0, size: int = 1) -> list[str]:
+    """What a checkpoint holds that no checkpoint holds, and that would run or read something else than its ``files``
+    where it was opened with less care. Of several processes each looks at some of the values."""
+    try:
+        SafeReader(path, files).check_values(rank, size)
+    except NotACheckpoint as error:
+        return [f"checkpoint {path} is refused: {error}"]
+    return []
+
+
+def _rank() -> tuple[int, int]:
+    """(rank, processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _of_all(problems: list[str]) -> list[str]:
+    """What all processes have found, each once."""
+    if _rank()[1] == 1:
         return problems
-    gathered: list[Any] = [None] * size
+    gathered: list[Any] = [None] * _rank()[1]
     dist.all_gather_object(gathered, problems)
     return list(dict.fromkeys(problem for part in gathered for problem in part))
 

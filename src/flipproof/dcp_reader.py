@@ -101,6 +101,28 @@ class SafeReader(FileSystemReader):
                 raise NotACheckpoint(f"{INDEX} points at {place!r}, which is no file of this checkpoint")
         return index
 
+    def check_values(self, rank: int = 0, size: int = 1) -> None:
+        """Look at what is no tensor, of ``size`` processes as that of number ``rank``; before anything is loaded, and
+        also where it will not be."""
+        index = self.read_metadata()
+        values = [
+            (key.fqn, place)
+            for key, place in index.storage_data.items()
+            if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata)
+        ]
+        for name, place in values[rank::size]:
+            with (self.index_file.parent / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                _plain(name, io.BytesIO(file.read(place.length)))
+
+
+def _plain(name: str, data: io.BytesIO) -> Any:
+    """A value that is no tensor, read as weights are. Raises NotACheckpoint where it is more than numbers and text."""
+    try:
+        return torch.load(data, weights_only=True)
+    except Exception as error:  # as above; torch's words say how to run what is in it
+        raise NotACheckpoint(f"{name} is no plain value, or damaged") from error
+
 
 def _places(index: Any) -> list[str]:
     """The files that an index points at. Raises TypeError where it is none: objects may say one thing to who asks first
@@ -128,11 +150,7 @@ class SafePlanner(DefaultLoadPlanner):
     """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        try:
-            held = torch.load(value, weights_only=True)
-        except Exception as error:  # as above; torch's words say how to run what is in it
-            raise NotACheckpoint(f"{read_item.dest_index.fqn} is no plain value, or damaged") from error
         plain = io.BytesIO()
-        torch.save(held, plain)
+        torch.save(_plain(read_item.dest_index.fqn, value), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)  # which unpickles: bytes of our own, now

@@ -10,13 +10,14 @@ Files that are written whole (``results.json``, ``sweep.json``, …) must be who
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flipproof.arms import Arm
+from flipproof.checkpoint import foreign_values, list_checkpoints
 from flipproof.errors import ConfigError
 from flipproof.records import check_toml, lines, read_record
 from flipproof.report.curves import Point, Setting
@@ -102,6 +103,7 @@ def read_sources(directory: Path) -> Sources:
                     read(sources, directory, held[name])
                 except ConfigError as error:
                     problems += error.problems
+        problems += _planted(place / "checkpoints")
         if POINTS in held and SWEEP not in held:
             problems.append(f"{held[POINTS]}: there is no {SWEEP} beside it, which says what was measured")
     if problems:
@@ -109,6 +111,16 @@ def read_sources(directory: Path) -> Sources:
     if not (sources.about or sources.training or sources.texts):
         raise ConfigError([f"{directory} and the directories in it hold none of {', '.join(_KNOWN)}"])
     return sources
+
+
+def _planted(checkpoints: Path) -> list[str]:
+    """What stands in a run's checkpoints that would run something if it was opened with less care. A report opens none
+    of them; but who makes one is the first to look at a run, and what else is in it deserves no trust then."""
+    found = []
+    for path in list_checkpoints(checkpoints):
+        with suppress(OSError):  # it has just been deleted, or cannot be read
+            found += foreign_values(path, {file.name for file in path.iterdir()})
+    return found
 
 
 def _places(directory: Path, notes: list[str], levels: int = _LEVELS) -> Iterator[Path]:
