@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import tomllib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,24 +143,37 @@ def watch(directory: Path, last: int, counted: Path | None) -> None:
     sys.addaudithook(hook)
 
 
-def run(argv: list[str], directory: Path, last: int = 0, counted: Path | None = None) -> int:
-    """The exit code of a command in a process of its own, which dies before its event of number ``last``."""
+def forked(argv: list[str], directory: Path, first: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """(exit code, what it says) of a command in a process of its own, in the directory, which calls ``first``."""
+    output, into = os.pipe()
     child = os.fork()
     if child == 0:
-        os.environ["HF_DATASETS_CACHE"] = str(directory / "cache")
         import datasets
 
-        datasets.config.HF_DATASETS_CACHE = directory / "cache"
-        said = os.open(directory / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        watch(directory, last, counted)
         code = 1
         try:
+            os.close(output)
+            os.dup2(into, 1)
+            os.dup2(into, 2)
+            os.chdir(directory)
+            datasets.config.HF_DATASETS_CACHE = directory / "cache"
+            first()
             code = flipproof.cli.main(argv)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(into)
+    with open(output, errors="replace") as stream:
+        said = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+def run(argv: list[str], directory: Path, last: int = 0, counted: Path | None = None) -> tuple[int, str]:
+    """``forked``, and it dies before its event of number ``last``."""
+    return forked(argv, directory, lambda: watch(directory, last, counted))
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------
@@ -200,11 +214,7 @@ def left(directory: Path, below: tuple[str, ...] = ("",)) -> dict[str, bytes]:
     found = {}
     for path in files(directory):
         name, data = str(path.relative_to(directory)), path.read_bytes()
-        if (
-            name == "said"
-            or not name.startswith(below)
-            or name.startswith(("cache/", "sweep/claims/", "run/checkpoints/"))
-        ):
+        if not name.startswith(below) or name.startswith(("cache/", "sweep/claims/", "run/checkpoints/")):
             continue
         if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
@@ -247,15 +257,18 @@ def crash(name: str, place: Path, points: int | None = None) -> list[str]:
     directory.mkdir(parents=True)
     prepare(directory, command.keep_last)
     for each in command.before:
-        assert run(each(directory), directory) == 0, (directory / "said").read_text()
+        code, said = run(each(directory), directory)
+        assert code == 0, said
     shutil.copytree(directory, before)
     endings = []
     if command.again:
-        assert run(command.again(directory), directory) == 0, (directory / "said").read_text()
+        code, said = run(command.again(directory), directory)
+        assert code == 0, said
         endings.append(left(directory))
         shutil.rmtree(directory)
         shutil.copytree(before, directory)
-    assert run(command.argv(directory), directory, counted=log) == 0, (directory / "said").read_text()
+    code, said = run(command.argv(directory), directory, counted=log)
+    assert code == 0, said
     endings.append(left(directory))
     events, problems, died = log.read_text().splitlines(), [], 0
     last = len(events) - 1
@@ -263,14 +276,15 @@ def crash(name: str, place: Path, points: int | None = None) -> list[str]:
     for number in sorted(numbers):
         shutil.rmtree(directory)
         shutil.copytree(before, directory)
-        code = run(command.argv(directory), directory, last=number + 1)
+        code, _ = run(command.argv(directory), directory, last=number + 1)
         found = broken(directory)
         died += code == -signal.SIGKILL
         if code not in (0, -signal.SIGKILL):  # 0: a thread may have fewer events than in the run that was counted
             found.append(f"it ended with {code}")
         done = name == "export" and (directory / "exported").exists()  # a second one is refused
-        if (code := run((command.again or command.argv)(directory), directory)) != (2 if done else 0):
-            found.append(f"started again it ended with {code}: {(directory / 'said').read_text()[-500:]}")
+        code, said = run((command.again or command.argv)(directory), directory)
+        if code != (2 if done else 0):
+            found.append(f"started again it ended with {code}: {said[-500:]}")
         now = left(directory)
         expected = now if now in endings else endings[-1]
         found += [f"{file} is another" for file in expected if now.get(file) != expected[file]]

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flipproof.config import LoggingConfig, RunConfig
 from flipproof.errors import ConfigError
+from flipproof.records import unsealed
 from flipproof.trackers import Trackers, check_trackers, log_in
 
 
@@ -54,7 +55,7 @@ def run(config, first_step, last_step, offset=0.0):
 
 
 def jsonl(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [unsealed(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_without_trackers_there_is_the_jsonl_and_nothing_else(config, tmp_path):

@@ -98,7 +98,7 @@ def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["tokens"] == 6 * 2 * 2 * 32
     not_measured = {"mfu", "communication_share", "exposed_communication_share"}  # on a CPU
-    assert lines[-1].keys() == {"step", "tokens", "loss", "lr", "grad_norm", "skipped_steps", *not_measured}
+    assert lines[-1].keys() == {"step", "tokens", "loss", "lr", "grad_norm", "skipped_steps", "blake2b", *not_measured}
     assert all(lines[-1][name] is None for name in not_measured)
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-4", "step-6"]
     arms = json.loads((run / "results.json").read_text())["arms"]
@@ -696,12 +696,12 @@ def test_an_evaluation_that_has_changed_is_measured_anew(finished, tmp_path, cap
 def test_a_start_that_dies_while_it_measures_anew_leaves_no_mixture(finished, tmp_path, monkeypatch):
     """Between results.json and config.toml: the next start, with the old evaluation again, does not take the new."""
     old = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]["flipped"]
-    write = train_module.write_atomically
+    write = train_module.write_toml
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        patch.setattr(train_module, "write_toml", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
         with pytest.raises(OSError, match="power cut"):
             train(replace(finished, eval=replace(finished.eval, num_samples=6)), resume="auto")
-    assert write is train_module.write_atomically
+    assert write is train_module.write_toml
     assert json.loads((tmp_path / "run" / "results.json").read_text())["arms"]["flipped"] != old
     train(finished, resume="auto")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["arms"]["flipped"] == old
@@ -727,7 +727,7 @@ def test_going_back_is_decided_before_the_first_step(base, tmp_path, monkeypatch
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("at", ["forget_abandoned", "write_atomically"])
+@pytest.mark.parametrize("at", ["forget_abandoned", "write_toml"])
 def test_going_back_is_all_or_nothing_wherever_it_is_killed(base, tmp_path, monkeypatch, at):
     """After the decision is written, and before config.toml is: the abandoned branch is not gone on with."""
     config = settings(base, tmp_path / "run")
@@ -740,7 +740,7 @@ def test_going_back_is_all_or_nothing_wherever_it_is_killed(base, tmp_path, monk
 
     def dies(*arguments):
         calls.append(arguments)
-        if at == "write_atomically" or len(calls) == 2:  # the first comes before a checkpoint is looked for
+        if at == "write_toml" or len(calls) == 2:  # the first comes before a checkpoint is looked for
             raise OSError("power cut")
         return real(*arguments)
 

@@ -275,8 +275,10 @@ def checkpoint_problems(path: Path) -> list[str]:
     problems: list[str] = []
     try:
         files = _manifest(path)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         problems.append(f"{MANIFEST} is missing or damaged")
+    except OSError as error:
+        problems.append(f"{MANIFEST} {_UNREADABLE} ({error.strerror})")
     for name, expected in list(files.items())[rank::size]:
         try:
             if _fingerprint(path / name) != expected:

@@ -22,13 +22,15 @@ lines were changed, the flips that follow meet other values, and are done to the
 """
 
 import gzip
+import io
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +119,11 @@ class FlipLog(FlipCount):
         clear_dead(path)
         self.path, self._temporary, self._claim = path, temporary_name(path), ExitStack()
         try:
-            self._file: IO[str] = _open(self._temporary, "xt", compressed=path.suffix == ".gz")
+            self._bytes = self._temporary.open("xb")
+            into: Any = self._bytes
+            if path.suffix == ".gz":  # without its name and time in it: equal runs write equal files
+                into = gzip.GzipFile(filename="", mode="wb", fileobj=into, mtime=0)
+            self._file = io.TextIOWrapper(into, encoding="utf-8", newline="\n")
             self._claim.enter_context(claimed(self._temporary))
         except OSError as error:
             raise ConfigError([f"{path}: {error.strerror}"]) from error
@@ -134,6 +140,7 @@ class FlipLog(FlipCount):
         try:
             with named(self.path):
                 self._file.close()  # which writes what it still holds
+                self._bytes.close()  # which a GzipFile leaves open
         except OSError:
             self._temporary.unlink()
             raise
@@ -187,11 +194,11 @@ class Replay:
         self._reached: set[tuple[str, int]] = set()
         self._said = False
         try:
-            with _open(path, "rt", compressed=path.suffix == ".gz") as file:
+            with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
                 run = self._header(file.readline())
                 for number, line in enumerate(file, start=2):
                     self._note(self._entry(line, number))
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ConfigError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from error
         if dtype is not None and run.get("dtype", dtype) != dtype:
             raise ConfigError([f"{path}: is of flips in {run['dtype']}, and bits flip in {dtype} here"])
@@ -286,10 +293,6 @@ class _Place(NamedTuple):
     mask: int
     zeroed: bool
     before: int
-
-
-def _open(path: Path, mode: str, compressed: bool) -> IO[str]:
-    return cast(IO[str], gzip.open(path, mode) if compressed else path.open(mode))
 
 
 def _ones(dtype: torch.dtype) -> int:

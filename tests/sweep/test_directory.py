@@ -171,10 +171,13 @@ def test_another_sweep_is_refused_by_what_differs(directory):
         assert any(words in problem for problem in error.value.problems)
 
 
+CLEAN = {"loss": 1.0, "perplexity": 2.5}
+
+
 def test_the_header_must_say_the_same(directory):
     assert directory.header({"dtype": "float32"}) is None
-    directory.write_header({"dtype": "float32", "axes": {"p": [1e-6]}, "clean": {"loss": 1.0}})
-    assert directory.header({"dtype": "float32", "axes": {"p": (1e-6,)}})["clean"] == {"loss": 1.0}
+    directory.write_header({"dtype": "float32", "axes": {"p": [1e-6]}, "clean": CLEAN, "guard": None})
+    assert directory.header({"dtype": "float32", "axes": {"p": (1e-6,)}})["clean"] == CLEAN
     with pytest.raises(ConfigError, match="of dtype = float32; here it is bfloat16"):
         directory.header({"dtype": "bfloat16"})
 
@@ -203,13 +206,14 @@ def test_a_start_that_was_killed_while_it_wrote_blocks_nothing(tmp_path):
 
 
 def test_what_is_known_of_the_header_is_compared_before_the_model_is(directory):
-    directory.write_header({"sequences_per_pass": 4, "voltages": None, "dtype": "float32"})
+    directory.write_header({"sequences_per_pass": 4, "voltages": None, "clean": CLEAN, "guard": None})
     directory.check(config(), {"sequences_per_pass": 4, "voltages": None})
     with pytest.raises(ConfigError, match="of sequences_per_pass = 4; here it is 8"):
         directory.check(config(), {"sequences_per_pass": 8})
-    (directory.path / "sweep.json").write_text('{"sequences')
-    with pytest.raises(ConfigError, match=r"sweep\.json: not as a sweep writes it .*; delete it"):
-        directory.check(config(), {})
+    for damaged in ('{"sequences', '{"clean": [1], "guard": null}', '{"clean": {"loss": 1}, "guard": null}', "{}"):
+        (directory.path / "sweep.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"sweep\.json: not as a sweep writes it .*; delete it"):
+            directory.check(config(), {})
 
 
 def test_a_directory_that_cannot_be_written_is_told(tmp_path):

@@ -126,12 +126,12 @@ class SweepDirectory:
             return None
         try:
             there = read_record(path)
+            self._refuse(there, json.loads(json.dumps(finite(expected))))
             for one in (there["clean"], there["guard"]):
                 if one is not None:
                     one |= {key: None if one[key] is None else float(one[key]) for key in ("loss", "perplexity")}
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ConfigError([f"{path}: not as a sweep writes it ({error}); delete it to measure it anew"]) from error
-        self._refuse(there, json.loads(json.dumps(finite(expected))))
         return there
 
     def write_header(self, header: dict[str, Any]) -> None:
