@@ -6,7 +6,7 @@
 An event is one that Python tells its audit hooks of: a file below the command's directory is opened for writing, gets
 another name or is deleted, a directory is made or deleted. What libraries write without Python (safetensors) lies
 between two of them. The process that dies is forked, so that a point costs no second start of Python; nothing is run
-in this one that would start threads, which a fork would lose.
+in this one that would start threads that a command needs, which a fork would lose.
 
 After each death whatever has its final name must be whole. Then the command is started again, as a script would, and
 what it leaves is compared with what it leaves when nobody kills it: metrics, results, weights and points bit for bit.
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 from safetensors.torch import load_file
 from texts import sentences
@@ -148,8 +149,6 @@ def forked(argv: list[str], directory: Path, first: Callable[[], None] = lambda:
     output, into = os.pipe()
     child = os.fork()
     if child == 0:
-        import datasets
-
         code = 1
         try:
             os.close(output)
