@@ -154,6 +154,7 @@ def forked(argv: list[str], directory: Path, first: Callable[[], None] = lambda:
             os.close(output)
             os.dup2(into, 1)
             os.dup2(into, 2)
+            sys.stdout = sys.stderr = os.fdopen(into, "w", buffering=1)
             os.chdir(directory)
             datasets.config.HF_DATASETS_CACHE = directory / "cache"
             first()

@@ -243,7 +243,7 @@ def test_the_draw_of_a_slice_is_the_slice_of_the_draw(dtype, p, start, length):
 
 def test_chunks_do_not_show(monkeypatch):
     plain = masks(torch.bfloat16, 0.1, 2**-8, 300_000, offset=77)
-    monkeypatch.setattr(reference, "_recent_draws", reference._RecentDraws(capacity=0))
+    monkeypatch.setattr(reference, "_recent_draws", reference._RecentDraws(entries=0, capacity=0))
     monkeypatch.setattr(reference, "_CHUNK_BALLS", 2000)
     monkeypatch.setattr(reference, "_CHUNK_DENSE_BLOCKS", 5)
     np.testing.assert_array_equal(masks(torch.bfloat16, 0.1, 2**-8, 300_000, offset=77), plain)
@@ -251,16 +251,16 @@ def test_chunks_do_not_show(monkeypatch):
 
 def test_recent_draws_take_no_more_memory_than_they_may():
     """Not even those without a flip, of which a run with a low rate has one for each layer and pass."""
-    plan, capacity = flip_plan(torch.float32, 1e-9, 0.0), 2**20
+    plan = flip_plan(torch.float32, 1e-9, 0.0)
     tracemalloc.start()
-    draws = reference._RecentDraws(capacity)
+    draws = reference._RecentDraws(entries=1000, capacity=2**20)
     for tick in range(3_000):
         name = (plan, 2**60 + tick, tick, 0, 1000, 0)
         draws.put(name, reference.sparse_flips(plan, np.arange(1), 2**60 + tick, tick, 0, 1000))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(draws.draws) > 100
-    assert held < capacity
+    assert len(draws.draws) == 1000
+    assert held < 2**20
 
 
 def test_a_rate_too_small_to_see_is_still_not_rounded_away():

@@ -266,16 +266,12 @@ def _coins(plan: FlipPlan, block: np.ndarray, element: np.ndarray, key: int, tic
     return (words >> (lane * plan.element_bits).astype(np.uint64)).astype(plan.unsigned)
 
 
-_ENTRY_BYTES = 1024
-"""What a draw without a flip takes: its name, its arrays' heads, its place."""
-
-
 class _RecentDraws:
-    """Sparse draws of late, up to a number of bytes, their names included. A draw is a function of its key, so this
+    """Sparse draws of late, so many at most and with so many bytes of flips. A draw is a function of its key, so this
     changes nothing but time: backward finds the draw of its forward, and a persistent fault that of the pass before."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.size = capacity, 0
+    def __init__(self, entries: int, capacity: int) -> None:
+        self.entries, self.capacity, self.size = entries, capacity, 0
         self.draws: OrderedDict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self.lock = Lock()
 
@@ -291,15 +287,16 @@ class _RecentDraws:
                 return
             self.draws[name] = draw
             self.size += self._bytes(draw)
-            while self.size > self.capacity:
+            while self.size > self.capacity or len(self.draws) > self.entries:
                 self.size -= self._bytes(self.draws.popitem(last=False)[1])
 
     @staticmethod
     def _bytes(draw: tuple[np.ndarray, np.ndarray]) -> int:
-        return _ENTRY_BYTES + sum(array.nbytes for array in draw)
+        return sum(array.nbytes for array in draw)
 
 
-_recent_draws = _RecentDraws(capacity=64 * 2**20)
+# a forward pass of a model that a CPU trains has some hundred draws; without a flip each takes about 1 KiB all the same
+_recent_draws = _RecentDraws(entries=4096, capacity=64 * 2**20)
 
 
 def guard_(x: torch.Tensor, zero_out_t: float, grad: torch.Tensor | None = None) -> None:
