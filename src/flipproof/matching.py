@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from flipproof import regexes
 from flipproof.spec import BitFlipSpec
 
 
@@ -20,9 +21,9 @@ def unmatched_patterns(spec: BitFlipSpec, names: Iterable[str]) -> list[str]:
             if not any(pattern in name for name in names):
                 lines.append(f"bitflip.{key}: {pattern!r} is in no layer's name{_nearest(pattern, names)}")
     for pattern in spec.layer_name_to_config:
-        if any(re.fullmatch(pattern, name) for name in names):
+        if any(regexes.fullmatch(pattern, name) for name in names):
             continue
-        within = [name for name in names if re.search(pattern, name)]
+        within = [name for name in names if regexes.search(pattern, name)]
         hint = (
             f"; it is found within {within[0]}: did you mean '.*{pattern}.*'?" if within else _nearest(pattern, names)
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipproof import regexes
 from flipproof.errors import ConfigError, first_of
 from flipproof.hub import expand, from_hub
 from flipproof.spec import LoraSpec
@@ -66,7 +67,7 @@ class PeftAdapter:
     def _of_layer(self, patterns: str, key: str, layer: str) -> Any:
         """A value that a pattern may change for some layers; the first that matches counts."""
         for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer):
+            if regexes.match(rf"(.*\.)?({pattern})$", layer):
                 return value
         return self.config[key]
 
@@ -76,7 +77,7 @@ class PeftAdapter:
         if wanted is None or _matches(self.config.get("exclude_modules"), layer):
             return False
         if isinstance(wanted, str):
-            return not is_head if wanted.lower() == _ALL_LINEAR else bool(re.fullmatch(wanted, layer))
+            return not is_head if wanted.lower() == _ALL_LINEAR else bool(regexes.fullmatch(wanted, layer))
         return layer in wanted or (_matches(wanted, layer) and self._in_depth(layer))
 
     def _in_depth(self, layer: str) -> bool:
@@ -86,7 +87,8 @@ class PeftAdapter:
             return True
         patterns = _as_list(self.config.get("layers_pattern") or r"[^.]*")
         # the first number is that of the block; a later one may be an expert's
-        found = [match for p in patterns if (match := re.match(rf"(?:^|.*?\.){p}\.(?P<block>\d+)\.", layer))]
+        starts = [rf"(?:^|.*?\.){pattern}\.(?P<block>\d+)\." for pattern in patterns]
+        found = [match for start in starts if (match := regexes.match(start, layer))]
         return bool(found) and int(found[0]["block"]) in _as_list(chosen)
 
 
@@ -222,8 +224,8 @@ def _is_alpha(value: Any) -> bool:
 
 def _is_pattern(value: Any) -> bool:
     try:
-        re.compile(value)
-    except (TypeError, re.error):
+        regexes.check(value)
+    except ValueError:
         return False
     return True
 
@@ -249,7 +251,7 @@ def _tensors(name: str, directory: Path) -> dict[str, Tensor]:
 def _matches(wanted: Any, layer: str) -> bool:
     """Whether a pattern matches a whole name, or one of several names is its end."""
     if isinstance(wanted, str):
-        return bool(wanted) and bool(re.fullmatch(wanted, layer))
+        return bool(wanted) and bool(regexes.fullmatch(wanted, layer))
     return any(layer == name or layer.endswith(f".{name}") for name in wanted or ())
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
+from flipproof import regexes
 from flipproof.errors import ConfigError
 
 Persistence = Literal["transient", "persistent"]
@@ -366,8 +367,8 @@ class BitFlipSpec:
         for pattern, override in self.layer_name_to_config.items():
             where = f"layer_name_to_config {pattern!r}"
             try:
-                re.compile(pattern)
-            except (re.error, TypeError, RecursionError, OverflowError) as error:
+                regexes.check(pattern)
+            except ValueError as error:
                 problems.append(f"{where}: not a regular expression ({error})")
             if isinstance(override, Mapping):
                 wrong = _layer_problems(override, f"{where}.")
@@ -384,7 +385,7 @@ class BitFlipSpec:
         if self.include_patterns and not any(pattern in name for pattern in self.include_patterns):
             return None
         for pattern, override in self.layer_name_to_config.items():
-            if re.fullmatch(pattern, name):
+            if regexes.fullmatch(pattern, name):
                 return replace(self, **override) if isinstance(override, Mapping) else None
         return self
 
