@@ -9,7 +9,9 @@ import tomllib
 from pathlib import Path
 from typing import get_args, get_origin
 
+import numpy as np
 import pytest
+import torch
 
 import flipproof
 from flipproof import cli
@@ -298,6 +300,20 @@ def test_what_a_disk_refuses_is_one_line(error, line, capsys, monkeypatch):
     monkeypatch.setitem(VERBS, "doctor", (fails, ""))
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == f"flipproof doctor: error: {line}\n"
+
+
+def test_what_no_memory_holds_is_one_line(capsys, monkeypatch):
+    """NumPy, torch and Python, each as it says so."""
+
+    def fails(parser, argv):
+        makes.pop()()
+
+    makes = [lambda: np.empty(2**60), lambda: torch.empty(2**60), lambda: bytearray(2**60)]
+    monkeypatch.setitem(VERBS, "doctor", (fails, ""))
+    while makes:
+        assert main(["doctor"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("flipproof doctor: error: there is not enough memory (")
 
 
 @pytest.mark.parametrize("error", [OSError("something of a library"), ConnectionError(111, "refused"), ValueError("a")])

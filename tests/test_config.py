@@ -168,6 +168,13 @@ a = 1
         ("bitflip", "w_faults", "never", "bitflip.w_faults"),
         ("checkpoint", "keep_last", "0", "checkpoint.keep_last = 0"),
         ("eval", "trials", "0", "eval.trials = 0"),
+        ("eval", "trials", str(10**20), f"eval.trials = {10**20}: at most 1,000,000 is allowed"),
+        ("training", "steps", str(2**63), f"training.steps = {2**63}: less than 2^63 is allowed"),
+        ("training", "lr", 10**400, "training.lr = 1000"),
+        ("lora", "lora_alpha", "1e308", "lora.lora_alpha = 1e+308: a positive number below 2^127"),
+        ("lora", "r", str(2**31), f"lora.r = {2**31}"),
+        ("sweep", "seeds", str(10**20), f"sweep.seeds = {10**20}: from 1 to 1,000,000 is allowed"),
+        ("sweep", "p", "1e-9:1e-1:99999999999", "from 2 to 10,000"),
     ],
 )
 def test_values_out_of_range_name_key_value_and_what_is_allowed(section, key, value, words):

@@ -102,6 +102,8 @@ def test_the_command_line_takes_the_papers_flags(model_dir, capsys):
     [
         (["--prompt", ""], "--prompt is empty"),
         (["--temperature", "0"], "--temperature 0.0: a positive number is allowed"),
+        (["--seed", str(2**65)], f"--seed {2**65}: an integer from 0 to 2^63 - 1 is allowed"),
+        (["--seed", "-1"], "--seed -1: an integer from 0 to 2^63 - 1 is allowed"),
         (["--top_p", "1.5"], "--top_p 1.5: a number above 0, up to 1"),
         (["--top_k", "0"], "--top_k 0: at least 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0: at least 1"),

@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flipproof {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if problem := _of_memory(error):
+            _complain(verb, [problem])
+            return 2
         tell_launcher(f"flipproof {verb}: {type(error).__name__}: {error}")
         raise
     return 2
@@ -89,6 +92,16 @@ def _complain(verb: str, problems: Sequence[str]) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node see the same
         print("\n".join(lines), file=sys.stderr)
     tell_launcher("\n".join(lines))
+
+
+def _of_memory(error: Exception) -> str | None:
+    """What the memory of a machine or GPU had no room for, or None where that is not what went wrong."""
+    said = str(error).partition("\n")[0]
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
+    if not short and "DefaultCPUAllocator" not in said:
+        return None
+    what = "training.local_batch_size, training.seq_len, lora.r and what is loaded decide how much is needed"
+    return f"there is not enough memory ({said or 'MemoryError'}); {what}"
 
 
 def _of_the_machine(error: OSError) -> str | None:

@@ -57,6 +57,8 @@ class Sampling:
             problems.append(
                 f"--temperature {self.temperature}: a positive number is allowed (without --do_sample: none)"
             )
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"--seed {self.seed}: an integer from 0 to 2^63 - 1 is allowed")
         if self.top_k is not None and self.top_k < 1:
             problems.append(f"--top_k {self.top_k}: at least 1 is allowed")
         if not 0 < self.top_p <= 1:

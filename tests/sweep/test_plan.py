@@ -160,7 +160,7 @@ def test_axes_are_read():
         ("protection", "ecc", "protection = 'ecc': none, guard, secded"),
         ("protection", "secded+parity", "protection = 'secded+parity'"),
         ("protection", "tmr-foo", "protection = 'tmr-foo': tmr = 'foo': 'sign', 'exp'"),
-        ("seeds", "0", "seeds = 0: at least 1"),
+        ("seeds", "0", "seeds = 0: from 1 to 1,000,000"),
         ("budget_minutes", "0", "budget_minutes = 0.0: a positive number"),
         ("sead", "3", "sweep.sead: unknown key; did you mean seeds?"),
     ],

@@ -14,17 +14,21 @@ from typing import Any, Literal
 import tomli_w
 
 from flipproof.spec import BitFlipSpec, LoraSpec
-from flipproof.sweep.plan import SweepConfig
+from flipproof.sweep.plan import MAX_SEEDS, SweepConfig
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
-def _at_least(config: object, minimum: float, *names: str) -> list[str]:
+def _at_least(config: object, minimum: float, *names: str, most: int = 2**63 - 1) -> list[str]:
     return [
-        f"{name} = {value!r}: {'less than 2^63' if value >= 2**63 else f'at least {minimum}'} is allowed"
+        f"{name} = {value!r}: {_most(most) if value > most else f'at least {minimum}'} is allowed"
         for name in names
-        if (value := getattr(config, name)) is not None and not minimum <= value < 2**63
+        if (value := getattr(config, name)) is not None and not minimum <= value <= most
     ]
+
+
+def _most(most: int) -> str:
+    return "less than 2^63" if most == 2**63 - 1 else f"at most {most:,}"
 
 
 def _positive(config: object, *names: str) -> list[str]:
@@ -196,11 +200,11 @@ class EvalConfig:
     """Held-out sequences."""
 
     def problems(self) -> list[str]:
-        problems = _at_least(self, 1, "trials", "num_samples")
+        problems = _at_least(self, 1, "trials", most=MAX_SEEDS) + _at_least(self, 1, "num_samples")
         if self.until_ci is not None and not 0 < self.until_ci < math.inf:
             problems.append(f"until_ci = {self.until_ci!r}: a positive number is allowed (0.01 is ±1% of perplexity)")
         if self.until_ci is not None:
-            problems += _at_least(self, max(5, self.trials), "max_trials")
+            problems += _at_least(self, max(5, self.trials), "max_trials", most=MAX_SEEDS)
         return problems
 
 

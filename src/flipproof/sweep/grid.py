@@ -30,7 +30,7 @@ from flipproof.spec import (
     probability_problem,
     storage_overhead,
 )
-from flipproof.sweep.plan import Cell, Plan, Rate, SweepConfig, cell_spec, operands_of, parse_protection
+from flipproof.sweep.plan import MAX_POINTS, Cell, Plan, Rate, SweepConfig, cell_spec, operands_of, parse_protection
 
 _SET_BY_A_SWEEP = {"p_bits": "bits", "protection": "protection", "protected_bits": "protection"}
 """Keys of an operand in [bitflip] -> the key of [sweep] that takes their place."""
@@ -205,6 +205,8 @@ class Grid:
         if not curves:
             raise ConfigError([f"sweep: no layer of the model has {' or '.join(self.sites)}"])
         self.layers = list(dict.fromkeys(layers for _, layers, _, _ in curves))
+        if (planned := len(curves) * len(rates) * sweep.seeds) > MAX_POINTS:
+            raise ConfigError([f"sweep: {planned:,} points; at most {MAX_POINTS:,} are allowed"])
         cells = [Cell(rate, *curve) for curve in curves for rate in rates]
         self.plan = Plan(tuple(cells), tuple(fault_seeds(base.base_seed, sweep.seeds)))
         try:

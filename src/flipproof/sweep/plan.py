@@ -28,6 +28,10 @@ import numpy as np
 
 from flipproof.spec import OPERANDS, BitFlipSpec, Operand
 
+MAX_SEEDS = 1_000_000
+"""More fault seeds than anybody has time for: an interval from that many is as narrow as its rounding."""
+MAX_POINTS = 10_000_000
+"""Of a sweep: about as many as a plan can be made of."""
 Axis = list[str | int | float] | str | int | float
 
 _BROKEN = 16.0
@@ -73,8 +77,8 @@ class SweepConfig:
             problems.append(
                 f"voltage = {self.voltage!r}: gives the probabilities, and so does p = {self.p!r}; drop one"
             )
-        if self.seeds < 1:
-            problems.append(f"seeds = {self.seeds!r}: at least 1 is allowed")
+        if not 1 <= self.seeds <= MAX_SEEDS:
+            problems.append(f"seeds = {self.seeds!r}: from 1 to {MAX_SEEDS:,} is allowed")
         if self.budget_minutes is not None and not self.budget_minutes > 0:
             problems.append(f"budget_minutes = {self.budget_minutes!r}: a positive number is allowed")
         return problems
@@ -116,6 +120,10 @@ def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+_MOST_VALUES = 10_000
+"""Of a range of probabilities."""
+
+
 def _probabilities(item: str) -> list[float]:
     first, *more = item.split(":")
     try:
@@ -124,12 +132,14 @@ def _probabilities(item: str) -> list[float]:
             values = [low]
         else:
             high, n = float(more[0]), int(more[1])
-            if len(more) != 2 or n < 2 or not 0 < low < high:
+            if len(more) != 2 or not 2 <= n <= _MOST_VALUES or not 0 < low < high:
                 raise ValueError
             # rounded, so that all machines have the same numbers, and 1e-05 for what is nearly that
             values = [low, *(float(f"{p:.12g}") for p in np.geomspace(low, high, n)[1:-1].tolist()), high]
     except (ValueError, IndexError):
-        raise ValueError(f"p = {item!r}: a number is allowed, or a:b:n, n >= 2 values from a > 0 up to b") from None
+        raise ValueError(
+            f"p = {item!r}: a number is allowed, or a:b:n, n values from a > 0 up to b, from 2 to {_MOST_VALUES:,}"
+        ) from None
     if not all(0 <= p <= 0.5 for p in values):
         raise ValueError(f"p = {item!r}: a flip probability from 0 to 0.5 is allowed")
     return values
