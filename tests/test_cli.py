@@ -308,7 +308,7 @@ def test_what_no_memory_holds_is_one_line(capsys, monkeypatch):
     def fails(parser, argv):
         makes.pop()()
 
-    makes = [lambda: np.empty(2**60), lambda: torch.empty(2**60), lambda: bytearray(2**60)]
+    makes = [lambda: np.empty(2**50), lambda: torch.empty(2**50), lambda: bytearray(2**50)]
     monkeypatch.setitem(VERBS, "doctor", (fails, ""))
     while makes:
         assert main(["doctor"]) == 2

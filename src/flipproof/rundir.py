@@ -130,10 +130,15 @@ class Record:
         try:
             values = read_record(path)
             text = tuple((int(count), str(mark)) for count, mark in values.pop("text"))
-            return cls(**values | {"text": text, "abandoned": tuple(values["abandoned"])})
+            for key, kind in (("model", str | None), ("measured", str | None), ("rows", int)):
+                if not isinstance(values[key], kind):
+                    raise TypeError(f"{key} = {values[key]!r}")
+            if any(count < 0 for count, _ in text):
+                raise ValueError(f"text = {text}")
+            return cls(**values | {"text": text, "abandoned": tuple(map(str, values["abandoned"]))})
         except FileNotFoundError:
             return None
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise ConfigError(
                 [f"{path} is damaged ({error}); without it, --resume compares the configs alone"]
             ) from error
