@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import transformers
 from tokenizers import Tokenizer, models
@@ -5,6 +7,7 @@ from transformers import AutoTokenizer
 
 from flipproof.config import ModelConfig
 from flipproof.errors import ConfigError
+from flipproof.sums import write_sums
 from flipproof.tokenizer import byte_tokenizer, load_tokenizer
 
 
@@ -56,3 +59,24 @@ def test_home_is_expanded_and_a_path_may_hold_anything(tmp_path, monkeypatch):
         assert load_tokenizer(ModelConfig(tokenizer=name))("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
     with pytest.raises(ConfigError, match=r"model.tokenizer = '~/none': no local directory"):
         load_tokenizer(ModelConfig(tokenizer="~/none"))
+
+
+def test_what_only_fails_when_it_reads_is_told_as_well(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": [1]}))
+    with pytest.raises(ConfigError, match=r"model\.tokenizer = .*: the directory holds no readable tokenizer \("):
+        load_tokenizer(ModelConfig(tokenizer=str(tmp_path)))
+
+
+def test_a_changed_file_of_a_tokenizer_that_has_sums_is_named(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"large")
+    write_sums(tmp_path)
+    load_tokenizer(ModelConfig(tokenizer=str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"other")  # which whoever loads the weights looks at
+    load_tokenizer(ModelConfig(tokenizer=str(tmp_path)))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|pad|>", "<|pae|>"))
+    with pytest.raises(ConfigError, match=r"model\.tokenizer = .*: tokenizer\.json is not as it was written"):
+        load_tokenizer(ModelConfig(tokenizer=str(tmp_path)))

@@ -27,12 +27,13 @@ def write_sums(directory: Path) -> None:
     write_atomically(directory / SUMS, "".join(f"{mark}  {name}\n" for mark, name in zip(hashes, names, strict=True)))
 
 
-def check_sums(directory: Path, what: str) -> None:
+def check_sums(directory: Path, what: str, weights: bool = True) -> None:
     """Raises ConfigError where a file is not what the directory's sums say, if it has any. Of several processes each
     looks at some of the files.
 
     Args:
         what: what a message calls the directory.
+        weights: look at safetensors, too, which may be large.
     """
     if not (directory / SUMS).exists():
         return
@@ -41,6 +42,7 @@ def check_sums(directory: Path, what: str) -> None:
         raise ConfigError([f"{what}: {SUMS} is damaged; write the directory anew, or delete {SUMS} if you trust it"])
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = [(match[1], match[2]) for match in lines[rank::size] if match]
+    mine = [(mark, name) for mark, name in mine if weights or not name.endswith(".safetensors")]
     try:
         hashes = _hashes(directory / name for _, name in mine)
         changed = [name for (mark, name), now in zip(mine, hashes, strict=True) if now != mark]

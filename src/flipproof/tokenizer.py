@@ -1,11 +1,13 @@
 """Tokenizers: from a directory or the Hub, or bytes."""
 
+from pathlib import Path
 from typing import Any
 
 from flipproof.config import ModelConfig
 from flipproof.errors import ConfigError
-from flipproof.hub import from_hub
+from flipproof.hub import expand, from_hub
 from flipproof.runlog import logger
+from flipproof.sums import check_sums
 
 
 def byte_tokenizer() -> Any:
@@ -27,6 +29,15 @@ def byte_tokenizer() -> Any:
     )
 
 
+def _tried(name: str, **how: Any) -> Any:
+    """A tokenizer that has read a letter: what transformers takes from its files may only fail then."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, **how)
+    tokenizer.encode("a")
+    return tokenizer
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer that the config names. Raises ConfigError where there is none, with the reason."""
     name = config.tokenizer or config.hf_model_path
@@ -34,10 +45,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
         logger.info("no tokenizer is named (model.tokenizer): text is read as bytes")
     if name is None or name == "bytes":
         return byte_tokenizer()
-    from transformers import AutoTokenizer
-
     key = "model.tokenizer" if config.tokenizer else "model.hf_model_path"
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, name, key, "a tokenizer")
+    if (directory := Path(expand(name))).is_dir():
+        check_sums(directory, f"{key} = {name!r}", weights=False)
+    tokenizer = from_hub(_tried, name, key, "a tokenizer")
     # without tokenizer files transformers makes one that knows its special tokens alone
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
         raise ConfigError([f"{key} = {name!r}: holds no tokenizer; set model.tokenizer to one, or to 'bytes'"])
