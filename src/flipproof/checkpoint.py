@@ -13,7 +13,7 @@ import hashlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._pytree import tree_map_only
 
 from flipproof.config import CheckpointConfig
-from flipproof.dcp_reader import INDEX, NotACheckpoint, SafePlanner, SafeReader
+from flipproof.dcp_reader import INDEX, NotACheckpoint, Planted, SafePlanner, SafeReader
 from flipproof.errors import ConfigError
 from flipproof.files import discard, is_temporary, named, put_in_place, sync, temporary_name
 from flipproof.parallel import World
@@ -227,14 +227,12 @@ def whole_checkpoint(path: Path, fall_back: bool = False) -> Path:
     before = [other for other in list_checkpoints(path.parent) if step_of(other) < step_of(path)]
     problems = checkpoint_problems(path)
     if not problems:
-        if foreign := _of_all(foreign_values(path, _manifest(path), *_rank())):
-            raise ConfigError(foreign)
-        return path
+        return _of_plain_values(path)
     damaged = not any(_UNREADABLE in problem for problem in problems)  # what cannot be read now may be whole
     for earlier in reversed(before) if fall_back and damaged else ():
         if not checkpoint_problems(earlier):
             logger.warning("checkpoint %s: %s; goes on from %s", path, problems[0], earlier.name)
-            return earlier
+            return _of_plain_values(earlier)
     way_out = f"; train --resume {before[-1].name} goes on from the one before" if before and not fall_back else ""
     raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
 
@@ -270,7 +268,7 @@ _UNREADABLE = "cannot be read"
 def checkpoint_problems(path: Path) -> list[str]:
     """What keeps a checkpoint from being read, one line per file. Of several processes, which all must call, each reads
     a part of the files."""
-    rank, size = _rank()
+    rank, size = _rank_and_size()
     files: dict[str, str] = {}
     problems: list[str] = []
     try:
@@ -290,26 +288,43 @@ def checkpoint_problems(path: Path) -> list[str]:
     return _of_all(problems)
 
 
-def foreign_values(path: Path, files: Container[str], rank: int = 0, size: int = 1) -> list[str]:
-    """What a checkpoint holds that no checkpoint holds, and that would run or read something else than its ``files``
-    where it was opened with less care. Of several processes each looks at some of the values."""
+def _of_plain_values(path: Path) -> Path:
+    """``path``, a whole checkpoint. Raises ConfigError where it holds what no checkpoint holds; each process looks at
+    some of the values."""
+    problems = []
     try:
-        SafeReader(path, files).check_values(rank, size)
+        SafeReader(path, _manifest(path)).check_values(*_rank_and_size())
     except NotACheckpoint as error:
-        return [f"checkpoint {path} is refused: {error}"]
+        problems = [f"checkpoint {path} is refused: {error}"]
+    except OSError as error:
+        problems = [f"checkpoint {path} {_UNREADABLE} ({error})"]
+    if problems := _of_all(problems):
+        raise ConfigError(problems)
+    return path
+
+
+def planted(path: Path) -> list[str]:
+    """What in a checkpoint would run something, or read other files, where it was opened with less care. What is only
+    damaged is not told."""
+    try:
+        SafeReader(path, {file.name for file in path.iterdir()}).check_values()
+    except Planted as error:
+        return [f"checkpoint {path} is refused: {error}; delete it if you do not know where it comes from"]
+    except (NotACheckpoint, OSError):
+        pass
     return []
 
 
-def _rank() -> tuple[int, int]:
-    """(rank, processes)."""
+def _rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _of_all(problems: list[str]) -> list[str]:
     """What all processes have found, each once."""
-    if _rank()[1] == 1:
+    _, size = _rank_and_size()
+    if size == 1:
         return problems
-    gathered: list[Any] = [None] * _rank()[1]
+    gathered: list[Any] = [None] * size
     dist.all_gather_object(gathered, problems)
     return list(dict.fromkeys(problem for part in gathered for problem in part))
 
@@ -328,7 +343,8 @@ def _manifest(path: Path) -> dict[str, str]:
 def logged_lines(path: Path) -> int:
     """How many lines the metrics of the run had when it wrote a checkpoint; 0 where that is not known. Of one that
     ``whole_checkpoint`` has found whole."""
-    return int(read_record(path / MANIFEST).get("metrics", 0))
+    lines = read_record(path / MANIFEST).get("metrics")
+    return lines if isinstance(lines, int) else 0
 
 
 @contextmanager

@@ -6,8 +6,10 @@ nothing but what DCP makes an index of, values go through torch's own reader of 
 that the manifest names.
 """
 
+import errno
 import io
 import itertools
+import os
 import pickle
 from collections.abc import Container
 from pathlib import Path
@@ -50,6 +52,14 @@ _INDEX_NAMES = {
 """What an index is made of: classes that hold values and do nothing, as long as nobody changes them."""
 
 
+class NotACheckpoint(ValueError):
+    """A file holds what no checkpoint holds."""
+
+
+class Planted(NotACheckpoint):
+    """It holds what would run something, or read other files: no damage does that."""
+
+
 class _IndexUnpickler(pickle._Unpickler):  # the one in Python, whose steps can be looked at
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
@@ -57,20 +67,16 @@ class _IndexUnpickler(pickle._Unpickler):  # the one in Python, whose steps can 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and (module, name) not in _INDEX_NAMES:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
+            raise Planted(f"it names {module}.{name}, which is no part of an index")
         return super().find_class(module, name)
 
     def load_build(self) -> None:
         """Gives an object its attributes: never a class, whose attributes are what all its objects do."""
         if type(self.stack[-2]) not in _WITH_STATE:
-            raise pickle.UnpicklingError(f"it would change {self.stack[-2]!r}")
+            raise Planted(f"it would change {self.stack[-2]!r}")
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
-
-
-class NotACheckpoint(ValueError):
-    """A file holds what no checkpoint holds."""
 
 
 class SafeReader(FileSystemReader):
@@ -86,6 +92,8 @@ class SafeReader(FileSystemReader):
 
     def read_metadata(self, *_args: Any, **_more: Any) -> Metadata:
         try:
+            if not self.index_file.is_file():  # to open a pipe would wait for ever
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index_file))
             with self.index_file.open("rb") as file:
                 index = _IndexUnpickler(file).load()
             places = _places(index)
@@ -93,9 +101,8 @@ class SafeReader(FileSystemReader):
         except OSError:
             raise
         except Exception as error:  # what a pickle raises that is none is whatever its bytes happen to mean
-            raise NotACheckpoint(
-                f"{INDEX} is no index of a checkpoint ({' '.join(str(error).split())[:200]})"
-            ) from error
+            kind = Planted if isinstance(error, Planted) else NotACheckpoint
+            raise kind(f"{INDEX} is no index of a checkpoint ({' '.join(str(error).split())[:200]})") from error
         for place in places:
             if place not in self.files:
                 raise NotACheckpoint(f"{INDEX} points at {place!r}, which is no file of this checkpoint")
@@ -111,7 +118,10 @@ class SafeReader(FileSystemReader):
             if isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata)
         ]
         for name, place in values[rank::size]:
-            with (self.index_file.parent / place.relative_path).open("rb") as file:
+            path = self.index_file.parent / place.relative_path
+            if not path.is_file() or place.offset + place.length > path.stat().st_size:
+                raise NotACheckpoint(f"{name} is beyond the end of {place.relative_path}")
+            with path.open("rb") as file:
                 file.seek(place.offset)
                 _plain(name, io.BytesIO(file.read(place.length)))
 
@@ -120,7 +130,9 @@ def _plain(name: str, data: io.BytesIO) -> Any:
     """A value that is no tensor, read as weights are. Raises NotACheckpoint where it is more than numbers and text."""
     try:
         return torch.load(data, weights_only=True)
-    except Exception as error:  # as above; torch's words say how to run what is in it
+    except pickle.UnpicklingError as error:  # torch's words say how to run what is in it
+        raise Planted(f"{name} is no plain value, or damaged") from error
+    except Exception as error:  # as above
         raise NotACheckpoint(f"{name} is no plain value, or damaged") from error
 
 
@@ -132,8 +144,13 @@ def _places(index: Any) -> list[str]:
     _check_type(index.storage_data, dict)
     for key, place in index.storage_data.items():
         _check_type(key, MetadataIndex)
+        _check_type(key.fqn, str)
         _check_type(place, _StorageInfo)
         _check_type(place.relative_path, str)
+        for number in (place.offset, place.length):
+            _check_type(number, int)
+            if number < 0:
+                raise ValueError(f"{number} bytes")
     return [place.relative_path for place in index.storage_data.values()]
 
 

@@ -15,7 +15,8 @@ flipped bit::
 times the row of the batch, and then position, head and component), and bit 0 is the lowest. A value in which two bits
 flipped has two lines. ``zeroed`` says that guard or protection set the value to 0 after all; where no bit flipped (a
 threshold within the clean range, a word that was lost) ``bit`` is null. These five are what a replay does. The others
-say what was there before and what was computed with; a number that JSON does not have is null.
+say what was there before and what was computed with; a number that JSON does not have is null. Each line has a hash of
+itself under ``blake2b``, which is to be taken out of a line that is changed.
 
 Weights do not depend on other flips, so a replay refuses a log whose weights are not the model's. Inputs do: where
 lines were changed, the flips that follow meet other values, and are done to these.
@@ -46,6 +47,7 @@ from flipproof.state import Tap
 
 _KIND = "flipproof injection log"
 _ALLOWED: dict[str, type] = {"tick": int, "tensor": str, "index": int, "zeroed": bool, "before_bits": int}
+_MOST = {"tick": 2**48, "index": 2**63, "before_bits": 2**32}
 _KEYS = {*_ALLOWED, "bit"}
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -225,6 +227,11 @@ class Replay:
             if type(entry[key]) is not allowed:
                 raise ConfigError(
                     [f"{self.path}, line {number}: {key} = {entry[key]!r}: {allowed.__name__} is allowed"]
+                )
+        for key, most in _MOST.items():
+            if not 0 <= entry[key] < most:
+                raise ConfigError(
+                    [f"{self.path}, line {number}: {key} = {entry[key]}: from 0 to {most - 1} is allowed"]
                 )
         bit = entry["bit"]
         if bit is not None and (type(bit) is not int or not 0 <= bit < 32):

@@ -35,21 +35,23 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, HASH: _hash(json.dumps(lasting, sort_keys=True))}
 
 
-def unsealed(text: str | bytes) -> dict[str, Any]:
+def unsealed(text: str | bytes, needs_hash: bool = False) -> dict[str, Any]:
     """The values of an object in JSON, without their hash.
 
     Raises:
-        ValueError: where it is no object in JSON, or another than was written.
+        ValueError: where it is no object in JSON, or another than was written, or has no hash where it ``needs_hash``.
     """
     try:
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"{json.dumps(values)[:40]} is not an object")
+        if (mark := values.pop(HASH, None)) is None:
+            if needs_hash:
+                raise ValueError("it has no hash")
+        elif mark != sealed(values)[HASH]:
+            raise ValueError(CHANGED)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{json.dumps(values)[:40]} is not an object")
-    mark = values.pop(HASH, None)
-    if mark is not None and mark != sealed(values)[HASH]:
-        raise ValueError(CHANGED)
     return values
 
 
@@ -81,10 +83,7 @@ def read_record(path: Path, needs_hash: bool = False) -> dict[str, Any]:
         OSError: where it cannot be read.
         ValueError: where it is not what was written, or has no hash where it ``needs_hash``.
     """
-    text = path.read_bytes()
-    if needs_hash and HASH.encode() not in text:
-        raise ValueError("it has no hash")
-    return unsealed(text)
+    return unsealed(path.read_bytes(), needs_hash)
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,6 +1,11 @@
-"""Regular expressions of users and of adapters from strangers, as ``re`` has them, in bounded time: such a one as
-``(.*)*x`` is tried in more ways than there are atoms."""
+"""Regular expressions of users and of adapters from strangers, as ``re`` has them, in bounded time: on such a one as
+``(.*)*[!?]`` ``re`` tries more ways than there are atoms.
 
+The package ``regex`` gives time limits, and more syntax. What ``re`` does not know is refused, and so are braces and
+brackets that mean something else there (``{e}``, ``[[:alpha:]]``): no module's name has any.
+"""
+
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +13,7 @@ import regex
 
 from flipproof.errors import ConfigError
 
+_OTHERS = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})|\[\[|\[:")
 _SECONDS = 0.5
 """A name has some hundred letters: what is no trap takes microseconds."""
 
@@ -15,9 +21,12 @@ _SECONDS = 0.5
 def check(pattern: str) -> None:
     """Raises ValueError where a pattern is no regular expression."""
     try:
+        re.compile(pattern)
         regex.compile(pattern)
-    except (regex.error, TypeError, RecursionError, OverflowError, MemoryError) as error:
+    except (re.error, regex.error, TypeError, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(str(error)) from error
+    if _OTHERS.search(pattern):
+        raise ValueError("braces that hold no count, or a class in two pairs of brackets")
 
 
 def fullmatch(pattern: str, name: str) -> regex.Match[str] | None:

@@ -115,6 +115,8 @@ class Record:
     """Fingerprint of what the arms of ``results.json`` were measured with, once they stand there."""
     abandoned: tuple[str, ...] = field(default=())
     """Checkpoints that the run does not go on from, and that are to be deleted."""
+    metrics_from: int = 0
+    """The step after which ``metrics.jsonl`` begins: above 0 where somebody took an earlier one away."""
 
     def write(self, run_dir: Path) -> None:
         write_record(run_dir / RECORD, asdict(self))
@@ -130,12 +132,14 @@ class Record:
         try:
             values = read_record(path)
             text = tuple((int(count), str(mark)) for count, mark in values.pop("text"))
-            for key, kind in (("model", str | None), ("measured", str | None), ("rows", int)):
-                if not isinstance(values[key], kind):
-                    raise TypeError(f"{key} = {values[key]!r}")
+            record = cls(**values | {"text": text, "abandoned": tuple(map(str, values["abandoned"]))})
+            kinds = {"model": str | None, "rows": int, "held_out": str, "measured": str | None, "metrics_from": int}
+            for key, kind in kinds.items():
+                if not isinstance(value := getattr(record, key), kind):
+                    raise TypeError(f"{key} = {value!r}")
             if any(count < 0 for count, _ in text):
                 raise ValueError(f"text = {text}")
-            return cls(**values | {"text": text, "abandoned": tuple(map(str, values["abandoned"]))})
+            return record
         except FileNotFoundError:
             return None
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:

@@ -5,13 +5,14 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flipproof.errors import ConfigError
-from flipproof.files import sync, write_atomically
+from flipproof.files import named, sync, write_atomically
 from flipproof.records import append_line, lines
 
 logger = logging.getLogger("flipproof")
@@ -42,8 +43,9 @@ class Metrics:
         append_line(self.path, values)
 
     def sync(self) -> None:
-        """Until all lines are on the disk."""
-        sync(self.path)
+        """Until all lines are on the disk; where somebody took the file away, there are none."""
+        with named(self.path), suppress(FileNotFoundError):
+            sync(self.path)
 
 
 def kept_metrics(run_dir: Path, step: int) -> list[str] | None:

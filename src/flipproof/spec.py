@@ -473,7 +473,7 @@ class LoraSpec:
     def problems(self) -> list[str]:
         problems = []
         if not _is_whole(self.r) or not 0 <= self.r < 2**31:
-            problems.append(f"r = {self.r!r}: a LoRA rank is a whole number of at least 0 (0 is no adapter)")
+            problems.append(f"r = {self.r!r}: a LoRA rank is a whole number from 0 (no adapter) to 2^31 - 1")
         if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < 2**127:  # which float32 and bfloat16 have
             problems.append(f"lora_alpha = {self.lora_alpha!r}: a positive number below 2^127 is allowed")
         return problems

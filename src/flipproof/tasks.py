@@ -163,7 +163,7 @@ def _unfinished(to: Path, config: RunConfig, request: TaskRequest) -> set[str]:
         there = read_record(path) if path.is_file() else {}
     except (OSError, ValueError):
         there = {}
-    if not (isinstance(there, dict) and there.get("unfinished")):
+    if not there.get("unfinished"):
         check_new(path, "--to")
         return set()
     check_writable(path, "--to")

@@ -174,8 +174,9 @@ class _Run:
         self.first_step = 0 if checkpoint is None else step_of(checkpoint)
         self.rows = training.local_batch_size * world.size
         """Sequences of a global micro-batch."""
-        self.logged = world.once(self._logged_before)
         was, record = (None, None) if checkpoint is None else self._before()
+        begins = 0 if record is None else record.metrics_from
+        self.logged, self.metrics_from = world.once(lambda: self._logged_before(begins))
         self.text, self.held_out = self._load_text(() if record is None else tuple(count for count, _ in record.text))
         self.model = build_model(config, tokenizer, world, config.lora)
         check_ids(self.model, tokenizer, self.text.sequences, self.held_out.sequences)
@@ -218,22 +219,24 @@ class _Run:
             )
         return was, Record.read(self.run_dir)
 
-    def _logged_before(self) -> int:
-        """How many lines of metrics there are of the steps that are done. Raises ConfigError where lines are gone."""
+    def _logged_before(self, begins: int) -> tuple[int, int]:
+        """(lines of metrics that there are of the steps that are done, the step after which they begin); in the
+        run's record they began after step ``begins``. Raises ConfigError where lines are gone."""
         if self.checkpoint is None:
-            return 0
-        path, written = self.run_dir / runlog.METRICS, logged_lines(self.checkpoint)
-        kept = runlog.kept_metrics(self.run_dir, self.first_step)
-        if kept is None and written:
+            return 0, 0
+        path, kept = self.run_dir / runlog.METRICS, runlog.kept_metrics(self.run_dir, self.first_step)
+        written = logged_lines(self.checkpoint) if self.first_step > begins else 0
+        if kept is None:
             logger.warning("%s is gone: metrics are logged from step %d on", path, self.first_step + 1)
-        elif kept is not None and len(kept) < written:
+            return 0, self.first_step
+        if len(kept) < written:
             raise ConfigError(
                 [
                     f"{path} has {len(kept)} lines up to step {self.first_step}, and {written} were written; without "
                     "the file a run goes on, and logs anew from there"
                 ]
             )
-        return len(kept or ())
+        return len(kept), min(begins, self.first_step)
 
     def _load_text(self, lengths: tuple[int, ...]) -> tuple[PackedText, PackedText]:
         """(training text of at least these segments, held-out text)."""
@@ -264,7 +267,7 @@ class _Run:
 
         text, held_out = self.world.once(of_text)
         measured = hashlib.sha256(json.dumps([asdict(self.config.eval), held_out]).encode()).hexdigest()[:32]
-        return Record(model, self.rows, text, held_out, measured)
+        return Record(model, self.rows, text, held_out, measured, metrics_from=self.metrics_from)
 
     def run(self) -> Path:
         config, run_dir = self.config, self.run_dir

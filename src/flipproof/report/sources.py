@@ -10,14 +10,14 @@ Files that are written whole (``results.json``, ``sweep.json``, …) must be who
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flipproof.arms import Arm
-from flipproof.checkpoint import foreign_values, list_checkpoints
+from flipproof.checkpoint import list_checkpoints, planted
 from flipproof.errors import ConfigError
 from flipproof.records import check_toml, lines, read_record
 from flipproof.report.curves import Point, Setting
@@ -114,13 +114,9 @@ def read_sources(directory: Path) -> Sources:
 
 
 def _planted(checkpoints: Path) -> list[str]:
-    """What stands in a run's checkpoints that would run something if it was opened with less care. A report opens none
+    """What stands in a run's checkpoints that would run something if it was opened with less care. A report needs none
     of them; but who makes one is the first to look at a run, and what else is in it deserves no trust then."""
-    found = []
-    for path in list_checkpoints(checkpoints):
-        with suppress(OSError):  # it has just been deleted, or cannot be read
-            found += foreign_values(path, {file.name for file in path.iterdir()})
-    return found
+    return [problem for path in list_checkpoints(checkpoints) for problem in planted(path)]
 
 
 def _places(directory: Path, notes: list[str], levels: int = _LEVELS) -> Iterator[Path]:
@@ -230,9 +226,8 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
     file = path.with_name(POINTS)
     name = file.relative_to(directory).as_posix()
-    points = dict(
-        _lines(sources, name, file, _point) if file.is_file() else []
-    )  # of a point that was measured twice, the last counts
+    lines_of_points = _lines(sources, name, file, _point) if file.is_file() else []
+    points = dict(lines_of_points)  # of a point that was measured twice, the last counts
     with _as_written(str(path)):
         axes = {key: axis if isinstance(axis, list) else [axis] for key, axis in values["axes"].items()}
         clean = values["clean"]

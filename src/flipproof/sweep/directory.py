@@ -126,12 +126,14 @@ class SweepDirectory:
             return None
         try:
             there = read_record(path)
-            self._refuse(there, json.loads(json.dumps(finite(expected))))
-            for one in (there["clean"], there["guard"]):
+            for one in (there.get("clean"), there.get("guard")):
                 if one is not None:
                     one |= {key: None if one[key] is None else float(one[key]) for key in ("loss", "perplexity")}
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ConfigError([f"{path}: not as a sweep writes it ({error}); delete it to measure it anew"]) from error
+        self._refuse(there, json.loads(json.dumps(finite(expected))))
+        if missing := {"clean", "guard"} - there.keys():
+            raise ConfigError([f"{path}: not as a sweep writes it (no {min(missing)}); delete it to measure it anew"])
         return there
 
     def write_header(self, header: dict[str, Any]) -> None:
@@ -155,8 +157,8 @@ class SweepDirectory:
             try:
                 point = unsealed(line)
                 loss = math.inf if point["loss"] is None else float(point["loss"])
-                name, result = point["id"], Measured(loss, float(point["seconds"]))
-            except (ValueError, KeyError, TypeError) as error:
+                name, result = str(point["id"]), Measured(loss, float(point["seconds"]))
+            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 raise ConfigError(
                     [f"{path} line {self._lines}: not a point of a sweep ({error}); take the line out"]
                 ) from error
