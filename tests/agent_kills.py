@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from crash_points import CONFIG, left, prepare
+from crash_points import left, prepare
 
 from flipproof.checkpoint import checkpoint_problems, list_checkpoints
 
@@ -50,10 +50,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place) / "now"
         directory.mkdir()
-        prepare(directory, keep_last=3)
-        config = CONFIG.format(directory=directory, keep_last=3)
-        config = config.replace("steps = 4", f"steps = {STEPS}").replace("save_freq = 1", "save_freq = 5")
-        (directory / "run.toml").write_text(config)
+        prepare(directory, keep_last=3, steps=STEPS, save_freq=5)
         assert start(directory).wait() == 0, (directory / "said").read_text()
         expected = result(directory)
         (directory / "run").rename(directory / "undisturbed")

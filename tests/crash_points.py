@@ -39,18 +39,12 @@ import flipproof.sweep.run
 import flipproof.train
 from flipproof.checkpoint import checkpoint_problems
 from flipproof.model import byte_tokenizer
-from flipproof.records import HASH
 
 CONFIG = """
 [model]
-hf_model_path = "{directory}/base"
+hf_model_path = "{root}/base"
 [training]
-seq_len = 32
-local_batch_size = 2
-steps = 4
-lr = 1e-2
-save_freq = 1
-log_freq = 1
+{training}
 [lora]
 r = 2
 lora_alpha = 4
@@ -58,7 +52,7 @@ lora_alpha = 4
 w_p_exp = 0.001
 w_zero_out_t = 1.0
 [data]
-source = "{directory}/text.txt"
+source = "{root}/text.txt"
 max_tokens = 5000
 [eval]
 num_samples = 2
@@ -66,9 +60,10 @@ trials = 1
 [checkpoint]
 keep_last = {keep_last}
 [logging]
-run_dir = "{directory}/run"
+run_dir = "{root}/run"
 """
-CLOCK = ("tokens_per_second", "peak_memory_gib", "seconds", HASH)
+TRAINING = {"seq_len": 32, "local_batch_size": 2, "steps": 4, "lr": 1e-2, "save_freq": 1, "log_freq": 1}
+CLOCK = ("tokens_per_second", "peak_memory_gib", "seconds")
 
 
 @dataclass(frozen=True)
@@ -222,15 +217,15 @@ def left(directory: Path, below: tuple[str, ...] = ("",)) -> dict[str, bytes]:
             data = json.dumps(sorted(lines, key=str) if name.startswith("sweep/") else lines).encode()
         if path.suffix in (".html", ".png"):
             data = b""  # they are there
-        found[name] = data.rstrip(b"\n") if path.suffix in (".json", ".toml") else data
+        found[name] = data
     return found
 
 
 # -- all points --------------------------------------------------------------------------------------------------------
 
 
-def prepare(directory: Path, keep_last: int) -> None:
-    """A model, a text and a config."""
+def prepare(directory: Path, keep_last: int = 9, root: str | None = None, **training: object) -> None:
+    """A model, a text and a config whose paths begin with ``root``, and which has keys of [training] of its own."""
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=16,
@@ -247,7 +242,9 @@ def prepare(directory: Path, keep_last: int) -> None:
         LlamaForCausalLM(config).save_pretrained(directory / "base")
     byte_tokenizer().save_pretrained(directory / "base")
     (directory / "text.txt").write_text(sentences()[:20_000])
-    (directory / "run.toml").write_text(CONFIG.format(directory=directory, keep_last=keep_last))
+    keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in (TRAINING | training).items())
+    config = CONFIG.format(root=root or directory, training=keys, keep_last=keep_last)
+    (directory / "run.toml").write_text(config)
 
 
 def crash(name: str, place: Path, points: int | None = None) -> list[str]:

@@ -29,7 +29,7 @@ from typing import Any
 import lm_eval.evaluator
 import lm_eval.tasks
 import torch
-from crash_points import CONFIG, left, prepare
+from crash_points import left, prepare
 
 import flipproof.cli
 from flipproof import harness
@@ -161,7 +161,8 @@ def result(command: str, directory: Path) -> dict[str, object]:
         "export": ("exported",),
         "eval": ("out",),
     }[command.split()[0]]
-    found: dict[str, object] = dict(left(directory, kept))
+    # a file may end without a line break
+    found: dict[str, object] = {name: data.rstrip(b"\n") for name, data in left(directory, kept).items()}
     if command.startswith("report"):
         found |= {path.name: path.read_bytes() for path in directory.glob("page/*.html")}
     return found
@@ -171,10 +172,8 @@ def try_damages(name: str, place: Path, flips: int, each: int) -> tuple[Counter,
     """(how often each damage ended how, what was neither refused by name nor without effect)."""
     kind, directory, whole = KINDS[name], place / "now", place / "whole"
     directory.mkdir(parents=True)
-    prepare(directory, 9)
-    # with more steps, a cosine schedule would make the steps before a damaged checkpoint other ones
-    config = CONFIG.replace("save_freq = 1", 'save_freq = 2\nlr_scheduler = "constant"').replace("{directory}/", "")
-    (directory / "run.toml").write_text(config.format(keep_last=9))
+    # with more steps, another schedule would make the steps before a damaged checkpoint other ones
+    prepare(directory, root=".", save_freq=2, lr_scheduler="constant")
     (directory / "tasks").mkdir()
     (directory / "tasks/toy.jsonl").write_text('{"text": "the cat sat"}\n{"text": "on a mat"}\n')
     (directory / "tasks/toy.yaml").write_text(TASK.format(data=directory / "tasks/toy.jsonl"))
@@ -196,7 +195,7 @@ def try_damages(name: str, place: Path, flips: int, each: int) -> tuple[Counter,
             odd = odd_values(data, each) if file.suffix in (".json", ".jsonl") else ()
             for damage, changed in itertools.chain(damages(data, flips), odd):
                 code, found, said = outcome(command, directory, whole, file, changed)
-                refused = code == 2 and (file.name in said or file.parent.name in said)
+                refused = code == 2 and file.name in said
                 same = code == 0 and found == expected[1]
                 told = code == 0 and _named(file, found) > _named(file, expected[1])  # a page says what is missing
                 how = "refused" if refused else "same" if same else "said" if told else None
@@ -250,7 +249,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=[*KINDS], metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--flips", type=int, default=8, help="bits flipped in each file, one at a time")
-    parser.add_argument("--each", type=int, default=1, help="change every so-manieth value of a JSON file")
+    parser.add_argument("--each", type=int, default=1, help="change every value of a JSON file, every second, ...")
     args = parser.parse_args()
     torch.set_num_threads(1)
     only_our_tasks()

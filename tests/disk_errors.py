@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from crash_points import CONFIG, files, forked, left, prepare
+from crash_points import files, forked, left, prepare
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,19 @@ def set_modes(place: Path, forbidden: int) -> None:
 # -- trying ------------------------------------------------------------------------------------------------------------
 
 
+_SAYS = re.compile(
+    r"(/|run|out|base|cache|text\.txt|log\.jsonl|run\.toml).*"
+    r"(File too large|No space left|Permission denied|Read-only|cannot be (written|read)|is not a directory)"
+)
+
+
 def one_line(code: int, said: str) -> list[str]:
     """What is wrong with how a command said that it failed."""
     complaints = [line for line in said.splitlines() if line.startswith("flipproof ") and ": error: " in line]
     problems = [] if code == 2 else [f"it ended with {code}"]
     problems += [] if complaints else [f"no line says why: {said.strip().splitlines()[-1:]}"]
     problems += ["there is a traceback"] if "Traceback" in said else []
-    if complaints and not all(re.search(r"/|\w\.\w", line.partition("error: ")[2]) for line in complaints):
-        problems.append(f"no path is named: {complaints}")
+    problems += [f"no path or no reason: {line}" for line in complaints if not _SAYS.search(line)]
     return problems
 
 
@@ -123,10 +128,7 @@ def try_verb(name: str, place: Path, sizes: Sequence[int], disk: Path | None = N
     """(trials, what went wrong). ``disk``: the small one that ``place`` is on, to be filled."""
     verb, directory, before = VERBS[name], place / "now", place / "before"
     directory.mkdir(parents=True)
-    prepare(directory, 9)
-    config = CONFIG.format(directory=directory, keep_last=9).replace("save_freq = 1", "save_freq = 2")
-    config = config.replace("log_freq = 1", 'log_freq = 1\nlr_scheduler = "constant"')
-    (directory / "run.toml").write_text(config.replace(f"{directory}/", ""))
+    prepare(directory, root=".", save_freq=2, lr_scheduler="constant")
     for command in verb.before:
         code, said = forked(command.split(), directory)
         assert code == 0, said

@@ -1,5 +1,6 @@
 """Payloads in the directory of a run, as whoever was sent it would meet them."""
 
+import contextlib
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from crash_points import CONFIG, prepare
+from crash_points import prepare
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from flipproof import checkpoint
@@ -30,10 +31,9 @@ class Evil:
 def trained(tmp_path_factory):
     """A directory with a base model and a run of four steps, checkpoints step-2 and step-4."""
     directory = tmp_path_factory.mktemp("trained")
-    prepare(directory, keep_last=9)
-    config = CONFIG.format(directory=directory, keep_last=9).replace("save_freq = 1", "save_freq = 2")
-    (directory / "run.toml").write_text(config)
-    assert main(["train", "--config", str(directory / "run.toml")]) == 0
+    prepare(directory, root=".", save_freq=2)
+    with contextlib.chdir(directory):
+        assert main(["train", "--config", "run.toml"]) == 0
     return directory
 
 
@@ -69,8 +69,7 @@ COMMANDS = {
     "train": ["train", "--config", "run.toml", "--resume", "step-4", "--training.steps", "6"],
     "train, auto": ["train", "--config", "run.toml", "--resume", "auto", "--training.steps", "6"],
     "report": ["report", "run"],
-    "eval": ["eval", "base", "--config", "run.toml", "--adapter", "run/checkpoints/step-4"],
-    "eval of the run": ["eval", "run", "--config", "run.toml"],
+    "eval": ["eval", "base", "--config", "run.toml", "--adapter", "run/adapter"],
 }
 
 
@@ -80,16 +79,16 @@ COMMANDS = {
 def test_no_verb_runs_what_was_planted(trained, tmp_path, capfd, monkeypatch, command, where, manifest):
     shutil.copytree(trained, tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
-    (tmp_path / "there/run.toml").write_text((trained / "run.toml").read_text().replace(f"{trained}/", ""))
     path, marker = tmp_path / "there/run/checkpoints/step-4", tmp_path / "ran"
     plant(path, where, marker)
     names = [file.name for file in path.iterdir() if file.name != "manifest.json"]
     rewrite_manifest(path, names if manifest == "recomputed" else [])
     shutil.copytree(path, tmp_path / "planted")
-    goes_on = command == "train, auto" and manifest == "empty"  # from the one before, with a warning
+    # what is damaged is passed over with a warning, and eval looks into no checkpoint
+    goes_on = command == "eval" or (command == "train, auto" and manifest == "empty")
     assert main(COMMANDS[command]) == (0 if goes_on else 2)
     said = capfd.readouterr().err
-    assert ("step-4" if "eval of" not in command else "run") in said
+    assert ("run/checkpoints/step-4" in said) == (command != "eval")
     assert "Traceback" not in said
     assert not marker.exists()
     # and the payload is one: who reads it as DCP does runs it
@@ -107,6 +106,49 @@ def test_a_whole_run_is_opened_by_all(trained, tmp_path, monkeypatch):
     """Those that the payloads keep out are let in without one."""
     shutil.copytree(trained, tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
-    (tmp_path / "there/run.toml").write_text((trained / "run.toml").read_text().replace(f"{trained}/", ""))
-    for name in ("export", "train, auto", "report"):
+    for name in ("export", "train, auto", "report", "eval"):
         assert main(COMMANDS[name]) == 0
+
+
+@pytest.mark.parametrize("where", ["index", "value"])
+def test_auto_does_not_fall_back_on_what_was_planted(trained, tmp_path, capfd, monkeypatch, where):
+    shutil.copytree(trained, tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    checkpoints, marker = tmp_path / "there/run/checkpoints", tmp_path / "ran"
+    plant(checkpoints / "step-2", where, marker)
+    rewrite_manifest(checkpoints / "step-2", [".metadata", "__0_0.distcp"])
+    (checkpoints / "step-4/__0_0.distcp").write_bytes(b"")
+    assert main(COMMANDS["train, auto"]) == 2
+    assert "checkpoint run/checkpoints/step-2 is refused" in capfd.readouterr().err
+    assert not marker.exists()
+
+
+def test_a_report_of_a_run_with_a_damaged_checkpoint_is_made(trained, tmp_path, monkeypatch):
+    """It needs none; and what is cut, empty or points elsewhere runs nothing."""
+    shutil.copytree(trained, tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    path = tmp_path / "there/run/checkpoints/step-4"
+    whole = (path / ".metadata").read_bytes()
+    for index in (whole[:100], b"", b"\x80", pickle.dumps([1])):
+        (path / ".metadata").write_bytes(index)
+        assert main(COMMANDS["report"]) == 0
+    (path / ".metadata").unlink()
+    os.mkfifo(path / ".metadata")
+    assert main(COMMANDS["report"]) == 0
+
+
+@pytest.mark.parametrize("changes", [{"offset": "x"}, {"length": 2**40}, {"offset": -1}, {"relative_path": "."}])
+def test_an_index_that_points_at_nothing_is_refused(trained, tmp_path, capfd, monkeypatch, changes):
+    shutil.copytree(trained, tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    path = tmp_path / "there/run/checkpoints/step-4"
+    index = dcp.FileSystemReader(path).read_metadata()
+    for key, place in index.storage_data.items():
+        if key.fqn.endswith(".lr"):
+            for name, value in changes.items():
+                setattr(place, name, value)
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    rewrite_manifest(path, [".metadata", "__0_0.distcp"])
+    for command in ("export", "train, auto"):
+        assert main(COMMANDS[command]) == 2
+        assert "checkpoint run/checkpoints/step-4 is refused" in capfd.readouterr().err

@@ -62,7 +62,10 @@ def test_what_has_no_hash_is_read():
     assert unsealed(json.dumps(VALUES)) == VALUES
 
 
-@pytest.mark.parametrize("text", ["", "[]", "1", "null", '{"a": 1', "[" * 100_000, b"\xff{}", '{"blake2b": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "1", "null", '{"a": 1', "[" * 100_000, '{"a":' * 980 + "1" + "}" * 980, b"\xff{}", '{"blake2b": 1}'],
+)
 def test_what_is_no_record_is_a_value_error(text):
     with pytest.raises(ValueError, match=r"."):
         unsealed(text)

@@ -110,8 +110,12 @@ def _local_reason(error: BaseException, name: str) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, json.JSONDecodeError):
         return _first_damage(name, "*.json", _damaged_json) or _first_line(error)
+    if isinstance(error, SafetensorError | FileNotFoundError) and (
+        damage := _first_damage(name, "*.safetensors", damaged_safetensors)
+    ):
+        return damage
     if isinstance(error, SafetensorError):
-        return _first_damage(name, "*.safetensors", damaged_safetensors) or _first_line(error)
+        return _first_line(error)
     if found := re.search(r"model type `([^`]*)` but Transformers does not recognize", text):
         import transformers
 
@@ -178,6 +182,10 @@ def _damaged_json(path: Path) -> str | None:
 
 def damaged_safetensors(path: Path) -> str | None:
     """What is wrong with a safetensors file; None where nothing is."""
+    try:
+        path.open("rb").close()  # safetensors says of whatever it cannot open that it is not there
+    except OSError as error:
+        return f"{path}: {error.strerror}"
     try:
         with safe_open(path, framework="pt"):
             return None

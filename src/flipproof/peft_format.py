@@ -236,6 +236,7 @@ def _tensors(name: str, directory: Path) -> dict[str, Tensor]:
     old = directory / _OLD_WEIGHTS
     file = old if old.exists() and not (directory / WEIGHTS).exists() else directory / WEIGHTS
     try:
+        file.open("rb").close()  # safetensors says of whatever it cannot open that it is not there
         tensors = torch.load(file, map_location="cpu", weights_only=True) if file == old else load_file(file)
     except Exception as error:  # of a damaged file many kinds are raised, all meaning this
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

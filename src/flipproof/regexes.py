@@ -21,12 +21,12 @@ _SECONDS = 0.5
 def check(pattern: str) -> None:
     """Raises ValueError where a pattern is no regular expression."""
     try:
+        if _OTHERS.search(pattern):
+            raise ValueError("braces that hold no count, or a class in two pairs of brackets")
         re.compile(pattern)
         regex.compile(pattern)
     except (re.error, regex.error, TypeError, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(str(error)) from error
-    if _OTHERS.search(pattern):
-        raise ValueError("braces that hold no count, or a class in two pairs of brackets")
 
 
 def fullmatch(pattern: str, name: str) -> regex.Match[str] | None:
