@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -259,6 +260,33 @@ def test_resuming_from_an_earlier_checkpoint_by_name(base, tmp_path):
         train(config, resume="step-2")
     train(config, resume="step-4")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_lines_of_metrics_that_are_gone_are_told_and_who_takes_the_file_away_goes_on(base, tmp_path, monkeypatch):
+    """Also when the run is killed again before its next checkpoint, and when it then goes back."""
+    config = settings(base, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    crash_in = functools.partial(monkeypatch.setattr, train_module, "learning_rate")
+    crash_in(crash_at(5))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config)
+    whole = path.read_text()
+    for left in ("", "".join(whole.splitlines(keepends=True)[1:])):
+        path.write_text(left)
+        with pytest.raises(ConfigError, match=r"metrics\.jsonl has \d lines up to step 4, and 4 were written"):
+            train(config, resume="auto")
+        assert path.read_text() == left
+    path.unlink()
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config, resume="auto")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [5]
+    crash_in(crash_at(4))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config, resume="auto")
+    assert path.read_text() == ""
+    crash_in(learning_rate)
+    train(config, resume="step-2")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3, 4, 5, 6]
 
 
 def test_auto_starts_where_there_is_nothing_to_resume(base, tmp_path):

@@ -182,7 +182,7 @@ def test_the_header_must_say_the_same(directory):
     assert directory.header({"dtype": "float32"}) is None
     directory.write_header({"dtype": "float32", "axes": {"p": [1e-6]}, "clean": CLEAN, "guard": None})
     assert directory.header({"dtype": "float32", "axes": {"p": (1e-6,)}})["clean"] == CLEAN
-    with pytest.raises(ConfigError, match="^--to .*: holds another sweep, of dtype = float32; here it is bfloat16$"):
+    with pytest.raises(ConfigError, match=r"^--to .*: holds another sweep, of dtype = float32; here it is bfloat16$"):
         directory.header({"dtype": "bfloat16"})
 
 
@@ -212,7 +212,7 @@ def test_a_start_that_was_killed_while_it_wrote_blocks_nothing(tmp_path):
 def test_what_is_known_of_the_header_is_compared_before_the_model_is(directory):
     directory.write_header({"sequences_per_pass": 4, "voltages": None, "clean": CLEAN, "guard": None})
     directory.check(config(), {"sequences_per_pass": 4, "voltages": None})
-    with pytest.raises(ConfigError, match="^--to .*: holds another sweep, of sequences_per_pass = 4; here it is 8$"):
+    with pytest.raises(ConfigError, match=r"^--to .*: holds another sweep, of sequences_per_pass = 4; here it is 8$"):
         directory.check(config(), {"sequences_per_pass": 8})
     for damaged in ('{"sequences', '{"clean": [1], "guard": null}', '{"clean": {"loss": 1}, "guard": null}', "{}"):
         (directory.path / "sweep.json").write_text(damaged)
