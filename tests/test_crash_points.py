@@ -8,7 +8,10 @@ def test_commands_killed_at_some_points_end_as_those_never_killed():
     """The first event, the last and one between; ``crash_points.py`` alone tries all. In a process of its own, which
     forks: this one has threads."""
     script = Path(__file__).with_name("crash_points.py")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(script.parent)}
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
+    }
     run = subprocess.run(
         [sys.executable, str(script), "--points", "3"], capture_output=True, text=True, env=environment, check=False
     )

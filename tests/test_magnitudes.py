@@ -29,6 +29,7 @@ from flipproof.magnitudes import (
     warnings_of,
 )
 from flipproof.model import byte_tokenizer
+from flipproof.records import unsealed
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -255,7 +256,7 @@ def test_profile_writes_what_it_returns_and_never_over_one(model_dir, tmp_path):
     profile(config, to=tmp_path / "two")
     one = (tmp_path / "one" / "profile.json").read_text()
     assert one == (tmp_path / "two" / "profile.json").read_text()
-    written = json.loads(one)
+    written = unsealed(one)
     assert list(written) == ["model", "dtype", "text", "tokens", "all", "layers"]
     assert (written["dtype"], written["tokens"]) == ("float32", 6 * 32)
     assert len(written["layers"]) == 14
