@@ -80,8 +80,8 @@ def growth(arguments: list[str], lines: Path, wanted: int) -> tuple[float, float
         if done >= wanted:
             break
         time.sleep(0.05)
-    if process.wait():
-        raise SystemExit(f"{' '.join(arguments)} failed")
+    if process.wait() or not seen:
+        raise SystemExit(f"{' '.join(arguments)} failed, or ended before it was looked at")
     (first, start), (last, end) = seen[0], seen[-1]
     return start, end, (end - start) * 1024 / max(1, last - first)
 

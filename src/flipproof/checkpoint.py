@@ -304,8 +304,8 @@ def _of_plain_values(path: Path) -> Path:
 
 
 def planted(path: Path) -> list[str]:
-    """What in a checkpoint would run something, or read other files, where it was opened with less care. What is only
-    damaged is not told."""
+    """What in a checkpoint would run something where it was opened with less care. What is only damaged, or points
+    elsewhere, is not told."""
     try:
         SafeReader(path, {file.name for file in path.iterdir()}).check_values()
     except Planted as error:

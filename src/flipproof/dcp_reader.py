@@ -57,7 +57,7 @@ class NotACheckpoint(ValueError):
 
 
 class Planted(NotACheckpoint):
-    """It holds what would run something, or read other files: no damage does that."""
+    """It holds what would run something where it was opened with less care: damage hardly does that."""
 
 
 class _IndexUnpickler(pickle._Unpickler):  # the one in Python, whose steps can be looked at

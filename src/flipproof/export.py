@@ -11,11 +11,10 @@ from flipproof import parallel, runlog
 from flipproof.adapter import save_adapter
 from flipproof.build import build_model
 from flipproof.checkpoint import list_checkpoints, load_trained_weights, whole_checkpoint
-from flipproof.config import load_config
+from flipproof.config import load_written
 from flipproof.errors import ConfigError
 from flipproof.files import check_writable
 from flipproof.model import load_tokenizer, save_model
-from flipproof.records import check_toml
 from flipproof.runlog import logger
 from flipproof.save import new_directory
 
@@ -35,8 +34,7 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     check_writable(to, "--to")
     if not (run_dir / runlog.CONFIG).exists():
         raise ConfigError([f"{run_dir} holds no run ({runlog.CONFIG} is missing)"])
-    check_toml(run_dir / runlog.CONFIG)
-    config = load_config([run_dir / runlog.CONFIG])
+    config = load_written(run_dir / runlog.CONFIG)
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:
         raise ConfigError([f"{run_dir} holds no complete checkpoint"])

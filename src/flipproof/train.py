@@ -35,7 +35,7 @@ from flipproof.checkpoint import (
     step_of,
     whole_checkpoint,
 )
-from flipproof.config import RunConfig, load_config
+from flipproof.config import RunConfig, load_written
 from flipproof.data import PackedText, load_text, training_indices
 from flipproof.errors import ConfigError, first_of
 from flipproof.evaluate import arms_of, measure_config_arms, write_results
@@ -47,7 +47,7 @@ from flipproof.model import compute_context, load_tokenizer, save_model, skeleto
 from flipproof.ops.philox import derive_key
 from flipproof.optimizer import LossScale, learning_rate, make_optimizer
 from flipproof.parallel import Gradients, World
-from flipproof.records import check_toml, read_record, write_toml
+from flipproof.records import read_record, write_toml
 from flipproof.resume import check_fixed, compare, examine_model, text_fingerprint, text_segments
 from flipproof.rundir import Record, check_run_dir, forget_abandoned, held
 from flipproof.runlog import logger
@@ -207,8 +207,7 @@ class _Run:
         path = self.run_dir / runlog.CONFIG
         if not path.exists():
             raise ConfigError([f"--resume: {path} is gone, and with it what the checkpoints there were trained with"])
-        check_toml(path)
-        was, steps = load_config([path]), self.config.training.steps
+        was, steps = load_written(path), self.config.training.steps
         check_fixed(was, self.config, self.run_dir)
         if steps is not None and steps < self.first_step:
             raise ConfigError(

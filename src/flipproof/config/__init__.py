@@ -2,7 +2,7 @@
 and flags (``flags.py``) become it, and what was meant by a name that nobody knows (``names.py``)."""
 
 from flipproof.config.flags import describe_keys, sections_help, split_overrides, warn_of_two
-from flipproof.config.read import load_config, preset_names, preset_text
+from flipproof.config.read import load_config, load_written, preset_names, preset_text
 from flipproof.config.schema import (
     SECTIONS,
     CheckpointConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "TrainingConfig",
     "describe_keys",
     "load_config",
+    "load_written",
     "preset_names",
     "preset_text",
     "sections_help",

@@ -23,6 +23,7 @@ from flipproof.config.names import near_key, near_table, nearest
 from flipproof.config.schema import SECTIONS, RunConfig
 from flipproof.config.values import convert, parse_yaml, shown
 from flipproof.errors import ConfigError
+from flipproof.records import check_toml
 from flipproof.spec import LAYER_KEYS, BitFlipSpec, LoraSpec, field_names
 
 
@@ -67,6 +68,13 @@ def load_config(
     if problems:
         raise ConfigError(problems)
     return RunConfig(**sections)  # type: ignore[arg-type]
+
+
+def load_written(path: Path) -> RunConfig:
+    """The config that a run or sweep was begun with, from its directory. Raises ConfigError also where the file is not
+    what was written there."""
+    check_toml(path)
+    return load_config([path])
 
 
 def _merge_into(tree: dict[str, dict[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> None:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from flipproof.config import RunConfig, load_config
+from flipproof.config import RunConfig, load_written
 from flipproof.errors import ConfigError
 from flipproof.files import check_writable, finite, is_temporary
-from flipproof.records import check_toml, read_record, sealed, unsealed, write_record, write_toml
+from flipproof.records import read_record, sealed, unsealed, write_record, write_toml
 from flipproof.runlog import logger
 from flipproof.spec import OPERANDS
 from flipproof.sweep.plan import Point
@@ -88,8 +88,7 @@ class SweepDirectory:
                 shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
                 raise ConfigError([f"--to {self.path}: holds something that is no sweep ({shown}); name another one"])
             return
-        check_toml(self.path / CONFIG)
-        self._refuse(depends_on(load_config([self.path / CONFIG])), depends_on(config))
+        self._refuse(depends_on(load_written(self.path / CONFIG)), depends_on(config))
         self.header(known or {})
 
     def _refuse(self, there: dict[str, Any], here: dict[str, Any]) -> None:
