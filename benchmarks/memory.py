@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flipproof.model import byte_tokenizer
+from flipproof.models.load import byte_tokenizer
 
 CONFIG = """
 [model]

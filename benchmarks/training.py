@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from flipproof import parallel, recompute
-from flipproof.build import build_model
 from flipproof.config import ParallelismConfig, RunConfig, load_config
-from flipproof.inject import is_faulty, set_tick
-from flipproof.loss import fuse_loss, next_token_loss
-from flipproof.model import byte_tokenizer, materialise, model_on_meta
-from flipproof.parallel import Gradients, World
-from flipproof.shards import local
-from flipproof.throughput import communication_share
-from flipproof.train import make_optimizer
+from flipproof.dtensor import local
+from flipproof.faults.inject import is_faulty, set_tick
+from flipproof.models import recompute
+from flipproof.models.build import build_model
+from flipproof.models.load import byte_tokenizer, materialise, model_on_meta
+from flipproof.models.loss import fuse_loss, next_token_loss
+from flipproof.models.parallelize import Gradients, blocks, parallelize
+from flipproof.train.loop import make_optimizer
+from flipproof.train.throughput import communication_share
+from flipproof.world import World, arrange, join_world
 
 _P = 2.0**-16
 _FAULTS: dict[str, Any] = {
@@ -69,7 +70,7 @@ def _peft_model(config: RunConfig, world: World) -> nn.Module:
         parameter.requires_grad_("lora_" in name)
     model.to(torch.bfloat16)
     fuse_loss(model)
-    parallel.parallelize(model, config, world)
+    parallelize(model, config, world)
     materialise(model, config.model, 0, world.device)
     return model
 
@@ -79,7 +80,7 @@ def measure(config: RunConfig, variant: str, world: World) -> str:
     mode, what, *_ = variant.split("/")
     model = _peft_model(config, world) if what == "peft" else build_model(config, byte_tokenizer(), world, config.lora)
     if mode == "weights":
-        for block in parallel.blocks(model):
+        for block in blocks(model):
             recompute.keep(block, "weights")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # not zero, as in training
@@ -129,10 +130,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="sequences in each process")
     parser.add_argument("--variants", nargs="+", default=["none/faults", "none/clean", "none/peft"])
     arguments = parser.parse_args()
-    with parallel.start(ParallelismConfig()) as world:
+    with join_world(ParallelismConfig()) as world:
         for variant in arguments.variants:
             config = _config(arguments.flavor, arguments.rows, variant)
-            line = measure(config, variant, parallel.arrange(world, config.parallelism))
+            line = measure(config, variant, arrange(world, config.parallelism))
             if world.first:
                 print(line, flush=True)
             torch._dynamo.reset()

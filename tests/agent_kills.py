@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from crash_points import left, prepare
 
-from flipproof.checkpoint import checkpoint_problems, list_checkpoints
+from flipproof.train.checkpoint import checkpoint_problems, list_checkpoints
 
 STEPS = 300
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "flipproof"]

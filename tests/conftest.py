@@ -108,9 +108,9 @@ def lm_eval_tasks(tmp_path_factory):
 def learned_llama_dir(tiny_llama, tmp_path):
     """A model on disk, with a tokenizer, that has learned which bytes Python code is made of."""
     from flipproof.config import DataConfig
-    from flipproof.data import load_held_out
-    from flipproof.loss import next_token_loss
-    from flipproof.model import byte_tokenizer
+    from flipproof.data.sequences import load_held_out
+    from flipproof.models.load import byte_tokenizer
+    from flipproof.models.loss import next_token_loss
 
     text = load_held_out(DataConfig(source="stdlib", max_tokens=20_000), byte_tokenizer(), 32)
     model = tiny_llama()
@@ -139,7 +139,7 @@ def telling_llama(tiny_llama):
 @pytest.fixture
 def telling_llama_dir(telling_llama, tmp_path):
     """The same on disk, with a tokenizer."""
-    from flipproof.model import byte_tokenizer
+    from flipproof.models.load import byte_tokenizer
 
     telling_llama.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

@@ -31,14 +31,14 @@ from safetensors.torch import load_file
 from texts import sentences
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import flipproof.cli
-import flipproof.evaluate
+import flipproof.cli.main
 import flipproof.files
+import flipproof.measure.perplexity
 import flipproof.report.page
 import flipproof.sweep.run
-import flipproof.train
-from flipproof.checkpoint import checkpoint_problems
-from flipproof.model import byte_tokenizer
+import flipproof.train.loop
+from flipproof.models.load import byte_tokenizer
+from flipproof.train.checkpoint import checkpoint_problems
 
 CONFIG = """
 [model]
@@ -153,7 +153,7 @@ def forked(argv: list[str], directory: Path, first: Callable[[], None] = lambda:
             os.chdir(directory)
             datasets.config.HF_DATASETS_CACHE = directory / "cache"
             first()
-            code = flipproof.cli.main(argv)
+            code = flipproof.cli.main.main(argv)
         except BaseException:
             traceback.print_exc()
         finally:

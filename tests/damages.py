@@ -31,8 +31,8 @@ import lm_eval.tasks
 import torch
 from crash_points import left, prepare
 
-import flipproof.cli
-from flipproof import harness
+import flipproof.cli.main
+from flipproof.measure import harness
 from flipproof.records import HASH
 
 TASK = """
@@ -145,7 +145,7 @@ def call(command: str, directory: Path) -> tuple[int | None, str]:
     said = io.StringIO()
     with contextlib.chdir(directory), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            return flipproof.cli.main(command.split()), said.getvalue()
+            return flipproof.cli.main.main(command.split()), said.getvalue()
         except SystemExit as error:
             return int(error.code or 0), said.getvalue()
         except BaseException:

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.inject import fault_state
-from flipproof.shards import whole
+from flipproof.dtensor import whole
+from flipproof.faults.inject import fault_state
 
 FLIPS = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=64.0)
 ROWS = 2

@@ -2,7 +2,7 @@
 
 import torch
 
-from flipproof.model import byte_tokenizer, load_model, materialise, model_on_meta
+from flipproof.models.load import byte_tokenizer, load_model, materialise, model_on_meta
 
 CPU = torch.device("cpu")
 

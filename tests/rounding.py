@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_map
 
-import flipproof.evaluate as evaluate_module
-import flipproof.train as train_module
+import flipproof.measure.perplexity as evaluate_module
+import flipproof.train.loop as train_module
 
 ULPS = 8
 """By so many units in the last place of a float32 each weight is moved. A sum of n terms of all signs has an error of

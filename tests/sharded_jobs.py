@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from meeting import meet_in
 
-import flipproof.checkpoint as checkpoint_module
-import flipproof.cli
-import flipproof.train as train_module
-from flipproof import save
+import flipproof.cli.main
+import flipproof.train.checkpoint as checkpoint_module
+import flipproof.train.loop as train_module
+from flipproof.models import save
 
 
 def die():
@@ -120,7 +120,7 @@ def run(job, rank, directory):
         from sharded_load import load
 
         return load(*job["argv"][1:])
-    return flipproof.cli.main(job["argv"])
+    return flipproof.cli.main.main(job["argv"])
 
 
 def redirect(stem):

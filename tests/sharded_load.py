@@ -8,11 +8,11 @@ import safetensors
 import torch
 from transformers import AutoModelForCausalLM
 
-from flipproof import parallel
-from flipproof.build import build_model
 from flipproof.config import load_config
-from flipproof.model import load_tokenizer
-from flipproof.shards import local, whole
+from flipproof.dtensor import local, whole
+from flipproof.models.build import build_model
+from flipproof.models.load import load_tokenizer
+from flipproof.world import join_world
 
 REAL_OPEN = safetensors.safe_open
 READ = 0
@@ -56,7 +56,7 @@ def load(directory, dtype, to):
     global READ
     READ, safetensors.safe_open = 0, CountingFile
     config = load_config([], {"model": {"hf_model_path": directory}, "training": {"dtype": dtype}})
-    with parallel.start(config.parallelism) as world:
+    with join_world(config.parallelism) as world:
         model = build_model(config, load_tokenizer(config.model), world)
         read, safetensors.safe_open = READ, REAL_OPEN
         expected = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))

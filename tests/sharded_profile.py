@@ -15,8 +15,8 @@ import datasets  # noqa: F401 - before the fork, as the others
 import transformers.models.llama.modeling_llama  # noqa: F401
 from meeting import meet_in
 
-import flipproof.cli
-import flipproof.magnitudes
+import flipproof.cli.main
+import flipproof.measure.magnitudes
 
 
 def run(rank, size, file):
@@ -25,7 +25,7 @@ def run(rank, size, file):
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     for number, argv in enumerate(json.loads(file.read_text())):
         meet_in(f"{file}.{number}.store", rank, size)
-        if code := flipproof.cli.main(argv):
+        if code := flipproof.cli.main.main(argv):
             return code
     return 0
 

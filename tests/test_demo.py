@@ -8,7 +8,7 @@ import flipproof.demo as demo_module
 from flipproof.config import load_config
 from flipproof.demo import demo, sweep_p
 from flipproof.errors import ConfigError
-from flipproof.evaluate import fault_seeds, measure_arms
+from flipproof.measure.perplexity import fault_seeds, measure_arms
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_the_sweep_at_the_configs_own_rate_is_the_arm_itself(tiny_llama):
     import numpy as np
 
     import flipproof
-    from flipproof.data import PackedText
+    from flipproof.data.sequences import PackedText
 
     config = load_config(["demo"])
     model = tiny_llama().to(torch.bfloat16)

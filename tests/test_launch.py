@@ -12,7 +12,7 @@ from flipproof import launch
 from flipproof.config import ParallelismConfig
 from flipproof.errors import ConfigError
 from flipproof.launch import check_joined, first_host, join_srun, tell_launcher
-from flipproof.parallel import start
+from flipproof.world import join_world
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -93,7 +93,7 @@ def test_tasks_that_cannot_find_each_other_are_refused_with_the_way_out(environ,
     assert environ(**unclear) == {}
     with pytest.raises(ConfigError, match=r"^SLURM_NTASKS = 2, SLURM_PROCID = \d: .*srun or torchrun.*SLURM_NTASKS=1"):
         check_joined()
-    with pytest.raises(ConfigError, match="SLURM_NTASKS"), start(ParallelismConfig()):
+    with pytest.raises(ConfigError, match="SLURM_NTASKS"), join_world(ParallelismConfig()):
         pass
 
 
@@ -115,8 +115,8 @@ def test_first_host(nodes, first):
 def test_two_tasks_of_srun_are_one_run(tmp_path):
     """Two processes, with nothing but SLURM's names for them, add up their ranks plus one."""
     code = (
-        "from flipproof.parallel import start\nfrom flipproof.config import ParallelismConfig\n"
-        "with start(ParallelismConfig()) as world: print(world.rank, world.size, world.total(world.rank + 1.0))"
+        "from flipproof.world import start\nfrom flipproof.config import ParallelismConfig\n"
+        "with join_world(ParallelismConfig()) as world: print(world.rank, world.size, world.total(world.rank + 1.0))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in NAMES and not name.startswith("SLURM")}
     job = str(os.getpid())  # another port than that of another test run

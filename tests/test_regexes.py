@@ -4,7 +4,7 @@ import pytest
 
 from flipproof import BitFlipSpec, regexes
 from flipproof.errors import ConfigError
-from flipproof.matching import unmatched_patterns
+from flipproof.faults.matching import unmatched_patterns
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", ""]
 WORDS = "model.layers.0.self_attn.q_proj.weight.scale"

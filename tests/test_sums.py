@@ -6,11 +6,11 @@ import torch
 
 from flipproof.config import ModelConfig
 from flipproof.errors import ConfigError
-from flipproof.model import byte_tokenizer, load_model, model_on_meta
-from flipproof.parallel import World
-from flipproof.peft_format import read_adapter
-from flipproof.save import new_directory, save_model
+from flipproof.models.load import byte_tokenizer, load_model, model_on_meta
+from flipproof.models.peft_format import read_adapter
+from flipproof.models.save import new_directory, save_model
 from flipproof.sums import SUMS, check_sums, write_sums
+from flipproof.world import World
 
 
 @pytest.fixture

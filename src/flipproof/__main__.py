@@ -2,6 +2,6 @@
 
 import sys
 
-from flipproof.cli import main
+from flipproof.cli.main import main
 
 sys.exit(main())

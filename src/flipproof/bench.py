@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
+from flipproof.faults.inject import inject
+from flipproof.faults.op import BACKENDS
+from flipproof.faults.spec import BitFlipSpec, LoraSpec
 from flipproof.files import check_new
-from flipproof.inject import inject
-from flipproof.ops.flip import BACKENDS
 from flipproof.records import write_new_record
-from flipproof.spec import BitFlipSpec, LoraSpec
 
 _RANK = 32
 

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from flipproof import parallel, runlog
-from flipproof.adapter import load_adapter
-from flipproof.arms import Arm, arms_table, gap_closed
-from flipproof.build import build_model
 from flipproof.config import RunConfig, load_config
-from flipproof.data import PackedText, load_held_out
-from flipproof.evaluate import arm_faults, fault_seeds, measure_arms
-from flipproof.export import export
+from flipproof.data.sequences import PackedText, load_held_out
+from flipproof.faults.inject import set_faults
 from flipproof.files import check_new, check_writable
-from flipproof.inject import set_faults
-from flipproof.model import load_tokenizer
-from flipproof.records import read_record
-from flipproof.rundir import check_run_dir
-from flipproof.runlog import logger
-from flipproof.train import train
+from flipproof.log import logger
+from flipproof.measure.arms import Arm, arms_table, gap_closed
+from flipproof.measure.perplexity import arm_faults, fault_seeds, measure_arms
+from flipproof.models.adapter import load_adapter
+from flipproof.models.build import build_model
+from flipproof.models.load import load_tokenizer
+from flipproof.records import RESULTS, read_record
+from flipproof.train.export import export
+from flipproof.train.loop import train
+from flipproof.train.rundir import check_run_dir
+from flipproof.world import join_world
 
 _SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)
 """Flip probabilities of the plot, as multiples of the one trained with."""
@@ -57,11 +57,11 @@ def demo(run_dir: Path) -> None:
     logger.info("3. Perplexity against the flip probability, and a sample of text")
     tokenizer = load_tokenizer(config.model)
     text = load_held_out(config.data, tokenizer, config.training.seq_len)
-    with parallel.start(config.parallelism) as world:
+    with join_world(config.parallelism) as world:
         model = build_model(config, tokenizer, world, config.lora)
     load_adapter(model, run_dir / "adapter")
     points = sweep_p(config, model, text)
-    arms = {name: Arm.from_dict(arm) for name, arm in read_record(run_dir / runlog.RESULTS)["arms"].items()}
+    arms = {name: Arm.from_dict(arm) for name, arm in read_record(run_dir / RESULTS)["arms"].items()}
     plot_sweep(points, arms, config, run_dir / "perplexity_vs_p.png")
     seed = fault_seeds(config.bitflip.base_seed, 1)[0]
     samples = sample_texts(model, tokenizer, seed, config.training.seq_len)

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from flipproof.ops.flip import BACKENDS, flip
+from flipproof.faults.op import BACKENDS, flip
 
 # Digest of the bytes of the draw below. A backend with another one computes other flips.
 _KNOWN_DRAW = "8186b14588d6379c"

@@ -15,6 +15,9 @@ from typing import Any
 from flipproof.errors import ConfigError
 from flipproof.files import finite, named, write_atomically
 
+CONFIG, METRICS, RESULTS = "config.toml", "metrics.jsonl", "results.json"
+"""What the files of a run are called."""
+
 HASH = "blake2b"
 CHANGED = f"it is not what was written; take out its {HASH} if you changed it yourself"
 _IN_TOML = f"# {HASH} "

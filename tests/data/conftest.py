@@ -1,7 +1,7 @@
 import datasets
 import pytest
 
-from flipproof.model import byte_tokenizer
+from flipproof.models.load import byte_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from flipproof.data import document
 from flipproof.data.document import Row, Span, TextFile, blocks, pieces, spans
 from flipproof.data.packing import _batches, _tokens
 from flipproof.errors import ConfigError
-from flipproof.model import byte_tokenizer
+from flipproof.models.load import byte_tokenizer
 
 # Code, prose, lists, blank lines, runs of spaces, CRLF, accents, digits, other scripts with and without spaces.
 LINES = [

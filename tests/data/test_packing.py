@@ -11,11 +11,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from flipproof.config import DataConfig
-from flipproof.data import load_held_out, load_text, packing
+from flipproof.data import packing
 from flipproof.data.document import TextFile
+from flipproof.data.sequences import load_held_out, load_text
 from flipproof.data.source import LocalFiles
 from flipproof.errors import ConfigError
-from flipproof.model import byte_tokenizer
+from flipproof.models.load import byte_tokenizer
 
 DOCUMENTS = [f"document {i}: " + "abcdefghij\n" * (20 + i) for i in range(12)]
 
@@ -114,9 +115,9 @@ def test_whatever_the_tokens_depend_on_gives_other_tokens(tmp_path, cache):
 PROCESS = """
 import hashlib, logging, sys
 from flipproof.config import DataConfig
-from flipproof.data import load_text
-from flipproof.model import byte_tokenizer
-from flipproof.runlog import logger
+from flipproof.data.sequences import load_text
+from flipproof.models.load import byte_tokenizer
+from flipproof.log import logger
 
 tokenizer, texts = byte_tokenizer(), 0
 call = type(tokenizer).__call__

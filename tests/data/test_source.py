@@ -7,11 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipproof.config import DataConfig
-from flipproof.data import load_held_out, load_text, tables
+from flipproof.data import tables
 from flipproof.data.document import TextFile
+from flipproof.data.sequences import load_held_out, load_text
 from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
-from flipproof.model import byte_tokenizer
+from flipproof.models.load import byte_tokenizer
 
 
 def read(source, part="all", column="text"):

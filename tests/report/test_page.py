@@ -10,15 +10,15 @@ import PIL.Image
 import plotly.graph_objects as go
 import pytest
 
-from flipproof.cli import main
+from flipproof.cli.main import main
 from flipproof.errors import ConfigError
-from flipproof.intervals import t_interval
+from flipproof.measure.intervals import t_interval
 from flipproof.report import charts
 from flipproof.report import page as page_module
-from flipproof.report.curves import Setting
+from flipproof.report.analyse import Setting
 from flipproof.report.page import report
+from flipproof.report.read import read_sources
 from flipproof.report.sections import Table, sections_of
-from flipproof.report.sources import read_sources
 
 CLEAN = 2.0
 CLIFF = 3e-5

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import pytest
 
-from flipproof.cli import main
+from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
-from flipproof.evaluate import evaluate
-from flipproof.model import byte_tokenizer
+from flipproof.measure.perplexity import evaluate
+from flipproof.models.load import byte_tokenizer
 from flipproof.records import unsealed
 from flipproof.sweep import run as sweep_run
-from flipproof.sweep.directory import SweepDirectory
-from flipproof.sweep.grid import resolved
 from flipproof.sweep.run import sweep
+from flipproof.sweep.store import SweepDirectory
+from flipproof.sweep.table import resolved
 
 GRID = {"p": "1e-4:1e-2:3", "sites": "w,wx", "layers": "all,block", "seeds": "2", "protection": "none,guard"}
 THRESHOLDS = {"w_zero_out_t": "0.5", "x_zero_out_t": "8"}

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 from flipproof.config.schema import SECTIONS
-from flipproof.spec import field_names
+from flipproof.faults.spec import field_names
 
 KEYS = {f"{section}.{key}": key for section, cls in SECTIONS.items() for key in field_names(cls)}
 

@@ -23,8 +23,8 @@ from flipproof.config.names import near_key, near_table, nearest
 from flipproof.config.schema import SECTIONS, RunConfig
 from flipproof.config.values import convert, parse_yaml, shown
 from flipproof.errors import ConfigError
+from flipproof.faults.spec import LAYER_KEYS, BitFlipSpec, LoraSpec, field_names
 from flipproof.records import check_toml
-from flipproof.spec import LAYER_KEYS, BitFlipSpec, LoraSpec, field_names
 
 
 def load_config(
@@ -202,4 +202,4 @@ def preset_text(name: str) -> str:
 
 
 def _presets() -> Any:
-    return resources.files("flipproof") / "presets"
+    return resources.files("flipproof.config") / "presets"

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import tomli_w
 
-from flipproof.spec import BitFlipSpec, LoraSpec
-from flipproof.sweep.plan import MAX_SEEDS, SweepConfig
+from flipproof.config.grid import MAX_SEEDS, SweepConfig
+from flipproof.faults.spec import BitFlipSpec, LoraSpec
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 

@@ -29,7 +29,7 @@ from flipproof.data.document import Part, Piece, pieces
 from flipproof.data.source import Source
 from flipproof.errors import ConfigError
 from flipproof.files import claimed, clear_dead, temporary_name
-from flipproof.runlog import logger
+from flipproof.log import logger
 
 _PACKING = 3  # part of every key: to be raised when other tokens are made of the same text
 _BATCH_CHARACTERS = 2**20  # enough pieces for the tokenizer's threads, and about 0.15 GB while it works

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from flipproof.report.curves import CostMap, Curve, Ranking, is_power_of_two, p_text
-from flipproof.report.figures import COST_FLOOR, PALETTE, SHOWN_CURVES, SHOWN_LAYERS, cost_grid, cost_text
+from flipproof.report.analyse import CostMap, Curve, Ranking, is_power_of_two, p_text
+from flipproof.report.draw import COST_FLOOR, PALETTE, SHOWN_CURVES, SHOWN_LAYERS, cost_grid, cost_text
 
 Chart = dict[str, Any]
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")

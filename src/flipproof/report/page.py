@@ -23,9 +23,9 @@ from plotly.offline import get_plotlyjs
 
 from flipproof.errors import ConfigError
 from flipproof.files import check_writable, claimed, clear_dead, finite, named, temporary_name, write_atomically
-from flipproof.report import figures
+from flipproof.report import draw
+from flipproof.report.read import Sources, read_sources
 from flipproof.report.sections import Section, free_name, sections_of
-from flipproof.report.sources import Sources, read_sources
 
 PAGE = "report.html"
 _WRITTEN = ".written"
@@ -59,9 +59,9 @@ def _files_of(sections: Iterable[Section], folder: str) -> dict[str, bytes]:
     """Name -> content of every picture and table; sections and views learn where theirs are."""
     files: dict[str, bytes] = {}
     for section in sections:
-        for i, draw in enumerate(section.drawings):
+        for i, drawing in enumerate(section.drawings):
             name = f"{section.id}-{i + 1}.png" if len(section.drawings) > 1 else f"{section.id}.png"
-            files[name := free_name(name, files)] = figures.png(draw())
+            files[name := free_name(name, files)] = draw.png(drawing())
             section.pictures.append(quote(f"{folder}/{name}"))
         if section.chart:
             views = section.chart["views"]

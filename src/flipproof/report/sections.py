@@ -14,9 +14,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flipproof.arms import ARM_ROWS, Arm
-from flipproof.report import charts, figures
-from flipproof.report.curves import (
+from flipproof.measure.arms import ARM_ROWS, Arm
+from flipproof.report import charts, draw
+from flipproof.report.analyse import (
     CLIFF_THRESHOLD,
     Cost,
     Curve,
@@ -29,7 +29,7 @@ from flipproof.report.curves import (
     rankings,
     sites_in_words,
 )
-from flipproof.report.sources import Sources, Sweep
+from flipproof.report.read import Sources, Sweep
 
 _MOST_CURVES = 14
 """On one chart; twice the palette."""
@@ -243,7 +243,7 @@ def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         ],
         charts.perplexity_curves(views, sweep.clean_perplexity),
         [
-            partial(figures.perplexity_curves, group, names, sweep.clean_perplexity)
+            partial(draw.perplexity_curves, group, names, sweep.clean_perplexity)
             for group, names in list(views.values())[:_MOST_PICTURES]
         ],
     )
@@ -255,19 +255,19 @@ def _views(curves: Sequence[Curve]) -> tuple[dict[str, tuple[list[Curve], list[s
     chosen = _widest(curves)
     groups: dict[str, list[Curve]] = {}
     for curve in chosen:
-        split = len(chosen) > figures.SHOWN_CURVES
+        split = len(chosen) > draw.SHOWN_CURVES
         groups.setdefault(protection_in_words(curve.setting.protection) if split else "", []).append(curve)
     views, shown = {}, 0
     for name, group in groups.items():
-        if len(group) > figures.SHOWN_CURVES:
+        if len(group) > draw.SHOWN_CURVES:
             group.sort(key=lambda curve: curve.cliff.p or curve.cliff.up_to or math.inf)
         labels = labels_of([curve.setting for curve in group])
         drawn = group[:_MOST_CURVES]
         views[name] = (drawn, [labels[curve.setting] for curve in drawn])
         shown += len(drawn)
     more = f" {shown} of {len(curves)} curves are drawn; the tables have all." if shown < len(curves) else ""
-    if any(len(drawn) > figures.SHOWN_CURVES for drawn, _ in views.values()):
-        more += f" A picture has {figures.SHOWN_CURVES}, and so has the chart until its legend is clicked."
+    if any(len(drawn) > draw.SHOWN_CURVES for drawn, _ in views.values()):
+        more += f" A picture has {draw.SHOWN_CURVES}, and so has the chart until its legend is clicked."
     return views, more
 
 
@@ -307,11 +307,11 @@ def _heat_map(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         "heat-map",
         "Sensitivity by layer and bit",
         "Mean loss less the clean loss, in nats per token, where flips hit only these layers and bits, at the same p. "
-        f"The colour is logarithmic from {figures.COST_FLOOR:g} nats; ∞ is a model without finite loss, blank was not "
+        f"The colour is logarithmic from {draw.COST_FLOOR:g} nats; ∞ is a model without finite loss, blank was not "
         "measured. Bit 0 is the lowest of the mantissa.",
         [Table("heat-map.csv", columns, rows, shown=False)],
         charts.cost_heat_maps(maps),
-        [partial(figures.cost_heat_map, of) for of in maps[:_MOST_PICTURES]],
+        [partial(draw.cost_heat_map, of) for of in maps[:_MOST_PICTURES]],
     )
 
 
@@ -326,7 +326,7 @@ def _ranking(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
     ]
     columns = ["p", "sites", "bits", "protection", "rank", "layers", "cost", "95% low", "95% high", "seeds"]
     most = max(len(one.rows) for one in found)
-    more = f" The {figures.SHOWN_LAYERS} worst of {most} are drawn." if most > figures.SHOWN_LAYERS else ""
+    more = f" The {draw.SHOWN_LAYERS} worst of {most} are drawn." if most > draw.SHOWN_LAYERS else ""
     return Section(
         "ranking",
         "Layers by sensitivity",
@@ -334,7 +334,7 @@ def _ranking(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         f"intervals over fault seeds; hatched: infinite.{more}",
         [Table("ranking.csv", columns, rows, title="All rankings, the most telling first")],
         charts.ranking_bars(found),
-        [partial(figures.ranking_bars, one) for one in found[:_MOST_PICTURES]],
+        [partial(draw.ranking_bars, one) for one in found[:_MOST_PICTURES]],
     )
 
 
@@ -372,7 +372,7 @@ def _protection(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         ],
         charts.perplexity_curves(views, sweep.clean_perplexity),
         [
-            partial(figures.perplexity_curves, group, names, sweep.clean_perplexity)
+            partial(draw.perplexity_curves, group, names, sweep.clean_perplexity)
             for group, names in list(views.values())[:_MOST_PICTURES]
         ],
     )
@@ -398,7 +398,7 @@ def _voltage(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         "there; 95% intervals over fault seeds, dashed: clean.",
         [Table("voltage.csv", ["voltage (V)", "bit-error rate", *_SETTING, *_PERPLEXITY, "seeds"], rows)],
         charts.voltage_panels(sweep.voltages, drawn[:_MOST_CURVES], labels[:_MOST_CURVES], sweep.clean_perplexity),
-        [partial(figures.voltage_panels, sweep.voltages, drawn, labels, sweep.clean_perplexity)],
+        [partial(draw.voltage_panels, sweep.voltages, drawn, labels, sweep.clean_perplexity)],
     )
 
 
@@ -446,7 +446,7 @@ def _magnitudes(profile: Mapping[str, Any]) -> Section:
             ),
         ],
         charts.magnitude_panels(histograms, thresholds),
-        [partial(figures.magnitude_panels, histograms["all layers"], thresholds["all layers"], "all layers")],
+        [partial(draw.magnitude_panels, histograms["all layers"], thresholds["all layers"], "all layers")],
     )
 
 
@@ -458,7 +458,7 @@ def _training(runs: Mapping[str, Sequence[tuple[int, float]]]) -> Section:
         "Training loss by optimizer step, as logged; with flips on where the run has them.",
         [Table("training.csv", ["run", "step", "loss"], rows, shown=False)],
         charts.training_curves(runs),
-        [partial(figures.training_curves, runs)],
+        [partial(draw.training_curves, runs)],
     )
 
 

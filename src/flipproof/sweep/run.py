@@ -20,22 +20,22 @@ from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
-from flipproof import parallel
-from flipproof.arms import Arm, arm_names, guard_warning
-from flipproof.build import build_model, check_length, flipped_dtype
 from flipproof.config import RunConfig
-from flipproof.data import PackedText, load_held_out
+from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
-from flipproof.evaluate import mean_loss, measure_arms
-from flipproof.inject import check_bits, faults, inject, set_faults
-from flipproof.limits import check_ids
-from flipproof.model import compute_context, load_tokenizer, model_on_meta
-from flipproof.parallel import World, cast_to
-from flipproof.runlog import logger
-from flipproof.spec import OPERANDS
-from flipproof.sweep.directory import SweepDirectory
-from flipproof.sweep.grid import Grid, all_that_flips, rates_of, resolved
-from flipproof.sweep.plan import Cell, Point, Rate, next_point
+from flipproof.faults.inject import check_bits, faults, inject, set_faults
+from flipproof.faults.spec import OPERANDS
+from flipproof.log import logger
+from flipproof.measure.arms import Arm, arm_names, guard_warning
+from flipproof.measure.perplexity import mean_loss, measure_arms
+from flipproof.models.build import build_model, check_length, flipped_dtype
+from flipproof.models.limits import check_ids
+from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
+from flipproof.models.parallelize import cast_to
+from flipproof.sweep.order import Cell, Point, Rate, next_point
+from flipproof.sweep.store import SweepDirectory
+from flipproof.sweep.table import Grid, all_that_flips, rates_of, resolved
+from flipproof.world import World, join_world
 
 _LOG_EVERY_S = 30.0
 _TABLE_COLUMNS = 6
@@ -58,7 +58,7 @@ def sweep(config: RunConfig, to: Path) -> str:
     config = resolved(config)
     rates = rates_of(config.sweep)
     directory = SweepDirectory(to)
-    with parallel.start(config.parallelism) as world:
+    with join_world(config.parallelism) as world:
         known = _known_before(config, rates, world)
         _on_first(world, lambda: directory.check(config, known))
         tokenizer = load_tokenizer(config.model)

@@ -1,0 +1,138 @@
+"""Text to packed token sequences, and which sequences make up which batch.
+
+``source`` knows where text comes from, ``document`` which of it is held out, ``packing`` how it becomes tokens; here
+tokens are cut into sequences of ``seq_len``.
+
+**Order without state.** The k-th of n sequences of a training run is a function of (seed, n, k): epoch k // n has a
+permutation of its own. Step s of a run needs sequences s·batch to (s+1)·batch, so resuming needs the step number and
+nothing else.
+
+**Held out.** A source's held-out part is never trained on, under any config, even where evaluation text is given: see
+``document``. No more of a source is read and tokenised than a run needs.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flipproof.config import DataConfig
+from flipproof.data.document import Part
+from flipproof.data.packing import beginning, packed_tokens
+from flipproof.data.source import check_apart, open_source
+from flipproof.errors import ConfigError
+from flipproof.log import logger
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Token ids of shape (sequences, seq_len), int32, and where the text came from.
+
+    Those that ``load_text`` gives are mapped from a file, read-only.
+    """
+
+    sequences: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """int64 token ids of shape (len(indices), seq_len)."""
+        return torch.from_numpy(self.sequences[indices].astype(np.int64))
+
+
+def training_indices(n: int, seed: int, first: int, count: int) -> np.ndarray:
+    """Which of ``n`` sequences are the first-th to (first+count)-th of a training run: int64, shape (count,)."""
+    positions = np.arange(first, first + count)
+    epochs = positions // n
+    indices = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = _epoch_order(n, seed, int(epoch))[positions[here] % n]
+    return indices
+
+
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
+def load_text(
+    config: DataConfig, tokenizer: Any, seq_len: int, needed: int | None = None
+) -> tuple[PackedText, PackedText]:
+    """(training text, held-out text), packed.
+
+    Args:
+        needed: how many training sequences are enough; None is the whole source.
+
+    Raises:
+        ConfigError: for a source that cannot be read, has no such column, is empty, or is shorter than one sequence of
+            training and one of held-out text; for evaluation text that is trained on; for a ``bos`` that the tokenizer
+            does not have; and for a cache directory that cannot be written.
+    """
+    held_out = load_held_out(config, tokenizer, seq_len)
+    limit = None if needed is None else max(1, needed) * seq_len
+    if config.max_tokens is not None:
+        left = config.max_tokens - (held_out.sequences.size if config.eval_source is None else 0)
+        limit = left if limit is None else min(limit, left)
+        if left < seq_len:
+            raise ConfigError([f"data.max_tokens = {config.max_tokens}: {_does_not_divide(seq_len)}"])
+    train = PackedText(_sequences(config.source, "training", config, tokenizer, seq_len, limit), config.source)
+    if needed is not None and needed > len(train):
+        logger.warning(
+            "data.source = %r has %d sequences of %d tokens to train on, and the run takes %d: each is seen %.1f times",
+            config.source, len(train), seq_len, needed, needed / len(train),
+        )  # fmt: skip
+    return train, held_out
+
+
+def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedText:
+    """The held-out text alone. Raises as ``load_text`` does."""
+    if start := beginning(config.bos, tokenizer):
+        token = "".join(tokenizer.convert_ids_to_tokens(start))
+        logger.info("data.bos: each document and each sequence begins with %s", token)
+    if config.eval_source is not None:
+        check_apart(config.source, config.eval_source, config.text_column)
+        sequences = _sequences(config.eval_source, "all", config, tokenizer, seq_len, config.max_tokens)
+        return PackedText(sequences, config.eval_source)
+    tokens = (
+        config.held_out_tokens if config.max_tokens is None else min(config.held_out_tokens, config.max_tokens // 10)
+    )
+    count = max(1, tokens // seq_len)
+    sequences = _sequences(config.source, "held-out", config, tokenizer, seq_len, count * seq_len)
+    return PackedText(sequences, f"held-out {config.source}")
+
+
+def _sequences(
+    name: str, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None
+) -> np.ndarray:
+    start = beginning(config.bos, tokenizer)
+    if len(start) >= seq_len:
+        raise ConfigError([f"training.seq_len = {seq_len}: each sequence begins with {len(start)} tokens (data.bos)"])
+    source = open_source(name, config.text_column)
+    if source.splits and part != "training":
+        logger.info("data source %r: %s", name, source.splits)
+    flat = packed_tokens(source, part, tokenizer, start, seq_len, limit)
+    if len(flat) < seq_len:
+        if part == "all":
+            of, way_out = "", "give more text or a shorter sequence"
+        else:
+            of, way_out = f" in its {part} part", _does_not_divide(seq_len)
+        raise ConfigError(
+            [
+                f"data source {name!r}: {len(flat)} tokens of text{of} are fewer than one sequence (training.seq_len = "
+                f"{seq_len}); {way_out}"
+            ]
+        )
+    return flat[: len(flat) // seq_len * seq_len].reshape(-1, seq_len)
+
+
+def _does_not_divide(seq_len: int) -> str:
+    return (
+        f"it does not divide into training and held-out text in sequences of {seq_len}; give more text, a shorter "
+        "training.seq_len, or data.eval_source"
+    )

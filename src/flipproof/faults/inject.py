@@ -1,0 +1,461 @@
+"""Swapping faulty layers into a model and out again, and saying what is covered.
+
+``inject`` replaces each matching ``nn.Linear`` by a ``FaultyLinear`` that holds the same parameters, in place, also
+on the meta device; likewise an embedding, and attention (``attention.py``), where they are asked for. They share one
+``FaultState`` (``state.py``), which hooks on the root module advance. What can fail comes first: an ``inject`` that
+raises leaves the model as it was.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from flipproof.errors import ConfigError, first_of
+from flipproof.faults import attention
+from flipproof.faults.dtypes import DTYPES, dtype_name
+from flipproof.faults.embedding import FaultyEmbedding
+from flipproof.faults.linear import FaultyLinear, keep_hooks
+from flipproof.faults.matching import unmatched_patterns
+from flipproof.faults.philox import check_tick
+from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec, check_seed
+from flipproof.faults.state import FaultSite, FaultState
+from flipproof.faults.ties import merge_adapters
+from flipproof.log import logger
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_SPREADS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+_HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What ``inject`` did. Its string is a report for people."""
+
+    covered: tuple[str, ...]
+    """Names of the layers that are faulty now."""
+    skipped: dict[str, str]
+    """Every other ``nn.Linear``: name -> why it was left alone."""
+    uncovered: dict[str, str]
+    """Other modules that multiply by weights which no Linear swap can see, and which the config leaves alone: name ->
+    what they are."""
+    flops_share: float
+    """Covered share of the weight FLOPs of one token (two per weight; attention scores are not counted)."""
+    memories: tuple[str, ...] = ()
+    """What else is faulty: embeddings, and attention modules whose keys and values are."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.covered)} faulty linear layers cover {self.flops_share:.1%} of the model's weight FLOPs"]
+        if self.memories:
+            lines.append(f"faulty besides: {_shortened(self.memories)}")
+        for title, modules in (("left alone", self.skipped), ("out of reach", self.uncovered)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in modules.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, names in reasons.items():
+                lines.append(f"{title} ({reason}): {_shortened(names)}")
+        return "\n".join(lines)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, LoraSpec] | None = None) -> Coverage:
+    """Make the linear layers of ``model`` faulty, in place; and its head, embedding and KV cache, if ``spec`` says so.
+
+    Every ``nn.Linear`` but the output head is swapped, unless ``spec`` says otherwise. With adapters (``lora.r`` > 0)
+    everything else is frozen, as PEFT does; without, which parameters train is left as it is.
+
+    Args:
+        model: any module; its forward is what a tick counts. May be on the meta device.
+        spec: what flips where.
+        lora: adapters for the same linear layers, or for some of them by name. None or r = 0 is none.
+
+    Returns:
+        What was covered.
+
+    Raises:
+        ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
+            without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped.
+            ValueError: where the model is injected already, or wrapped by what spreads it over processes.
+    """
+    if not isinstance(spec, BitFlipSpec):
+        raise ConfigError([f"spec = {spec!r}: a BitFlipSpec is allowed, such as BitFlipSpec(w_p_exp=1e-5)"])
+    lora = lora or LoraSpec()
+    if is_faulty(model):
+        raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
+    _check_unwrapped(model)
+    check_bits(spec, (parameter.dtype for parameter in model.parameters()))
+    for line in unmatched_patterns(spec, _matchable(model, spec)):
+        logger.warning("%s", line)
+    head = output_head(model)
+    planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
+    names: dict[str, int] = {}  # of linear layers to swap; one may have several
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is not nn.Linear:
+            continue
+        site = planned[id(module)][0] if id(module) in planned else _site(name)
+        kind = "head" if module is head or (head is None and site in _HEAD_NAMES) else "linear"
+        layer_spec = spec.for_layer(site)
+        if kind not in spec.sites:
+            skipped[name] = "the output head" if kind == "head" else "not among bitflip.sites"
+        elif layer_spec is None:
+            skipped[name] = "skipped by the config"
+        elif not (layer_spec.x.active or layer_spec.w.active or _lora_of(lora, site)):
+            skipped[name] = "no fault configured"
+        elif not name:
+            raise ValueError("the model itself is an nn.Linear; put it in a module to inject it")
+        else:
+            planned.setdefault(id(module), (site, kind))
+            names[name] = id(module)
+    if isinstance(lora, Mapping):
+        _check_layers_of_adapters(lora, {site for site, _ in planned.values()}, skipped)
+    elif lora and not names:
+        nothing = _nothing_matched(spec, skipped)
+        raise ConfigError([f"lora.r = {lora.r}: adapters are made on linear layers of bitflip.sites; {nothing}"])
+    coverage = _coverage(model, names, skipped, spec)
+    table, table_name = _embedding(model)
+    table_spec = _table_spec(table, table_name, spec)
+    kv_faults = attention.planned(model, spec)
+    if not (names or table_spec or kv_faults):
+        raise ConfigError([_nothing_matched(spec, skipped)])
+    _check_layers(model, names)
+    state = FaultState(spec.base_seed, spec.exact_gradient)
+    swapped: dict[int, FaultyLinear] = {}
+    for name, which in names.items():
+        if which in swapped:
+            continue
+        site, kind = planned[which]
+        layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
+        assert layer_spec is not None
+        # tied weights are one memory
+        w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
+        own = _lora_of(lora, site)
+        swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
+
+    # Whatever can fail has not: from here on the model changes.
+    for name, which in names.items():
+        _put(model, name, swapped[which])
+    if table_spec is not None:
+        FaultyEmbedding.make(table, _site(table_name), table_spec.w, state)
+    attention.install(model, kv_faults, state)
+    if lora:
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name.endswith((".lora_A", ".lora_B")))
+    state.sites = list(fault_sites(model).values())
+    state.watch(model)
+    return replace(coverage, memories=(*([table_name] if table_spec else []), *kv_faults))
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raises ConfigError where something spreads the model over processes or memories already: it knows the parameters
+    that it found, and would neither gather, average nor fetch those of layers that come later."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):  # accelerate fetches its weights when it runs
+            placed = getattr(model, "hf_device_map", None)
+            where = ", ".join(sorted({str(device) for device in placed.values()})) if placed else "elsewhere"
+            raise ConfigError(
+                [
+                    f"{name or 'the model'}'s weights are where accelerate placed them ({where}); load it onto one "
+                    'device, without device_map or with {"": device}'
+                ]
+            )
+        if isinstance(module, _SPREADS):
+            kind = "fully_shard" if isinstance(module, FSDPModule) else type(module).__name__
+            where = f" at {name}" if name else ""
+            raise ConfigError([f"{kind}{where} is around the model already; inject first, then wrap"])
+
+
+def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ConfigError for linear layers whose weights are not two plain parameters of a dtype whose bits flip."""
+    problems = []
+    for name in names:
+        own = dict(model.get_submodule(name).named_parameters(recurse=False))
+        if more := own.keys() - {"weight", "bias"}:
+            problems.append(f"{name} computes its weight from {', '.join(sorted(more))}: make it a plain one first")
+        elif own["weight"].dtype not in DTYPES:
+            allowed = ", ".join(map(dtype_name, DTYPES))
+            problems.append(f"{name}: its weights are {dtype_name(own['weight'].dtype)}; allowed are {allowed}")
+    if problems:
+        raise ConfigError([first_of(problems)])
+
+
+def _lora_of(lora: LoraSpec | Mapping[str, LoraSpec], site: str) -> LoraSpec:
+    return lora.get(site, LoraSpec()) if isinstance(lora, Mapping) else lora
+
+
+def _check_layers_of_adapters(names: Iterable[str], faulty: set[str], skipped: Mapping[str, str]) -> None:
+    others = [f"{name} ({skipped.get(name, 'no such nn.Linear')})" for name in names if name not in faulty]
+    if others:
+        raise ConfigError([f"adapters are of faulty linear layers, and here is one of {first_of(others)}"])
+
+
+def _matchable(model: nn.Module, spec: BitFlipSpec) -> list[str]:
+    """Names of all that patterns may be about. What an output head is called elsewhere is always known: leaving it
+    alone is no slip."""
+    attentions = attention.attention_modules(model) if spec.any_kv_fault else {}
+    return [
+        *_HEAD_NAMES,
+        *(
+            _site(name)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if name in attentions or any(weight.dim() >= 2 for weight in module.parameters(recurse=False))
+        ),
+    ]
+
+
+def _site(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def check_bits(spec: BitFlipSpec, dtypes: Iterable[torch.dtype]) -> None:
+    """Raises ConfigError for bits in ``spec`` that values of these dtypes do not have."""
+    problems = []
+    for dtype in sorted({dtype_name(dtype) for dtype in dtypes} & ELEMENT_BITS.keys()):
+        for changed in spec.variants():
+            for operand in OPERANDS:
+                try:
+                    changed.pattern(operand).bit_probabilities(0.0, 0.0, dtype)
+                except ValueError as problem:
+                    problems.append(f"bitflip.{operand}_p_bits or {operand}_protected_bits, {problem}")
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _embedding(model: Any) -> tuple[Any, str]:
+    """(the input embedding, its name), or (None, "")."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if get is not None else None
+    except NotImplementedError:
+        embedding = None
+    return embedding, next((name for name, module in model.named_modules() if module is embedding), "")
+
+
+def _table_spec(table: Any, name: str, spec: BitFlipSpec) -> BitFlipSpec | None:
+    """The spec of the input embedding, where it is to be faulty."""
+    if "embedding" not in spec.sites:
+        return None
+    layer_spec = spec.for_layer(_site(name))
+    if layer_spec is None or not layer_spec.w.active:
+        return None
+    if not isinstance(table, nn.Embedding):
+        raise ConfigError([f"bitflip.sites: the input embedding is a {type(table).__name__}, not an nn.Embedding"])
+    if table.max_norm is not None:
+        raise ConfigError(["bitflip.sites: an embedding with max_norm changes its own weights and cannot be faulty"])
+    return layer_spec
+
+
+def _nothing_matched(spec: BitFlipSpec, skipped: dict[str, str]) -> str:
+    if not skipped:
+        return "no layer matched: the model has no nn.Linear"
+    reasons = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
+    return (
+        f"no layer matched include_patterns = {list(spec.include_patterns)}, "
+        f"skip_patterns = {list(spec.skip_patterns)}, "
+        f"layer_name_to_config = {list(spec.layer_name_to_config)}; the model's linear layers are {reasons}"
+        + (f" and {len(skipped) - 3} more" if len(skipped) > 3 else "")
+    )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if get is not None else None
+    except NotImplementedError:  # transformers models without a head
+        head = None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _coverage(model: nn.Module, names: Mapping[str, int], skipped: dict[str, str], spec: BitFlipSpec) -> Coverage:
+    """What swapping the layers called ``names`` covers. Raises ConfigError where weights out of reach go unsaid."""
+    total = inside = out = 0.0
+    uncovered: dict[str, str] = {}
+    unsaid: list[str] = []
+    config = getattr(model, "config", None)
+    active_experts = getattr(config, "num_experts_per_tok", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):  # a look-up, not a product
+            continue
+        flops = 0.0
+        for p in module.parameters(recurse=False):
+            if p.dim() == 3 and active_experts:  # experts of which a token sees some
+                flops += p.numel() * min(1.0, active_experts / len(p))
+            elif p.dim() >= 2:
+                flops += p.numel()
+        total += flops
+        if name in names:
+            inside += flops
+        elif flops and name not in skipped:
+            uncovered[name] = f"{type(module).__name__} is not an nn.Linear"
+            if not any(pattern in name for pattern in spec.skip_patterns):
+                out += flops
+                unsaid.append(name)
+    wanted = "linear" in spec.sites and (spec.w.active or spec.x.active or names or spec.layer_name_to_config)
+    if unsaid and wanted:
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in unsaid})
+        raise ConfigError(
+            [
+                f"{type(model).__name__}: {out / total:.1%} of the weight FLOPs are out of reach of faults, in "
+                f"{' and '.join(kinds)} ({_shortened(unsaid)}); to leave them clean knowingly, name them in "
+                "bitflip.skip_patterns"
+            ]
+        )
+    covered = tuple({which: name for name, which in reversed(list(names.items()))}.values())[::-1]
+    return Coverage(covered, skipped, uncovered, inside / total if total else 0.0)
+
+
+def fault_sites(model: nn.Module) -> dict[str, FaultSite]:
+    """Module name -> whatever has faults."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FaultSite)}
+
+
+def iter_faulty(model: nn.Module) -> Iterator[tuple[str, FaultyLinear]]:
+    """(module name, layer) of each faulty layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, FaultyLinear))
+
+
+def is_faulty(model: nn.Module) -> bool:
+    """Whether anything in the model is faulty."""
+    return any(isinstance(module, FaultSite) for module in model.modules())
+
+
+def faulty_layers(model: nn.Module) -> dict[str, FaultyLinear]:
+    """Module name -> faulty layer. Raises ValueError where there is none."""
+    layers = dict(iter_faulty(model))
+    if not layers:
+        raise ValueError("this model has no faulty layers; flipproof.inject(model, spec) makes them")
+    return layers
+
+
+def fault_state(model: nn.Module) -> FaultState:
+    """The state that all that is faulty in the model shares. Raises ValueError where there is nothing."""
+    sites = fault_sites(model) or faulty_layers(model)  # which says what is wrong
+    return next(iter(sites.values())).state
+
+
+def set_tick(model: nn.Module, tick: int) -> None:
+    """The next forward pass draws with this tick (0 to 2^48 - 1), the one after it with the next, and so on."""
+    fault_state(model).set_tick(check_tick(tick))
+
+
+def set_seed(model: nn.Module, seed: int) -> None:
+    """Draw with another fault seed from now on, starting again at tick 0."""
+    fault_state(model).seed = check_seed(seed)
+    for site in fault_sites(model).values():
+        site.refresh_keys()
+    set_tick(model, 0)
+
+
+def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
+    """Give what ``inject`` made faulty other faults, adapters unchanged; what ``spec`` leaves alone becomes clean.
+
+    The seed is ``spec.base_seed``, from tick 0.
+    """
+    for site in fault_sites(model).values():
+        site.set_faults(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None)
+    fault_state(model).exact_gradient = spec.exact_gradient
+    set_seed(model, spec.base_seed)
+
+
+@contextmanager
+def faults(
+    model: nn.Module,
+    *,
+    flips: bool = True,
+    guard: bool = True,
+    adapters: bool = True,
+    seed: int | None = None,
+) -> Iterator[None]:
+    """Within the block, with flips, guard and adapters on or off and, where given, another fault seed from tick 0.
+
+    Seed and tick go on afterwards from where they were.
+    """
+    state = fault_state(model)
+    for name, value in (("flips", flips), ("guard", guard), ("adapters", adapters)):
+        if not isinstance(value, bool):
+            raise ConfigError([f"{name} = {value!r}: True or False is allowed"])
+    before = (state.flips, state.guard, state.adapters)
+    seed_before, place = state.seed, (state._next, state.tick, state.resumed_at)
+    state.flips, state.guard, state.adapters = flips, guard, adapters
+    state._next = state._next.clone()
+    try:
+        if seed is not None:
+            set_seed(model, seed)
+        yield
+    finally:
+        state.flips, state.guard, state.adapters = before
+        if state.seed != seed_before:
+            set_seed(model, seed_before)
+        state._next, state.tick, state.resumed_at = place
+
+
+def remove(model: nn.Module) -> None:
+    """Put plain ``nn.Linear`` layers back, with the weights as they are; adapters are dropped.
+
+    Raises:
+        ValueError: where nothing is faulty, or FSDP or accelerate hold the weights of the faulty layers.
+    """
+    _check_restorable(model)
+    _restore(model)
+
+
+def merge(model: nn.Module) -> None:
+    """Put plain ``nn.Linear`` layers back, with the adapters merged into the weights: W + s·B·A.
+
+    A layer with an adapter whose weight other modules hold too, as a head tied to the embedding, gets one of its own;
+    the config of a ``transformers`` model says then that its weights are not tied.
+
+    Raises:
+        ValueError: as ``remove`` does.
+    """
+    _check_restorable(model)
+    merge_adapters(model)
+    _restore(model)
+
+
+def _check_restorable(model: nn.Module) -> None:
+    fault_state(model)
+    if any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
+        raise ConfigError(
+            ["this model is sharded: its faulty layers stay; flipproof export writes a run's model without them"]
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ConfigError(
+            [
+                "accelerate fetches this model's weights when it runs; take its hooks off first: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            ]
+        )
+
+
+def _restore(model: nn.Module) -> None:
+    for hook in fault_state(model).hooks:
+        hook.remove()
+    if any(site.kind == "kv" for site in fault_sites(model).values()):
+        attention.uninstall(model)
+    plain: dict[int, nn.Linear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, FaultyEmbedding):
+            module.unmake()
+        if not isinstance(module, FaultyLinear):
+            continue
+        if id(module) not in plain:
+            # on meta: no memory is taken for parameters that are replaced at once
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight, linear.bias = module.weight, module.bias
+            linear.train(module.training)
+            keep_hooks(linear, module)
+            plain[id(module)] = linear
+        _put(model, name, plain[id(module)])

@@ -1,0 +1,292 @@
+"""The faulty linear layer: ``Y = flip(X) · flip(W + s·B·A)ᵀ + bias``.
+
+``FaultyLinear`` is an ``nn.Linear`` with the same parameter names, plus ``lora_A`` (r, in) and ``lora_B`` (out, r)
+where r > 0.
+
+**Forward** is one matrix product on the merged, flipped weight; there is no separate LoRA branch.
+
+**Backward** draws the flips again, since a draw is a function of its key: what is kept between forward and backward
+is X, W, A and B, as for a clean LoRA layer. (Where activation checkpointing runs forward again just before backward,
+that run's W̃ is kept for it: ``recomputed``.) Write X̃ and W̃ for the operands after flip and guard, dY for the
+incoming gradient and ⊙ keep for zeroing what the guard zeroed. Then
+
+    dX = (dY · W̃) ⊙ keep_x        dW = (dYᵀ · X̃) ⊙ keep_w        dA = s · Bᵀ · dW        dB = s · dW · Aᵀ
+
+Where W is frozen, the (out, in) matrix dYᵀ·X̃ is not formed: dA = s·(dY·B)ᵀ·X̃ and dB = s·dYᵀ·(X̃·Aᵀ), and what the few
+positions (o, i) zeroed by the guard contributed, g = Σ dY[:, o]·X̃[:, i], is taken back: s·B[o]·g from dA[:, i], and
+s·A[:, i]·g from dB[o]. The result is exact (on a GPU as long as they fit a list: ``triton_launch.new_zeroed``).
+``exact_gradient = false`` in the config leaves that step out: the gradient then passes straight through the weights
+that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a layer on a GPU saves 3 to 9% of its time
+(``benchmarks/README.md``).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flipproof.dtensor import assign_, local, whole
+from flipproof.faults.philox import derive_key
+from flipproof.faults.spec import BitFlipSpec, Fault, LoraSpec
+from flipproof.faults.state import FaultSite, FaultState, draw_of, key_of_run, run_name
+
+ops = torch.ops.flipproof
+
+
+def key_device(weight: Tensor) -> torch.device:
+    # forward cannot run on the meta device, which holds no keys
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+"""Where a module keeps the hooks that others have put on it."""
+
+
+def keep_hooks(module: nn.Module, before: nn.Module) -> None:
+    """Give ``module`` the hooks of the one whose place it takes; whoever put them there can still remove them."""
+    for hooks in _HOOKS:
+        setattr(module, hooks, getattr(before, hooks))
+
+
+class FaultyLinear(FaultSite, nn.Linear):
+    """``nn.Linear`` whose input and weight suffer bit flips at every forward pass.
+
+    Made by ``flipproof.faults.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    recomputed = False
+    """Whether activation checkpointing is around this layer, so that what forward saves lives for a moment only."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        site: str,
+        x_fault: Fault,
+        w_fault: Fault,
+        lora: LoraSpec,
+        state: FaultState,
+        kind: str = "linear",
+        w_site: str | None = None,
+    ) -> None:
+        """``w_site``: the site of the module that holds the same weight, where there is one."""
+        nn.Module.__init__(self)  # the parameters come from ``linear``: nothing is allocated twice
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+        keep_hooks(self, linear)
+        self.site, self.kind, self.x_fault, self.w_fault = site, kind, x_fault, w_fault
+        self.w_site = w_site or site
+        self.lora, self.state = lora, state
+        if lora.r:
+            # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
+            device = self.weight.device
+            self.lora_A = nn.Parameter(torch.empty(lora.r, self.in_features, dtype=torch.float32, device=device))
+            self.lora_B = nn.Parameter(torch.empty(self.out_features, lora.r, dtype=torch.float32, device=device))
+            self.reset_lora_parameters()
+        else:
+            self.register_parameter("lora_A", None)
+            self.register_parameter("lora_B", None)
+        self.refresh_keys()
+
+    def reset_lora_parameters(self) -> None:
+        """A uniform in ±1/√in (what ``nn.Linear`` and PEFT use), B zero. A is a function of the site alone, so
+        the order of the layers and their placement do not matter. On the meta device: call again once materialised.
+        """
+        if self.lora_A is None or self.lora_B is None or self.lora_A.device.type == "meta":
+            return
+        generator = torch.Generator().manual_seed(derive_key(0, f"{self.site}/lora_A"))
+        bound = self.in_features**-0.5
+        assign_(self.lora_A, torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        with torch.no_grad():
+            self.lora_B.zero_()
+
+    def draw_name(self, operand: str, run: int = 0) -> str:
+        return f"{self.w_site if operand == 'w' else self.site}{run_name(run)}/{operand}"
+
+    def set_faults(self, spec: BitFlipSpec | None) -> None:
+        self.x_fault, self.w_fault = (spec.x, spec.w) if spec else (Fault(), Fault())
+
+    def refresh_keys(self) -> None:
+        device = key_device(self.weight)
+        self.x_key, self.w_key = (self._key(self.draw_name(operand), device) for operand in "xw")
+        self.state.move_to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FaultyLinear":
+        # .to(), .cuda(), .to_empty(): keys are derived anew rather than moved, so that nothing can lose them.
+        super()._apply(fn, recurse)
+        self.refresh_keys()
+        return self
+
+    def _replicate_for_data_parallel(self) -> "FaultyLinear":
+        raise RuntimeError(
+            "nn.DataParallel runs copies of a faulty layer that share its ticks; start one process for each GPU "
+            "(torchrun), or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
+        )
+
+    def merged_weight(self) -> Tensor:
+        """W + s·B·A in W's dtype, computed in the adapters'; W itself where there are no adapters.
+
+        Of a sharded layer the rows that this process holds; all processes must call.
+        """
+        weight: Tensor = local(self.weight)
+        if self.lora_A is None or self.lora_B is None:
+            return weight
+        # rows of W and of B are sharded alike
+        lora_A, lora_B = whole(self.lora_A), local(self.lora_B)
+        return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=self.lora.scaling).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.state
+        x_fault, w_fault = state.effective(self.x_fault), state.effective(self.w_fault)
+        lora_A, lora_B = (self.lora_A, self.lora_B) if state.adapters else (None, None)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            # Bits flip in the dtype that is computed with.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if not (x_fault.active or w_fault.active or lora_A is not None):
+            return F.linear(x, weight, bias)
+        run, x_offset = self.next_run(), state.slice * x.numel()
+        if state.tap is not None:
+            if lora_A is not None:
+                weight = ops.merge(
+                    weight, lora_A, lora_B, self.lora.scaling, *draw_of(Fault(), self.w_key, state.tick, 0)
+                )
+            flipped_x = self._flipped("x", x, x_fault, self.x_key, x_offset, run)
+            return F.linear(flipped_x, self._flipped("w", weight, w_fault, self.w_key, 0, run), bias)
+        keys = key_of_run(self.x_key, x_fault, run), key_of_run(self.w_key, w_fault, run)
+        # on x's device already, unless parameters are offloaded
+        x_key, w_key, tick = (t.to(x.device) for t in (*keys, state.tick))
+        y: Tensor = _FaultyMatmul.apply(
+            x,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            self.lora.scaling,
+            x_fault,
+            x_key,
+            x_offset,
+            w_fault,
+            w_key,
+            tick,
+            state.exact_gradient,
+            self.recomputed and torch.is_grad_enabled(),
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        lora = f", r={self.lora.r}, lora_alpha={self.lora.lora_alpha}" if self.lora.r else ""
+        return f"{super().extra_repr()}, x={_fault_repr(self.x_fault)}, w={_fault_repr(self.w_fault)}{lora}"
+
+
+def _fault_repr(fault: Fault) -> str:
+    if not fault.active:
+        return "clean"
+    pattern = f", {fault.pattern}" if fault.pattern else ""
+    return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{pattern})"
+
+
+def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: tuple[Any, ...]) -> Tensor:
+    """x̃ as forward had it, drawn again ``after`` a gradient has arrived, so that no compiler keeps forward's for it.
+    ``grad``, where given, becomes 0 where the guard zeroed."""
+    y: Tensor = ops.flip_again(x, after, *draw) if grad is None else ops.flip_grad_(x, grad, after, *draw)
+    return y
+
+
+class _FaultyMatmul(torch.autograd.Function):
+    """flip(X) · flip(W + s·B·A)ᵀ + bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., in)
+        weight: Tensor,  # (out, in)
+        bias: Tensor | None,
+        lora_A: Tensor | None,  # (r, in)
+        lora_B: Tensor | None,  # (out, r)
+        scaling: float,
+        x_fault: Fault,
+        x_key: Tensor,
+        x_offset: int,
+        w_fault: Fault,
+        w_key: Tensor,
+        tick: Tensor,
+        exact: bool,
+        recomputed: bool,
+    ) -> Tensor:
+        need_w, _, need_A, need_B = ctx.needs_input_grad[1:5]
+        ctx.take_back = w_fault.zeroes and exact and (need_A or need_B) and not need_w
+        ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault = scaling, x_fault, x_offset, w_fault
+        x_draw = draw_of(x_fault, x_key, tick, x_offset)
+        w_draw = draw_of(w_fault, w_key, tick, 0)
+        flipped_x, flipped_w, merged, zeroed = x, weight, None, None
+        if x_fault.active:
+            flipped_x = ops.flip(x, *x_draw)
+        if lora_A is not None and recomputed and not need_w:
+            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, x, ctx.take_back, *w_draw)
+            merged = flipped_w
+        elif lora_A is not None:
+            flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *w_draw)
+        elif w_fault.active:
+            flipped_w = ops.flip(weight, *w_draw)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed)
+        return F.linear(flipped_x, flipped_w, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed = ctx.saved_tensors
+        need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
+        grad_x = grad_w = grad_bias = grad_A = grad_B = None
+        x_draw = draw_of(ctx.x_fault, x_key, tick, ctx.x_offset)
+        w_draw = draw_of(ctx.w_fault, w_key, tick, 0)
+        zeroes_w = ctx.w_fault.zeroes
+        scaling = ctx.scaling
+
+        flipped_w, kept = weight, None
+        if need_w:
+            if lora_A is not None:
+                flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *draw_of(Fault(), w_key, tick, 0))
+            if zeroes_w:
+                kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+            if ctx.w_fault.active:
+                flipped_w = _flip_again(flipped_w, kept, grad_y, w_draw)
+        elif merged is not None:
+            flipped_w = merged
+        elif lora_A is not None:
+            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, ctx.take_back, *w_draw)
+        elif ctx.w_fault.active:
+            flipped_w = _flip_again(weight, None, grad_y, w_draw)
+        if need_x:
+            grad_x = (grad_y @ flipped_w).view(x.shape)
+        flipped_x = x
+        if ctx.x_fault.active:
+            flipped_x = _flip_again(x, grad_x, grad_y, x_draw)
+        flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
+        if need_bias:
+            grad_bias = grad_y.sum(0)
+
+        if need_w:
+            grad_w = grad_y.T @ flipped_x  # (out, in)
+            if kept is not None:
+                grad_w = grad_w * kept
+            if lora_A is not None:
+                wide = grad_w.to(lora_A.dtype)
+                grad_A, grad_B = scaling * (lora_B.T @ wide), scaling * (wide @ lora_A.T)
+        elif need_A or need_B:
+            a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+            grad_A = ((grad_y @ b).T @ flipped_x).to(lora_A.dtype) * scaling
+            grad_B = (grad_y.T @ (flipped_x @ a.T)).to(lora_B.dtype) * scaling
+            if ctx.take_back:
+                more_A, more_B = ops.take_back(zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
+                grad_A, grad_B = (grad_A + more_A).to(lora_A.dtype), (grad_B + more_B).to(lora_B.dtype)
+        return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 9

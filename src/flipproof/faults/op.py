@@ -1,0 +1,317 @@
+"""The flip as PyTorch operators: dispatch, fake tensors, autograd; and the two functions that users import.
+
+They live in the ``flipproof`` library namespace and run on the backend of their tensors: NumPy on a CPU, Triton on a
+GPU. What is not new, independent flips (a ``pattern``) is torch on both (``memory.py``).
+
+``flip``        a new tensor
+``flip_``       in place
+``flip_again``  for backward: flips again, so that nothing need be kept
+``flip_grad_``  the same, and zeroes a gradient in place where the guard zeroed the value
+``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
+``merge_grad``  the same for backward, or from a forward that keeps it, and, where it is to be noted, which weights
+                the guard zeroed, as the backend likes to keep it
+``take_back``   what to add to the adapters' gradients to take out what those weights contributed
+
+Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits
+for the device. Those for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
+neither merge them with their like in forward nor run them there and keep the result.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flipproof.errors import ConfigError
+from flipproof.faults import cpu, memory
+from flipproof.faults.dtypes import DTYPES, dtype_name
+from flipproof.faults.philox import derive_key, tick_problem
+from flipproof.faults.spec import Pattern, check_seed, probability_problem, threshold_problem
+
+_DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset, str pattern=''"
+_MERGE = "Tensor weight, Tensor lora_A, Tensor lora_B, float scaling"
+_LIBRARY = torch.library.Library("flipproof", "DEF")
+_LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
+_LIBRARY.define(f"flip_again(Tensor x, Tensor after, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!) grad, Tensor after, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool note, {_DRAW}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "take_back(Tensor zeroed, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)"
+)
+
+_INDEPENDENT = Pattern()
+BACKENDS = {"cpu": "reference (NumPy)", "cuda": "Triton"}
+"""What flips bits on which type of device."""
+
+
+def _backend(x: Tensor) -> Any:
+    """The module that makes new, independent flips where ``x`` is."""
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(map(dtype_name, DTYPES))
+        raise TypeError(f"cannot flip bits of a {dtype_name(x.dtype)} tensor; allowed are {allowed}")
+    if x.device.type != "cuda":
+        return cpu
+    from flipproof.faults import triton_launch  # Triton comes with CUDA builds of torch
+
+    return triton_launch
+
+
+def _run(x: Tensor, draw: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The module for a draw, and the draw as it takes it."""
+    backend = _backend(x)
+    # the dispatcher leaves out a last argument that is the default
+    return (memory, draw) if len(draw) > 6 and draw[6] else (backend, draw[:6])
+
+
+def _implement(name: str) -> Any:
+    def decorate(function: Any) -> Any:
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, function, key)
+        return function
+
+    return decorate
+
+
+@_implement("flip_")
+def _flip_in_place(x: Tensor, *draw: Any) -> None:
+    backend, arguments = _run(x, draw)
+    target = x.contiguous()
+    backend.flip_(target, None, *arguments)
+    if target is not x:
+        x.copy_(target)
+
+
+@_implement("flip")
+def _flip(x: Tensor, *draw: Any) -> Tensor:
+    backend, arguments = _run(x, draw)
+    y: Tensor = backend.flip(x, None, *arguments)
+    return y
+
+
+@_implement("flip_again")
+def _flip_again(x: Tensor, _after: Tensor, *draw: Any) -> Tensor:
+    return _flip(x, *draw)
+
+
+@_implement("flip_grad_")
+def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *draw: Any) -> Tensor:
+    backend, arguments = _run(x, draw)
+    target = grad.contiguous()
+    y: Tensor = backend.flip(x, target, *arguments)
+    if target is not grad:
+        grad.copy_(target)
+    return y
+
+
+@_implement("merge")
+def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *draw: Any) -> Tensor:
+    backend, arguments = _run(weight, draw)
+    y: Tensor = backend.merge(weight, lora_A, lora_B, scaling, None, *arguments)
+    return y
+
+
+@_implement("merge_grad")
+def _merge_grad(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, note: bool, *draw: Any
+) -> tuple[Tensor, Tensor]:
+    zeroed = _new_zeroed(weight, note, draw)
+    backend, arguments = _run(weight, draw)
+    y = backend.merge(weight, lora_A, lora_B, scaling, zeroed if zeroed.numel() else None, *arguments)
+    return y, zeroed
+
+
+def _new_zeroed(weight: Tensor, note: bool, draw: tuple[Any, ...]) -> Tensor:
+    backend, (p_exp, p_frac, zero_out_t, *_) = _run(weight, draw)
+    if not note or (zero_out_t is None and backend is not memory):
+        return torch.empty(0, device=weight.device)
+    zeroed: Tensor = backend.new_zeroed(weight, p_exp, p_frac)
+    return zeroed
+
+
+@_implement("take_back")
+def _take_back(zeroed: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> tuple[Tensor, Tensor]:
+    more: tuple[Tensor, Tensor] = _backend(x).take_back(zeroed, grad_y, x, *lora)
+    return more
+
+
+@torch.library.register_fake("flipproof::flip")
+def _flip_fake(x: Tensor, *_draw: Any) -> Tensor:
+    _backend(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("flipproof::flip_")
+def _flip_in_place_fake(x: Tensor, *_draw: Any) -> None:
+    _backend(x)
+
+
+@torch.library.register_fake("flipproof::flip_again")
+def _flip_again_fake(x: Tensor, _after: Tensor, *_draw: Any) -> Tensor:
+    return _flip_fake(x)
+
+
+@torch.library.register_fake("flipproof::flip_grad_")
+def _flip_grad_in_place_fake(x: Tensor, _grad: Tensor, _after: Tensor, *_draw: Any) -> Tensor:
+    return _flip_fake(x)
+
+
+@torch.library.register_fake("flipproof::merge")
+def _merge_fake(weight: Tensor, *_rest: Any) -> Tensor:
+    return _flip_fake(weight)
+
+
+@torch.library.register_fake("flipproof::merge_grad")
+def _merge_grad_fake(
+    weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, note: bool, *draw: Any
+) -> tuple[Tensor, Tensor]:
+    return _flip_fake(weight), _new_zeroed(weight, note, draw)
+
+
+@torch.library.register_fake("flipproof::take_back")
+def _take_back_fake(
+    _zeroed: Tensor, _grad_y: Tensor, _x: Tensor, lora_A: Tensor, lora_B: Tensor, _scaling: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(lora_A, dtype=torch.float64), torch.empty_like(lora_B, dtype=torch.float64)
+
+
+class _Flip(torch.autograd.Function):
+    """``flip`` with its gradient. Not registered with the operator, whose every call would pay for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *draw: Any) -> Tensor:
+        p_exp, p_frac, zero_out_t, key, tick, offset, pattern = draw
+        # Where nothing is zeroed the gradient passes as it is, and nothing need be kept.
+        ctx.save_for_backward(*(() if zero_out_t is None and not pattern else (x, key, tick)))
+        ctx.fault, ctx.where = (p_exp, p_frac, zero_out_t), (offset, pattern)
+        y: Tensor = torch.ops.flipproof.flip.default(x, *draw)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if saved := ctx.saved_tensors:  # asked for once: under activation checkpointing that recomputes
+            x, key, tick = saved
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            torch.ops.flipproof.flip_grad_.default(x, grad, grad, *ctx.fault, key, tick, *ctx.where)
+        return grad, *(None,) * 7
+
+
+def apply_draw(x: Tensor, draw: tuple[Any, ...]) -> Tensor:
+    """The operator ``flip`` with its gradient, where one is wanted."""
+    y: Tensor = _Flip.apply(x, *draw) if x.requires_grad else torch.ops.flipproof.flip.default(x, *draw)
+    return y
+
+
+class _Chip:
+    """What the kept maps of persistent faults belong to where the key is made for one call."""
+
+
+@lru_cache(maxsize=2**12)
+def _chip(_seed: int, _site: str) -> _Chip:
+    return _Chip()
+
+
+def _draw(
+    x: Tensor,
+    p_exp: float | None,
+    p_frac: float | None,
+    zero_out_t: float | None,
+    seed: int,
+    site: str,
+    tick: int,
+    offset: int,
+    pattern: Pattern,
+) -> tuple[Any, ...]:
+    """The operator's arguments after ``x``, checked."""
+    _backend(x)
+    problems = [
+        probability_problem("p_exp", p_exp),
+        probability_problem("p_frac", p_frac),
+        threshold_problem("zero_out_t", zero_out_t),
+        tick_problem(tick),
+    ]
+    if not isinstance(site, str):
+        problems.append(f"site = {site!r}: a text is allowed")
+    if not isinstance(offset, int) or not 0 <= offset < 2**61:
+        problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
+    if found := [problem for problem in problems if problem]:
+        raise ConfigError(found)
+    pattern.bit_probabilities(p_exp or 0, p_frac or 0, dtype_name(x.dtype))  # which knows the dtype's bits
+    # in CPU memory: their values go along with a kernel's launch
+    key = torch.tensor(derive_key(check_seed(seed), site))
+    if pattern.persistent:
+        key.owner = _chip(seed, site)  # type: ignore[attr-defined]
+    ticks = torch.tensor(tick)
+    return (
+        float(p_exp or 0),
+        float(p_frac or 0),
+        None if zero_out_t is None else float(zero_out_t),
+        key,
+        ticks,
+        offset,
+        pattern.encode(),
+    )
+
+
+def flip(
+    x: Tensor,
+    *,
+    p_exp: float | None = None,
+    p_frac: float | None = None,
+    zero_out_t: float | None = None,
+    seed: int,
+    site: str,
+    tick: int,
+    offset: int = 0,
+    pattern: Pattern = _INDEPENDENT,
+) -> Tensor:
+    """A copy of ``x`` with random bits inverted, and zero where the guard catches the result.
+
+    The draw is a pure function of (seed, site, tick, index of the element in the whole tensor): no global RNG is read
+    or advanced. The gradient passes straight through where the value was kept and is 0 where the guard zeroed it.
+
+    Args:
+        x: bfloat16, float16 or float32, any shape and strides; elements are counted in row-major order.
+        p_exp: probability that a sign or exponent bit is inverted, 0 to 0.5; None is 0.
+        p_frac: the same for mantissa bits.
+        zero_out_t: after the flip, each v for which ``|v| < zero_out_t`` is not true becomes 0. None is no guard.
+        seed: 0 to 2^63 - 1.
+        site: names the layer and the operand, such as "layers.0.q_proj/x".
+        tick: the number of the forward pass, below 2^48.
+        offset: index of x's first element in the whole tensor, so that a slice can draw its own part.
+        pattern: faults that are persistent, have probabilities of their own for single bits, come in bursts or in
+            rows of memory, or meet a protection.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: for any other dtype. ValueError: naming each argument out of range.
+    """
+    return apply_draw(x, _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern))
+
+
+def flip_(
+    x: Tensor,
+    *,
+    p_exp: float | None = None,
+    p_frac: float | None = None,
+    zero_out_t: float | None = None,
+    seed: int,
+    site: str,
+    tick: int,
+    offset: int = 0,
+    pattern: Pattern = _INDEPENDENT,
+) -> Tensor:
+    """``flip`` in place; returns ``x``. Outside of autograd only: use ``flip`` on what needs a gradient.
+
+    Raises:
+        RuntimeError: where gradients would be recorded through ``x``; and as ``flip`` does.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("flip_ on a tensor that requires grad: use flip, or wrap the call in torch.no_grad()")
+    torch.ops.flipproof.flip_(x, *_draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern))
+    return x

@@ -1,0 +1,476 @@
+"""The flip in Triton: the same draw as ``cpu.py``, bit for bit, at the speed of memory.
+
+``poisson.py`` explains the algorithm and ``philox.py`` the counters. A tensor has one program, or a few lanes, per block
+of 8192 elements, and what a block does depends on nothing but its own elements and its own numbers.
+
+**Order within a block.** Elements are copied; a barrier; the balls are XORed into memory by relaxed atomics on 32-bit
+words, since two balls may hit one word and the order of XORs does not matter; a barrier; the guard. While copying, the
+block notes whether any clean value is out of the guard's range. That is rare where the threshold suits the model. Then
+only what balls hit can be out of range, and of that only what was so after some ball, which the atomic tells; so
+only that is looked at again. Otherwise the whole block is. Where there are dense digits, they are drawn while the
+atomics work, and XORed and guarded on the way through registers.
+
+**In place** without a guard nothing but the flipped words is touched, and a few lanes serve one block, so that a weight
+of 235 million elements is 1792 programs and not 28672.
+
+**Merge.** ``W + s·B·A`` is made tile by tile, tiles being squares for the product and blocks being runs of a row, so
+the flips follow in place in a second launch. Each program of the first notes whether it met a value out of range; where
+one did, the programs of the second that share rows with it look at all of their elements again.
+
+``triton_launch.py`` launches them. Key and tick may be device tensors, which a CUDA graph or a compiled graph can hold
+while they advance, or CPU tensors, whose values go along with the launch. Nothing waits for the device.
+
+Run on CPU tensors by Triton's interpreter, TRITON_INTERPRET=1, the kernels are what they are on a GPU.
+"""
+
+import triton
+import triton.language as tl
+
+from flipproof.faults.philox import BALLS, COINS, COUNTS, DIGITS
+from flipproof.faults.poisson import BLOCK, BLOCK_LOG2
+
+_COUNTS, _BALLS, _DIGITS, _COINS = (tl.constexpr(purpose) for purpose in (COUNTS, BALLS, DIGITS, COINS))
+_BLOCK, _BLOCK_LOG2 = tl.constexpr(BLOCK), tl.constexpr(BLOCK_LOG2)
+
+
+# -- the counter RNG ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scalar(value):
+    """A kernel argument that is a number or a pointer to one."""
+    return tl.load(value) if value.dtype.is_ptr() else value
+
+
+@triton.jit
+def _philox(PURPOSE: tl.constexpr, index, block, tick, key):
+    """Four uniform 32-bit words for each of the broadcast (index, block): Philox4x32-10, counter as in philox.py."""
+    c0 = (index | (PURPOSE << 28)).to(tl.uint32)
+    c1 = block.to(tl.uint32)
+    c2 = ((block >> 32) | ((tick >> 32) << 16)).to(tl.uint32)
+    c3 = tick.to(tl.uint32)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _count(table_ptr, entries, steps, low, high):
+    """How many of the ascending ``entries`` at ``table_ptr`` are not above the 63-bit uniform of two words."""
+    uniform = (((high.to(tl.uint64) << 32) | low.to(tl.uint64)) >> 1).to(tl.int64)
+    first = (uniform * 0).to(tl.int32)
+    last = first + entries
+    for _ in range(steps):  # bisection; steps is the bit length of the longer table
+        middle = (first + last) >> 1
+        entry = tl.load(table_ptr + middle, mask=middle < last, other=0x7FFFFFFFFFFFFFFF)
+        below = (middle < last) & (entry <= uniform)
+        first = tl.where(below, middle + 1, first)
+        last = tl.where(below, last, middle)
+    return first
+
+
+@triton.jit
+def _counts(table_ptr, n_exp, n_frac, steps, block, tick, key):
+    """(balls in the sign and exponent field, balls in the mantissa field) of each block."""
+    w0, w1, w2, w3 = _philox(_COUNTS, block * 0, block, tick, key)
+    return _count(table_ptr, n_exp, steps, w0, w1), _count(table_ptr + n_exp, n_frac, steps, w2, w3)
+
+
+# -- balls --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _ball(
+    where, what, block, tick, key, coins,
+    FIRST_BIT: tl.constexpr, FIELD_BITS: tl.constexpr, BITS: tl.constexpr, COIN: tl.constexpr,
+):  # fmt: skip
+    """(position in the block, bits to invert) of the balls that the words ``where`` and ``what`` place in one field."""
+    position = (where >> (32 - _BLOCK_LOG2)).to(tl.int32)
+    bit = ((what.to(tl.uint64) * FIELD_BITS) >> 32).to(tl.uint32) + FIRST_BIT
+    flips = (what * 0 + 1) << bit
+    if COIN:
+        LANES: tl.constexpr = 32 // BITS
+        GROUPS: tl.constexpr = _BLOCK // LANES // 4
+        word = position // LANES
+        c = word // GROUPS
+        u0, u1, u2, u3 = _philox(_COINS, word % GROUPS, block, tick, key)
+        coin = tl.where(c == 0, u0, tl.where(c == 1, u1, tl.where(c == 2, u2, u3)))
+        flips &= (coin >> (position % LANES * BITS).to(tl.uint32)) | ~coins
+    return position, flips.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _balls(
+    i, block, tick, key, k_exp, k_frac, start, n, coins, BITS: tl.constexpr, MANTISSA: tl.constexpr, COIN: tl.constexpr,
+):  # fmt: skip
+    """The i-th balls of both fields of each block: for each field index in the tensor, bits to invert, and whether
+    there is such a ball and such an element."""
+    w0, w1, w2, w3 = _philox(_BALLS, i, block, tick, key)
+    e_position, e_flips = _ball(w0, w1, block, tick, key, coins, MANTISSA, BITS - MANTISSA, BITS, COIN)
+    f_position, f_flips = _ball(w2, w3, block, tick, key, coins, 0, MANTISSA, BITS, COIN)
+    e_index = start + e_position
+    f_index = start + f_position
+    e_hit = (i < k_exp) & (e_index >= 0) & (e_index < n)
+    f_hit = (i < k_frac) & (f_index >= 0) & (f_index < n)
+    return e_index, e_flips, e_hit, f_index, f_flips, f_hit
+
+
+@triton.jit
+def _word(y_ptr, odd, index):
+    """(pointer to the 32-bit word that holds each element ``index``, place of the element's lowest bit in the word).
+
+    ``odd`` is 1 where y begins in the upper half of a word."""
+    int32_ptr = tl.pointer_type(tl.int32)
+    if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        slot = index + odd
+        return (y_ptr - odd).to(int32_ptr, bitcast=True) + (slot >> 1), ((slot & 1) << 4).to(tl.int32)
+    else:
+        return y_ptr.to(int32_ptr, bitcast=True) + index, (index * 0).to(tl.int32)
+
+
+@triton.jit
+def _invert(y_ptr, odd, index, flips, hit, limit, GUARD: tl.constexpr):
+    """XOR ``flips`` into the elements ``index``, where ``hit``. With GUARD: which elements were out of range right
+    afterwards; the last of several balls on one element sees what they made of it together."""
+    word_ptr, shift = _word(y_ptr, odd, index)
+    flips = flips << shift
+    before = tl.atomic_xor(word_ptr, flips, mask=hit, sem="relaxed")
+    if GUARD:
+        MAGNITUDE: tl.constexpr = (1 << (y_ptr.dtype.element_ty.primitive_bitwidth - 1)) - 1
+        hit = hit & ((((before ^ flips) >> shift) & MAGNITUDE) >= limit)
+    return hit
+
+
+@triton.jit
+def _magnitude(x):
+    """Bit patterns of |x|: integers in the order of the magnitudes, NaN last."""
+    if x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.int16, bitcast=True) & 0x7FFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):
+    """Zero the elements ``index``, where ``looked_at``, whose magnitude is not below the guard's ``limit``; and the
+    gradient with them."""
+    # .cg: the atomics wrote to L2, so a line of L1 may be old
+    y = tl.load(y_ptr + index, mask=looked_at, other=0.0, cache_modifier=".cg")
+    out = looked_at & (_magnitude(y) >= limit)
+    tl.store(y_ptr + index, tl.zeros_like(y), mask=out)
+    if GRAD:
+        zero = tl.zeros(out.shape, dtype=grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + index, zero, mask=out)
+
+
+@triton.jit
+def _guard_and_note(y_ptr, odd, list_ptr, room, index, looked_at, limit):
+    """``_guard``, and append the index of each element it zeroes, once, to the list: the count, then up to ``room``
+    indices in no order."""
+    y = tl.load(y_ptr + index, mask=looked_at, other=0.0, cache_modifier=".cg")
+    out = looked_at & (_magnitude(y) >= limit)
+    word_ptr, shift = _word(y_ptr, odd, index)
+    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
+    keep = ~(0xFFFF << shift) if BITS == 16 else shift
+    MAGNITUDE: tl.constexpr = (1 << (BITS - 1)) - 1
+    before = tl.atomic_and(word_ptr, keep, mask=out, sem="relaxed")
+    mine = out & (((before >> shift) & MAGNITUDE) >= limit)  # and no other ball's on the same element
+    place = tl.atomic_add(list_ptr + index * 0, mine.to(tl.int64), mask=mine, sem="relaxed")
+    tl.store(list_ptr + 1 + place, index, mask=mine & (place < room))
+
+
+@triton.jit
+def _guarded(y, grad_ptr, index, inside, limit, GRAD: tl.constexpr):
+    """``y`` with zero where its magnitude is not below ``limit``; the gradient at ``index`` is zeroed in memory."""
+    out = _magnitude(y) >= limit
+    if GRAD:
+        tl.store(grad_ptr + index, tl.zeros(out.shape, dtype=grad_ptr.dtype.element_ty), mask=out & inside)
+    return tl.where(out, tl.zeros_like(y), y)
+
+
+# -- dense digits ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _no_digits(BITS: tl.constexpr):
+    zero = tl.zeros((_BLOCK * BITS // 128,), dtype=tl.uint32)
+    return zero, zero, zero, zero
+
+
+@triton.jit
+def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN: tl.constexpr):
+    """The bits to invert by the dense digits, and the coins, as a quarter of the block's 32-bit words each: word c of
+    group g is the c·G + g-th."""
+    group = tl.arange(0, _BLOCK * BITS // 128)
+    m0, m1, m2, m3 = _no_digits(BITS)
+    for back in range(digits):
+        i = digits - 1 - back
+        d = tl.load(table_ptr + i).to(tl.uint32)
+        u0, u1, u2, u3 = _philox(_DIGITS, (i << 16) | group, block, tick, key)
+        # majority(u, m, d)
+        m0 = (u0 & m0) | (d & (u0 | m0))
+        m1 = (u1 & m1) | (d & (u1 | m1))
+        m2 = (u2 & m2) | (d & (u2 | m2))
+        m3 = (u3 & m3) | (d & (u3 | m3))
+    if COIN:
+        u0, u1, u2, u3 = _philox(_COINS, group, block, tick, key)
+        m0 = (coins & u0 & ~m0) | (m0 & ~coins)
+        m1 = (coins & u1 & ~m1) | (m1 & ~coins)
+        m2 = (coins & u2 & ~m2) | (m2 & ~coins)
+        m3 = (coins & u3 & ~m3) | (m3 & ~coins)
+    return m0, m1, m2, m3
+
+
+# -- a program for each block: copy, dense digits, guard ------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "digits", "limit", "key", "tick"])
+def flip_block(
+    x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, odd, n, offset, first_block,
+    MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr, SPARSE: tl.constexpr,
+    COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """y <- guard(flip(x)) for one block; x and y may be the same (not COPY)."""
+    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
+    block = first_block + tl.program_id(0).to(tl.int64)
+    start = block * _BLOCK - offset  # index in x of the block's first element; negative where x begins within it
+    key = _scalar(key).to(tl.int64)
+    tick = _scalar(tick).to(tl.int64)
+    coins = tl.load(table_ptr + n_exp + n_frac + digits).to(tl.uint32) if COIN else 0
+
+    if not DENSE or (COPY and SPARSE):
+        index = start + tl.arange(0, _BLOCK)
+        inside = (index >= 0) & (index < n)
+        x = tl.load(x_ptr + index, mask=inside, other=0.0)
+        if GUARD and not (SPARSE or DENSE):
+            x = _guarded(x, grad_ptr, index, inside, limit, GRAD)
+
+    if SPARSE:  # drawn while x is under way
+        k_exp, k_frac = _counts(table_ptr, n_exp, n_frac, steps, block, tick, key)
+        lane = tl.arange(0, LANES)
+        e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
+            lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
+        )
+
+    again = 0  # whether the whole block has to be looked at after the balls
+    if not DENSE or (COPY and SPARSE):
+        if COPY or not SPARSE:
+            tl.store(y_ptr + index, x, mask=inside)
+        if GUARD and SPARSE and not DENSE:
+            again = (tl.max(_magnitude(x).to(tl.int32)) >= limit).to(tl.int32)
+
+    if SPARSE:
+        tl.debug_barrier()
+        LOOK: tl.constexpr = GUARD and not DENSE
+        e_far = _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, LOOK)
+        f_far = _invert(y_ptr, odd, f_index, f_flips, f_hit, limit, LOOK)
+        for first in range(LANES, tl.maximum(k_exp, k_frac), LANES):
+            e_more, e_flips, e_hit, f_more, f_flips, f_hit = _balls(
+                first + lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
+            )
+            _invert(y_ptr, odd, e_more, e_flips, e_hit, limit, False)
+            _invert(y_ptr, odd, f_more, f_flips, f_hit, limit, False)
+
+    if DENSE:
+        m0, m1, m2, m3 = _digits(table_ptr + n_exp + n_frac, digits, coins, block, tick, key, BITS, COIN)
+        from_ptr = x_ptr
+        if SPARSE:
+            from_ptr = y_ptr
+            tl.debug_barrier()
+        for c in tl.static_range(4):
+            mask = (m0, m1, m2, m3)[c]
+            if BITS == 16:
+                mask = tl.interleave(mask.to(tl.uint16), (mask >> 16).to(tl.uint16))
+            part = start + c * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)
+            there = (part >= 0) & (part < n)
+            # .cg: the atomics wrote to L2, so a line of L1 may be old
+            v = tl.load(from_ptr + part, mask=there, other=0.0, cache_modifier=".cg")
+            v = (v.to(mask.dtype, bitcast=True) ^ mask).to(v.dtype, bitcast=True)
+            if GUARD:
+                v = _guarded(v, grad_ptr, part, there, limit, GRAD)
+            tl.store(y_ptr + part, v, mask=there)
+    elif GUARD and SPARSE:
+        tl.debug_barrier()
+        if again != 0:
+            for chunk in range(0, _BLOCK, 2048):
+                whole = start + chunk + tl.arange(0, 2048)
+                _guard(y_ptr, grad_ptr, whole, (whole >= 0) & (whole < n), limit, GRAD)
+        else:
+            _guard(y_ptr, grad_ptr, e_index, e_far, limit, GRAD)
+            _guard(y_ptr, grad_ptr, f_index, f_far, limit, GRAD)
+            for first in range(LANES, tl.maximum(k_exp, k_frac), LANES):
+                e_more, e_flips, e_hit, f_more, f_flips, f_hit = _balls(
+                    first + lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
+                )
+                _guard(y_ptr, grad_ptr, e_more, e_hit, limit, GRAD)
+                _guard(y_ptr, grad_ptr, f_more, f_hit, limit, GRAD)
+
+
+# -- a few lanes for each block: balls in place ---------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "limit", "key", "tick", "blocks", "room"])
+def flip_sparse_(
+    y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
+    far_ptr, columns, tile_columns, list_ptr, room,
+    MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, STRIP_ROWS: tl.constexpr,
+    NOTE: tl.constexpr,
+):  # fmt: skip
+    """y <- flip(y) for GROUP blocks, no dense digits. With GUARD, also guard what was hit, and every element where
+    ``far_ptr``, one byte for each program of the merge, says that its STRIP_ROWS rows hold a clean value out of range.
+    With NOTE, list what the guard zeroed."""
+    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
+    group = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
+    block = first_block + group
+    key = _scalar(key).to(tl.int64)
+    tick = _scalar(tick).to(tl.int64)
+    k_exp, k_frac = _counts(table_ptr, n_exp, n_frac, steps, block, tick, key)
+    k_exp = tl.where(group < blocks, k_exp, 0)[:, None]
+    k_frac = tl.where(group < blocks, k_frac, 0)[:, None]
+    most = tl.max(tl.maximum(k_exp, k_frac))
+    start = (block * _BLOCK - offset)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    for first in range(0, most, LANES):
+        e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
+            first + lane, block[:, None], tick, key, k_exp, k_frac, start, n, 0, BITS, MANTISSA, False
+        )
+        _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, False)
+        _invert(y_ptr, odd, f_index, f_flips, f_hit, limit, False)
+    if GUARD:
+        first_element = (first_block + tl.program_id(0).to(tl.int64) * GROUP) * _BLOCK - offset
+        last_element = tl.minimum(first_element + GROUP * _BLOCK, n) - 1
+        first_element = tl.maximum(first_element, 0)
+        first_tile = first_element // columns // STRIP_ROWS * tile_columns
+        last_tile = (last_element // columns // STRIP_ROWS + 1) * tile_columns
+        far = 0
+        for tile in range(first_tile, last_tile, 256):
+            tiles = tile + tl.arange(0, 256)
+            far = tl.maximum(far, tl.max(tl.load(far_ptr + tiles, mask=tiles < last_tile, other=0).to(tl.int32)))
+        tl.debug_barrier()
+        if far != 0:
+            for element in range(first_element, last_element + 1, 1024):
+                index = element + tl.arange(0, 1024)
+                if NOTE:
+                    _guard_and_note(y_ptr, odd, list_ptr, room, index, index <= last_element, limit)
+                else:
+                    _guard(y_ptr, y_ptr, index, index <= last_element, limit, False)
+        else:
+            for first in range(0, most, LANES):
+                e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
+                    first + lane, block[:, None], tick, key, k_exp, k_frac, start, n, 0, BITS, MANTISSA, False
+                )
+                if NOTE:
+                    _guard_and_note(y_ptr, odd, list_ptr, room, e_index, e_hit, limit)
+                    _guard_and_note(y_ptr, odd, list_ptr, room, f_index, f_hit, limit)
+                else:
+                    _guard(y_ptr, y_ptr, e_index, e_hit, limit, False)
+                    _guard(y_ptr, y_ptr, f_index, f_hit, limit, False)
+
+
+# -- the merged weight ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _halves(x):
+    """float32 as the sum of two bfloat16, to about 2⁻¹⁷."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def merge_tiles(
+    w_ptr, a_ptr, b_ptr, y_ptr, far_ptr, list_ptr, scaling, limit, rows, columns, r,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    FAR: tl.constexpr, GUARD: tl.constexpr, NOTE: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """y <- w + scaling · b · a for TILES tiles one below the other; the loads of the next tiles run ahead.
+
+    FAR: note whether the guard would zero any of them; GUARD: zero it; NOTE: empty the list for the next launch.
+    HALVES: the product as three of bfloat16 halves, which keep what one would round away from a small adapter and still
+    cost less than the memory that the tile waits for.
+    """
+    if NOTE:  # for Triton not one condition: one half is known when compiling
+        if tl.program_id(0) == 0:
+            tl.store(list_ptr, 0)
+    tile_columns = tl.cdiv(columns, TILE_COLUMNS)
+    column = tl.program_id(0) % tile_columns * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    k = tl.arange(0, R)
+    in_columns = (column < columns)[None, :]
+    a_index = k.to(tl.int64)[:, None] * columns + column[None, :]
+    a = tl.load(a_ptr + a_index, mask=(k < r)[:, None] & in_columns, other=0.0).to(tl.float32) * scaling
+    if HALVES:
+        a_high, a_low = _halves(a)
+    first_tile = tl.program_id(0) // tile_columns * TILES
+    largest = tl.zeros((TILE_ROWS,), dtype=tl.int32)  # by row of a tile: no thread waits for another until the end
+    for tile in tl.range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(rows, TILE_ROWS)), num_stages=STAGES):
+        row = (tile * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
+        in_rows = (row < rows)[:, None]
+        inside = in_rows & in_columns
+        index = row[:, None] * columns + column[None, :]
+        w = tl.load(w_ptr + index, mask=inside, other=0.0)
+        b = tl.load(b_ptr + row[:, None] * r + k[None, :], mask=in_rows & (k < r)[None, :], other=0.0).to(tl.float32)
+        if HALVES:
+            b_high, b_low = _halves(b)
+            product = tl.dot(b_high, a_high)
+            product = tl.dot(b_low, a_high, product)
+            product = tl.dot(b_high, a_low, product)
+        else:
+            product = tl.dot(b, a, input_precision="ieee")
+        y = (w.to(tl.float32) + product).to(w.dtype)
+        if GUARD:
+            y = _guarded(y, y_ptr, index, inside, limit, False)
+        tl.store(y_ptr + index, y, mask=inside)
+        if FAR:  # what is not inside is zero
+            largest = tl.maximum(largest, tl.max(_magnitude(y).to(tl.int32), axis=1))
+    if FAR:
+        tl.store(far_ptr + tl.program_id(0), (tl.max(largest) >= limit).to(tl.int8))
+
+
+# -- gradients of what the guard zeroed ---------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["room", "n"])
+def take_back(
+    list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, rows, columns, r,
+    ENTRIES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Add to more_a and more_b, float64, what takes the listed weights out of the gradients of a and b.
+
+    One item of work is ENTRIES neighbours of the list, whose columns of grad_y often share a sector of memory, and
+    CHUNKS times CHUNK rows of the batch, all of whose loads are under way at once. Sums within an item are float32, and
+    float64 beyond it, where the order of addition no longer shows in a float32 result.
+    """
+    count = tl.load(list_ptr)
+    count = tl.where(count > room, 0, count)  # a part of them would be another part each time
+    groups = tl.cdiv(count, ENTRIES)
+    k = tl.arange(0, R).to(tl.int64)
+    for item in range(tl.program_id(0).to(tl.int64), groups * tl.cdiv(n, CHUNKS * CHUNK), tl.num_programs(0)):
+        entry = item % groups * ENTRIES + tl.arange(0, ENTRIES)
+        there = entry < count
+        index = tl.load(list_ptr + 1 + entry, mask=there, other=0)
+        out = index // columns
+        column = index % columns
+        products = tl.zeros((CHUNK, ENTRIES), dtype=tl.float32)
+        used = there[:, None] & (k < r)[None, :]
+        b_index = out[:, None] * r + k[None, :]
+        a_index = k[None, :] * columns + column[:, None]
+        b = tl.load(b_ptr + b_index, mask=used, other=0.0)
+        a = tl.load(a_ptr + a_index, mask=used, other=0.0)
+        for chunk in tl.static_range(CHUNKS):
+            row = (item // groups * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK)
+            seen = (row < n)[:, None] & there[None, :]
+            grad_y = tl.load(grad_y_ptr + row[:, None] * rows + out[None, :], mask=seen, other=0.0)
+            x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=seen, other=0.0)
+            products += grad_y.to(tl.float32) * x.to(tl.float32)
+        g = tl.sum(products, axis=0) * -scaling
+        tl.atomic_add(more_a_ptr + a_index, (g[:, None] * b).to(tl.float64), mask=used, sem="relaxed")
+        tl.atomic_add(more_b_ptr + b_index, (g[:, None] * a).to(tl.float64), mask=used, sem="relaxed")

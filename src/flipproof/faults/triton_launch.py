@@ -1,0 +1,388 @@
+"""The flip on a GPU: which of ``triton_kernels.py``'s kernels to launch, with what. The same functions as
+``cpu.py``."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from flipproof.faults import triton_kernels as kernels
+from flipproof.faults.cpu import take_back_dense
+from flipproof.faults.guard import guard_bits
+from flipproof.faults.poisson import BLOCK_LOG2, flip_plan
+
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    warps: int,
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    **options: Any,
+) -> None:
+    """kernel[programs](*arguments, *constants), on the device of the first argument.
+
+    Triton's own launch looks up the compiled kernel by everything it knows of the arguments, which takes 15 µs; here it
+    is looked up by what compilation depends on.
+    """
+    device = arguments[0].device
+    if _INTERPRETED:
+        kernel[(programs,)](*arguments, *constants)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, programs, warps, arguments, constants, **options)
+        return
+    key = (kernel, device.index, warps, constants, *map(_specialization, arguments))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(programs,)](*arguments, *constants, num_warps=warps, **options)
+    else:
+        compiled[(programs, 1, 1)](*arguments, *constants)
+
+
+def _specialization(argument: Tensor | float) -> Any:
+    """What Triton compiles for: of a tensor the dtype and whether it is aligned; of a number its type, whether it is a
+    multiple of 16 and whether it is 1."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
+    return None
+
+
+class _DevicePlan(NamedTuple):
+    """A ``FlipPlan`` as the kernels take it."""
+
+    table: Tensor
+    """int64: the CDF of the exponent field, that of the mantissa field, the lane masks of the dense digits and
+    coins."""
+    n_exp: int
+    n_frac: int
+    steps: int
+    digits: int
+    coin: bool
+    mantissa: int
+    likely_balls: int
+
+    @property
+    def dense(self) -> bool:
+        return self.digits > 0 or self.coin
+
+    @property
+    def sparse(self) -> bool:
+        return self.n_exp + self.n_frac > 0
+
+
+@cache  # without bound: a CUDA graph may hold the table's address
+def _device_plan(dtype: torch.dtype, p_exp: float, p_frac: float, device: torch.device) -> _DevicePlan:
+    plan = flip_plan(dtype, p_exp, p_frac)
+    exp, frac = ([] if field.cdf is None else field.cdf.tolist() for field in (plan.exponent, plan.mantissa))
+    table = torch.tensor([*exp, *frac, *plan.digits, plan.coins], dtype=torch.int64).to(device)
+    steps = max(len(exp), len(frac)).bit_length()
+    return _DevicePlan(
+        table, len(exp), len(frac), steps, len(plan.digits), plan.coins != 0, plan.exponent.first_bit, plan.likely_balls
+    )
+
+
+def _value(number: Tensor) -> Tensor | int:
+    """A number that is in CPU memory goes along with the launch; the interpreter takes it from where it is, since it
+    does not get numbers from 2^31 to 2^32 right."""
+    return int(number) if number.device.type == "cpu" and not _INTERPRETED else number
+
+
+def _blocks(n: int, offset: int) -> range:
+    """The blocks of n elements from ``offset``."""
+    return range(offset >> BLOCK_LOG2, ((offset + n - 1) >> BLOCK_LOG2) + 1)
+
+
+def _odd(y: Tensor) -> int:
+    """1 where a tensor of 16-bit elements begins in the upper half of a 32-bit word."""
+    return y.data_ptr() >> 1 & 1
+
+
+# -- flips ------------------------------------------------------------------------------------------------------------
+
+
+def flip(x: Tensor, grad: Tensor | None, *draw: Any) -> Tensor:
+    """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard zeroed.
+    The other arguments are those of ``flip_into``."""
+    dense = x.contiguous()
+    y = torch.empty_like(x) if dense is x else dense
+    flip_into(y, dense, grad, *draw)
+    return y
+
+
+def flip_(x: Tensor, grad: Tensor | None, *draw: Any) -> None:
+    """x <- guard(flip(x)), contiguous x; the other arguments are those of ``flip``."""
+    flip_into(x, x, grad, *draw)
+
+
+def flip_into(
+    y: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+    blocks: range | None = None,
+    lanes: int | None = None,
+) -> None:
+    """y <- guard(flip(x)), both contiguous, or one tensor. Tests choose the blocks and the number of lanes."""
+    n = y.numel()
+    if n == 0:
+        return
+    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
+    blocks = blocks or _blocks(n, offset)
+    guard = zero_out_t is not None
+    if y is x and not (guard or plan.dense):
+        if plan.sparse:
+            flip_sparse_(y, plan, None, key, tick, offset, blocks)
+        return
+    grad = grad if guard else None
+    if grad is not None and grad.dtype == torch.bool:
+        grad = grad.view(torch.uint8)
+    _launch(
+        kernels.flip_block,
+        len(blocks),
+        4 if plan.dense else 8,
+        (
+            x,
+            y,
+            y if grad is None else grad,
+            _value(key),
+            _value(tick),
+            plan.table,
+            plan.n_exp,
+            plan.n_frac,
+            plan.steps,
+            plan.digits,
+            0 if zero_out_t is None else guard_bits(y.dtype, zero_out_t),
+            _odd(y),
+            n,
+            offset,
+            blocks.start,
+        ),
+        (
+            plan.mantissa,
+            lanes or (128 if plan.dense else 256),
+            plan.dense,
+            plan.coin,
+            plan.sparse,
+            y is not x,  # COPY
+            guard,
+            grad is not None,
+        ),
+        # so few registers that enough blocks share a multiprocessor for one's memory to hide another's arithmetic
+        **({"maxnreg": 80 if plan.dense else 48} if y.dtype.itemsize == 2 else {}),
+    )
+
+
+class _Far(NamedTuple):
+    """Where the merged weight holds values out of the guard's range, by program of the merge."""
+
+    limit: int
+    programs: Tensor
+    columns: int
+    tile_columns: int
+    zeroed: Tensor | None
+    """Where to list what the guard zeroes, as ``new_zeroed`` made it."""
+
+
+def flip_sparse_(
+    y: Tensor,
+    plan: _DevicePlan,
+    far: _Far | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+    blocks: range | None = None,
+) -> None:
+    """y <- flip(y), contiguous y, a plan without dense digits; guarded where ``far`` is given."""
+    blocks = blocks or _blocks(y.numel(), offset)
+    lanes = 8 if plan.likely_balls <= 32 else 16 if plan.likely_balls <= 128 else 64
+    group = 128 // lanes
+    zeroed = far.zeroed if far else None
+    _launch(
+        kernels.flip_sparse_,
+        triton.cdiv(len(blocks), group),
+        4,
+        (
+            y,
+            _value(key),
+            _value(tick),
+            plan.table,
+            plan.n_exp,
+            plan.n_frac,
+            plan.steps,
+            far.limit if far else 0,
+            _odd(y),
+            y.numel(),
+            offset,
+            blocks.start,
+            len(blocks),
+            far.programs if far else y,
+            far.columns if far else 1,
+            far.tile_columns if far else 1,
+            plan.table if zeroed is None else zeroed,
+            0 if zeroed is None else zeroed.numel() - 1,
+        ),
+        (plan.mantissa, group, lanes, far is not None, _TILES * _TILE_ROWS, zeroed is not None),
+    )
+
+
+# -- the merged weight ----------------------------------------------------------------------------------------------
+
+_TILE_ROWS, _TILE_COLUMNS = 64, 64
+_TILES = 8
+"""Tiles to a program."""
+_STAGES = 3
+_MAX_RANK = 128
+"""Adapters of a larger rank do not fit beside a tile in every GPU's shared memory; torch merges them."""
+_MAX_LISTED = 1 / 256
+"""Share of the weights up to which those that flips may have zeroed are listed; beyond it, one by one costs more than
+the full gradient."""
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    zeroed: Tensor | None,
+    p_exp: float,
+    p_frac: float,
+    zero_out_t: float | None,
+    key: Tensor,
+    tick: Tensor,
+    offset: int,
+) -> Tensor:
+    """guard(flip(W + scaling·B·A)) in W's dtype: weight (rows, columns), lora_A (r, columns), lora_B (rows, r),
+    float32.
+
+    ``zeroed``, where given, is as ``new_zeroed`` made it and then says what the guard zeroed.
+    """
+    weight, lora_A, lora_B = weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
+    rows, columns = weight.shape
+    y = torch.empty_like(weight)
+    if y.numel() == 0:
+        if zeroed is not None:
+            zeroed.zero_()
+        return y
+    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
+    guard = zero_out_t is not None
+    limit = 0 if zero_out_t is None else guard_bits(y.dtype, zero_out_t)
+    masked = zeroed is not None and zeroed.dtype == torch.bool
+    whole = plan.dense or masked  # every element is looked at again
+    tile_columns = triton.cdiv(columns, _TILE_COLUMNS)
+    programs = triton.cdiv(rows, _TILE_ROWS * _TILES) * tile_columns
+    r_tile = max(16, triton.next_power_of_2(lora_A.shape[0]))
+    tiled = r_tile <= _MAX_RANK
+    far = None
+    if guard and not whole and (plan.sparse or zeroed is not None or not tiled):
+        # of a product that torch makes nobody says what it holds, so all of it counts as out of range
+        programs_far = (torch.empty if tiled else torch.ones)(programs, dtype=torch.int8, device=y.device)
+        far = _Far(limit, programs_far, columns, tile_columns, zeroed)
+    note = far is not None and zeroed is not None
+    if tiled:
+        _launch(
+            kernels.merge_tiles,
+            programs,
+            4,
+            (
+                weight,
+                lora_A,
+                lora_B,
+                y,
+                far.programs if far else y,
+                zeroed if note else plan.table,
+                scaling,
+                limit,
+                rows,
+                columns,
+                lora_A.shape[0],
+            ),
+            (
+                _TILE_ROWS,
+                _TILE_COLUMNS,
+                r_tile,
+                _TILES,
+                _STAGES if r_tile <= 64 else 1,  # shared memory holds them
+                far is not None,
+                guard and not (plan.sparse or whole or far),
+                note,
+                weight.dtype != torch.float32 and not _INTERPRETED,  # the interpreter cannot multiply bfloat16
+            ),
+        )
+    else:
+        y = torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling).to(weight.dtype)
+        if zeroed is not None and note:
+            zeroed[:1].zero_()
+    if whole:
+        kept = None if zeroed is None else torch.ones_like(zeroed)
+        flip_(y, kept, p_exp, p_frac, zero_out_t, key, tick, offset)
+        if kept is not None:
+            torch.logical_not(kept, out=zeroed)
+    elif far or plan.sparse:
+        flip_sparse_(y, plan, far, key, tick, offset)
+    return y
+
+
+def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
+    """Room for which elements of a weight the guard zeroed: a list (its length first) where flips are few, else a mask.
+
+    The list has room for every element that flips can send out of range, and then some. If a threshold lies so deep in
+    the clean weights' range that it overflows (4096 and 1/256 of all), the gradient passes straight through.
+    """
+    bits = weight.dtype.itemsize * 8
+    if bits * max(p_exp, p_frac) > _MAX_LISTED:
+        return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    room = 4096 + int(weight.numel() * _MAX_LISTED)
+    return torch.empty(1 + room, dtype=torch.int64, device=weight.device)
+
+
+_ENTRIES, _CHUNK, _CHUNKS = 16, 32, 8
+
+
+def take_back(
+    zeroed: Tensor, grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """What to add to dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, dW = dYᵀ·X, to make dW 0 at the ``zeroed`` positions.
+
+    grad_y (n, out), x (n, in), lora_A (r, in) and lora_B (out, r); returns float64 of the adapters' shapes.
+    """
+    if zeroed.dtype == torch.bool:
+        return take_back_dense(zeroed, grad_y, x, lora_A, lora_B, scaling)
+    grad_y, x = grad_y.contiguous(), x.contiguous()
+    more = torch.zeros(lora_A.numel() + lora_B.numel(), dtype=torch.float64, device=x.device)
+    more_A, more_B = more[: lora_A.numel()].view(lora_A.shape), more[lora_A.numel() :].view(lora_B.shape)
+    _launch(
+        kernels.take_back,
+        1024,
+        4,
+        (
+            zeroed,
+            zeroed.numel() - 1,
+            grad_y,
+            x,
+            lora_A.contiguous(),
+            lora_B.contiguous(),
+            more_A,
+            more_B,
+            scaling,
+            grad_y.shape[0],
+            grad_y.shape[1],
+            x.shape[1],
+            lora_A.shape[0],
+        ),
+        (_ENTRIES, _CHUNK, _CHUNKS, triton.next_power_of_2(lora_A.shape[0])),
+    )
+    return more_A, more_B

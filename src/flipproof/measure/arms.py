@@ -1,0 +1,219 @@
+"""The arms that a model is measured in, side by side, and what is said of them.
+
+``clean`` is the model itself; ``guard`` has the range guard but no flips, so that what the threshold alone costs is
+seen; ``flipped`` has all faults. After training the same model gives ``recovered`` (faults on) and ``recovered_clean``
+(off). A model has the arms that differ (``arm_names``): without flips there is no ``flipped``, without thresholds no
+``guard``, and one that was trained under a guard alone has ``recovered_guard``.
+
+Loss is in nats per token; perplexity is exp of it. What the three intervals of an arm are about is said in
+``intervals.py``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flipproof.faults.spec import OPERANDS, BitFlipSpec
+from flipproof.measure.intervals import t_interval, two_way_interval
+
+TRAINED_ARMS = ("recovered", "recovered_guard", "recovered_clean")
+FLIPPED_ARMS = ("flipped", "recovered")
+"""Those that have fault seeds."""
+GUARD_ARMS = ("guard", "recovered_guard")
+"""Those where the guard is on and nothing flips."""
+GUARD_COST = 0.01
+"""Nats per token, 1% of perplexity: a guard that costs more than this by itself is warned of, and one that costs more
+than a tenth of it where the interval over text is above 0."""
+
+
+def arm_names(flips: bool, guard: bool, trained: bool) -> tuple[str, ...]:
+    """The arms of a model, in the order of the table, so that no two are the same by definition.
+
+    Args:
+        flips: whether anything flips bits.
+        guard: whether any operand has a threshold.
+        trained: whether there are adapters, or weights that were trained.
+    """
+    base = ("clean", *(["guard"] if guard else []), *(["flipped"] if flips else []))
+    if not trained:
+        return base
+    faulty = ["recovered"] if flips else ["recovered_guard"] if guard else []
+    return (*base, *faulty, "recovered_clean")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: mean over fault seeds, loss in nats per token. ``intervals.py`` says what the intervals
+    cover."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    """Predicted tokens per trial."""
+    trials: int
+    loss_interval: tuple[float, float] | None
+    """95% over fault seeds; None where there is one trial, as in arms without flips, which have no seed."""
+    perplexity_interval: tuple[float, float] | None
+    seed_sd: float | None
+    """Standard deviation of the loss between fault seeds; None where there is one trial."""
+    text_interval: tuple[float, float] | None
+    """95% of the loss over sequences, for these fault seeds."""
+    trial_losses: tuple[float, ...]
+    """Of each fault seed, over all sequences."""
+    sequence_losses: tuple[float, ...]
+    """Of each sequence, over all fault seeds."""
+    residual_variance: float | None
+    """Of the losses of single sequences under single seeds, what differs from the sum of both effects, squared and
+    over (K−1)(S−1); None where there is one seed or one sequence."""
+
+    @classmethod
+    def from_losses(
+        cls,
+        losses: Sequence[float],
+        tokens: int,
+        sequence_losses: Sequence[float] = (),
+        residual_variance: float | None = None,
+    ) -> "Arm":
+        """The arm of its trials' losses and, where they are known, its sequences'."""
+        interval = t_interval(losses)
+        mean = math.fsum(losses) / len(losses)
+        return cls(
+            loss=mean,
+            perplexity=_exp(mean),
+            tokens=tokens,
+            trials=len(losses),
+            loss_interval=interval,
+            perplexity_interval=None if interval is None else (_exp(interval[0]), _exp(interval[1])),
+            seed_sd=None if interval is None else float(np.std(losses, ddof=1)),
+            text_interval=t_interval(sequence_losses),
+            trial_losses=tuple(losses),
+            sequence_losses=tuple(sequence_losses),
+            residual_variance=residual_variance,
+        )
+
+    @classmethod
+    def from_table(cls, table: np.ndarray, tokens: int) -> "Arm":
+        """The arm of losses of shape (trials, sequences)."""
+        trials, sequences = ([math.fsum(row) / len(row) for row in side.tolist()] for side in (table, table.T))
+        residual = None
+        if min(table.shape) > 1 and np.isfinite(table).all():
+            rest = table - np.array(trials)[:, None] - np.array(sequences) + math.fsum(trials) / len(trials)
+            residual = float((rest**2).sum()) / ((len(trials) - 1) * (len(sequences) - 1))
+        return cls.from_losses(trials, tokens, sequences, residual)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Arm":
+        """An arm of results.json. Raises ValueError, TypeError or ArithmeticError where it is none."""
+        trials, sequences = (
+            [math.inf if x is None else float(x) for x in values.get(key, ())]
+            for key in ("trial_losses", "sequence_losses")
+        )
+        residual = values.get("residual_variance")
+        if residual is not None and not (residual >= 0 and min(len(trials), len(sequences)) > 1):
+            raise ValueError(f"residual_variance = {residual!r} of {len(trials)} seeds and {len(sequences)} sequences")
+        return cls.from_losses(trials, int(values["tokens"]), sequences, residual)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm's loss is above the clean arm's on the same sequences, in nats per token."""
+
+    cost: float
+    interval: tuple[float, float] | None
+    """95% over fault seeds and text together, or over text alone for an arm without flips. None where there is one
+    seed or one sequence, or the model is broken beyond numbers."""
+
+
+def costs(arms: dict[str, Arm]) -> dict[str, Cost]:
+    """The cost of every arm but ``clean``; empty without that arm, or where it has no finite loss itself."""
+    clean = arms.get("clean")
+    if clean is None or not math.isfinite(clean.loss):
+        return {}
+    found = {}
+    for name, arm in arms.items():
+        if name == "clean":
+            continue
+        cost, interval = arm.loss - clean.loss, None
+        if len(arm.sequence_losses) == len(clean.sequence_losses) and math.isfinite(cost):
+            differences = np.subtract(arm.sequence_losses, clean.sequence_losses).tolist()
+            if name not in FLIPPED_ARMS:
+                interval = t_interval(differences)
+            elif arm.residual_variance is not None:
+                # a sequence's clean loss is the same under every seed: the residuals of differences are the arm's own
+                trials = [loss - clean.loss for loss in arm.trial_losses]
+                interval = two_way_interval(trials, differences, arm.residual_variance)
+        found[name] = Cost(cost if math.isfinite(cost) else math.inf, interval)
+    return found
+
+
+def guard_warning(arms: dict[str, Arm], spec: BitFlipSpec) -> str | None:
+    """A line for a guard that costs more than ``GUARD_COST`` before any bit flips; None where it does not, or where
+    that was not measured."""
+    found = costs(arms).get("guard")
+    if found is None:
+        return None
+    surely = found.interval is not None and found.interval[0] > 0 and found.cost > GUARD_COST / 10
+    if not (found.cost > GUARD_COST or surely):
+        return None
+    cost = f"{found.cost:.4g} nats per token" if math.isfinite(found.cost) else "all that the model knows"
+    return f"the guard alone, before any bit flips, costs {cost}: {thresholds_in_words(spec)}"
+
+
+def thresholds_in_words(spec: BitFlipSpec) -> str:
+    """Which thresholds may zero clean values, and what finds better ones: the end of a warning."""
+    keys = [f"{operand}_zero_out_t" for operand in OPERANDS]
+    found = {
+        f"bitflip.{key} = {t:g}" for one in spec.variants() for key in keys if (t := getattr(one, key)) is not None
+    }
+    return f"{' or '.join(sorted(found))} zeroes clean values; flipproof profile proposes thresholds that zero none"
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # a float holds no larger exponential
+
+
+def gap_closed(arms: dict[str, Arm]) -> float | None:
+    """Share of the log-perplexity that flips cost which training won back: (flipped − recovered) / (flipped −
+    clean)."""
+    if not {"clean", "flipped", "recovered"} <= arms.keys():
+        return None
+    cost = arms["flipped"].loss - arms["clean"].loss
+    return (arms["flipped"].loss - arms["recovered"].loss) / cost if cost > 0 else None
+
+
+ARM_ROWS = {  # arm -> (bit-flipped, fine-tuned)
+    "clean": ("✘", "✘"),
+    "guard": ("guard only", "✘"),
+    "flipped": ("✔", "✘"),
+    "recovered": ("✔", "✔"),
+    "recovered_guard": ("guard only", "✔"),
+    "recovered_clean": ("✘", "✔"),
+    "replayed": ("from a log", "-"),
+}
+"""What the papers' tables say of an arm."""
+
+
+def arms_table(arms: dict[str, Arm]) -> str:
+    """The table of the papers: bit-flipped, fine-tuned, perplexity with its 95% interval over fault seeds; and the cost
+    in nats with its own over seeds and text."""
+    lines = [
+        f"{'arm':<16} {'Bitflipped':<11} {'Fine-tuned':<11} {'PPL':>10}  {'95% interval':<20} {'loss':>8}  trials  "
+        "cost, and 95% over text too",
+    ]
+    of_arms = costs(arms)
+    for name, arm in arms.items():
+        flipped, tuned = ARM_ROWS[name]
+        low_high = arm.perplexity_interval
+        interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else "-"
+        cost = ""
+        if name in of_arms:
+            both = of_arms[name].interval
+            cost = f"{of_arms[name].cost:+.4f}" + (f" ({both[0]:+.4f} to {both[1]:+.4f})" if both else "")
+        lines.append(
+            f"{name:<16} {flipped:<11} {tuned:<11} {arm.perplexity:>10.4g}  {interval:<20} {arm.loss:>8.4f}  "
+            f"{arm.trials:<6}  {cost}".rstrip()
+        )
+    return "\n".join(lines)

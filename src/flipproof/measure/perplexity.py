@@ -1,0 +1,310 @@
+"""Perplexity by arms: the same held-out text with and without faults, guard and training, each with its interval.
+
+Faulty arms are measured once per fault seed, with seeds that training never uses. Perplexity is exp of the
+token-weighted mean cross-entropy; all sequences have as many tokens, so it is the plain mean over sequences too.
+
+Which arms there are is said in ``arms.py``, and how sure they are in ``intervals.py``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flipproof.config import RunConfig
+from flipproof.data.sequences import PackedText, load_held_out
+from flipproof.errors import ConfigError
+from flipproof.faults.flip_log import FlipLog, Replay, tapped
+from flipproof.faults.inject import fault_sites, faults, is_faulty
+from flipproof.faults.spec import BitFlipSpec
+from flipproof.files import check_new
+from flipproof.log import logger
+from flipproof.measure.arms import (
+    FLIPPED_ARMS,
+    GUARD_ARMS,
+    TRAINED_ARMS,
+    Arm,
+    arm_names,
+    arms_table,
+    costs,
+    gap_closed,
+    guard_warning,
+)
+from flipproof.measure.intervals import MIN_TRIALS, sure_enough
+from flipproof.models.adapter import adapter_spec, load_adapter
+from flipproof.models.build import build_model, check_length, flipped_dtype
+from flipproof.models.limits import check_ids
+from flipproof.models.load import compute_context, load_tokenizer
+from flipproof.models.loss import loss_by_row
+from flipproof.records import RESULTS, write_new_record, write_record
+from flipproof.world import World, join_world
+
+_NO_FAULTS = "no faults are configured (bitflip.*), so there is nothing to log or to replay"
+
+
+def arms_of(model: nn.Module, spec: BitFlipSpec, trained: bool) -> tuple[str, ...]:
+    """``arm_names`` of a model that has the faults of ``spec`` wherever something in it is faulty."""
+    found = []
+    for site in fault_sites(model).values():
+        if (own := spec.for_layer(site.site)) is not None:
+            found += {"kv": [own.kv], "embedding": [own.w]}.get(site.kind, [own.w, own.x])
+    flips, guard = any(fault.flips for fault in found), any(fault.zero_out_t is not None for fault in found)
+    return arm_names(flips, guard, trained)
+
+
+def fault_seeds(base_seed: int, trials: int) -> list[int]:
+    """Seeds for evaluation; ``base_seed``, which training uses, is not among them."""
+    return [(base_seed + 1 + i) % 2**63 for i in range(trials)]
+
+
+def mean_loss(
+    model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World | None = None
+) -> tuple[float, int]:
+    """(mean of ``sequence_losses``, predicted tokens)."""
+    losses = sequence_losses(model, text, num_samples, batch_size, world)
+    return math.fsum(losses) / len(losses), len(losses) * (text.sequences.shape[1] - 1)
+
+
+@torch.no_grad()
+def sequence_losses(
+    model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World | None = None
+) -> list[float]:
+    """Mean cross-entropy in nats per token of each of ``num_samples`` sequences spread evenly over the text, or of all
+    where it has fewer; infinity where the model predicts nothing.
+
+    ``batch_size`` sequences at a time in each process; all processes return the same.
+    """
+    world = world or World(0, 1, next(model.parameters()).device)
+    n = min(num_samples, len(text))
+    chosen = np.arange(n) * len(text) // n
+    was_training = model.training
+    model.eval()
+    losses = torch.zeros(n, dtype=torch.float64)
+    try:
+        for start in range(0, n, batch_size * world.size):
+            first = start + world.rank * batch_size
+            here = chosen[first:][:batch_size]
+            # Every process runs as many passes on as many rows, so that rows keep their place in the whole batch.
+            short = batch_size - len(here) if world.size > 1 else 0
+            ids = text.batch(np.concatenate([here, chosen[:1].repeat(short)])).to(world.device)
+            losses[first : first + len(here)] = loss_by_row(model, ids)[: len(here)].cpu()
+    finally:
+        model.train(was_training)
+    if world.size > 1:  # the others have 0 there: the sum is exact, in any order
+        dist.all_reduce(losses, group=world.cpu_group)
+    # NaN, too, is a model that flips have broken: it predicts nothing.
+    return losses.where(losses.isfinite(), math.inf).tolist()
+
+
+def arm_faults(model: nn.Module, name: str, seed: int | None) -> AbstractContextManager[None]:
+    """The model as the named arm has it, within the block: from tick 0 of the fault seed, where the arm flips bits."""
+    if not is_faulty(model):
+        return nullcontext()
+    flips = name in FLIPPED_ARMS
+    return faults(model, flips=flips, guard=flips or name in GUARD_ARMS, adapters=name in TRAINED_ARMS, seed=seed)
+
+
+def measure_arms(
+    model: nn.Module,
+    names: Sequence[str],
+    text: PackedText,
+    *,
+    seeds: Sequence[int],
+    num_samples: int,
+    batch_size: int,
+    world: World | None = None,
+    until_ci: float | None = None,
+    at_least: int = MIN_TRIALS,
+) -> dict[str, Arm]:
+    """The named arms of a model; one without faulty layers has the arm ``clean`` alone.
+
+    An arm that flips bits is measured with all ``seeds``; with ``until_ci`` with the first of them that are enough
+    (``sure_enough``), ``at_least`` so many. All processes stop at the same seed, having the same losses.
+    """
+    arms = {}
+    for name in names:
+        table: list[list[float]] = []
+        for seed in seeds if name in FLIPPED_ARMS else [None]:
+            with arm_faults(model, name, seed):
+                table.append(sequence_losses(model, text, num_samples, batch_size, world))
+            if until_ci is not None and sure_enough([math.fsum(row) / len(row) for row in table], until_ci, at_least):
+                break
+        arms[name] = Arm.from_table(np.array(table), len(table[0]) * (text.sequences.shape[1] - 1))
+    return arms
+
+
+def evaluate(
+    config: RunConfig,
+    adapter: Path | None = None,
+    to: Path | None = None,
+    *,
+    flip_log: Path | None = None,
+    replay: Path | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Arm]:
+    """Measure a model's arms on held-out text.
+
+    Args:
+        config: model, text, faults and trials. ``lora`` counts for nothing here: an adapter brings its own.
+        adapter: directory of a PEFT adapter; adds the trained arms of ``arm_names``.
+        to: directory to write ``results.json`` into; it must not hold one.
+        flip_log: file for every flip of the first trial of the last arm with faults: ``flipped``, or with an adapter
+            ``recovered``.
+        replay: such a file; adds the arm ``replayed``, that arm with the file's flips in the place of draws.
+        tell: called by the first process with the table, before anything is written to ``to``.
+
+    Raises:
+        ConfigError: where model, text, adapter, directory or file are at fault, before anything is measured.
+    """
+    check_free(to)
+    if flip_log or replay:
+        check_log(config, flip_log, replay)
+        config = replace(config, training=replace(config.training, compile=False))  # which taps need
+    with join_world(config.parallelism) as world, ExitStack() as stack:
+        if world.size > 1 and (flip_log or replay):
+            raise ConfigError([f"--flip-log and --replay work in one process; {world.size} were started"])
+        tokenizer = load_tokenizer(config.model)
+        check_length(config, tokenizer)
+        text = load_held_out(config.data, tokenizer, config.training.seq_len)
+        model, names = open_model(config, tokenizer, world, adapter)
+        check_ids(model, tokenizer, text.sequences)
+        seed = fault_seeds(config.bitflip.base_seed, 1)[0]
+        replayed = []
+        if flip_log or replay:
+            tap: FlipLog | Replay
+            name, dtype = faulty_arm(names), flipped_dtype(config.training, model)
+            if flip_log:
+                what = {"dtype": dtype, "seed": seed, "text": text.source, "arm": name, "eval": asdict(config.eval)}
+                flip_log.parent.mkdir(parents=True, exist_ok=True)
+                tap = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
+            elif replay:
+                tap = Replay(replay, dtype)
+            with compute_context(config.training, model), arm_faults(model, name, seed), tapped(model, tap):
+                replayed = sequence_losses(model, text, config.eval.num_samples, config.training.local_batch_size)
+            if isinstance(tap, Replay):
+                tap.check_all_done()
+        arms = measure_config_arms(config, names, model, text, world)
+        if replay:
+            arms["replayed"] = Arm.from_table(np.array([replayed]), arms["clean"].tokens)
+        if tell and world.first:
+            tell(arms_table(arms))
+        if to is not None and world.first:
+            write_new_record(to / RESULTS, results(config, arms, model, text), "--to")
+    return arms
+
+
+def faulty_arm(names: Sequence[str]) -> str:
+    """The one that a log of flips is of: with all faults, and trained where there are trained ones. Raises ConfigError
+    where there is none."""
+    for name in ("recovered", "recovered_guard", "flipped", "guard"):
+        if name in names:
+            return name
+    raise ConfigError([_NO_FAULTS])
+
+
+def check_log(config: RunConfig, flip_log: Path | None, replay: Path | None) -> None:
+    """Raises ConfigError where a run of this config can neither write nor replay a log."""
+    if flip_log and replay:
+        raise ConfigError(["--flip-log and --replay: a replay draws nothing that a log could say; drop one"])
+    if not config.bitflip.any_fault:
+        raise ConfigError([_NO_FAULTS])
+    if flip_log:
+        check_new(flip_log, "--flip-log", "file")
+
+
+def check_free(to: Path | None) -> None:
+    """Raises ConfigError where the directory holds results already, or could not."""
+    if to is not None:
+        check_new(to / RESULTS, "--to")
+
+
+def open_model(
+    config: RunConfig, tokenizer: Any, world: World, adapter: Path | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """(a config's model with its adapter, ready to be measured; the arms that it has).
+
+    Raises:
+        ConfigError: where model or adapter are at fault.
+    """
+    # what is kept for a backward pass does not matter here
+    config = replace(config, training=replace(config.training, activation_checkpointing="none"))
+    model = build_model(config, tokenizer, world, adapter_spec(adapter) if adapter else None)
+    if not config.bitflip.any_fault:
+        logger.info("no faults are configured (bitflip.*): the model is measured without")
+    if adapter:
+        load_adapter(model, adapter)
+    return model, arms_of(model, config.bitflip, trained=adapter is not None)
+
+
+def measure_config_arms(
+    config: RunConfig, names: Sequence[str], model: nn.Module, text: PackedText, world: World
+) -> dict[str, Arm]:
+    """``measure_arms`` with the config's seeds, samples, batch and compute dtype; and a warning where the guard alone
+    costs much."""
+    trials, until_ci = config.eval.trials, config.eval.until_ci
+    arms: dict[str, Arm] = {}
+    with compute_context(config.training, model):
+        for name in names:
+            arms |= measure_arms(
+                model,
+                (name,),
+                text,
+                seeds=fault_seeds(config.bitflip.base_seed, trials if until_ci is None else config.eval.max_trials),
+                num_samples=config.eval.num_samples,
+                batch_size=config.training.local_batch_size,
+                world=world,
+                until_ci=until_ci,
+                at_least=max(MIN_TRIALS, trials),
+            )
+            if name == "guard" and (line := guard_warning(arms, config.bitflip)):
+                logger.warning("%s", line)
+    if until_ci is not None:
+        for name in arms.keys() & set(FLIPPED_ARMS):
+            if not sure_enough(arms[name].trial_losses, until_ci):
+                logger.warning("%s: after eval.max_trials = %d seeds not within ±%g of its perplexity",
+                               name, arms[name].trials, until_ci)  # fmt: skip
+    return arms
+
+
+def results(
+    config: RunConfig,
+    arms: dict[str, Arm],
+    model: nn.Module,
+    text: PackedText | None,
+    tasks: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What ``results.json`` holds: the arms and what they were measured with, on text and (``tasks.py``) in tasks. No
+    times and no machine: equal runs write equal files.
+    """
+    trials = [arm.trials for name, arm in arms.items() if name in FLIPPED_ARMS]
+    for task in (tasks or {}).values():
+        trials += [
+            len(metric["trials"])
+            for name, metrics in task["arms"].items()
+            if name in FLIPPED_ARMS
+            for metric in metrics.values()
+        ]
+    return {
+        "arms": {name: asdict(arm) for name, arm in arms.items()},
+        "costs": {name: asdict(cost) for name, cost in costs(arms).items()},
+        "gap_closed": gap_closed(arms),
+        **({} if tasks is None else {"tasks": tasks}),
+        "fault_seeds": fault_seeds(config.bitflip.base_seed, max(trials, default=0)),
+        "bitflip": asdict(config.bitflip),
+        "dtype": flipped_dtype(config.training, model),
+        "text": text.source if text else None,
+    }
+
+
+def write_results(
+    directory: Path, config: RunConfig, arms: dict[str, Arm], model: nn.Module, text: PackedText | None
+) -> None:
+    """Write ``results.json`` of a run, or write it anew."""
+    write_record(directory / RESULTS, results(config, arms, model, text))

@@ -1,0 +1,127 @@
+"""From a config to a model that runs: built or loaded, made faulty, spread over the processes, on its device."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flipproof.config import RunConfig, TrainingConfig
+from flipproof.errors import ConfigError
+from flipproof.faults.dtypes import dtype_name
+from flipproof.faults.inject import check_bits, fault_sites, inject
+from flipproof.faults.op import BACKENDS
+from flipproof.faults.spec import OPERANDS, BitFlipSpec, LoraSpec
+from flipproof.log import logger
+from flipproof.models.limits import check_positions, watch_ids
+from flipproof.models.load import load_model, materialise, model_config, model_on_meta
+from flipproof.models.loss import fuse_loss
+from flipproof.models.parallelize import cast_to, parallelize
+from flipproof.models.weights import own_dtype
+from flipproof.world import World
+
+
+def check_length(config: RunConfig, tokenizer: Any) -> None:
+    """Raises ConfigError where ``training.seq_len`` is more than the model's positions, or there is no such model; for
+    before text is read. Needs no weights."""
+    check_positions(model_config(config.model, tokenizer), config.training.seq_len)
+
+
+def with_trainable_weights(config: RunConfig) -> RunConfig:
+    """The config of a training, with weights that can train: where they themselves do (lora.r = 0), those of a 16-bit
+    checkpoint become float32, and the model computes, and flips bits, in the checkpoint's dtype."""
+    training, path = config.training, config.model.hf_model_path
+    if config.lora.r or training.dtype is not None or path is None or config.model.init == "random":
+        return config
+    own = dtype_name(own_dtype(path))
+    if own not in ("bfloat16", "float16"):
+        return config
+    computed: Any = training.mixed_precision_param or own
+    logger.info(
+        "lora.r = 0: %s weights are coarser than AdamW's steps; they train in float32 (training.dtype), and the model "
+        "computes in %s (training.mixed_precision_param)",
+        own,
+        computed,
+    )
+    return replace(config, training=replace(training, dtype="float32", mixed_precision_param=computed))
+
+
+def build_model(
+    config: RunConfig,
+    tokenizer: Any,
+    world: World,
+    lora: LoraSpec | Mapping[str, LoraSpec] | None = None,
+) -> nn.Module:
+    """The run's model on this process's device, with the faults of ``config.bitflip`` and adapters as ``inject`` takes
+    them.
+
+    Several processes build it on the meta device and read their own shards; a single one reads it as ``transformers``
+    does, which also knows older formats.
+
+    Raises:
+        ConfigError: for a model that cannot be built, or faults that match no layer.
+    """
+    dtype, seed = config.training.dtype, config.training.seed
+    in_one_piece = world.size == 1 and config.model.init == "pretrained"
+    if in_one_piece:
+        model = load_model(config.model, tokenizer, dtype, seed)
+    else:
+        model = model_on_meta(config.model, tokenizer, dtype)
+    watch_ids(model, tokenizer)
+    if keys := unguarded(config.bitflip):
+        logger.warning("flips without a guard (%s): a flipped exponent bit makes up to 1e38 of a small number; "
+                       "flipproof profile proposes thresholds", keys)  # fmt: skip
+    if computed := cast_to(config.training, model):
+        _check_computed(computed, model)
+        check_bits(config.bitflip, [computed])
+    if lora or config.bitflip.any_fault:
+        logger.info("%s", inject(model, config.bitflip, lora))
+    fuse_loss(model)
+    parallelize(model, config, world)
+    if in_one_piece:
+        model.to(world.device)
+    else:
+        materialise(model, config.model, seed, torch.device("cpu") if config.parallelism.cpu_offload else world.device)
+    # no backend is chosen silently
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "the CPU"
+    spread = f" in each of {world.size} processes" if world.size > 1 else ""
+    logger.info("the model runs on %s%s; its bits are flipped by: %s", name, spread, BACKENDS[world.device.type])
+    return model
+
+
+def _check_computed(dtype: torch.dtype, model: nn.Module) -> None:
+    """Raises ConfigError for float32, which autocast would silently not compute 16-bit weights in."""
+    if dtype == torch.float32:
+        held = dtype_name(next(model.parameters()).dtype)
+        raise ConfigError(
+            [
+                f"training.mixed_precision_param = 'float32': the weights are {held}; set training.dtype = 'float32' "
+                "to compute in it"
+            ]
+        )
+
+
+def flipped_dtype(training: TrainingConfig, model: nn.Module) -> str:
+    """The name of the dtype whose bits flip: the one that is computed in, else that of the faulty weights, or of the
+    model where it has none. Where weights of several dtypes are faulty, all of them, as "bfloat16 and float32"."""
+    computed = cast_to(training, model)
+    if computed is None:
+        weights = (getattr(site, "weight", None) for site in fault_sites(model).values())
+        if held := {dtype_name(weight.dtype) for weight in weights if weight is not None}:
+            return " and ".join(sorted(held))
+    return dtype_name(computed or next(model.parameters()).dtype)
+
+
+def unguarded(spec: BitFlipSpec) -> str:
+    """The keys by which exponent bits flip where no guard zeroes what comes of it, with their values; "" without."""
+    found: dict[str, None] = {}
+    for variant in spec.variants():
+        for operand in OPERANDS:
+            t, of = f"{operand}_zero_out_t", vars(variant)
+            if of[t] is None:
+                bits = {name: p for name, p in of[f"{operand}_p_bits"].items() if p and name not in ("sign", "frac")}
+                keys = {f"{operand}_p_exp": of[f"{operand}_p_exp"], f"{operand}_p_row": of[f"{operand}_p_row"]}
+                keys[f"{operand}_p_bits"] = bits
+                found |= {f"bitflip.{key} = {value!r} and no {t}": None for key, value in keys.items() if value}
+    return ", ".join(found)

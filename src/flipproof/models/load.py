@@ -1,0 +1,194 @@
+"""A run's model: built from a config or opened from a directory or the Hub, always through ``transformers``.
+
+What trains is what ``AutoModelForCausalLM.from_pretrained`` opens, in one process or in several.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from flipproof.config import ModelConfig, TrainingConfig
+from flipproof.dtensor import assign_, local
+from flipproof.errors import ConfigError
+from flipproof.faults.dtypes import dtype_name
+from flipproof.faults.inject import iter_faulty
+from flipproof.faults.philox import derive_key
+from flipproof.log import logger
+from flipproof.models.flavors import FLAVORS
+from flipproof.models.hub import from_hub, reason
+from flipproof.models.parallelize import cast_to
+from flipproof.models.save import save_model
+from flipproof.models.tokenizer import byte_tokenizer, load_tokenizer
+from flipproof.models.weights import KEY, read_model, read_weights, unread_model
+
+__all__ = [
+    "FLAVORS",
+    "byte_tokenizer",
+    "compute_context",
+    "load_model",
+    "load_tokenizer",
+    "materialise",
+    "model_config",
+    "model_on_meta",
+    "save_model",
+    "skeleton",
+]
+
+
+def model_config(config: ModelConfig, tokenizer: Any) -> Any:
+    """The ``transformers`` config of the model that the run names.
+
+    Raises:
+        ConfigError: for an unknown flavor, one that contradicts the checkpoint, or a config that cannot be read.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    shape = None
+    if config.flavor is not None:
+        if config.flavor not in FLAVORS:
+            raise ConfigError([f"model.flavor = {config.flavor!r}: known are {', '.join(FLAVORS)}"])
+        shape = FLAVORS[config.flavor]
+    # from scratch a flavor is all there is to know: neither network nor weights are needed
+    if config.hf_model_path is not None and (shape is None or config.init == "pretrained"):
+        hf_config = from_hub(AutoConfig.from_pretrained, config.hf_model_path, KEY, "a model")
+        _check_flavor(config, hf_config, shape)
+    else:
+        hf_config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # type: ignore[arg-type]
+    return hf_config
+
+
+def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Module:
+    """The model on the meta device: shapes and names without memory; needs no weights. ``dtype`` by name; None is
+    float32.
+
+    Raises as ``model_config`` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_config = model_config(config, tokenizer)
+    how = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": False}
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(hf_config, **how)
+    except ValueError as error:
+        raise ConfigError([f"{KEY} = {config.hf_model_path!r}: {reason(error, str(config.hf_model_path))}"]) from error
+    return model
+
+
+def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Module:
+    """The model on the meta device, which ``materialise`` gives its weights. ``dtype`` as in ``load_model``.
+
+    Raises:
+        ConfigError: as ``model_config`` does, or for weights that several processes cannot read.
+    """
+    if config.init == "random":
+        return skeleton(config, tokenizer, dtype)
+    model_config(config, tokenizer)
+    return unread_model(str(config.hf_model_path), dtype)
+
+
+def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int) -> nn.Module:
+    """A causal language model in one process's memory: loaded, or initialised from ``seed`` without touching the global
+    RNG.
+
+    ``dtype`` by name; None is the checkpoint's own, or float32 from scratch.
+
+    Raises:
+        ConfigError: as ``model_config`` does, or for weights that cannot be read.
+    """
+    if config.init == "random":
+        model = skeleton(config, tokenizer, dtype)
+        materialise(model, config, seed, torch.device("cpu"))
+        return model
+    quantised = getattr(model_config(config, tokenizer), "quantization_config", None)
+    model = read_model(str(config.hf_model_path), dtype)
+    if quantised is not None and not getattr(model, "is_quantized", False):
+        name = dtype_name(model.dtype)  # type: ignore[arg-type]
+        logger.info("%s = %r: its weights are quantised, and read as %s", KEY, config.hf_model_path, name)
+    return model
+
+
+def _check_flavor(config: ModelConfig, hf_config: Any, shape: dict[str, Any] | None) -> None:
+    """The flavor describes what hf_model_path holds; saying two different shapes is a mistake to be told."""
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        actual = getattr(hf_config, key, None)
+        if shape is not None and actual != shape[key]:
+            raise ConfigError(
+                [
+                    f"model.flavor = {config.flavor!r} has {key} {shape[key]}, but {config.hf_model_path!r} has "
+                    f"{actual}; drop the flavor or name the right one"
+                ]
+            )
+
+
+def materialise(model: nn.Module, config: ModelConfig, seed: int, device: torch.device) -> None:
+    """Give a model of ``model_on_meta``, sharded or not, memory on ``device`` and its weights: loaded, or initialised.
+
+    Of a sharded model each process holds, reads and writes its shards only. A module's initial weights depend on
+    ``seed``, its name and the type of device, so they are the same however the model is sharded.
+
+    Raises:
+        ConfigError: for a file that is damaged.
+    """
+    model.to_empty(device=device)
+    model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
+    for buffer in _computed_buffers(model):
+        if buffer.is_floating_point():
+            buffer.fill_(math.nan)  # to see below that each is computed again
+    if config.init == "random":
+        _initialise(model, seed)
+    else:
+        read_weights(model, str(config.hf_model_path))
+        for module in model.modules():
+            if module._non_persistent_buffers_set:
+                for parameter in module.parameters(recurse=False):
+                    # it is loaded: transformers leaves it alone
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                model._init_weights(module)  # type: ignore[operator]
+    if any(buffer.isnan().any() for buffer in _computed_buffers(model)):
+        raise ConfigError([f"{type(model).__name__} does not compute its buffers anew; start it in one process"])
+    for _, layer in iter_faulty(model):
+        layer.reset_lora_parameters()
+
+
+def _computed_buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that no checkpoint holds, such as the frequencies of a rotary embedding."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module, seed: int) -> None:
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if not key.startswith("lora_")}
+        if not own and not module._buffers:
+            continue
+        # transformers initialises whole parameters, so the module lends it some, one module at a time
+        lent = {
+            key: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=local(p).device)) for key, p in own.items()
+        }
+        held, module._parameters = module._parameters, module._parameters | lent
+        try:
+            with torch.random.fork_rng({p.device for p in lent.values() if p.is_cuda}):
+                torch.manual_seed(derive_key(seed, name))
+                model._init_weights(module)  # type: ignore[operator]
+        finally:
+            module._parameters = held
+        for key, parameter in own.items():
+            assign_(parameter, lent[key])
+
+
+def compute_context(training: TrainingConfig, model: nn.Module) -> AbstractContextManager[Any]:
+    """Autocast to ``mixed_precision_param`` where that differs from the weights' dtype; FSDP casts what it gathers."""
+    dtype = cast_to(training, model)
+    if dtype is None or isinstance(model, FSDPModule):
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)

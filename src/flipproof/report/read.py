@@ -1,0 +1,337 @@
+"""What a report is made from: the files that runs, sweeps, profiles and generated texts leave in directories.
+
+A directory is searched itself and two levels deep, so that ``runs/demo`` with ``base/`` and ``sweep/`` in it is one
+report, and so is a study of several models. What is found is called after its path below the directory.
+
+Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. Those that grow line by line
+(``points.jsonl``, ``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
+"""
+
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flipproof.errors import ConfigError
+from flipproof.measure.arms import Arm
+from flipproof.records import CONFIG, METRICS, RESULTS, check_toml, lines, read_record
+from flipproof.report.analyse import Point, Setting
+from flipproof.train.checkpoint import list_checkpoints, planted
+
+SWEEP, POINTS, PROFILE, GENERATED, SAMPLES = (
+    "sweep.json",
+    "points.jsonl",
+    "profile.json",
+    "generate.json",
+    "samples.txt",
+)
+_KNOWN = (RESULTS, METRICS, SWEEP, POINTS, PROFILE, GENERATED, SAMPLES)
+_LEVELS = 2
+_ARMS = ("clean", "flipped", "recovered")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on what, as the head of the page has it."""
+
+    name: str
+    """The file, relative to the report's directory."""
+    model: str | None
+    dtype: str | None
+    text: str | None
+    tokens: int | None
+    date: date
+    """Of the file's last change."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``sweep.json`` and its points; losses in nats per token."""
+
+    about: Measured
+    axes: Mapping[str, list[Any]]
+    overhead: Mapping[str, float]
+    """protection -> extra bits stored over bits stored."""
+    voltages: tuple[tuple[float, float], ...]
+    """(volts, bit-error rate)."""
+    clean_loss: float
+    clean_perplexity: float
+    guard_loss: float | None
+    planned: int
+    points: tuple[Point, ...]
+
+
+@dataclass
+class Sources:
+    """Everything found, by the name of the directory it was found in."""
+
+    about: list[Measured] = field(default_factory=list)
+    arms: dict[str, dict[str, Arm]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tasks of lm-eval, as ``flipproof.measure.tasks`` writes them."""
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``profile.json``, as ``flipproof.measure.magnitudes`` writes it."""
+    training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """(step, loss in nats per token)."""
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Arm -> sample of text."""
+    notes: list[str] = field(default_factory=list)
+    """What readers should know of the files."""
+
+
+def read_sources(directory: Path) -> Sources:
+    """Read a directory and those in it.
+
+    Raises:
+        ConfigError: where it holds nothing that a report could show, and for every file that is not as it was written.
+    """
+    if not directory.is_dir():
+        raise ConfigError([f"{directory} is not a directory; a report is made of one with {', '.join(_KNOWN)}"])
+    sources, problems = Sources(), []
+    for place in _places(directory, sources.notes):
+        held = {name: place / name for name in _KNOWN if (place / name).is_file()}
+        for name, read in _READERS.items():
+            if name in held:
+                try:
+                    read(sources, directory, held[name])
+                except ConfigError as error:
+                    problems += error.problems
+        problems += _planted(place / "checkpoints")
+        if POINTS in held and SWEEP not in held:
+            problems.append(f"{held[POINTS]}: there is no {SWEEP} beside it, which says what was measured")
+    if problems:
+        raise ConfigError(problems)
+    if not (sources.about or sources.training or sources.texts):
+        raise ConfigError([f"{directory} and the directories in it hold none of {', '.join(_KNOWN)}"])
+    return sources
+
+
+def _planted(checkpoints: Path) -> list[str]:
+    """What stands in a run's checkpoints that would run something if it was opened with less care. A report needs none
+    of them; but who makes one is the first to look at a run, and what else is in it deserves no trust then."""
+    return [problem for path in list_checkpoints(checkpoints) for problem in planted(path)]
+
+
+def _places(directory: Path, notes: list[str], levels: int = _LEVELS) -> Iterator[Path]:
+    """The directory and those in it, each before what it holds; what cannot be read is a note."""
+    yield directory
+    if levels == 0:
+        return
+    try:
+        inside = sorted(path for path in directory.iterdir() if path.name[0] != "." and path.is_dir())
+    except OSError as error:
+        notes.append(f"{directory}: {error.strerror}; what it holds is left out.")
+        return
+    for path in inside:
+        yield from _places(path, notes, levels - 1)
+
+
+@contextmanager
+def _as_written(where: str) -> Iterator[None]:
+    """What goes wrong in the block is the file's fault, and becomes one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except KeyError as error:
+        raise ConfigError([f"{where}: {error} is missing"]) from error
+    except OSError as error:
+        raise ConfigError([f"{where}: {error.strerror}"]) from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # JSON's and UTF-8's are ValueErrors
+        raise ConfigError([f"{where}: not as flipproof writes it ({' '.join(str(error).split())})"]) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with _as_written(str(path)):
+        return read_record(path)
+
+
+def _lines(sources: Sources, name: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Each line of a JSONL file parsed; half a line at the end is a note."""
+    with _as_written(str(path)):
+        text = path.read_bytes()
+    last = text.count(b"\n") + 1
+    parsed = []
+    for number, line in lines(text):
+        if isinstance(line, ValueError) and number == last:  # no line break ends it
+            sources.notes.append(f"{name}: the last line is half written and was ignored.")
+            continue
+        with _as_written(f"{path} line {number}"):
+            if isinstance(line, ValueError):
+                raise line
+            parsed.append(parse(line))
+    return parsed
+
+
+def _name(directory: Path, path: Path) -> str:
+    """The name of a file's directory, which no other one has: what sections are called after."""
+    if path.parent != directory:
+        return path.parent.relative_to(directory).as_posix()
+    name = directory.resolve().name or "/"
+    return f"{name} (itself)" if (directory / name).is_dir() else name
+
+
+def _about(directory: Path, path: Path, values: Mapping[str, Any], model: str | None = None) -> Measured:
+    for key in ("model", "dtype", "text"):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(f"{key} = {values[key]!r} is no name")
+    return Measured(
+        name=path.relative_to(directory).as_posix(),
+        model=values.get("model") or model,
+        dtype=values.get("dtype"),
+        text=values.get("text"),
+        tokens=values.get("tokens"),
+        date=date.fromtimestamp(path.stat().st_mtime),
+    )
+
+
+def _number(value: Any) -> float:
+    """A loss: null is infinite."""
+    return math.inf if value is None else float(value)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The tables of the config beside a file of a run."""
+    config = path.with_name(CONFIG)
+    if not config.is_file():
+        return {}
+    check_toml(config)
+    return tomllib.loads(config.read_text("utf-8"))
+
+
+def _read_results(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    with _as_written(str(path)):
+        arms = {name: Arm.from_dict(arm) for name, arm in values["arms"].items()}
+        table = _config(path).get("model", {})
+        model = table.get("hf_model_path") or table.get("flavor")
+        tokens = max((arm.tokens for arm in arms.values()), default=None)
+        sources.about.append(_about(directory, path, {"tokens": tokens} | values, model))
+    if left := values.get("unfinished"):
+        sources.notes.append(f"{path.relative_to(directory).as_posix()}: {', '.join(map(str, left))} was not measured.")
+    if arms:
+        sources.arms[_name(directory, path)] = arms
+    if tasks := values.get("tasks"):
+        sources.tasks[_name(directory, path)] = tasks
+
+
+def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    file = path.with_name(POINTS)
+    name = file.relative_to(directory).as_posix()
+    lines_of_points = _lines(sources, name, file, _point) if file.is_file() else []
+    points = dict(lines_of_points)  # of a point that was measured twice, the last counts
+    with _as_written(str(path)):
+        axes = {key: axis if isinstance(axis, list) else [axis] for key, axis in values["axes"].items()}
+        clean = values["clean"]
+        sweep = Sweep(
+            about=_about(directory, path, values),
+            axes=axes,
+            overhead={key: float(share) for key, share in (values.get("overhead") or {}).items()},
+            voltages=tuple((float(volts), float(ber)) for volts, ber in values.get("voltages") or ()),
+            clean_loss=_number(clean["loss"]),
+            clean_perplexity=_number(clean["perplexity"]),
+            guard_loss=_number(guard["loss"]) if (guard := values.get("guard")) else None,
+            planned=int(values["planned"]),
+            points=tuple(points.values()),
+        )
+    if len(points) < sweep.planned:
+        sources.notes.append(f"{name}: {len(points)} of {sweep.planned} points are measured so far.")
+    sources.about.append(sweep.about)
+    sources.sweeps[_name(directory, path)] = sweep
+
+
+def _point(values: dict[str, Any]) -> tuple[str, Point]:
+    """(id, point) of a line."""
+    setting = Setting(*(str(values[key]) for key in Setting._fields))
+    voltage = values.get("voltage")
+    return str(values["id"]), Point(
+        p=float(values["p"]),
+        voltage=None if voltage is None else float(voltage),
+        setting=setting,
+        seed=int(values["seed"]),
+        loss=_number(values["loss"]),
+        tokens=int(values["tokens"]),
+    )
+
+
+def _size(value: Any) -> float | int | None:
+    """A number that is not negative, or null."""
+    if value is None:
+        return None
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{value!r} is no magnitude")
+    return value
+
+
+def _exponent(value: Any) -> int:
+    if not -2000 < int(value) < 2000:
+        raise ValueError(f"2^{value!r} is no number of a computer")
+    return int(value)
+
+
+def _read_profile(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    with _as_written(str(path)):
+        for layer in (values["all"], *values["layers"].values()):
+            for operand in ("weights", "inputs"):
+                one = layer[operand]
+                one["histogram"] = [(_exponent(e), int(_size(count) or 0)) for e, count in one["histogram"]]
+                one["quantiles"] = {str(name): _size(value) for name, value in one["quantiles"].items()}
+                for key in ("maximum", "count", "proposed_t", "zero_out_t", "clipped"):
+                    one[key] = _size(one[key])
+        sources.about.append(_about(directory, path, values))
+    sources.profiles[_name(directory, path)] = values
+
+
+def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
+    name = path.relative_to(directory).as_posix()
+    rows = _lines(sources, name, path, lambda values: (int(values["step"]), _number(values["loss"])))
+    with _as_written(str(path.with_name(CONFIG))):
+        steps = _config(path).get("training", {}).get("steps")
+        last = rows[-1][0] if rows else 0
+        if steps is not None and last < int(steps):
+            sources.notes.append(f"{name}: it ends at step {last} of {steps}.")
+    if finite := [row for row in rows if math.isfinite(row[1])]:
+        sources.training[_name(directory, path)] = finite
+
+
+def _read_generated(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    with _as_written(str(path)):
+        sources.texts[_name(directory, path)] = {
+            str(arm): f"{values['prompt']}{text}" for arm, text in values["texts"].items()
+        }
+        sources.about.append(_about(directory, path, values))
+
+
+def _read_samples(sources: Sources, directory: Path, path: Path) -> None:
+    """The demo's samples: each arm's name in brackets on a line of its own, then its text."""
+    with _as_written(str(path)):
+        text = path.read_text("utf-8", errors="replace")
+    texts: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line[1:-1] in _ARMS and line == f"[{line[1:-1]}]":
+            texts[line[1:-1]] = []
+        elif texts:
+            texts[next(reversed(texts))].append(line)
+    if texts:
+        name = _name(directory, path)
+        name = f"{name} ({SAMPLES})" if name in sources.texts else name  # beside generate.json
+        sources.texts[name] = {arm: "\n".join(rows).strip() for arm, rows in texts.items()}
+
+
+_READERS: dict[str, Callable[[Sources, Path, Path], None]] = {
+    RESULTS: _read_results,
+    METRICS: _read_metrics,
+    SWEEP: _read_sweep,
+    PROFILE: _read_profile,
+    GENERATED: _read_generated,
+    SAMPLES: _read_samples,
+}

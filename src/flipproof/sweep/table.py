@@ -1,0 +1,335 @@
+"""What the ``[sweep]`` table means for one model: a voltage table's rates, the layers and bits on the axes, and the
+faults of each cell.
+
+A sweep takes flip probabilities, sites, layers, bits and protection from its table, and everything else of
+``[bitflip]`` (thresholds, persistence, bursts, rows, patterns of layers) from the run's config, for all points alike.
+The config's own ``p_exp`` and ``p_frac`` count for nothing. Where else the two speak of the same, that is an error.
+"""
+
+import csv
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flipproof.config import RunConfig
+from flipproof.config.grid import MAX_POINTS, SweepConfig, operands_of, parse_protection
+from flipproof.errors import ConfigError
+from flipproof.faults.inject import fault_sites
+from flipproof.faults.spec import (
+    ELEMENT_BITS,
+    OPERANDS,
+    BitFlipSpec,
+    Operand,
+    Site,
+    bits_named,
+    probability_problem,
+    storage_overhead,
+)
+from flipproof.measure.perplexity import fault_seeds
+from flipproof.sweep.order import Cell, Plan, Rate
+
+_SET_BY_A_SWEEP = {"p_bits": "bits", "protection": "protection", "protected_bits": "protection"}
+"""Keys of an operand in [bitflip] -> the key of [sweep] that takes their place."""
+_EVERY = Rate(0.5, None, 0.5, 0.5)
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The config with the default protection, after what can be known to be wrong without the model."""
+    sweep, bitflip, problems = config.sweep, config.bitflip, []
+    if config.eval.until_ci is not None:
+        problems.append(
+            f"eval.until_ci = {config.eval.until_ci:g}: a sweep has sweep.seeds for each cell, the most telling first; "
+            "leave it out"
+        )
+    if sweep.p is None and sweep.voltage is None:
+        problems.append("sweep.p is not set: give flip probabilities (--p 1e-7:1e-3:9), or --voltage FILE")
+    for operand in OPERANDS:
+        for key, instead in _SET_BY_A_SWEEP.items():
+            if (value := getattr(bitflip, f"{operand}_{key}")) not in ("none", (), {}):
+                problems.append(f"bitflip.{operand}_{key} = {value!r}: a sweep takes that from sweep.{instead}")
+    for pattern, override in bitflip.layer_name_to_config.items():
+        keys = override if isinstance(override, Mapping) else {}
+        if own := [key for key in keys if key.endswith(("_p_exp", "_p_frac", *(f"_{key}" for key in _SET_BY_A_SWEEP)))]:
+            problems.append(
+                f"bitflip.layer_name_to_config {pattern!r}: sets {', '.join(own)}, which the sweep's points set; "
+                "false leaves the layers alone"
+            )
+    if bitflip.include_patterns and sweep.layer_names() != ["all"]:
+        problems.append(
+            f"sweep.layers = {sweep.layers!r}: bitflip.include_patterns = {list(bitflip.include_patterns)} says "
+            "something else; drop one"
+        )
+    flipping = sorted({operand for sites in sweep.site_names() for operand in operands_of(sites)}, key=OPERANDS.index)
+    missing = [name for operand in flipping if getattr(bitflip, name := f"{operand}_zero_out_t") is None]
+    protections = sweep.protections() or ["none" if len(missing) == len(flipping) else "guard"]
+    if missing and any(parse_protection(name).guard for name in protections):
+        problems.append(
+            f"sweep.protection = {', '.join(protections)}: the guard needs bitflip.{' and bitflip.'.join(missing)}; "
+            "set it, or say --protection none"
+        )
+    if problems:
+        raise ConfigError(problems)
+    training = config.training
+    # What is kept for a backward pass does not matter here. A compiled block is compiled anew for other probabilities.
+    training = replace(training, activation_checkpointing="none", compile=training.compile or False)
+    return replace(config, sweep=replace(sweep, protection=",".join(protections)), training=training)
+
+
+def rates_of(sweep: SweepConfig) -> list[Rate]:
+    """The axis of the probability, in rising order."""
+    if sweep.voltage is None:
+        return [Rate(p, None, p, p) for p in sweep.probabilities()]
+    rates = read_voltages(Path(sweep.voltage))
+    others = [name for name in sweep.bit_names() if name not in ("all", "sign", "exp", "frac")]
+    if others and any(rate.p_exp != rate.p_frac for rate in rates):
+        raise ConfigError(
+            [
+                f"sweep.bits = {', '.join(others)}: {sweep.voltage} has p_exp and p_frac, which say what all, sign, "
+                "exp and frac mean; drop these columns for other bits"
+            ]
+        )
+    return sorted(rates)
+
+
+def read_voltages(path: Path) -> list[Rate]:
+    """The rows of a CSV file with the columns ``voltage`` (in volts) and ``ber``, the flip probability, or ``p``, and
+    maybe ``p_exp`` and ``p_frac``; other columns do not count.
+
+    Raises:
+        ConfigError: naming each bad line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
+            columns = rows.fieldnames
+            numbered = [(rows.line_num, row) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError([f"sweep.voltage = {str(path)!r}: cannot be read ({error})"]) from error
+    ber = next((name for name in ("ber", "p") if name in columns), None)
+    if "voltage" not in columns or ber is None:
+        seen = ", ".join(columns)
+        raise ConfigError(
+            [f"sweep.voltage = {str(path)!r}: the first line names columns, voltage and ber among them; it is {seen!r}"]
+        )
+    rates: list[Rate] = []
+    problems: list[str] = []
+    lines: dict[tuple[str, float | None], int] = {}
+    wanted = ["voltage", ber, *(name for name in ("p_exp", "p_frac") if name in columns)]
+    for number, row in numbered:
+        values: dict[str, float] = {}
+        found = []
+        for name in wanted:
+            try:
+                values[name] = float(row[name] or "")
+            except ValueError:
+                found.append(f"{name} = {row[name]!r}: a number is allowed")
+        if not found:
+            found = [problem for name in wanted[1:] if (problem := probability_problem(name, values[name]))]
+        problems += [f"{path} line {number}: {problem}" for problem in found]
+        if found:
+            continue
+        rate = Rate(values[ber], values["voltage"], values.get("p_exp", values[ber]), values.get("p_frac", values[ber]))
+        if not math.isfinite(values["voltage"]):
+            problems.append(f"{path} line {number}: voltage = {values['voltage']}: a number of volts is allowed")
+        for name, value in (("voltage", rate.voltage), (ber, rate.p)):
+            if (other := lines.setdefault((name, value), number)) != number:
+                problems.append(f"{path} line {number}: {name} = {value} is that of line {other}, too")
+        rates.append(rate)
+    if not numbered:
+        problems.append(f"sweep.voltage = {str(path)!r}: holds no rows")
+    if problems:
+        raise ConfigError(problems)
+    return rates
+
+
+def all_that_flips(config: RunConfig) -> BitFlipSpec:
+    """Faults wherever the grid needs them: what the model is built with."""
+    sites = config.sweep.site_names()
+    operands = "".join(operand for operand in OPERANDS if any(operand in operands_of(name) for name in sites))
+    spec = cell_spec(config.bitflip, Cell(_EVERY, operands, "all", "all", "none"))
+    alone = _alone(sites)
+    if not alone:
+        return spec
+    together = spec.sites if len(alone) < len(sites) else ()
+    kinds = tuple(dict.fromkeys((*together, *alone)))
+    # what is asked for by name is not among what the config leaves alone
+    skipped = spec.skip_patterns if together else ()
+    return replace(spec, sites=kinds, include_patterns=(), skip_patterns=skipped)
+
+
+def _alone(sites: Sequence[str]) -> list[Site]:
+    """The sites that are modules of their own."""
+    kinds: tuple[Site, ...] = ("head", "embedding")
+    return [kind for kind in kinds if kind in sites]
+
+
+class Grid:
+    """A sweep's table on one model: its plan, and the faults of each cell.
+
+    Raises:
+        ConfigError: where the model has no such layers, or its dtype no such bits.
+    """
+
+    def __init__(self, config: RunConfig, rates: list[Rate], model: nn.Module, dtype: str) -> None:
+        self.config, self.dtype, self.rates = config, dtype, rates
+        sweep, base = config.sweep, config.bitflip
+        self.sites, self.protections = sweep.site_names(), sweep.protections()
+        self._narrowest = min(dtype.split(" and "), key=ELEMENT_BITS.__getitem__)  # whose bits all values have
+        self.bits = _bits(sweep, self._narrowest)
+        there = {site.kind for site in fault_sites(model).values()}
+        if absent := [kind for kind in _alone(self.sites) if kind not in there]:
+            raise ConfigError(
+                [f"sweep.sites = {', '.join(absent)}: the model has none that bitflip does not leave alone"]
+            )
+        reached = _reached(model, base)
+        alone = _alone(self.sites)
+        operands = {operand for sites in self.sites if sites not in alone for operand in operands_of(sites)}
+        names = list(dict.fromkeys(name for operand in OPERANDS if operand in operands for name in reached[operand]))
+        self._skip = _layers(sweep, names) if names else {}
+        curves = [
+            (sites, layers, bits, protection)
+            for protection in self.protections
+            for bits in self.bits
+            for layers in self._skip
+            for sites in self.sites
+            if sites not in alone and any(self._meant(layers, reached[operand]) for operand in operands_of(sites))
+        ]
+        curves += [
+            (sites, "all", bits, protection) for protection in self.protections for bits in self.bits for sites in alone
+        ]
+        if not curves:
+            raise ConfigError([f"sweep: no layer of the model has {' or '.join(self.sites)}"])
+        self.layers = list(dict.fromkeys(layers for _, layers, _, _ in curves))
+        if (planned := len(curves) * len(rates) * sweep.seeds) > MAX_POINTS:
+            raise ConfigError([f"sweep: {planned:,} points; at most {MAX_POINTS:,} are allowed"])
+        cells = [Cell(rate, *curve) for curve in curves for rate in rates]
+        self.plan = Plan(tuple(cells), tuple(fault_seeds(base.base_seed, sweep.seeds)))
+        try:
+            for curve in self.plan.curves:
+                self.spec(curve[-1])
+            self.overhead = {name: self._overhead(name) for name in self.protections}
+        except ValueError as error:
+            raise ConfigError([f"sweep: {problem}" for problem in str(error).split("; ")]) from error
+
+    def _meant(self, layers: str, names: Sequence[str]) -> bool:
+        """Whether a value of the layers' axis means any of the names."""
+        return any(layers == "all" or (layers in name and name not in self._skip[layers]) for name in names)
+
+    def spec(self, cell: Cell) -> BitFlipSpec:
+        """The faults of a cell."""
+        return cell_spec(self.config.bitflip, cell, self._skip.get(cell.layers, ()))
+
+    def _overhead(self, protection: str) -> float:
+        """Bits stored beyond those of the values, over those of the values."""
+        everything = Cell(self.rates[-1], "".join(OPERANDS), "all", "all", protection)
+        return max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
+
+    @property
+    def guard_spec(self) -> BitFlipSpec | None:
+        """The thresholds alone, on all layers; None where no protection has them."""
+        if not any(parse_protection(name).guard for name in self.protections):
+            return None
+        off: dict[str, Any] = {f"{operand}_{key}": None for operand in OPERANDS for key in ("p_exp", "p_frac", "p_row")}
+        return replace(self.config.bitflip, **off)
+
+
+def _reached(model: nn.Module, base: BitFlipSpec) -> dict[Operand, list[str]]:
+    """Operand -> the names of the modules where ``base`` leaves it to be faulty."""
+    sites = [site for site in fault_sites(model).values() if base.for_layer(site.site) is not None]
+    linear = [site.site for site in sites if site.kind in base.sites]
+    return {"w": linear, "x": linear, "kv": [site.site for site in sites if site.kind == "kv"]}
+
+
+def _bits(sweep: SweepConfig, dtype: str) -> list[str]:
+    names: list[str] = []
+    for name in sweep.bit_names():
+        names += [str(bit) for bit in range(ELEMENT_BITS[dtype])] if name == "each" else [name]
+    try:
+        for name in set(names) - {"all"}:
+            bits_named(name, dtype)
+    except ValueError as error:
+        raise ConfigError([f"sweep.bits: {error}"]) from error
+    return list(dict.fromkeys(names))
+
+
+def _layers(sweep: SweepConfig, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The axis of the layers: "all" or a pattern -> names that the pattern matches beyond what it means.
+
+    Args:
+        names: of the modules that may be faulty.
+    """
+    axis: dict[str, tuple[str, ...]] = {}
+    problems = []
+    for pattern in sweep.layer_names():
+        if pattern == "block":
+            for block in filter(None, map(_block_of, names)):
+                axis[block] = ()
+        elif pattern == "kind":
+            for kind in (name.rpartition(".")[2] for name in names):
+                # "dense" is part of "dense_h_to_4h", too
+                axis[kind] = tuple(name for name in names if kind in name and name.rpartition(".")[2] != kind)
+        elif pattern == "all" or any(pattern in name for name in names):
+            axis[pattern] = ()
+        else:
+            near = difflib.get_close_matches(pattern, {part for name in names for part in name.split(".")}, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"they are called {', '.join(names[:3])}, …"
+            problems.append(f"sweep.layers = {pattern!r}: no faulty layer has that in its name; {hint}")
+    if problems:
+        raise ConfigError(problems)
+    return axis
+
+
+def _block_of(site: str) -> str | None:
+    """``model.layers.3.`` of ``model.layers.3.mlp.up_proj``; None outside of the repeated blocks."""
+    parts = site.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) + "." if numbers else None
+
+
+def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = ()) -> BitFlipSpec:
+    """The faults of a cell: those of ``base`` with other probabilities, sites, layers and protection; persistence,
+    bursts, rows and thresholds stay.
+
+    Args:
+        skip: more patterns of layers to leave alone.
+
+    Raises:
+        ValueError: where ``base`` does not go with the cell, such as bursts with single bits.
+    """
+    protection = parse_protection(cell.protection)
+    flipping = operands_of(cell.sites)
+    changes: dict[str, Any] = {}
+    for operand in OPERANDS:
+        flips = operand in flipping
+        everywhere = flips and cell.bits == "all"
+        changes[f"{operand}_p_exp"] = cell.rate.p_exp if everywhere else None
+        changes[f"{operand}_p_frac"] = cell.rate.p_frac if everywhere else None
+        bits_p = cell.rate.p_frac if cell.bits == "frac" else cell.rate.p_exp
+        changes[f"{operand}_p_bits"] = {cell.bits: bits_p} if flips and not everywhere else {}
+        changes[f"{operand}_protection"] = protection.code if flips else "none"
+        changes[f"{operand}_protected_bits"] = protection.tripled if flips else ()
+        if not flips:
+            changes[f"{operand}_p_row"] = None
+        if not protection.guard:
+            changes[f"{operand}_zero_out_t"] = None
+    drop: set[str] = set()
+    if not protection.guard:
+        drop = {f"{operand}_zero_out_t" for operand in OPERANDS}
+    drop |= {f"{operand}_p_row" for operand in OPERANDS if operand not in flipping}
+    changes["layer_name_to_config"] = {
+        pattern: {key: value for key, value in override.items() if key not in drop}
+        if isinstance(override, Mapping)
+        else override
+        for pattern, override in base.layer_name_to_config.items()
+    }
+    if cell.sites in ("head", "embedding"):  # asked for by name
+        changes |= {"sites": (cell.sites,), "include_patterns": (), "skip_patterns": ()}
+    elif cell.layers != "all":
+        changes |= {"include_patterns": (cell.layers,), "skip_patterns": (*base.skip_patterns, *skip)}
+    return replace(base, **changes)

@@ -1,0 +1,64 @@
+"""A run's result as files that other tools open: a merged Hugging Face model, or a PEFT adapter."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+from flipproof.config import load_written
+from flipproof.errors import ConfigError
+from flipproof.files import check_writable
+from flipproof.log import logger
+from flipproof.models.adapter import save_adapter
+from flipproof.models.build import build_model
+from flipproof.models.load import load_tokenizer, save_model
+from flipproof.models.save import new_directory
+from flipproof.records import CONFIG
+from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, whole_checkpoint
+from flipproof.world import join_world
+
+
+def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model") -> Path:
+    """Write the last checkpoint of a run, finished or not, into the new directory ``to``, which is whole or not there.
+
+    Args:
+        kind: "model" for a Hugging Face model with the adapters merged, "adapter" for PEFT.
+
+    Raises:
+        ConfigError: where there is no run or checkpoint, ``to`` exists or cannot be written, or a weight is not
+            finite; nothing is written then.
+    """
+    if os.path.lexists(to):
+        raise ConfigError([f"--to {to} exists already; name a new directory"])
+    check_writable(to, "--to")
+    if not (run_dir / CONFIG).exists():
+        raise ConfigError([f"{run_dir} holds no run ({CONFIG} is missing)"])
+    config = load_written(run_dir / CONFIG)
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    if not checkpoints:
+        raise ConfigError([f"{run_dir} holds no complete checkpoint"])
+    if kind == "adapter" and not config.lora.r:
+        raise ConfigError([f"{run_dir} trained no adapter (lora.r = 0); export it with --format model"])
+    # as many processes as there are, whatever trained it
+    parallelism = replace(
+        config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy="full_shard", cpu_offload=False
+    )
+    config = replace(config, parallelism=parallelism)
+    with join_world(parallelism) as world:
+        whole_checkpoint(checkpoints[-1])
+        tokenizer = load_tokenizer(config.model)
+        model = build_model(config, tokenizer, world, config.lora)
+        step = load_trained_weights(checkpoints[-1], model)
+        what = f"checkpoint {checkpoints[-1]}"
+        try:
+            with new_directory(to, world) as new:
+                if kind == "adapter":
+                    save_adapter(model, new, config.model.hf_model_path, world.first, what)
+                else:
+                    save_model(model, new, tokenizer, world, what)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
+    logger.info("step %d of %s as a %s", step, run_dir, "PEFT adapter" if kind == "adapter" else "Hugging Face model")
+    return to

@@ -1,0 +1,179 @@
+"""The processes of a run: who they are, what one does for all, and how they are arranged.
+
+``torchrun`` or ``srun`` starts them, a DeviceMesh arranges them; ``models/parallelize.py`` spreads a model over them.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from flipproof.config import ParallelismConfig
+from flipproof.errors import ConfigError
+from flipproof.launch import check_joined, end_with_launcher, join_srun
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    """Dimensions "replicate" and "shard"; None where there is one process."""
+    cpu_group: dist.ProcessGroup | None = None
+    """All processes, for numbers on the CPU."""
+    writers: dist.ProcessGroup | None = None
+    """All processes again, for the threads that write checkpoints."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that logs and writes for all."""
+        return self.rank == 0
+
+    def total(self, value: float) -> float:
+        """The sum of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def least(self, value: float) -> float:
+        """The least of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.MIN)
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of all processes' scalars."""
+        return self.total(float(value)) / self.size
+
+    def _reduced(self, value: float, how: Any) -> float:
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, how, group=self.cpu_group)
+        return float(tensor)
+
+    def once(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` returns in the first process, the only one to run it. What it raises there ends all."""
+        if self.size == 1:
+            return action()
+        answer: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.first:
+            try:
+                answer[0] = action()
+            except Exception as raised:  # told to the others, which would wait for ever, and raised again
+                error, answer[1] = raised, getattr(raised, "problems", [str(raised)])
+        dist.broadcast_object_list(answer, group=self.cpu_group)
+        if error is not None:
+            raise error
+        if answer[1] is not None:
+            raise ConfigError(answer[1])
+        result: Result = answer[0]
+        return result
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier(group=self.cpu_group)
+
+
+def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, int]:
+    """(replicas, processes over which each is sharded) for ``size`` processes, ``on_a_node`` of them on each node.
+
+    Raises:
+        ConfigError: where that is not what the config says, naming both numbers and the flag to change.
+    """
+    started = f"{size} process was started" if size == 1 else f"{size} processes were started"
+    if config.sharding_strategy == "no_shard":
+        if config.replicas not in (None, size):
+            raise ConfigError([f"{started}, but parallelism.replicas = {config.replicas}; start {config.replicas}"])
+        return size, 1
+    degree, replicas = config.fsdp_degree, config.replicas
+    if config.sharding_strategy == "hybrid_shard":
+        degree = degree or (max(1, size // replicas) if replicas else min(size, on_a_node))
+        replicas = replicas or max(1, size // degree)
+    replicas = replicas or 1
+    degree = degree or max(1, size // replicas)
+    if degree * replicas != size:
+        fitting, rest = divmod(size, replicas)
+        mend = f" or set --parallelism.fsdp_degree {fitting}" if not rest else ""
+        raise ConfigError(
+            [
+                f"{started}, but parallelism.fsdp_degree x replicas = {degree} x {replicas} = {degree * replicas}; "
+                f"start {degree * replicas} (torchrun --nproc_per_node){mend}"
+            ]
+        )
+    return replicas, degree
+
+
+@contextmanager
+def join_world(config: ParallelismConfig, dumps: Path | None = None) -> Iterator[World]:
+    """Join the processes that torchrun or srun started, for as long as the context lasts; without, be the only one.
+
+    Args:
+        dumps: directory for what NCCL's flight recorder writes when a collective hangs; None is NCCL's own choice. It
+            is not made here.
+
+    Raises:
+        ConfigError: where the processes are not those that the config shards over, or have no GPU each.
+    """
+    join_srun()
+    check_joined()
+    end_with_launcher()
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    layout(config, size, node_size(size))  # before anything is started
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and node_size(size) > (gpus := torch.cuda.device_count()):
+        raise ConfigError([f"{node_size(size)} processes were started on a node of {gpus} GPUs; start one for each"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        # blocks of all sizes come and go; what is free must not lie in pieces that fit nothing
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(device)
+    if size == 1:
+        if config.cpu_offload:
+            raise ConfigError(["parallelism.cpu_offload = True: 1 process was started; it needs several (torchrun)"])
+        yield World(0, 1, device)
+        return
+    # What was under way when a collective hangs: each process writes its last collectives when one times out.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if dumps is not None:
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(dumps / "nccl-rank-")
+    timeout = timedelta(minutes=config.timeout_minutes)
+    dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=timeout)
+    try:
+        # a disk may be slow
+        groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, timedelta(days=1))]
+        world = arrange(World(dist.get_rank(), size, device, None, *groups), config)
+        yield world
+        world.wait()  # a process that leaves while others still talk to it takes them down
+    finally:
+        dist.destroy_process_group()
+
+
+def arrange(world: World, config: ParallelismConfig) -> World:
+    """The processes of ``world``, arranged as another config shards over them."""
+    if world.size == 1:
+        return world
+    replicas, degree = layout(config, world.size, node_size(world.size))
+    mesh = init_device_mesh(world.device.type, (replicas, degree), mesh_dim_names=("replicate", "shard"))
+    return replace(world, mesh=mesh)
+
+
+def node_size(size: int) -> int:
+    """How many of ``size`` processes torchrun started on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))

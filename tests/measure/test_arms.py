@@ -1,0 +1,106 @@
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flipproof import BitFlipSpec
+from flipproof.measure.arms import ARM_ROWS, Arm, Cost, arm_names, arms_table, costs, gap_closed, guard_warning
+
+
+def test_the_cost_is_paired_by_sequence():
+    """Against the analysis of variance of the table of differences."""
+    rng = np.random.default_rng(0)
+    clean = rng.normal(3, 1, 6)
+    table = clean + 0.5 + rng.normal(0, 0.2, (4, 1)) + rng.normal(0, 0.1, 6) + rng.normal(0, 0.05, (4, 6))
+    guard = clean + rng.normal(0.1, 0.1, 6)
+    arms = {
+        "clean": Arm.from_table(clean[None], 60),
+        "guard": Arm.from_table(guard[None], 60),
+        "flipped": Arm.from_table(table, 60),
+    }
+    found = costs(arms)
+    assert list(found) == ["guard", "flipped"]
+    paired = stats.ttest_rel(guard, clean).confidence_interval(0.95)
+    assert found["guard"].interval == pytest.approx((paired.low, paired.high))
+    d = table - clean
+    k, s = d.shape
+    mean = d.mean()
+    ms_seeds = s * ((d.mean(1) - mean) ** 2).sum() / (k - 1)
+    ms_text = k * ((d.mean(0) - mean) ** 2).sum() / (s - 1)
+    ms_rest = ((d - d.mean(1)[:, None] - d.mean(0) + mean) ** 2).sum() / ((k - 1) * (s - 1))
+    variance = (ms_seeds + ms_text - ms_rest) / (k * s)
+    freedom = variance**2 / ((ms_seeds / (k * s)) ** 2 / (k - 1) + (ms_text / (k * s)) ** 2 / (s - 1))
+    expected = stats.t.interval(0.95, freedom, loc=mean, scale=math.sqrt(variance))
+    assert found["flipped"].cost == pytest.approx(mean)
+    assert found["flipped"].interval == pytest.approx(expected)
+    assert f"{mean:+.4f} ({expected[0]:+.4f} to {expected[1]:+.4f})" in arms_table(arms)
+    # from results.json, as a resumed run has them
+    again = {name: Arm.from_dict(json.loads(json.dumps(asdict(arm)))) for name, arm in arms.items()}
+    assert costs(again) == found
+    assert costs({"flipped": arms["flipped"]}) == {}
+    broken = Arm.from_table(np.array([[1.0, 2.0], [1.0, math.inf]]), 20)
+    assert costs({"clean": arms["clean"], "flipped": broken}) == {"flipped": Cost(math.inf, None)}
+
+
+def test_gap_closed():
+    arms = {name: Arm.from_losses([loss], 1) for name, loss in (("clean", 1.0), ("flipped", 3.0), ("recovered", 1.5))}
+    assert gap_closed(arms) == 0.75
+    assert gap_closed({"clean": arms["clean"]}) is None
+    assert "flipped" in arms_table(arms)
+
+
+def test_a_broken_model_has_infinite_perplexity():
+    arm = Arm.from_losses([1.0, math.inf], 1)
+    assert arm.seed_sd is None
+    assert arm.perplexity == math.inf
+    assert Arm.from_dict({"trial_losses": [1.0, None], "tokens": 1}) == arm  # as JSON has it
+    assert arm.perplexity_interval is None
+    assert "inf" in arms_table({"flipped": arm})
+
+
+@pytest.mark.parametrize(
+    ("flips", "guard", "trained", "names"),
+    [
+        (False, False, False, ["clean"]),
+        (False, True, False, ["clean", "guard"]),
+        (True, False, False, ["clean", "flipped"]),
+        (True, True, False, ["clean", "guard", "flipped"]),
+        (False, False, True, ["clean", "recovered_clean"]),
+        (False, True, True, ["clean", "guard", "recovered_guard", "recovered_clean"]),
+        (True, False, True, ["clean", "flipped", "recovered", "recovered_clean"]),
+        (True, True, True, ["clean", "guard", "flipped", "recovered", "recovered_clean"]),
+    ],
+)
+def test_the_arms_are_those_that_differ(flips, guard, trained, names):
+    assert list(arm_names(flips, guard, trained)) == names
+    assert set(names) <= ARM_ROWS.keys()
+
+
+def guarded(clean, guard):
+    return {"clean": Arm.from_table(np.array([clean]), 1), "guard": Arm.from_table(np.array([guard]), 1)}
+
+
+@pytest.mark.parametrize(
+    ("arms", "warned"),
+    [
+        (guarded([3.0, 4.0], [3.1, 3.915]), False),  # +0.0075 on average, of which nothing is sure
+        (guarded([3.0, 4.0], [3.1, 3.93]), True),  # +0.015
+        (guarded([3.0, 4.0], [3.002, 4.002]), True),  # little, and surely
+        (guarded([3.0, 4.0], [3.0005, 4.0005]), False),  # surely nothing that matters
+        (guarded([3.0, 4.0], [2.0, 2.0]), False),
+        (guarded([3.0, 4.0], [3.0, math.inf]), True),
+        (guarded([math.inf, 4.0], [9.0, 9.0]), False),  # a broken model has nothing to lose
+        ({"clean": Arm.from_losses([3.0], 1)}, False),
+    ],
+)
+def test_a_guard_that_costs_is_warned_of_once_with_its_thresholds(arms, warned):
+    spec = BitFlipSpec(x_zero_out_t=8.0, layer_name_to_config={"a": {"x_zero_out_t": 4.0, "w_zero_out_t": 0.5}})
+    line = guard_warning(arms, spec)
+    assert (line is not None) == warned
+    if warned:
+        assert "bitflip.w_zero_out_t = 0.5 or bitflip.x_zero_out_t = 4 or bitflip.x_zero_out_t = 8" in line
+        assert "flipproof profile" in line
+        assert "\n" not in line

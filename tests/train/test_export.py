@@ -1,0 +1,132 @@
+import errno
+import math
+import os
+
+import pytest
+import torch
+from peft import PeftModel
+from rounding import assert_same_function
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flipproof.train.export as export_module
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
+from flipproof.models.load import byte_tokenizer
+from flipproof.train.checkpoint import list_checkpoints, load_trained_weights
+from flipproof.train.export import export
+from flipproof.train.loop import train
+
+
+@pytest.fixture
+def run(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    config = load_config(
+        [],
+        {
+            "model": {"hf_model_path": str(tmp_path / "base")},
+            "training": {"seq_len": 32, "local_batch_size": 4, "steps": 4, "lr": 1e-2},
+            "lora": {"r": 2},
+            "bitflip": {"w_p_frac": 0.05, "x_p_frac": 0.05},
+            "data": {"source": "stdlib", "max_tokens": 20_000},
+            "eval": {"num_samples": 8, "trials": 2},
+            "logging": {"run_dir": str(tmp_path / "run")},
+        },
+    )
+    train(config)
+    return tmp_path / "run"
+
+
+def test_the_exported_model_has_the_perplexity_of_recovered_clean(run, tmp_path):
+    import json
+
+    from flipproof.data.sequences import load_held_out
+    from flipproof.measure.perplexity import mean_loss
+
+    export(run, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    config = load_config([run / "config.toml"])
+    text = load_held_out(config.data, AutoTokenizer.from_pretrained(tmp_path / "model"), 32)
+    recorded = json.loads((run / "results.json").read_text())["arms"]["recovered_clean"]["perplexity"]
+    expected = torch.tensor(math.log(recorded))
+    assert_same_function(expected, lambda: torch.tensor(mean_loss(model, text, 8, 4)[0]), model.parameters())
+
+
+def test_adapter_and_model_are_the_same_function(run, tmp_path, token_ids):
+    export(run, tmp_path / "model")
+    export(run, tmp_path / "adapter", "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert_same_function(adapted(token_ids).logits, lambda: merged(token_ids).logits, merged.parameters())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", r"q_proj\.weight"), ("adapter", r"q_proj\.lora_B\.weight")])
+def test_what_is_not_finite_is_never_exported(run, tmp_path, monkeypatch, kind, name):
+    def load(path, model):
+        step = load_trained_weights(path, model)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.lora_B[0, 1] = math.inf
+        return step
+
+    monkeypatch.setattr(export_module, "load_trained_weights", load)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=rf"step-4 is not finite and is not written: .*layers\.1\.self_attn\.{name}"):
+        export(run, tmp_path / "out", kind)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_where_it_cannot_write_it_says_so_before_it_loads(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "build_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for to, words in ((tmp_path / "file/out", "not a directory"), (tmp_path / "link", "exists already")):
+        with pytest.raises(ConfigError, match=words):
+            export(run, to)
+
+
+def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    """Nor does it meet what another one left."""
+    (tmp_path / ".out.unfinished").mkdir()
+    before = sorted(tmp_path.iterdir())
+
+    def half(_model, directory, *_):
+        (directory / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "save_model", half)
+        for to in (tmp_path / "out", tmp_path / "a" / "b" / "out"):
+            with pytest.raises(ConfigError, match=r"--to .*out cannot be written: .*No space left on device"):
+                export(run, to)
+            assert sorted(tmp_path.iterdir()) == before
+    export(run, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"}
+    export(run, tmp_path / ("n" * 255))  # as long as a name may be
+
+
+def test_others_may_read_what_the_umask_lets_them(run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(run, tmp_path / "made/model")
+        export(run, tmp_path / "made/adapter", "adapter")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "made").rglob("*")}
+    assert modes == {0o640, 0o750}
+
+
+def test_what_cannot_be_exported_is_named_and_nothing_is_written(run, tmp_path):
+    def refused(words, *arguments):
+        with pytest.raises(ConfigError, match=words):
+            export(*arguments)
+
+    refused("exists already", run, tmp_path / "base")
+    refused("holds no run", tmp_path / "base", tmp_path / "out")
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    next(checkpoint.glob("*.distcp")).write_bytes(b"")
+    refused("distcp is damaged", run, tmp_path / "out")
+    checkpoint.rename(run / "checkpoints" / "gone")
+    refused("no complete checkpoint", run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
