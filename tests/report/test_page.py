@@ -356,7 +356,7 @@ def test_a_perplexity_axis_has_numbers(low, high):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Where their names are the subject: rendering takes most of a report's time."""
-    monkeypatch.setattr(page_module.figures, "png", lambda _: b"a picture")
+    monkeypatch.setattr(page_module.draw, "png", lambda _: b"a picture")
 
 
 def links(page):
