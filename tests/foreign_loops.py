@@ -52,14 +52,14 @@ def flips_of(model, ids):
     seen, state = {}, fault_state(model)
 
     def look(name, x, draw):
-        y = torch.ops.flipproof.flip.default(x, *draw)
+        y = torch.ops.flipproof.flip.default(x, *draw.arguments)
         seen[name] = x.view(torch.int32) ^ y.view(torch.int32)
         return y
 
-    state.tap = look
+    state.flip_hook = look
     with torch.no_grad(), flipproof.faults(model):
         model(input_ids=ids)
-    state.tap = None
+    state.flip_hook = None
     return seen
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
-from flipproof.faults.flip_log import FlipLog, Replay, tapped
+from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_sites, faults, is_faulty
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
@@ -186,7 +186,7 @@ def evaluate(
                 tap = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
             elif replay:
                 tap = Replay(replay, dtype)
-            with compute_context(config.training, model), arm_faults(model, name, seed), tapped(model, tap):
+            with compute_context(config.training, model), arm_faults(model, name, seed), hooked(model, tap):
                 replayed = sequence_losses(model, text, config.eval.num_samples, config.training.local_batch_size)
             if isinstance(tap, Replay):
                 tap.check_all_done()

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
-from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, tapped
+from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state, is_faulty
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
@@ -213,7 +213,7 @@ def _continued(
             stack.callback(setattr, state, "rank", rank)
             stack.enter_context(arm_faults(model, arm, seed))
             if arm not in ("clean", "recovered_clean"):
-                stack.enter_context(tapped(model, tap))
+                stack.enter_context(hooked(model, tap))
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return output[0, ids.shape[1] :].tolist(), passes
 

@@ -109,7 +109,7 @@ def keep(block: nn.Module, what: Keep) -> None:
     block.keep = what  # type: ignore[assignment]
     for module in block.modules():
         if isinstance(module, FaultyLinear):
-            module.recomputed = what != "everything"
+            module.checkpointed = what != "everything"
 
 
 def fit(blocks: list[nn.Module], trial: Callable[[], tuple[float, float]], room: Callable[[], float]) -> None:
