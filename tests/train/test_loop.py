@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from texts import sentences
 
 import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 from flipproof import BitFlipSpec
 from flipproof.cli.main import EXIT_REQUEUE, main
 from flipproof.config import RunConfig, TrainingConfig, load_config
@@ -27,8 +28,10 @@ from flipproof.measure.perplexity import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.train import rundir
 from flipproof.train.checkpoint import list_checkpoints
-from flipproof.train.loop import DEFAULT_STEPS, Diverged, chosen_sequences, resolve_steps, train
+from flipproof.train.loop import train
 from flipproof.train.optimizer import LossScale, learning_rate
+from flipproof.train.start import DEFAULT_STEPS, resolve_steps
+from flipproof.train.step import Diverged, chosen_sequences
 
 FAULTS = {"w_p_exp": 0.001, "w_p_frac": 0.01, "w_zero_out_t": 1.0, "x_p_exp": 0.001, "x_zero_out_t": 64.0}
 
@@ -131,6 +134,7 @@ def child_paused_at(step, tmp_path, config):
     code = f"""
 import os, runpy, sys, time
 import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 original = train_module.learning_rate
 def pause(training, step):
     if step == {step}:
@@ -333,8 +337,8 @@ def assert_as_near_as_moved(run, reference, *moved, by=ROUNDED):
 
 def test_micro_batches_and_steps_draw_different_flips(base, tmp_path, monkeypatch):
     ticks = []
-    set_tick = train_module.set_tick
-    monkeypatch.setattr(train_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
+    set_tick = step_module.set_tick
+    monkeypatch.setattr(step_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
     train(settings(base, tmp_path / "run"))
     assert ticks == list(range(12))
 
@@ -480,7 +484,7 @@ def test_a_float16_step_with_infinite_gradients_is_skipped(base, tmp_path, monke
     assert not any(tensor.any() for name, tensor in weights(tmp_path / "run").items() if "lora_B" in name)
     longer = replace(config, training=replace(config.training, steps=4))
     scales = []
-    monkeypatch.setattr(train_module.LossScale, "update", lambda self, finite: scales.append(float(self.scale)))
+    monkeypatch.setattr(LossScale, "update", lambda self, finite: scales.append(float(self.scale)))
     train(longer, resume="step-3")
     assert scales == [2.0**57]
 
@@ -502,10 +506,10 @@ def test_processes_must_fit_the_config(base, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, steps, what="loss"):
     """Make the loss, or its gradient alone, NaN in the second micro-batch of some steps, counted from 0."""
-    original = train_module.next_token_loss
+    original = step_module.next_token_loss
     ticks = []
-    set_tick = train_module.set_tick
-    monkeypatch.setattr(train_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
+    set_tick = step_module.set_tick
+    monkeypatch.setattr(step_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
 
     def spoiled(model, ids, **more):
         loss = original(model, ids, **more)
@@ -516,7 +520,7 @@ def spoil(monkeypatch, steps, what="loss"):
         loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss * 1.0
 
-    monkeypatch.setattr(train_module, "next_token_loss", spoiled)
+    monkeypatch.setattr(step_module, "next_token_loss", spoiled)
 
 
 def saved_tensors(checkpoint, base, run_dir):
