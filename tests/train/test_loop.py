@@ -94,7 +94,8 @@ def assert_same_run(one, other):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
+def test_a_run_leaves_what_the_readme_lists(base, tmp_path, caplog):
+    caplog.set_level("INFO")
     config = settings(base, tmp_path / "run")
     train(config)
     run = tmp_path / "run"
@@ -108,6 +109,7 @@ def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-4", "step-6"]
     arms = json.loads((run / "results.json").read_text())["arms"]
     assert list(arms) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
+    assert sum(" step " in line for line in (run / "run.log").read_text().splitlines()) == 6
     assert any(tensor.any() for name, tensor in weights(run).items() if "lora_B" in name)
 
 
@@ -179,36 +181,55 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_one_never_killed(bas
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(base, tmp_path):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_it_goes_on(base, tmp_path, number, name):
     """The signal arrives in the middle of step 3, where no checkpoint is due."""
     options = {"save_freq": 5, "log_freq": 1}
     train(settings(base, tmp_path / "whole", **options))
     config = settings(base, tmp_path / "stopped", **options)
     process = child_paused_at(2, tmp_path, config)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     (tmp_path / "go").touch()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == EXIT_REQUEUE == 75
-    assert "stopped by SIGTERM after step 3; --resume goes on from there" in stderr
+    command = f"train --config {tmp_path / 'stopped' / 'config.toml'} --resume"
+    assert stderr.splitlines()[-1].endswith(f"stopped by {name} after step 3; flipproof {command} goes on from there")
+    assert ("Ctrl-C again ends at once" in stderr) == (number == signal.SIGINT)
     assert "Traceback" not in stderr
+    log = (tmp_path / "stopped" / "run.log").read_text()
+    assert log.splitlines()[-1].endswith(
+        f"Interrupted: stopped by {name} after step 3; flipproof {command} goes on from there"
+    )
     assert [path.name for path in list_checkpoints(tmp_path / "stopped" / "checkpoints")] == ["step-3"]
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 3]
     assert not (tmp_path / "stopped" / "adapter").exists()
 
-    assert main(["train", "--config", str(tmp_path / "config.toml"), "--resume"]) == 0
+    assert main(command.split()) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "run.log").read_text().startswith(log + "\n")
 
 
-def test_sigterm_is_the_programs_own_again_after_training(base, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_the_programs_own_again_after_training(number):
     def mine(*_):
         raise AssertionError
 
-    before = signal.signal(signal.SIGTERM, mine)
+    before = signal.signal(number, mine)
     try:
-        train(settings(base, tmp_path / "run", steps=1))
-        assert signal.getsignal(signal.SIGTERM) is mine
+        with train_module._StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.came == number
+        assert signal.getsignal(number) is mine
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with train_module._StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.came == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def crash_at(step):
