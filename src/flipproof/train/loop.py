@@ -269,8 +269,9 @@ class _StopRequest:
         self.came = number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # the second ends at once
-            with suppress(OSError):  # no log line, since it may be one that the signal interrupts
-                os.write(2, b"\nthe step is finished and saved; Ctrl-C again ends at once\n")
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # no log line, since it may be one that the signal interrupts
+                    os.write(2, b"\nthe step is finished and saved; Ctrl-C again ends at once\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
