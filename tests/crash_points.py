@@ -215,7 +215,7 @@ def left(directory: Path, below: tuple[str, ...] = ("",)) -> dict[str, bytes]:
             lines = [json.loads(line) for line in data.splitlines()]
             lines = [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
             data = json.dumps(sorted(lines, key=str) if name.startswith("sweep/") else lines).encode()
-        if path.suffix in (".html", ".png"):
+        if path.suffix in (".html", ".png", ".log"):
             data = b""  # they are there
         found[name] = data
     return found

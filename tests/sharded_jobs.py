@@ -25,6 +25,7 @@ from meeting import meet_in
 import flipproof.cli.main
 import flipproof.train.checkpoint as checkpoint_module
 import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 from flipproof.models import save
 
 
@@ -71,13 +72,13 @@ def rank_0_dies_before_step_4_gets_its_name(rank, _directory):
 
 def rank_1_has_a_loss_that_is_not_finite_in_step_3(rank, _directory):
     """The number alone, of the first of two micro-batches: gradients are what they are."""
-    loss_of, calls = train_module.next_token_loss, []
+    loss_of, calls = step_module.next_token_loss, []
 
     def spoiled(*args, **more):
         calls.append(rank)
         return loss_of(*args, **more) + (float("nan") if rank == 1 and len(calls) == 5 else 0.0)
 
-    train_module.next_token_loss = spoiled
+    step_module.next_token_loss = spoiled
 
 
 def rank_1_gets_sigterm_in_step_3(rank, _directory):

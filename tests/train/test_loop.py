@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from texts import sentences
 
 import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 from flipproof import BitFlipSpec
 from flipproof.cli.main import EXIT_REQUEUE, main
 from flipproof.config import RunConfig, TrainingConfig, load_config
@@ -27,8 +28,10 @@ from flipproof.measure.perplexity import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.train import rundir
 from flipproof.train.checkpoint import list_checkpoints
-from flipproof.train.loop import DEFAULT_STEPS, Diverged, chosen_sequences, resolve_steps, train
+from flipproof.train.loop import train
 from flipproof.train.optimizer import LossScale, learning_rate
+from flipproof.train.start import DEFAULT_STEPS, resolve_steps
+from flipproof.train.step import Diverged, chosen_sequences
 
 FAULTS = {"w_p_exp": 0.001, "w_p_frac": 0.01, "w_zero_out_t": 1.0, "x_p_exp": 0.001, "x_zero_out_t": 64.0}
 
@@ -91,7 +94,8 @@ def assert_same_run(one, other):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
+def test_a_run_leaves_what_the_readme_lists(base, tmp_path, caplog):
+    caplog.set_level("INFO")
     config = settings(base, tmp_path / "run")
     train(config)
     run = tmp_path / "run"
@@ -105,6 +109,7 @@ def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-4", "step-6"]
     arms = json.loads((run / "results.json").read_text())["arms"]
     assert list(arms) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
+    assert sum(" step " in line for line in (run / "run.log").read_text().splitlines()) == 6
     assert any(tensor.any() for name, tensor in weights(run).items() if "lora_B" in name)
 
 
@@ -131,6 +136,7 @@ def child_paused_at(step, tmp_path, config):
     code = f"""
 import os, runpy, sys, time
 import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 original = train_module.learning_rate
 def pause(training, step):
     if step == {step}:
@@ -175,36 +181,55 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_one_never_killed(bas
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(base, tmp_path):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_it_goes_on(base, tmp_path, number, name):
     """The signal arrives in the middle of step 3, where no checkpoint is due."""
     options = {"save_freq": 5, "log_freq": 1}
     train(settings(base, tmp_path / "whole", **options))
     config = settings(base, tmp_path / "stopped", **options)
     process = child_paused_at(2, tmp_path, config)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     (tmp_path / "go").touch()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == EXIT_REQUEUE == 75
-    assert "stopped by SIGTERM after step 3; --resume goes on from there" in stderr
+    command = f"train --config {tmp_path / 'stopped' / 'config.toml'} --resume"
+    assert stderr.splitlines()[-1].endswith(f"stopped by {name} after step 3; flipproof {command} goes on from there")
+    assert ("Ctrl-C again ends at once" in stderr) == (number == signal.SIGINT)
     assert "Traceback" not in stderr
+    log = (tmp_path / "stopped" / "run.log").read_text()
+    assert log.splitlines()[-1].endswith(
+        f"Interrupted: stopped by {name} after step 3; flipproof {command} goes on from there"
+    )
     assert [path.name for path in list_checkpoints(tmp_path / "stopped" / "checkpoints")] == ["step-3"]
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 3]
     assert not (tmp_path / "stopped" / "adapter").exists()
 
-    assert main(["train", "--config", str(tmp_path / "config.toml"), "--resume"]) == 0
+    assert main(command.split()) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "run.log").read_text().startswith(log + "\n")
 
 
-def test_sigterm_is_the_programs_own_again_after_training(base, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_the_programs_own_again_after_training(number):
     def mine(*_):
         raise AssertionError
 
-    before = signal.signal(signal.SIGTERM, mine)
+    before = signal.signal(number, mine)
     try:
-        train(settings(base, tmp_path / "run", steps=1))
-        assert signal.getsignal(signal.SIGTERM) is mine
+        with train_module._StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.came == number
+        assert signal.getsignal(number) is mine
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with train_module._StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.came == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def crash_at(step):
@@ -333,8 +358,8 @@ def assert_as_near_as_moved(run, reference, *moved, by=ROUNDED):
 
 def test_micro_batches_and_steps_draw_different_flips(base, tmp_path, monkeypatch):
     ticks = []
-    set_tick = train_module.set_tick
-    monkeypatch.setattr(train_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
+    set_tick = step_module.set_tick
+    monkeypatch.setattr(step_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
     train(settings(base, tmp_path / "run"))
     assert ticks == list(range(12))
 
@@ -480,7 +505,7 @@ def test_a_float16_step_with_infinite_gradients_is_skipped(base, tmp_path, monke
     assert not any(tensor.any() for name, tensor in weights(tmp_path / "run").items() if "lora_B" in name)
     longer = replace(config, training=replace(config.training, steps=4))
     scales = []
-    monkeypatch.setattr(train_module.LossScale, "update", lambda self, finite: scales.append(float(self.scale)))
+    monkeypatch.setattr(LossScale, "update", lambda self, finite: scales.append(float(self.scale)))
     train(longer, resume="step-3")
     assert scales == [2.0**57]
 
@@ -502,10 +527,10 @@ def test_processes_must_fit_the_config(base, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, steps, what="loss"):
     """Make the loss, or its gradient alone, NaN in the second micro-batch of some steps, counted from 0."""
-    original = train_module.next_token_loss
+    original = step_module.next_token_loss
     ticks = []
-    set_tick = train_module.set_tick
-    monkeypatch.setattr(train_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
+    set_tick = step_module.set_tick
+    monkeypatch.setattr(step_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
 
     def spoiled(model, ids, **more):
         loss = original(model, ids, **more)
@@ -516,7 +541,7 @@ def spoil(monkeypatch, steps, what="loss"):
         loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss * 1.0
 
-    monkeypatch.setattr(train_module, "next_token_loss", spoiled)
+    monkeypatch.setattr(step_module, "next_token_loss", spoiled)
 
 
 def saved_tensors(checkpoint, base, run_dir):

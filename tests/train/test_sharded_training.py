@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from texts import sentences
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 from flipproof.cli.main import main
 from flipproof.models.load import byte_tokenizer
 from flipproof.train.checkpoint import checkpoint_problems, list_checkpoints
@@ -468,13 +468,13 @@ def test_mixed_precision_is_near_float32(single, pair):
 
 def test_a_loss_that_one_process_alone_sees_skips_the_step_in_all(home, pair, single, monkeypatch):
     """And in one process: the same step is left out, and nothing else differs."""
-    loss_of, calls = train_module.next_token_loss, []
+    loss_of, calls = step_module.next_token_loss, []
 
     def spoiled(*args, **more):
         calls.append(1)
         return loss_of(*args, **more) + (float("nan") if len(calls) == 5 else 0.0)
 
-    monkeypatch.setattr(train_module, "next_token_loss", spoiled)
+    monkeypatch.setattr(step_module, "next_token_loss", spoiled)
     alone(*arguments(home, "single/skips", 4))
     for run in (pair / SKIPS, single / "skips"):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -503,7 +503,7 @@ def test_sigterm_ends_the_ranks_with_the_code_for_queues(home, ended, name):
     code, err = ended[name]
     assert code == 1, err
     assert exit_codes(home / f"{name}.jobs", "run") == [75, 75], err
-    assert "stopped by SIGTERM after step 3; --resume goes on from there" in err
+    assert "stopped by SIGTERM after step 3; torchrun" in err
 
 
 def test_a_killed_rank_ends_torchrun(ended):

@@ -20,7 +20,7 @@ from flipproof.errors import ConfigError
 from flipproof.launch import join_srun, tell_launcher
 
 EXIT_REQUEUE = 75
-"""sysexits.h's EX_TEMPFAIL: stopped by SIGTERM with a checkpoint, so starting again with --resume goes on."""
+"""sysexits.h's EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C with a checkpoint, so starting again with --resume goes on."""
 
 
 _PLAIN = {"✔": "y", "✘": "n", "±": "~", "×": "x", "−": "-", "–": "-", "…": "...", "·": "*", "→": "->", "⁻": "^-"}
@@ -145,7 +145,9 @@ def _escaped(toml: str) -> str:
 def _train(parser: Parser, argv: list[str]) -> int:
     _add_config_arguments(parser)
     parser.add_argument("--steps", type=str, metavar="N", help="Optimizer steps; the same as --training.steps.")
-    parser.add_argument("--dry-run", action="store_true", help="Validate, print the resolved config and stop.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Check all but the weights, print the resolved config and stop."
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -160,6 +162,9 @@ def _train(parser: Parser, argv: list[str]) -> int:
     config = _config(args, overrides)
     if args.dry_run:
         _say(_escaped(config.to_toml().rstrip()))
+        from flipproof.train.start import check
+
+        check(config, args.resume)
         return 0
     from flipproof.log import logger
     from flipproof.train.loop import Interrupted, train
