@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import io
+import json
 import os
 import re
 import subprocess
@@ -144,7 +145,7 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
     assert {flag for flag in flags if "." not in flag} >= {
         flag.name for flag in VERBS[verb].arguments if flag.name.startswith("--")
     }
-    needed = {"generate": ["--prompt", "a"], "sweep": ["--to", "x"], "export": ["run", "--to", "x"], "report": ["x"]}
+    needed = {"generate": ["--prompt", "a"], "sweep": ["--to", "x"], "export": ["run", "--to", "x"], "report": ["run"]}
     seen = {}
 
     def load_config(paths, overrides):
@@ -221,6 +222,18 @@ def test_train_export_and_eval_work_together(capsys, tmp_path, model_dir):
     assert main([*adapted, "--trials", "2", *flips, *SMALL]) == 0
     assert "recovered_clean" in capsys.readouterr().out
     assert (tmp_path / "out" / "results.json").exists()
+    # the run itself: its config and its adapter, hence what it measured itself, to the bit
+    assert main(["eval", run, "--to", str(tmp_path / "again")]) == 0
+    again, own = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "again", tmp_path / "run"))
+    assert {"recovered", "recovered_clean"} <= set(own["arms"])
+    assert again["arms"].items() >= own["arms"].items()
+    assert {key: again[key] for key in ("bitflip", "text", "fault_seeds")} == {
+        key: own[key] for key in ("bitflip", "text", "fault_seeds")
+    }
+    capsys.readouterr()
+    assert main(["train", run, "--resume", "--steps", "3"]) == 0
+    assert capsys.readouterr().out == f"{run}\n"
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
 
 def test_doctor(capsys):

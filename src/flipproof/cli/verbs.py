@@ -87,6 +87,8 @@ def _sweep(args: Namespace, config: RunConfig) -> None:
 
 
 def _report(args: Namespace) -> None:
+    if not args.directory.is_dir():  # before anything is imported
+        raise ConfigError([f"{args.directory} is not a directory"])
     from flipproof.report.page import report
 
     print(report(args.directory, args.to))
