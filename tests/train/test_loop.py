@@ -20,7 +20,8 @@ from texts import sentences
 import flipproof.train.loop as train_module
 import flipproof.train.step as step_module
 from flipproof import BitFlipSpec
-from flipproof.cli.main import EXIT_REQUEUE, main
+from flipproof.cli.main import main
+from flipproof.cli.verbs import EXIT_REQUEUE
 from flipproof.config import RunConfig, TrainingConfig, load_config
 from flipproof.data.sequences import training_indices
 from flipproof.errors import ConfigError
