@@ -1,3 +1,3 @@
-"""What was measured as one HTML page: ``page`` renders ``sections`` of what ``sources`` reads; ``curves`` has the
-analysis, ``figures`` the pictures for print and ``charts`` those for the screen.
+"""What was measured as one HTML page. In reading order: ``read`` finds the files, ``analyse`` computes what a sweep says,
+``draw`` makes pictures, ``finding`` two sentences and ``sections`` the parts of what ``page`` writes.
 """

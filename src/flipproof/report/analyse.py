@@ -14,35 +14,19 @@ The **cost** of a point is its mean loss less the clean loss, in nats per token.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from flipproof.measure.arms import Arm
+import numpy as np
+
+from flipproof.measure.arms import Arm, Cost
+from flipproof.report.read import Point, Setting
 
 CLIFF_THRESHOLD = 0.10
 """Perplexity over the clean one's, as a share, that makes the cliff."""
+CEILING = 14.0
+"""Nats: guessing evenly among the tokens of the largest vocabularies costs 12.5, so what is above is as good as broken,
+and no axis goes there."""
 _SITES = {"w": "weights", "x": "inputs", "kv": "keys and values", "head": "output head", "embedding": "embedding"}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-class Setting(NamedTuple):
-    """Where flips fall and what guards against them: everything about a cell of the grid but p."""
-
-    sites: str
-    layers: str
-    bits: str
-    protection: str
-
-
-class Point(NamedTuple):
-    """One line of ``points.jsonl``: one cell under one fault seed. ``loss`` is in nats per token, infinity where the
-    model is broken; ``voltage`` in volts."""
-
-    p: float
-    voltage: float | None
-    setting: Setting
-    seed: int
-    loss: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +58,9 @@ class Curve:
     voltages: Mapping[float, float]
     """p -> the voltage in volts it stands for, where there is one."""
     cliff: Cliff
+    cliff_interval: tuple[float, float] | None
+    """Where the ends of the 95% intervals of the loss cross the threshold; None where one of the two does not, or a
+    point beside the cliff has no interval."""
 
     @property
     def positive(self) -> list[float]:
@@ -81,13 +68,13 @@ class Curve:
         return [p for p in self.arms if p > 0]
 
     @property
-    def finite(self) -> list[float]:
-        """The positive p with a perplexity that is a number."""
-        return [p for p in self.positive if math.isfinite(self.arms[p].perplexity)]
+    def shown(self) -> list[float]:
+        """The positive p whose loss has a place on an axis."""
+        return [p for p in self.positive if self.arms[p].loss <= CEILING]
 
     @property
     def broken(self) -> list[float]:
-        return [p for p in self.positive if not math.isfinite(self.arms[p].perplexity)]
+        return [p for p in self.positive if not self.arms[p].loss <= CEILING]
 
 
 def find_cliff(clean_loss: float, losses: Mapping[float, float], threshold: float = CLIFF_THRESHOLD) -> Cliff:
@@ -125,8 +112,19 @@ def curves_of(points: Iterable[Point], clean_loss: float, axes: Mapping[str, Seq
     for setting in in_order(losses, axes):
         arms = {p: Arm.from_losses(losses[setting][p], tokens[setting]) for p in sorted(losses[setting])}
         cliff = find_cliff(clean_loss, {p: arm.loss for p, arm in arms.items()})
-        curves.append(Curve(setting, arms, voltages.get(setting, {}), cliff))
+        curves.append(Curve(setting, arms, voltages.get(setting, {}), cliff, _cliff_interval(clean_loss, arms)))
     return curves
+
+
+def _cliff_interval(clean_loss: float, arms: Mapping[float, Arm]) -> tuple[float, float] | None:
+    ends = []
+    for end in (1, 0):  # the upper ends of the losses cross first
+        known = {p: arm.loss_interval[end] for p, arm in arms.items() if arm.loss_interval}
+        ends.append(find_cliff(clean_loss, {p: known.get(p, arm.loss) for p, arm in arms.items()}))
+        if not {ends[-1].above, ends[-1].up_to} <= known.keys():
+            return None
+    low, high = ends
+    return (low.p, high.p) if low.p is not None and high.p is not None else None
 
 
 def in_order(settings: Iterable[Setting], axes: Mapping[str, Sequence[object]]) -> list[Setting]:
@@ -188,18 +186,12 @@ def p_text(p: float) -> str:
     return ("" if digits == "1" else f"{digits}·") + "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
 
 
-class Cost(NamedTuple):
-    """What faults cost: mean loss less the clean loss, in nats per token, infinity where the model is broken."""
-
-    mean: float
-    interval: tuple[float, float] | None
-    """95% over fault seeds. The clean loss has none of its own."""
-    trials: int
-
-
 def cost_of(arm: Arm, clean_loss: float) -> Cost:
+    """What faults cost at a point of a sweep, with its 95% interval over fault seeds alone: the clean loss is one
+    number there."""
+    cost = arm.loss - clean_loss
     interval = arm.loss_interval and (arm.loss_interval[0] - clean_loss, arm.loss_interval[1] - clean_loss)
-    return Cost(arm.loss - clean_loss, interval, arm.trials)
+    return Cost(cost if math.isfinite(cost) else math.inf, interval)
 
 
 @dataclass(frozen=True)
@@ -211,12 +203,27 @@ class CostMap:
     protection: str
     layers: tuple[str, ...]
     bits: tuple[str, ...]
-    costs: Mapping[tuple[str, str], Cost]
-    """(layers, bits) -> cost."""
+    arms: Mapping[tuple[str, str], Arm]
+    """(layers, bits) -> the arm over its fault seeds."""
+    clean_loss: float
 
     @property
     def label(self) -> str:
         return f"p = {p_text(self.p)}, {sites_in_words(self.sites)}, {protection_in_words(self.protection)}"
+
+    @property
+    def costs(self) -> dict[tuple[str, str], Cost]:
+        """(layers, bits) -> its cost, the largest first."""
+        costs = {cell: cost_of(arm, self.clean_loss) for cell, arm in self.arms.items()}
+        return dict(sorted(costs.items(), key=lambda item: -item[1].cost))
+
+    @property
+    def grid(self) -> np.ndarray:
+        """Costs in nats, (layers, bits), float64; NaN where not measured, infinity where broken."""
+        grid = np.full((len(self.layers), len(self.bits)), np.nan)
+        for (layers, bits), cost in self.costs.items():
+            grid[self.layers.index(layers), self.bits.index(bits)] = cost.cost
+        return grid
 
 
 def cost_maps(curves: Sequence[Curve], clean_loss: float) -> list[CostMap]:
@@ -225,46 +232,14 @@ def cost_maps(curves: Sequence[Curve], clean_loss: float) -> list[CostMap]:
     model is broken itself, over which nothing has a cost."""
     if not math.isfinite(clean_loss):
         return []
-    groups: dict[tuple[str, str, float], dict[tuple[str, str], Cost]] = {}
+    groups: dict[tuple[str, str, float], dict[tuple[str, str], Arm]] = {}
     for curve in curves:
         sites, layers, bits, protection = curve.setting
         for p, arm in curve.arms.items():
-            groups.setdefault((sites, protection, p), {})[layers, bits] = cost_of(arm, clean_loss)
-    all_layers = list(dict.fromkeys(curve.setting.layers for curve in curves))
-    all_bits = list(dict.fromkeys(curve.setting.bits for curve in curves))
+            groups.setdefault((sites, protection, p), {})[layers, bits] = arm
     maps = []
-    for (sites, protection, p), costs in groups.items():
-        layers_here, bits_here = {layers for layers, _ in costs}, {bits for _, bits in costs}
-        rows = tuple(layers for layers in all_layers if layers in layers_here)
-        columns = tuple(bits for bits in all_bits if bits in bits_here)
-        if len(costs) > 1:
-            maps.append(CostMap(p, sites, protection, rows, columns, costs))
-    return sorted(maps, key=lambda m: (-sum(math.isfinite(cost.mean) for cost in m.costs.values()), -m.p))
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Layers by what faults in each of them alone cost, the worst first; all else equal."""
-
-    label: str
-    p: float
-    sites: str
-    bits: str
-    protection: str
-    rows: tuple[tuple[str, Cost], ...]
-
-
-def rankings(maps: Sequence[CostMap]) -> list[Ranking]:
-    """One ranking for each map and bits in which several single layers were measured, in the maps' order, and in each
-    the bits that cost most first."""
-    found = []
-    for of in maps:
-        worst = {bits: max(cost.mean for (_, b), cost in of.costs.items() if b == bits) for bits in of.bits}
-        for bits in sorted(of.bits, key=lambda bits: -worst[bits]):
-            layers = [layers for layers in of.layers if layers != "all" and (layers, bits) in of.costs]
-            if len(layers) > 1:
-                rows = sorted(((name, of.costs[name, bits]) for name in layers), key=lambda row: -row[1].mean)
-                found.append(
-                    Ranking(f"{of.label}, {bits_in_words(bits)}", of.p, of.sites, bits, of.protection, tuple(rows))
-                )
-    return found
+    for (sites, protection, p), arms in groups.items():
+        rows, columns = (tuple(dict.fromkeys(cell[side] for cell in arms)) for side in (0, 1))
+        if len(arms) > 1:
+            maps.append(CostMap(p, sites, protection, rows, columns, arms, clean_loss))
+    return sorted(maps, key=lambda m: (-np.isfinite(m.grid).sum(), -m.p))

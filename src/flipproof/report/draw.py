@@ -1,12 +1,17 @@
-"""The report's pictures for print: matplotlib figures, one column or two columns of a paper wide.
+"""The report's pictures: matplotlib figures, as wide as the text of a paper.
+
+Each is drawn once and saved twice: ``svg`` for the page, whose text is text and whose ink, grid and paper are the
+page's, light or dark; ``png`` for a paper. Both are equal for equal data. Figures are made without pyplot, so no
+window, backend or global state is involved.
 
 Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; the heat map's is cividis. Each curve has a
-marker of its own as well, for print without colour. Figures are made without pyplot, so no window, backend or global
-state is involved; ``png`` renders one.
+marker of its own as well, for print without colour. Axes end where numbers stop to mean anything: perplexity is never
+below 1, and a loss above ``CEILING``, which is worse than guessing, is an open marker on the edge.
 """
 
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,17 +20,24 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from flipproof.report.analyse import CostMap, Curve, Ranking, is_power_of_two, p_text
+from flipproof.measure.arms import Cost
+from flipproof.report.analyse import CEILING, CostMap, Curve, is_power_of_two, p_text
+from flipproof.report.read import Logged
 
 DPI = 200
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SHOWN_CURVES, SHOWN_LAYERS = 7, 40
-"""More curves or bars than this cannot be told apart in print."""
+SHOWN_CURVES, SHOWN_BARS = 7, 40
+"""More curves or bars than this cannot be told apart."""
 COST_FLOOR = 1e-3
 """Nats; the heat map's darkest colour. Smaller costs drown in the noise of the seeds."""
+_WIDTH = 4.8
+"""Inches: what LaTeX's article has, and what a phone shows without making letters small."""
+_COLOURS = {"#1a1a1b": "var(--ink)", "#dddddc": "var(--grid)", "#fefefe": "var(--paper)"}
+"""What stands for the page's own colours."""
+_INK, _GRID, _PAPER = _COLOURS
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -40,149 +52,183 @@ _STYLE: Any = {
     "axes.linewidth": 0.7,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#dddddd",
+    "grid.color": _GRID,
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
     "errorbar.capsize": 2.5,
+    "hatch.linewidth": 0.5,
+    "text.parse_math": False,  # a layer may be called $x
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
 
 
 def png(figure: Figure) -> bytes:
-    """The figure at 200 dots per inch, without the time of rendering, so that equal data give equal files."""
+    """The figure at 200 dots per inch, without the time of rendering."""
+    return _saved(figure, "png", facecolor="white", metadata={"Software": None})
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an element of an HTML page, in which ``name`` is no other figure's: ids begin with it."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        text = _saved(figure, "svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawn = text.decode()[text.index(b"<svg") :]
+    drawn = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", drawn, flags=re.DOTALL)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawn))
+    drawn = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", drawn)
+    drawn = re.sub(r'((?:href="|url\()#| id=")', rf"\1{name}-", drawn)
+    drawn = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", drawn)  # the family is the page's
+    for colour, of_page in _COLOURS.items():
+        drawn = drawn.replace(colour, of_page)
+    points = figure.get_figwidth() * 72
+    size = f'style="min-width: {points:.0f}px; max-width: {1.8 * points:.0f}px" role="img" aria-label="{name}"'
+    drawn = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", drawn, count=2)
+    return re.sub(r"\s*\n\s*", "\n", drawn).replace("<svg", f"<svg {size}", 1).strip()
+
+
+def _saved(figure: Figure, kind: str, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer,
-        format="png",
-        dpi=DPI,
-        facecolor="white",
-        bbox_inches="tight",
-        pad_inches=0.05,
-        metadata={"Software": None},
-    )
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format=kind, dpi=DPI if kind == "png" else 72, **how)
     return buffer.getvalue()
 
 
 @contextmanager
-def _styled(width: float, height: float, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
+def _styled(height: float, width: float = _WIDTH, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
     """A figure of so many inches and its axes; what is drawn in the block is in the house style."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         yield figure, figure.subplots(**subplots)
 
 
+# -- axes --------------------------------------------------------------------------------------------------------------
+
+
 def _label_p_axis(axis: Any, ps: Sequence[float]) -> None:
-    """A logarithmic axis of probabilities, labelled with the powers of two where p are such."""
+    """A logarithmic axis of probabilities, labelled with powers of two where p are such, else of ten."""
     axis.set_xscale("log")
-    if ps and all(is_power_of_two(p) for p in ps):
-        shown = sorted(set(ps))[:: max(1, len(set(ps)) // 9)]
-        axis.xaxis.set_major_locator(FixedLocator(shown))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda p, _: p_text(p)))
+    axis.set_xlabel("flip probability p of each bit")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda p, _: p_text(p)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    distinct = sorted(set(ps))
+    if distinct and (all(map(is_power_of_two, distinct)) or distinct[-1] < 10 * distinct[0]):
+        axis.xaxis.set_major_locator(FixedLocator(distinct[:: math.ceil(len(distinct) / 8)]))
 
 
-def _label_log_values(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis of perplexities, and enough of them where it spans less than a decade or
-    two."""
-    low, high = axis.get_ylim()
+def _label_voltages(axis: Any, voltages: Mapping[float, float]) -> None:
+    """The supply voltages that probabilities stand for, along the upper edge."""
+    shown = sorted(voltages)[:: math.ceil(len(voltages) / 8)]
+    upper = axis.secondary_xaxis("top")
+    upper.xaxis.set_minor_locator(NullLocator())
+    upper.set_xticks(shown, [f"{voltages[p]:g}" for p in shown])
+    upper.set_xlabel("supply voltage (V)")
+
+
+def _limit_perplexities(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis around perplexities, with plain numbers on it, and enough of them."""
+    axis.set_yscale("log")
+    axis.set_ylabel("perplexity")
+    possible = [min(max(value, 1.0), math.exp(CEILING)) for value in values if not math.isnan(value)] or [1.0, 10.0]
+    room = max((max(possible) / min(possible)) ** 0.06, 1.005)
+    low, high = max(1.0, min(possible) / room), max(possible) * room
+    axis.set_ylim(low, high)
+    _label_log_values(axis.yaxis, low, high)
+
+
+def _label_log_values(axis: Any, low: float, high: float) -> None:
     decades = math.log10(high / low)
-    if decades <= 5:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    if decades < 1:
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    elif decades < 2.5:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-3 <= y < 1e5 else p_text(y)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
-    """As many as fit over 5.5 inches."""
-    return max(1, min(4, int(5.5 / (0.6 + 0.065 * max(map(len, labels))))))
+    """As many as fit over the axes."""
+    return max(1, min(4, int(_WIDTH / (0.6 + 0.065 * max(map(len, labels), default=0)))))
 
 
 def _legend_height(labels: Sequence[str]) -> float:
-    """Inches that the legend of these curves and the clean line takes."""
-    return 0.18 * math.ceil((len(labels[:SHOWN_CURVES]) + 1) / _legend_columns(labels[:SHOWN_CURVES]))
+    """Inches that a legend of these takes."""
+    return 0.18 * math.ceil(len(labels) / _legend_columns(labels))
 
 
-def _legend_above(axis: Any, of: Any) -> None:
-    """What is drawn in the axes ``of``, above ``axis``, clear of markers on its top edge."""
-    handles, labels = of.get_legend_handles_labels()
-    columns = _legend_columns(labels)
-    axis.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.03), ncols=columns, borderaxespad=0)
+def _legend_above(figure: Figure, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=_legend_columns(labels))
 
 
-def _draw_curve(axis: Any, xs: Sequence[float], curve: Curve, ps: Sequence[float], **style: Any) -> None:
-    arms = [curve.arms[p] for p in ps]
-    middle = np.array([arm.perplexity if math.isfinite(arm.perplexity) else math.nan for arm in arms])  # a gap
-    bounds = np.array([arm.perplexity_interval or (arm.perplexity,) * 2 for arm in arms]).reshape(-1, 2)
-    off = np.nan_to_num(np.abs(np.where(np.isfinite(bounds), bounds, middle[:, None]).T - middle))
-    axis.errorbar(xs, middle, yerr=off if arms else None, elinewidth=1, **style)
+def _at_edge(axis: Any, xs: Sequence[float], **style: Any) -> None:
+    """Open markers on the upper edge, for what has no place on the axis."""
+    axis.plot(xs, [1.0] * len(xs), ls="none", ms=6, mfc=_PAPER, transform=axis.get_xaxis_transform(), clip_on=False,
+              zorder=5, **style)  # fmt: skip
 
 
-def _draw_clean(axis: Any, perplexity: float) -> None:
-    if math.isfinite(perplexity):  # else the clean model is broken itself
-        axis.axhline(perplexity, color="#333333", ls="--", lw=1, label="clean")
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 def perplexity_curves(curves: Sequence[Curve], labels: Sequence[str], clean_perplexity: float) -> Figure:
-    """Perplexity against p on logarithmic axes, with 95% intervals, cliffs and the clean perplexity. Broken points are
-    open markers at the top edge. The first ``SHOWN_CURVES`` curves are drawn."""
-    with _styled(6.5, 3.6 + _legend_height(labels)) as (figure, axis):
-        axis.set_yscale("log")
-        for i, (curve, label) in enumerate(zip(curves[:SHOWN_CURVES], labels, strict=False)):
-            colour, marker = PALETTE[i], MARKERS[i]
-            _draw_curve(axis, curve.positive, curve, curve.positive, color=colour, marker=marker, label=label)
+    """Perplexity against p on logarithmic axes, with 95% intervals, cliffs and the clean perplexity. The first
+    ``SHOWN_CURVES`` curves are drawn."""
+    curves, labels = curves[:SHOWN_CURVES], labels[:SHOWN_CURVES]
+    voltages = {p: volts for curve in curves for p, volts in curve.voltages.items() if p > 0}
+    with _styled(3.0 + _legend_height([*labels, "clean"]) + 0.4 * bool(voltages)) as (figure, axis):
+        values = []
+        for curve, label, colour, marker in zip(curves, labels, PALETTE, MARKERS, strict=False):
+            middle = [curve.arms[p].perplexity if p in curve.shown else math.nan for p in curve.positive]  # a gap
+            bounds = [curve.arms[p].perplexity_interval or (value,) * 2
+                      for p, value in zip(curve.positive, middle, strict=True)]  # fmt: skip
+            known = np.minimum(np.array(bounds).reshape(-1, 2), math.exp(2 * CEILING))  # no figure goes there
+            off = np.nan_to_num(np.abs(known.T - middle)) if middle else None
+            axis.errorbar(curve.positive, middle, yerr=off, elinewidth=1, color=colour, marker=marker, label=label)
+            _at_edge(axis, curve.broken, color=colour, marker=marker)
+            values += [value for p in curve.shown for value in (curve.arms[p].perplexity, *known[curve.positive.index(p)])]
             if curve.cliff.p is not None:
                 axis.axvline(curve.cliff.p, color=colour, lw=0.9, ls=(0, (1, 2)))
-            axis.plot(
-                curve.broken, [1.0] * len(curve.broken), color=colour, marker=marker, ls="none", ms=6, mfc="white",
-                transform=axis.get_xaxis_transform(), clip_on=False, zorder=5,
-            )  # fmt: skip
-        _draw_clean(axis, clean_perplexity)
-        _label_p_axis(axis, [p for curve in curves for p in curve.arms if p > 0])
-        _label_log_values(axis)
-        axis.set_xlabel("flip probability p of each bit")
-        axis.set_ylabel("perplexity")
-        _legend_above(axis, axis)
+            if curve.cliff_interval is not None:
+                axis.axvspan(*curve.cliff_interval, color=colour, alpha=0.12, lw=0)
+        if math.isfinite(clean_perplexity):  # else the clean model is broken itself
+            axis.axhline(clean_perplexity, color=_INK, ls="--", lw=1, label="clean")
+            values.append(clean_perplexity)
+        _limit_perplexities(axis, values)
+        _label_p_axis(axis, [p for curve in curves for p in curve.positive])
+        if voltages:
+            _label_voltages(axis, voltages)
+        _legend_above(figure, axis)
     return figure
 
 
 def cost_heat_map(of: CostMap) -> Figure:
     """Layers by bits, coloured by what flips there cost; ∞ where they break the model, blank where not measured."""
-    costs = cost_grid(of)
-    width = min(11.0, 2.8 + 0.42 * len(of.bits) + 0.075 * max(map(len, of.layers)))
-    with _styled(width, max(2.6, min(14.0, 1.4 + 0.3 * len(of.layers)))) as (figure, axis):
-        finite = costs[np.isfinite(costs)]
-        top = max(COST_FLOOR * 10, float(finite.max(initial=0)))
+    costs = of.grid
+    width = min(11.0, max(_WIDTH, 1.6 + 0.4 * len(of.bits) + 0.075 * max(map(len, of.layers))))
+    with _styled(max(2.2, min(14.0, 1.1 + 0.26 * len(of.layers))), width) as (figure, axis):
+        broken = costs > CEILING
+        top = max(COST_FLOOR * 10, float(costs[~broken & np.isfinite(costs)].max(initial=0)))
         norm = LogNorm(COST_FLOOR, top)
-        colours = matplotlib.colormaps["cividis"].with_extremes(bad="white", under=matplotlib.colormaps["cividis"](0.0))
-        broken = np.isinf(costs)
         shown = np.clip(np.where(broken, top, costs), COST_FLOOR, None)
-        image = axis.imshow(np.ma.masked_invalid(shown), cmap=colours, norm=norm, aspect="auto")
+        colours = matplotlib.colormaps["cividis"].resampled(40)
+        mesh = axis.pcolormesh(np.ma.masked_invalid(shown), cmap=colours, norm=norm, edgecolors=_PAPER, lw=0.8)
         if costs.size <= 320:
-            for row, column in np.ndindex(costs.shape):
-                value = float(costs[row, column])
-                if math.isnan(value):
-                    continue
-                dark = not broken[row, column] and norm(max(value, COST_FLOOR)) < 0.55
-                axis.text(column, row, cost_text(value), ha="center", va="center", fontsize=6,
-                          color="white" if dark else "black")  # fmt: skip
-        axis.set_xticks(range(len(of.bits)), of.bits)
-        axis.set_yticks(range(len(of.layers)), of.layers)
+            for row, column in np.argwhere(~np.isnan(costs)):
+                light = norm(shown[row, column]) >= 0.55
+                axis.text(column + 0.5, row + 0.5, cost_text(float(costs[row, column])), ha="center", va="center",
+                          fontsize=6.5, color="#000000" if light else "#ffffff")  # fmt: skip
+        axis.set_xticks(np.arange(len(of.bits)) + 0.5, of.bits)
+        axis.set_yticks(np.arange(len(of.layers)) + 0.5, of.layers)
+        axis.invert_yaxis()
         axis.grid(visible=False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set_xlabel("bits that flip")
-        axis.set_title(of.label, loc="left")
-        bar = figure.colorbar(image, ax=axis, pad=0.02, label="cost over clean (nats per token)")
+        bar = figure.colorbar(mesh, ax=axis, pad=0.02, label="cost (nats per token)")
         bar.outline.set_visible(False)
+        bar.solids.set(edgecolor="face", linewidth=0.3)
+        bar.minorticks_off()
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     return figure
-
-
-def cost_grid(of: CostMap) -> np.ndarray:
-    """Costs in nats, (layers, bits), float64; NaN where not measured, infinity where broken."""
-    costs = np.full((len(of.layers), len(of.bits)), np.nan)
-    for (layers, bits), cost in of.costs.items():
-        costs[of.layers.index(layers), of.bits.index(bits)] = cost.mean
-    return costs
 
 
 def cost_text(cost: float) -> str:
@@ -193,91 +239,74 @@ def cost_text(cost: float) -> str:
     return text.replace("-", "−") if abs(cost) < 1 else f"{cost:.1f}"
 
 
-def ranking_bars(ranking: Ranking) -> Figure:
-    """Cost of faults in each layer alone, with 95% intervals, the worst first; the ``SHOWN_LAYERS`` worst."""
-    rows = ranking.rows[:SHOWN_LAYERS]
-    ends = [cost.interval[1] if cost.interval else cost.mean for _, cost in rows if math.isfinite(cost.mean)]
-    edge = max(ends, default=1.0) * 1.05
-    with _styled(6.5, 1.2 + 0.22 * len(rows)) as (figure, axis):
+def cost_bars(costs: Mapping[str, Cost], clean_loss: float) -> Figure:
+    """Costs over a clean loss, with 95% intervals: name -> cost; the first ``SHOWN_BARS``. What breaks the model is a
+    hatched bar to the edge. No cost is below minus the clean loss, which would be a perplexity below 1."""
+    rows = list(costs.items())[:SHOWN_BARS]
+    ends = [end for _, cost in rows for end in (cost.cost, *(cost.interval or ())) if cost.cost <= CEILING]
+    low, high = max(min(ends, default=0.0), -clean_loss), min(max(ends, default=1.0), CEILING)
+    low, high = min(low, 0.0), max(high, 0.0)
+    room = 0.05 * (high - low) or 0.001
+    with _styled(0.65 + 0.22 * len(rows)) as (figure, axis):
+        axis.set_xlim(low - room * (low < 0), high + room)
         for place, (_, cost) in enumerate(rows):
-            broken = math.isinf(cost.mean)
-            axis.barh(place, edge if broken else cost.mean, height=0.7, color="white" if broken else PALETTE[0],
+            broken = not cost.cost <= CEILING
+            axis.barh(place, high + room if broken else cost.cost, height=0.65, color="none" if broken else PALETTE[0],
                       edgecolor=PALETTE[1] if broken else "none", hatch="////" if broken else None)  # fmt: skip
-            if cost.interval:
-                off = [[cost.mean - cost.interval[0]], [cost.interval[1] - cost.mean]]
-                axis.errorbar(cost.mean, place, xerr=off, color="#222222", elinewidth=1, ls="none")
-        axis.set_yticks(range(len(rows)), [layers for layers, _ in rows])
+            if cost.interval and not broken:
+                off = [[max(cost.cost - cost.interval[0], 0)], [max(cost.interval[1] - cost.cost, 0)]]
+                axis.errorbar(cost.cost, place, xerr=off, color=_INK, elinewidth=1, ls="none")
+        axis.axvline(0, color=_INK, lw=0.7)
+        axis.set_yticks(range(len(rows)), [name for name, _ in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.grid(visible=False, axis="y")
         axis.tick_params(axis="y", length=0)
+        axis.spines["left"].set_visible(False)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.set_xlabel("cost over clean (nats per token)")
-        axis.set_title(ranking.label, loc="left")
-    return figure
-
-
-def voltage_panels(voltages: Sequence[tuple[float, float]], curves: Sequence[Curve], labels: Sequence[str],
-                   clean_perplexity: float) -> Figure:  # fmt: skip
-    """Bit-error rate and perplexity against the supply voltage, one above the other."""
-    with _styled(6.5, 4.8 + _legend_height(labels), nrows=2, sharex=True, height_ratios=[1, 1.6]) as (
-        figure,
-        (upper, lower),
-    ):
-        volts, rates = zip(*sorted(voltages), strict=True)
-        upper.plot(volts, rates, color="#333333", marker=".")
-        upper.set_yscale("log")
-        upper.set_ylabel("bit-error rate")
-        lower.set_yscale("log")
-        for i, (curve, label) in enumerate(zip(curves[:SHOWN_CURVES], labels, strict=False)):
-            ps = sorted((p for p in curve.positive if p in curve.voltages), key=curve.voltages.__getitem__)
-            _draw_curve(
-                lower, [curve.voltages[p] for p in ps], curve, ps, color=PALETTE[i], marker=MARKERS[i], label=label
-            )
-            broken = [curve.voltages[p] for p in curve.broken if p in curve.voltages]
-            lower.plot(broken, [1.0] * len(broken), color=PALETTE[i], marker=MARKERS[i], ls="none", ms=6, mfc="white",
-                       transform=lower.get_xaxis_transform(), clip_on=False, zorder=5)  # fmt: skip
-        _draw_clean(lower, clean_perplexity)
-        _label_log_values(lower)
-        lower.set_xlabel("supply voltage (V)")
-        lower.set_ylabel("perplexity")
-        _legend_above(upper, lower)
     return figure
 
 
 def magnitude_panels(histograms: Mapping[str, Sequence[tuple[int, int]]],
-                     thresholds: Mapping[str, Mapping[str, float]], title: str) -> Figure:  # fmt: skip
+                     thresholds: Mapping[str, Mapping[str, float]]) -> Figure:  # fmt: skip
     """How large values are, by power of two: operand -> [(binary exponent, count)], and operand -> name of a threshold
     -> its value."""
-    with _styled(7.0, 2.9, ncols=len(histograms), squeeze=False) as (figure, axes):
+    with _styled(2.7, ncols=len(histograms), squeeze=False, sharey=True) as (figure, axes):
         for i, (axis, (operand, histogram)) in enumerate(zip(axes[0], histograms.items(), strict=True)):
             total = sum(count for _, count in histogram)
             exponents = [exponent for exponent, count in histogram if count]
             shares = [count / total for _, count in histogram if count]
             # A bar of exponent e holds magnitudes from 2^e to 2^(e+1). Its foot is far below any share there can be.
-            axis.bar(exponents, shares, width=1, align="edge", color=PALETTE[i], edgecolor="white", lw=0.3)
+            axis.bar(exponents, shares, width=1, align="edge", color=PALETTE[i], edgecolor=_PAPER, lw=0.3)
             axis.set_yscale("log")
             for name, t in thresholds.get(operand, {}).items():
                 style = "--" if name == "proposed" else "-"
-                axis.axvline(math.log2(t), color="#333333", lw=1.1, ls=style, label=f"{name}: {t:g}")
+                axis.axvline(math.log2(t), color=_INK, lw=1.1, ls=style, label=f"{name} guard: {t:g}")
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda e, _: p_text(2.0 ** round(e))))
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}" if y >= 0.01 else p_text(y)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel(f"magnitude of {operand}")
             axis.set_ylabel("share of values" if i == 0 else "")
             if thresholds.get(operand):
-                axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+                axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
     return figure
 
 
-def training_curves(runs: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Training loss by step: run -> [(step, loss in nats per token)]."""
-    with _styled(6.5, 3.2) as (figure, axis):
-        for i, (name, rows) in enumerate(runs.items()):
-            steps, losses = zip(*rows, strict=True)
-            axis.plot(
-                steps, losses, color=PALETTE[i % len(PALETTE)], label=name, marker="." if len(steps) < 40 else None
-            )
+def training_curves(runs: Mapping[str, Sequence[Logged]]) -> Figure:
+    """Training loss by step; the first ``SHOWN_CURVES`` runs."""
+    names = list(runs)[:SHOWN_CURVES]
+    with _styled(2.7 + _legend_height(names) * (len(names) > 1)) as (figure, axis):
+        for name, colour, marker in zip(names, PALETTE, MARKERS, strict=False):
+            steps = [row.step for row in runs[name]]
+            losses = [row.loss if row.loss <= CEILING else math.nan for row in runs[name]]
+            axis.plot(steps, losses, color=colour, label=name, marker="." if len(steps) < 40 else None)
+            _at_edge(axis, [row.step for row in runs[name] if not row.loss <= CEILING], color=colour, marker=marker)
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 0.0), high)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set_xlabel("step")
         axis.set_ylabel("training loss (nats per token)")
-        if len(runs) > 1:
-            axis.legend()
+        if len(names) > 1:
+            _legend_above(figure, axis)
     return figure

@@ -1,15 +1,14 @@
 """One HTML file that shows what was measured, and its pictures and tables as files for a paper.
 
-``report`` reads what a directory holds (``sources.py``), makes a section of each thing that is there
-(``sections.py``), and writes ``report.html``, which needs nothing beside it to be read offline, and the directory
-``report`` with every picture as PNG and every table as CSV. Numbers in CSV files have all their digits; on the page
+``report`` reads what a directory holds (``read.py``), makes a section of each thing that is there (``sections.py``), and
+writes ``report.html``, which needs nothing beside it to be read offline, and the directory ``report`` with every picture
+as PNG and every table as CSV. Numbers in CSV files have all their digits; on the page
 they have five.
 
 A report is derived, so a new one takes the place of an old one. Nothing else is ever overwritten: the page says in its
 head that it is a report, and the directory keeps a list of the files that were written into it.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +18,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
-from plotly.offline import get_plotlyjs
 
 from flipproof.errors import ConfigError
-from flipproof.files import check_writable, claimed, clear_dead, finite, named, temporary_name, write_atomically
+from flipproof.files import check_writable, claimed, clear_dead, named, temporary_name, write_atomically
 from flipproof.report import draw
 from flipproof.report.read import Sources, read_sources
 from flipproof.report.sections import Section, free_name, sections_of
@@ -56,20 +54,14 @@ def report(directory: Path, to: Path | None = None) -> Path:
 
 
 def _files_of(sections: Iterable[Section], folder: str) -> dict[str, bytes]:
-    """Name -> content of every picture and table; sections and views learn where theirs are."""
+    """Name -> content of every picture and table; sections and drawings learn what became of theirs."""
     files: dict[str, bytes] = {}
     for section in sections:
         for i, drawing in enumerate(section.drawings):
-            name = f"{section.id}-{i + 1}.png" if len(section.drawings) > 1 else f"{section.id}.png"
-            files[name := free_name(name, files)] = draw.png(drawing())
-            section.pictures.append(quote(f"{folder}/{name}"))
-        if section.chart:
-            views = section.chart["views"]
-            for view, picture in zip(views, section.pictures, strict=False):
-                view["png"] = picture
-            if len(section.drawings) == 1:
-                for view in views:
-                    view["png"] = section.pictures[0]
+            name = free_name(f"{section.id}-{i + 1}.png" if len(section.drawings) > 1 else f"{section.id}.png", files)
+            figure = drawing.draw()
+            drawing.svg, drawing.png = draw.svg(figure, f"figure-{len(files)}"), quote(f"{folder}/{name}")
+            files[name] = draw.png(figure)
         section.tables = [replace(table, file=free_name(table.file, files)) for table in section.tables]
         files |= {table.file: table.to_csv() for table in section.tables}
     return files
@@ -90,17 +82,14 @@ def _render(directory: Path, sources: Sources, sections: Sequence[Section], fold
     template = Environment(
         loader=PackageLoader("flipproof.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    # a browser reads no Infinity, and one would leave the whole page without charts
-    template.policies["json.dumps_function"] = lambda value, **how: json.dumps(finite(value), allow_nan=False, **how)
     return template.get_template("page.html.jinja").render(
         title=f"Bit flips in {name}",
         about=" · ".join(fact for fact in facts if fact),
+        lead=next((section.finding for section in sections if section.finding), ""),
         notes=sources.notes,
         sections=sections,
         files=about,
         folder=folder,
-        charts=any(section.chart for section in sections),
-        plotly_js=get_plotlyjs(),
         version=__version__,
     )
 

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm
 from flipproof.records import CONFIG, METRICS, RESULTS, check_toml, lines, read_record
-from flipproof.report.analyse import Point, Setting
 from flipproof.train.checkpoint import list_checkpoints, planted
 
 SWEEP, POINTS, PROFILE, GENERATED, SAMPLES = (
@@ -35,9 +34,43 @@ _ARMS = ("clean", "flipped", "recovered")
 T = TypeVar("T")
 
 
+class Setting(NamedTuple):
+    """Where flips fall and what guards against them: everything about a cell of a sweep's grid but p."""
+
+    sites: str
+    layers: str
+    bits: str
+    protection: str
+
+
+class Point(NamedTuple):
+    """One cell of a sweep under one fault seed. ``loss`` is in nats per token, infinity where the model is broken;
+    ``voltage`` in volts."""
+
+    p: float
+    voltage: float | None
+    setting: Setting
+    seed: int
+    loss: float
+    tokens: int
+
+
+class Logged(NamedTuple):
+    """One line of ``metrics.jsonl``. What was not measured is None."""
+
+    step: int
+    loss: float
+    """Nats per token; infinity where it was no number."""
+    tokens: float | None
+    tokens_per_second: float | None
+    peak_memory_gib: float | None
+    mfu: float | None
+    """Share of the devices' peak FLOPs."""
+
+
 @dataclass(frozen=True)
-class Measured:
-    """What was measured on what, as the head of the page has it."""
+class About:
+    """What was measured on what, as the foot of the page has it."""
 
     name: str
     """The file, relative to the report's directory."""
@@ -53,7 +86,6 @@ class Measured:
 class Sweep:
     """``sweep.json`` and its points; losses in nats per token."""
 
-    about: Measured
     axes: Mapping[str, list[Any]]
     overhead: Mapping[str, float]
     """protection -> extra bits stored over bits stored."""
@@ -61,8 +93,6 @@ class Sweep:
     """(volts, bit-error rate)."""
     clean_loss: float
     clean_perplexity: float
-    guard_loss: float | None
-    planned: int
     points: tuple[Point, ...]
 
 
@@ -70,15 +100,16 @@ class Sweep:
 class Sources:
     """Everything found, by the name of the directory it was found in."""
 
-    about: list[Measured] = field(default_factory=list)
+    about: list[About] = field(default_factory=list)
     arms: dict[str, dict[str, Arm]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tasks of lm-eval, as ``flipproof.measure.tasks`` writes them."""
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``profile.json``, as ``flipproof.measure.magnitudes`` writes it."""
-    training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    """(step, loss in nats per token)."""
+    settings: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """The tables of a run's config, by their names."""
+    training: dict[str, list[Logged]] = field(default_factory=dict)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """Arm -> sample of text."""
     notes: list[str] = field(default_factory=list)
@@ -177,11 +208,11 @@ def _name(directory: Path, path: Path) -> str:
     return f"{name} (itself)" if (directory / name).is_dir() else name
 
 
-def _about(directory: Path, path: Path, values: Mapping[str, Any], model: str | None = None) -> Measured:
+def _about(directory: Path, path: Path, values: Mapping[str, Any], model: str | None = None) -> About:
     for key in ("model", "dtype", "text"):
         if not isinstance(values.get(key), str | None):
             raise ValueError(f"{key} = {values[key]!r} is no name")
-    return Measured(
+    return About(
         name=path.relative_to(directory).as_posix(),
         model=values.get("model") or model,
         dtype=values.get("dtype"),
@@ -202,59 +233,65 @@ def _config(path: Path) -> dict[str, Any]:
     if not config.is_file():
         return {}
     check_toml(config)
-    return tomllib.loads(config.read_text("utf-8"))
+    with _as_written(str(config)):
+        tables = tomllib.loads(config.read_text("utf-8"))
+        if other := [key for key, table in tables.items() if not isinstance(table, dict)]:
+            raise ValueError(f"{other[0]} is no table")
+    return tables
 
 
 def _read_results(sources: Sources, directory: Path, path: Path) -> None:
-    values = _json(path)
+    values, name = _json(path), _name(directory, path)
     with _as_written(str(path)):
-        arms = {name: Arm.from_dict(arm) for name, arm in values["arms"].items()}
-        table = _config(path).get("model", {})
-        model = table.get("hf_model_path") or table.get("flavor")
+        arms = {arm: Arm.from_dict(measured) for arm, measured in values["arms"].items()}
+        config = _config(path)
+        model = config.get("model", {}).get("hf_model_path") or config.get("model", {}).get("flavor")
         tokens = max((arm.tokens for arm in arms.values()), default=None)
         sources.about.append(_about(directory, path, {"tokens": tokens} | values, model))
+        if bitflip := values.get("bitflip"):
+            config["bitflip"] = dict(bitflip)
+    if config:
+        sources.settings[name] = config
     if left := values.get("unfinished"):
         sources.notes.append(f"{path.relative_to(directory).as_posix()}: {', '.join(map(str, left))} was not measured.")
     if arms:
-        sources.arms[_name(directory, path)] = arms
+        sources.arms[name] = arms
     if tasks := values.get("tasks"):
-        sources.tasks[_name(directory, path)] = tasks
+        sources.tasks[name] = tasks
 
 
 def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
-    file = path.with_name(POINTS)
-    name = file.relative_to(directory).as_posix()
-    lines_of_points = _lines(sources, name, file, _point) if file.is_file() else []
-    points = dict(lines_of_points)  # of a point that was measured twice, the last counts
+    name, points = _points(sources, directory, path.parent)
     with _as_written(str(path)):
-        axes = {key: axis if isinstance(axis, list) else [axis] for key, axis in values["axes"].items()}
-        clean = values["clean"]
-        sweep = Sweep(
-            about=_about(directory, path, values),
-            axes=axes,
+        clean, planned = values["clean"], int(values["planned"])
+        sources.sweeps[_name(directory, path)] = Sweep(
+            axes={key: axis if isinstance(axis, list) else [axis] for key, axis in values["axes"].items()},
             overhead={key: float(share) for key, share in (values.get("overhead") or {}).items()},
             voltages=tuple((float(volts), float(ber)) for volts, ber in values.get("voltages") or ()),
             clean_loss=_number(clean["loss"]),
             clean_perplexity=_number(clean["perplexity"]),
-            guard_loss=_number(guard["loss"]) if (guard := values.get("guard")) else None,
-            planned=int(values["planned"]),
-            points=tuple(points.values()),
+            points=tuple(points),
         )
-    if len(points) < sweep.planned:
-        sources.notes.append(f"{name}: {len(points)} of {sweep.planned} points are measured so far.")
-    sources.about.append(sweep.about)
-    sources.sweeps[_name(directory, path)] = sweep
+        sources.about.append(_about(directory, path, values))
+    if len(points) < planned:
+        sources.notes.append(f"{name}: {len(points)} of {planned} points are measured so far.")
 
 
-def _point(values: dict[str, Any]) -> tuple[str, Point]:
-    """(id, point) of a line."""
-    setting = Setting(*(str(values[key]) for key in Setting._fields))
+def _points(sources: Sources, directory: Path, sweep: Path) -> tuple[str, list[Point]]:
+    """What holds the points of a sweep's directory, as notes call it, and the points."""
+    file = sweep / POINTS
+    name = file.relative_to(directory).as_posix()
+    found = _lines(sources, name, file, lambda values: (str(values["id"]), _point(values))) if file.is_file() else []
+    return name, list(dict(found).values())  # of a point that was measured twice, the last counts
+
+
+def _point(values: dict[str, Any]) -> Point:
     voltage = values.get("voltage")
-    return str(values["id"]), Point(
+    return Point(
         p=float(values["p"]),
         voltage=None if voltage is None else float(voltage),
-        setting=setting,
+        setting=Setting(*(str(values[key]) for key in Setting._fields)),
         seed=int(values["seed"]),
         loss=_number(values["loss"]),
         tokens=int(values["tokens"]),
@@ -292,14 +329,21 @@ def _read_profile(sources: Sources, directory: Path, path: Path) -> None:
 
 def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
     name = path.relative_to(directory).as_posix()
-    rows = _lines(sources, name, path, lambda values: (int(values["step"]), _number(values["loss"])))
+    rows = _lines(sources, name, path, _logged)
     with _as_written(str(path.with_name(CONFIG))):
-        steps = _config(path).get("training", {}).get("steps")
-        last = rows[-1][0] if rows else 0
+        if config := _config(path):
+            sources.settings.setdefault(_name(directory, path), config)
+        steps = config.get("training", {}).get("steps")
+        last = rows[-1].step if rows else 0
         if steps is not None and last < int(steps):
             sources.notes.append(f"{name}: it ends at step {last} of {steps}.")
-    if finite := [row for row in rows if math.isfinite(row[1])]:
-        sources.training[_name(directory, path)] = finite
+    if rows:
+        sources.training[_name(directory, path)] = rows
+
+
+def _logged(values: dict[str, Any]) -> Logged:
+    measured = [_size(values.get(key)) for key in Logged._fields[2:]]
+    return Logged(int(values["step"]), _number(values["loss"]), *measured)
 
 
 def _read_generated(sources: Sources, directory: Path, path: Path) -> None:

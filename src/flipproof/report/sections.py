@@ -1,41 +1,53 @@
-"""The sections of a report: what there is to show, as tables, pictures, charts and captions.
+"""The sections of a report: what there is to show, as findings, pictures, tables and captions.
 
-A section is made of tables, a picture for print (``figures.py``), the same as a chart for the screen (``charts.py``),
-and a caption that says what is measured. What was not measured has no section.
+One function makes each section, and ``sections_of`` puts them in the page's order. What was not measured has no
+section, and nothing is drawn twice: what a figure shows of a sweep, a later section only tabulates.
 """
 
 import csv
 import io
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from flipproof.measure.arms import ARM_ROWS, Arm
-from flipproof.report import charts, draw
+from flipproof.faults.spec import BitFlipSpec
+from flipproof.measure.arms import ARM_ROWS, Arm, Cost, costs
+from flipproof.report import draw, finding
 from flipproof.report.analyse import (
+    CEILING,
     CLIFF_THRESHOLD,
-    Cost,
+    CostMap,
     Curve,
-    Setting,
     bits_in_words,
     cost_maps,
+    cost_of,
     curves_of,
+    is_power_of_two,
     labels_of,
+    p_text,
     protection_in_words,
-    rankings,
     sites_in_words,
 )
-from flipproof.report.read import Sources, Sweep
+from flipproof.report.read import Logged, Setting, Sources, Sweep
 
-_MOST_CURVES = 14
-"""On one chart; twice the palette."""
 _LONGEST_SLUG = 50
-_MOST_PICTURES = 6
+_MOST_FIGURES = 6
 """Of one section that has many views."""
+_PERPLEXITY = ("PPL", "95% low", "95% high")
+_COST = ("cost", "cost low", "cost high")
+_SETTING = Setting._fields
+_OF_A_RUN = (
+    ("model", "hf_model_path"), ("model", "flavor"), ("model", "init"), ("lora", "r"), ("training", "lr"),
+    ("training", "steps"), ("training", "seq_len"), ("training", "local_batch_size"),
+    ("training", "gradient_accumulation_steps"), ("training", "dtype"), ("eval", "trials"), ("eval", "num_samples"),
+)  # fmt: skip
+"""Keys that the table of settings has beside those of ``[bitflip]`` that are not as they are by default."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +94,24 @@ def _shown(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
+        if is_power_of_two(value) and value < 2**-6:
+            return p_text(value)
         if math.isfinite(value) and 0 < abs(value) < 1e-3:
             digits, exponent = f"{value:.3e}".split("e")
             return f"{digits.rstrip('0').rstrip('.')}e{exponent}"
         return "∞" if math.isinf(value) else f"{value:.5g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@dataclass
+class Drawing:
+    """A picture, and what it is called among others of its section."""
+
+    label: str
+    draw: Callable[[], Figure]
+    svg: str = ""
+    png: str = ""
+    """Where it lies, as a URL relative to the page; both are filled in when it is drawn."""
 
 
 @dataclass
@@ -97,25 +122,24 @@ class Section:
     title: str
     caption: str
     tables: list[Table] = field(default_factory=list)
-    chart: charts.Chart | None = None
-    drawings: list[Callable[[], Figure]] = field(default_factory=list)
-    """The picture of each view of the chart, or of the first few."""
+    drawings: list[Drawing] = field(default_factory=list)
+    """The first is shown at once."""
+    finding: str = ""
+    """Two sentences."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    pictures: list[str] = field(default_factory=list)
-    """Where the drawings lie, as URLs relative to the page; filled in when they are made."""
 
 
 def sections_of(sources: Sources) -> list[Section]:
     """What there is to show, in the page's order."""
-    sections = []
+    sections = [_settings(sources.settings)] if sources.settings else []
     if sources.arms:
         sections.append(_arms(sources.arms))
     if sources.tasks:
         sections.append(_tasks(sources.tasks))
-    for make in (_perplexity, _heat_map, _ranking, _protection, _voltage):
+    curves = {name: curves_of(one.points, one.clean_loss, one.axes) for name, one in sources.sweeps.items()}
+    for make in (_perplexity, _sensitivity, _protection, _voltage):
         for name, sweep in sources.sweeps.items():
-            curves = curves_of(sweep.points, sweep.clean_loss, sweep.axes)
-            if section := make(sweep, curves):
+            if section := make(sweep, curves[name]):
                 sections.append(_named(section, name, len(sources.sweeps), sections))
     for name, profile in sources.profiles.items():
         sections.append(_named(_magnitudes(profile), name, len(sources.profiles), sections))
@@ -147,22 +171,62 @@ def free_name(name: str, taken: Collection[str]) -> str:
     return next(one for one in numbered if one.casefold() not in folded)
 
 
-def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
+def _settings(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Section:
+    default = json.loads(json.dumps(asdict(BitFlipSpec())))
+    keys = [("bitflip", key) for key in default]
     rows = []
+    for table, key in (*keys, *_OF_A_RUN):
+        values = [run.get(table, {}).get(key, default.get(key)) for run in runs.values()]
+        if any(value != default.get(key) for value in values):
+            plain = [json.dumps(value) if isinstance(value, dict | list) else value for value in values]
+            rows.append([f"{table}.{key}", *plain])
+    return Section(
+        "settings",
+        "Settings of each run",
+        "As the runs were configured. Of [bitflip], the keys that are not as they are by default: p_exp and p_frac are "
+        "the flip probabilities of each exponent and mantissa bit of weights (w), inputs (x) and keys and values (kv), "
+        "and zero_out_t the threshold of the guard. lora.r = 0 trains all weights.",
+        [Table("settings.csv", ["setting", *runs], rows)],
+    )
+
+
+def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
+    rows, drawn = [], {}
     for run, arms in found.items():
+        of_run = costs(dict(arms))
         for name, arm in arms.items():
             flipped, tuned = ARM_ROWS.get(name, (None, None))
-            rows.append([run, name, flipped, tuned, *_perplexity_cells(arm), arm.loss, arm.trials, arm.tokens])
-    columns = ["run", "arm", "Bitflipped", "Fine-tuned", *_PERPLEXITY, "loss", "trials", "tokens"]
-    hidden = frozenset() if len(found) > 1 else frozenset({"run"})
+            cost = of_run.get(name)
+            rows.append([run, name, flipped, tuned, *_perplexity_cells(arm), *_cost_cells(cost), arm.loss, arm.trials,
+                         arm.tokens])  # fmt: skip
+        drawn |= {f"{run}: {name}" if len(found) > 1 else name: cost for name, cost in of_run.items()}
+    columns = ["run", "arm", "Bitflipped", "Fine-tuned", *_PERPLEXITY, *_COST, "loss", "seeds", "tokens"]
+    clean = max((arms["clean"].loss for arms in found.values() if "clean" in arms), default=0.0)
+    more = f" The first {draw.SHOWN_BARS} are drawn." if len(drawn) > draw.SHOWN_BARS else ""
     return Section(
         "arms",
         "Arms side by side",
         "Perplexity on the same held-out text without faults (clean), with the range guard alone (guard), with bit "
-        "flips (flipped), and after training with flips on (recovered) and off (recovered_clean). Intervals are over "
-        "fault seeds.",
-        [Table("arms.csv", columns, rows, only_csv=hidden)],
+        "flips (flipped), and after training with flips on (recovered) and off (recovered_clean); its intervals are "
+        "over fault seeds. The cost is the loss less that of the clean arm in nats per token, its interval over fault "
+        f"seeds and text together, or over text where nothing flips.{more}",
+        [Table("arms.csv", columns, rows, only_csv=_only_csv(found))],
+        [Drawing("", partial(draw.cost_bars, drawn, clean))] if drawn else [],
+        finding.of_arms(found),
     )
+
+
+def _only_csv(runs: Collection[str]) -> frozenset[str]:
+    """One run needs no column that names it."""
+    return frozenset() if len(runs) > 1 else frozenset({"run"})
+
+
+def _perplexity_cells(arm: Arm) -> list[float | None]:
+    return [arm.perplexity, *(arm.perplexity_interval or (None, None))]
+
+
+def _cost_cells(cost: Cost | None) -> list[float | None]:
+    return [cost.cost, *(cost.interval or (None, None))] if cost else [None] * 3
 
 
 def _tasks(found: Mapping[str, Mapping[str, Any]]) -> Section:
@@ -175,28 +239,14 @@ def _tasks(found: Mapping[str, Mapping[str, Any]]) -> Section:
         for metric, values in metrics.items()
     ]  # fmt: skip
     columns = ["run", "task", "metric", "arm", "mean", "95% low", "95% high", "standard error", "seeds", "questions"]
-    hidden = frozenset() if len(found) > 1 else frozenset({"run"})
     return Section(
         "tasks",
         "Tasks",
         "Tasks of lm-eval in each arm: mean over fault seeds with its 95% interval, and beside it lm-eval's standard "
         "error, which is about the choice of questions.",
-        [Table("tasks.csv", columns, rows, only_csv=hidden)],
+        [Table("tasks.csv", columns, rows, only_csv=_only_csv(found))],
+        finding=finding.of_tasks(found),
     )
-
-
-_PERPLEXITY = ("PPL", "95% low", "95% high")
-
-
-def _perplexity_cells(arm: Arm) -> list[float | None]:
-    return [arm.perplexity, *(arm.perplexity_interval or (None, None))]
-
-
-def _cost_cells(cost: Cost) -> list[float | int | None]:
-    return [cost.mean, *(cost.interval or (None, None)), cost.trials]
-
-
-_SETTING = Setting._fields
 
 
 def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
@@ -205,70 +255,67 @@ def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         return None
     views, more = _views(measured)
     about = ", ".join(_constant(measured))
+    clean = sweep.clean_loss
     points = [
-        [
-            *curve.setting,
-            p,
-            curve.voltages.get(p),
-            *_perplexity_cells(arm),
-            arm.loss,
-            *(arm.loss_interval or (None, None)),
-            arm.loss - sweep.clean_loss if math.isfinite(sweep.clean_loss) else None,
-            arm.trials,
-            arm.tokens,
-        ]
+        [*curve.setting, p, curve.voltages.get(p), *_perplexity_cells(arm), arm.loss,
+         *(arm.loss_interval or (None, None)), *_cost_cells(cost_of(arm, clean) if math.isfinite(clean) else None),
+         arm.trials, arm.tokens]
         for curve in curves
         for p, arm in curve.arms.items()
-    ]
-    columns = [*_SETTING, "p", "voltage", *_PERPLEXITY, "loss", "loss low", "loss high", "cost", "seeds", "tokens"]
+    ]  # fmt: skip
+    columns = [*_SETTING, "p", "voltage", *_PERPLEXITY, "loss", "loss low", "loss high", *_COST, "seeds", "tokens"]
     cliffs = [
-        [*curve.setting, str(curve.cliff), curve.cliff.p, curve.cliff.above, curve.cliff.up_to] for curve in measured
-    ]
+        [*curve.setting, str(curve.cliff), curve.cliff.p, *(curve.cliff_interval or (None, None)), curve.cliff.above,
+         curve.cliff.up_to]
+        for curve in measured
+    ]  # fmt: skip
+    volts = " Along the top: the supply voltage that p stands for." if any(curve.voltages for curve in measured) else ""
     return Section(
         "perplexity",
         "Perplexity against the flip probability",
         f"Perplexity with bits flipping with probability p{f' ({about})' if about else ''}: mean over fault seeds, "
-        "95% intervals; dashed: clean; open markers at the top edge: infinite loss. Dotted: the cliff, the smallest p "
-        f"at which perplexity exceeds the clean one by more than {CLIFF_THRESHOLD:.0%}, interpolated in log p between "
-        f"measured points.{more}",
+        f"95% intervals; dashed: clean; open markers at the top edge: a loss that is infinite, or above {CEILING:g} "
+        "nats, which is worse than guessing. Dotted: the cliff, the smallest p at which perplexity exceeds the clean "
+        f"one by more than {CLIFF_THRESHOLD:.0%}, interpolated in log p between measured points; shaded: where the "
+        f"ends of the intervals do.{volts}{more}",
         [
             Table(
                 "perplexity-cliffs.csv",
-                [*_SETTING, "cliff", "cliff p", "measured below", "measured past"],
+                [*_SETTING, "cliff", "cliff p", "95% low", "95% high", "measured below", "measured past"],
                 cliffs,
                 title=f"Cliffs (+{CLIFF_THRESHOLD:.0%} perplexity over {sweep.clean_perplexity:.5g})",
                 only_csv=frozenset({"cliff p"}),
             ),
             Table("perplexity.csv", columns, points, shown=False),
         ],
-        charts.perplexity_curves(views, sweep.clean_perplexity),
         [
-            partial(draw.perplexity_curves, group, names, sweep.clean_perplexity)
-            for group, names in list(views.values())[:_MOST_PICTURES]
+            Drawing(view, partial(draw.perplexity_curves, group, labels, sweep.clean_perplexity))
+            for view, (group, labels) in list(views.items())[:_MOST_FIGURES]
         ],
+        finding.of_sweep(sweep, curves),
     )
 
 
 def _views(curves: Sequence[Curve]) -> tuple[dict[str, tuple[list[Curve], list[str]]], str]:
-    """(name -> curves and their labels, what the caption says of curves that are left out). One view for all, or for
-    each protection where they are too many to be told apart; in a view the curves that fall off first."""
+    """(name -> curves and their labels, what the caption says of curves that are left out). One view for all; or where
+    they are too many to be told apart, one for each sites, layers and bits, in which protections are compared, the
+    best ones first."""
     chosen = _widest(curves)
+    settings = {curve.setting._replace(protection="") for curve in chosen}
+    split = len(chosen) > draw.SHOWN_CURVES and len(settings) < len(chosen)
+    names = labels_of([curve.setting._replace(protection="") for curve in chosen])
     groups: dict[str, list[Curve]] = {}
     for curve in chosen:
-        split = len(chosen) > draw.SHOWN_CURVES
-        groups.setdefault(protection_in_words(curve.setting.protection) if split else "", []).append(curve)
-    views, shown = {}, 0
+        groups.setdefault(names[curve.setting._replace(protection="")] if split else "", []).append(curve)
+    views = {}
     for name, group in groups.items():
-        if len(group) > draw.SHOWN_CURVES:
+        if len(group) > draw.SHOWN_CURVES:  # those that fall off first
             group.sort(key=lambda curve: curve.cliff.p or curve.cliff.up_to or math.inf)
-        labels = labels_of([curve.setting for curve in group])
-        drawn = group[:_MOST_CURVES]
+        drawn = group[: draw.SHOWN_CURVES]
+        labels = labels_of([curve.setting for curve in drawn])
         views[name] = (drawn, [labels[curve.setting] for curve in drawn])
-        shown += len(drawn)
-    more = f" {shown} of {len(curves)} curves are drawn; the tables have all." if shown < len(curves) else ""
-    if any(len(drawn) > draw.SHOWN_CURVES for drawn, _ in views.values()):
-        more += f" A picture has {draw.SHOWN_CURVES}, and so has the chart until its legend is clicked."
-    return views, more
+    shown = sum(len(drawn) for drawn, _ in list(views.values())[:_MOST_FIGURES])
+    return views, f" {shown} of {len(curves)} curves are drawn; the tables have all." if shown < len(curves) else ""
 
 
 def _widest(curves: Sequence[Curve]) -> list[Curve]:
@@ -287,179 +334,150 @@ def _constant(curves: Sequence[Curve]) -> list[str]:
         "bits": bits_in_words,
         "protection": protection_in_words,
     }
-    values = {name: {getattr(curve.setting, name) for curve in curves} for name in _SETTING}
+    values = {name: {getattr(curve.setting, name) for curve in _widest(curves)} for name in _SETTING}
     return [words[name](min(found)) for name, found in values.items() if len(found) == 1 and min(found) != "head"]
 
 
-def _heat_map(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
+def _sensitivity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
     maps = cost_maps(curves, sweep.clean_loss)
     if not maps:
         return None
     rows = [
-        [of.p, of.sites, of.protection, layers, bits, *_cost_cells(of.costs[layers, bits])]
+        [of.p, of.sites, of.protection, layers, bits, *_cost_cells(cost), of.arms[layers, bits].trials]
         for of in maps
-        for layers in of.layers
-        for bits in of.bits
-        if (layers, bits) in of.costs
+        for (layers, bits), cost in of.costs.items()
     ]
-    columns = ["p", "sites", "protection", "layers", "bits", "cost", "95% low", "95% high", "seeds"]
+    columns = ["p", "sites", "protection", "layers", "bits", *_COST, "seeds"]
+    more = f" {_MOST_FIGURES} of {len(maps)} views are drawn; the table has all." if len(maps) > _MOST_FIGURES else ""
     return Section(
-        "heat-map",
+        "sensitivity",
         "Sensitivity by layer and bit",
-        "Mean loss less the clean loss, in nats per token, where flips hit only these layers and bits, at the same p. "
-        f"The colour is logarithmic from {draw.COST_FLOOR:g} nats; ∞ is a model without finite loss, blank was not "
-        "measured. Bit 0 is the lowest of the mantissa.",
-        [Table("heat-map.csv", columns, rows, shown=False)],
-        charts.cost_heat_maps(maps),
-        [partial(draw.cost_heat_map, of) for of in maps[:_MOST_PICTURES]],
+        "Mean loss less the clean loss, in nats per token, where flips hit only these layers and bits, at the same p; "
+        f"95% intervals over fault seeds. A map's colour is logarithmic from {draw.COST_FLOOR:g} nats; ∞, or a hatched "
+        "bar, is a model without finite loss, blank was not measured. Bit 0 is the lowest of the mantissa."
+        f"{more}",
+        [Table("sensitivity.csv", columns, rows, title="The worst first, in the order of the views")],
+        [Drawing(of.label, partial(_draw_costs, of)) for of in maps[:_MOST_FIGURES]],
     )
 
 
-def _ranking(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
-    found = rankings(cost_maps(curves, sweep.clean_loss))
-    if not found:
-        return None
-    rows = [
-        [one.p, one.sites, one.bits, one.protection, rank, layers, *_cost_cells(cost)]
-        for one in found
-        for rank, (layers, cost) in enumerate(one.rows, 1)
-    ]
-    columns = ["p", "sites", "bits", "protection", "rank", "layers", "cost", "95% low", "95% high", "seeds"]
-    most = max(len(one.rows) for one in found)
-    more = f" The {draw.SHOWN_LAYERS} worst of {most} are drawn." if most > draw.SHOWN_LAYERS else ""
-    return Section(
-        "ranking",
-        "Layers by sensitivity",
-        "Mean loss less the clean loss, in nats per token, where flips hit one layer, or group of layers, alone; 95% "
-        f"intervals over fault seeds; hatched: infinite.{more}",
-        [Table("ranking.csv", columns, rows, title="All rankings, the most telling first")],
-        charts.ranking_bars(found),
-        [partial(draw.ranking_bars, one) for one in found[:_MOST_PICTURES]],
-    )
+def _draw_costs(of: CostMap) -> Figure:
+    """A map where layers and bits both vary, else bars, which have room for intervals."""
+    if len(of.layers) > 1 and len(of.bits) > 1:
+        return draw.cost_heat_map(of)
+    names = {(layers, bits): layers if len(of.layers) > 1 else bits_in_words(bits) for layers, bits in of.arms}
+    return draw.cost_bars({names[cell]: cost for cell, cost in of.costs.items()}, of.clean_loss)
 
 
 def _protection(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
     groups: dict[Setting, list[Curve]] = {}
     for curve in curves:
         groups.setdefault(curve.setting._replace(protection=""), []).append(curve)
-    groups = {setting: group for setting, group in groups.items() if len(group) > 1}
-    if not groups:
-        return None
     rows = []
     for group in groups.values():
         bare = next((curve.cliff.p for curve in group if curve.setting.protection == "none"), None)
-        for curve in group:
+        for curve in group if len(group) > 1 else ():
             cliff, overhead = curve.cliff, sweep.overhead.get(curve.setting.protection)
             gain = cliff.p / bare if cliff.p and bare else None
             rows.append([*curve.setting, None if overhead is None else 100 * overhead, str(cliff), cliff.p, gain])
-    labels = labels_of(list(groups))
-    views = {
-        labels[setting]: (group, [protection_in_words(curve.setting.protection) for curve in group])
-        for setting, group in groups.items()
-    }
+    columns = [*_SETTING, "extra storage (%)", "cliff", "cliff p", "cliff over none"]
+    if not rows:
+        return None
     return Section(
         "protection",
         "What protects, and what it costs",
-        "Perplexity against p under each protection, all else equal; 95% intervals over fault seeds. Extra storage is "
-        "in per cent of the bits stored. p is the rate at which the memory itself flips bits, before any correction.",
-        [
-            Table(
-                "protection.csv",
-                [*_SETTING, "extra storage (%)", "cliff", "cliff p", "cliff over none"],
-                rows,
-                only_csv=frozenset({"cliff p"}),
-            )
-        ],
-        charts.perplexity_curves(views, sweep.clean_perplexity),
-        [
-            partial(draw.perplexity_curves, group, names, sweep.clean_perplexity)
-            for group, names in list(views.values())[:_MOST_PICTURES]
-        ],
+        "Where perplexity falls off under each protection, all else equal. Extra storage is in per cent of the bits "
+        "stored. p is the rate at which the memory itself flips bits, before any correction.",
+        [Table("protection.csv", columns, rows, only_csv=frozenset({"cliff p"}))],
     )
 
 
 def _voltage(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
-    measured = [curve for curve in curves if curve.voltages]
-    if not (sweep.voltages and measured):
-        return None
-    drawn = _widest(measured)
-    names = labels_of([curve.setting for curve in drawn])
-    labels = [names[curve.setting] for curve in drawn]
     rows = [
         [volts, ber, *curve.setting, *_perplexity_cells(curve.arms[ber]), curve.arms[ber].trials]
         for volts, ber in sorted(sweep.voltages, reverse=True)
-        for curve in measured
-        if ber in curve.arms
+        for curve in curves
+        if curve.voltages and ber in curve.arms
     ]
+    if not rows:
+        return None
     return Section(
         "voltage",
         "From voltage to perplexity",
         "Bit-error rate of the memory at each supply voltage, as given to the sweep, and the perplexity of the model "
-        "there; 95% intervals over fault seeds, dashed: clean.",
+        "there; 95% intervals over fault seeds.",
         [Table("voltage.csv", ["voltage (V)", "bit-error rate", *_SETTING, *_PERPLEXITY, "seeds"], rows)],
-        charts.voltage_panels(sweep.voltages, drawn[:_MOST_CURVES], labels[:_MOST_CURVES], sweep.clean_perplexity),
-        [partial(draw.voltage_panels, sweep.voltages, drawn, labels, sweep.clean_perplexity)],
     )
 
 
 def _magnitudes(profile: Mapping[str, Any]) -> Section:
-    layers: dict[str, Mapping[str, Any]] = {"all layers": profile["all"], **profile["layers"]}
     operands = ("weights", "inputs")
     quantiles = list(profile["all"]["weights"]["quantiles"])
     rows, histogram_rows = [], []
-    for layer, both in layers.items():
+    for layer, both in {"all layers": profile["all"], **profile["layers"]}.items():
         for operand in operands:
             one = both[operand]
             rows.append([layer, operand, *(one["quantiles"].get(name) for name in quantiles), one["maximum"],
                          one["zero_out_t"], one["clipped"], one["proposed_t"], one["count"]])  # fmt: skip
             histogram_rows += [[layer, operand, exponent, count] for exponent, count in one["histogram"]]
-    histograms = {
-        layer: {operand: both[operand]["histogram"] for operand in operands} for layer, both in layers.items()
-    }
+    histograms = {operand: profile["all"][operand]["histogram"] for operand in operands}
     thresholds = {
-        layer: {
-            operand: {
-                name: one[key]
-                for name, key in (("configured", "zero_out_t"), ("proposed", "proposed_t"))
-                if (one := both[operand])[key]
-            }
-            for operand in operands
+        operand: {
+            name: t
+            for name, key in (("configured", "zero_out_t"), ("proposed", "proposed_t"))
+            if (t := profile["all"][operand][key])
         }
-        for layer, both in layers.items()
+        for operand in operands
     }
+    columns = ["layer", "operand", *quantiles, "maximum", "configured t", "clipped", "proposed t", "values"]
     return Section(
         "magnitudes",
         "Magnitudes of weights and inputs",
-        "How large the values of the clean model are, by power of two: weights and inputs of linear layers, zeros left "
-        "out. Lines: the guard threshold that is configured, and the one proposed, which stands clear of the maximum.",
+        "How large the values of the clean model are, by power of two: weights and inputs of all linear layers, zeros "
+        "left out. Lines: the guard threshold that is configured, and the one proposed, which stands clear of the "
+        "maximum. The histograms of single layers are in the file.",
         [
-            Table(
-                "magnitudes.csv",
-                ["layer", "operand", *quantiles, "maximum", "configured t", "clipped", "proposed t", "values"],
-                rows,
-            ),
-            Table(
-                "magnitudes-histogram.csv",
-                ["layer", "operand", "binary exponent", "values"],
-                histogram_rows,
-                shown=False,
-            ),
+            Table("magnitudes.csv", columns, rows),
+            Table("magnitudes-histogram.csv", ["layer", "operand", "binary exponent", "values"], histogram_rows,
+                  shown=False),
         ],
-        charts.magnitude_panels(histograms, thresholds),
-        [partial(draw.magnitude_panels, histograms["all layers"], thresholds["all layers"], "all layers")],
-    )
+        [Drawing("", partial(draw.magnitude_panels, histograms, thresholds))],
+        finding.of_profile(profile),
+    )  # fmt: skip
 
 
-def _training(runs: Mapping[str, Sequence[tuple[int, float]]]) -> Section:
-    rows = [[run, step, loss] for run, steps in runs.items() for step, loss in steps]
+def _training(runs: Mapping[str, Sequence[Logged]]) -> Section:
+    steps = [[run, *row] for run, rows in runs.items() for row in rows]
+    took = [
+        [run, rows[-1].step, rows[-1].tokens, _of(median, rows, "tokens_per_second"), _of(max, rows, "peak_memory_gib"),
+         _percent(_of(median, rows, "mfu")), rows[-1].loss]
+        for run, rows in runs.items()
+    ]  # fmt: skip
+    columns = ["run", "steps", "tokens", "tokens/s", "peak memory (GiB)", "MFU (%)", "last loss"]
+    more = f" The first {draw.SHOWN_CURVES} of {len(runs)} runs are drawn." if len(runs) > draw.SHOWN_CURVES else ""
     return Section(
         "training",
         "Training",
-        "Training loss by optimizer step, as logged; with flips on where the run has them.",
-        [Table("training.csv", ["run", "step", "loss"], rows, shown=False)],
-        charts.training_curves(runs),
-        [partial(draw.training_curves, runs)],
+        "Training loss by optimizer step, as logged, with flips on where the run has them; open markers at the top "
+        f"edge: infinite, or above {CEILING:g} nats.{more} Tokens per second and model FLOPs utilisation are medians "
+        "over what was logged, and the memory is the largest that one device held.",
+        [
+            Table("training-took.csv", columns, took, only_csv=_only_csv(runs)),
+            Table("training.csv", ["run", *Logged._fields], steps, shown=False),
+        ],
+        [Drawing("", partial(draw.training_curves, runs))],
+        finding.of_training(runs),
     )
+
+
+def _of(summary: Callable[[list[float]], float], rows: Sequence[Logged], name: str) -> float | None:
+    """Of what was logged under a name; None where nothing was."""
+    known = [value for row in rows if (value := getattr(row, name)) is not None]
+    return summary(known) if known else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _texts(texts: Mapping[str, str]) -> Section:
@@ -469,5 +487,6 @@ def _texts(texts: Mapping[str, str]) -> Section:
         "The same prompts continued with the same random numbers: without faults, with bit flips, and with flips after "
         "training, as far as each is there.",
         [Table("texts.csv", ["arm", "text"], list(texts.items()), shown=False)],
+        finding=finding.of_texts(texts),
         texts=texts,
     )

@@ -1,0 +1,248 @@
+"""What was found, in two sentences: of arms, of a sweep, of a profile, of texts, of tasks, of a training.
+
+Each says what was measured and how sure it is, and where nothing can be said, that and why. What training with faults
+is worth is what it wins over a **control**, trained alike without them. Where none was measured, what it wins over the
+model before training is told instead, which plain fine-tuning on the text is part of.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flipproof.measure.arms import Arm, Cost, costs
+from flipproof.measure.intervals import t_interval, two_way_interval
+from flipproof.report.analyse import (
+    CLIFF_THRESHOLD,
+    Curve,
+    bits_in_words,
+    cost_maps,
+    p_text,
+    protection_in_words,
+    sites_in_words,
+)
+from flipproof.report.read import Logged, Sweep
+
+
+def of_arms(found: Mapping[str, Mapping[str, Arm]]) -> str:
+    """Of runs by name: what flips cost, and what training with them is worth."""
+    return f"{_what_flips_cost(found)} {_what_training_is_worth(found)}"
+
+
+def _what_flips_cost(found: Mapping[str, Mapping[str, Arm]]) -> str:
+    for who, clean, flipped in (("the model", "clean", "flipped"), ("the trained model", "recovered_clean", "recovered")):
+        pairs = {run: (arms[clean], arms[flipped]) for run, arms in found.items() if {clean, flipped} <= arms.keys()}
+        of_runs = {run: costs({"clean": one, flipped: other}).get(flipped) for run, (one, other) in pairs.items()}
+        known = {run: cost for run, cost in of_runs.items() if cost}
+        if len(known) > 1:
+            return f"Over {len(known)} runs, bit flips cost {who} {_spread(known)}."
+        for run, cost in known.items():
+            one, other = pairs[run]
+            if not math.isfinite(cost.cost):
+                return f"Bit flips break {who}: under at least one of {_seeds(other)} its loss is infinite."
+            much = f"{_number(cost.cost)} nats per token{_interval(cost, other)}"
+            if _near_zero(cost):
+                much = f"nothing that can be told from zero, {much}"
+            ppl = f"perplexity is {one.perplexity:.4g} without them and {other.perplexity:.4g} with them"
+            return f"Bit flips cost {who} {much}: {ppl}."
+    return "What bit flips cost cannot be said, since no model was measured both without them and with them."
+
+
+def _what_training_is_worth(found: Mapping[str, Mapping[str, Arm]]) -> str:
+    trained = {run: arms for run, arms in found.items() if "recovered" in arms}
+    if not trained:
+        return "Nothing here was trained with flips, so what training is worth cannot be said."
+    for control in ("control", "flipped"):
+        known = {run: _gain(arms[control], arms["recovered"]) for run, arms in trained.items() if control in arms}
+        finite = {run: gain for run, gain in known.items() if math.isfinite(gain.cost)}
+        if not known:
+            continue
+        over = "its control, trained alike without them" if control == "control" else "the model before training"
+        if not finite:
+            return f"What training with flips wins over {over}, is no number: a loss is infinite."
+        gains = _spread(finite) if len(finite) > 1 else next(
+            f"{'nothing that can be told from zero, ' if _near_zero(gain) else ''}{_number(gain.cost)} nats per token"
+            f"{_interval(gain, trained[run]['recovered'])}" for run, gain in finite.items()
+        )  # fmt: skip
+        some = f" (in {len(finite)} of {len(trained)} trained runs)" if len(finite) < len(trained) else ""
+        part = "; without a control, plain fine-tuning on the text is part of that" if control == "flipped" else ""
+        return f"Under flips, training with them wins {gains} over {over}{some}{part}{_clean_gain(trained, part)}."
+    return (
+        "What training with flips is worth cannot be said: neither the model before it nor a control, trained alike "
+        "without them, was measured."
+    )
+
+
+def _clean_gain(trained: Mapping[str, Mapping[str, Arm]], part: str) -> str:
+    """What one run that has no control won without flips, which says how much of its gain may be fine-tuning."""
+    arms = next(iter(trained.values()))
+    if not part or len(trained) > 1 or not {"clean", "recovered_clean"} <= arms.keys():
+        return ""
+    gain = _gain(arms["clean"], arms["recovered_clean"])
+    return f", which without flips won {_number(gain.cost)}{_interval(gain)}" if math.isfinite(gain.cost) else ""
+
+
+def _gain(before: Arm, after: Arm) -> Cost:
+    """By how much the loss fell, and its 95% interval, over fault seeds and text as far as both arms share them. What
+    the residuals of the differences are is not kept, so the interval takes them for nothing and is rather too wide."""
+    gain = before.loss - after.loss
+    if not math.isfinite(gain):
+        return Cost(math.nan, None)
+    seeds, text = (
+        np.subtract(one, other).tolist() if len(one) == len(other) > 1 else []
+        for one, other in ((before.trial_losses, after.trial_losses), (before.sequence_losses, after.sequence_losses))
+    )
+    if before.trials == after.trials == 1:
+        return Cost(gain, t_interval(text))
+    return Cost(gain, two_way_interval(seeds, text, 0.0) if seeds and text else None)
+
+
+def of_sweep(sweep: Sweep, curves: Sequence[Curve]) -> str:
+    """Where the worst of these curves falls off, and what moves that."""
+    if not math.isfinite(sweep.clean_loss):
+        return "The clean model is broken itself: its loss is infinite. So nothing can be said of what flips cost it."
+    measured = [curve for curve in curves if curve.positive]
+    if not measured:
+        return "No point with flips is measured yet. So nothing can be said of what flips cost."
+    bare = [curve for curve in measured if curve.setting.protection == "none"] or measured
+    worst = min(bare, key=lambda curve: curve.cliff.p or curve.cliff.up_to or math.inf)
+    return f"{_cliff_of(worst)} {_what_protects(sweep, curves, worst) or _what_hurts(sweep, curves, worst)}"
+
+
+def _cliff_of(curve: Curve) -> str:
+    sites, layers, bits, protection = curve.setting
+    where = f"flips in {sites_in_words(sites)} ({_layers(layers)}, {bits_in_words(bits)}, {protection_in_words(protection)})"
+    raised = f"perplexity is {CLIFF_THRESHOLD:.0%} above the clean one"
+    cliff = curve.cliff
+    if cliff.p is not None:
+        ends = curve.cliff_interval
+        sure = f"95% {ends[0]:.2g} to {ends[1]:.2g}" if ends else "no interval"
+        return f"With {where}, {raised} at p = {cliff.p:.2g} ({sure})."
+    if cliff.up_to is None:
+        return f"With {where}, up to the largest p measured, {p_text(curve.positive[-1])}, no {raised.replace(' is', '')} was seen."
+    if cliff.above is None:
+        return f"With {where}, {raised} already at the smallest p measured, {p_text(cliff.up_to)}."
+    return f"With {where}, {raised} somewhere between p = {p_text(cliff.above)} and {p_text(cliff.up_to)}."
+
+
+def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str | None:
+    alike = [curve for curve in curves if curve.setting._replace(protection="") == worst.setting._replace(protection="")]
+    others = [curve for curve in alike if curve is not worst and curve.positive]
+    if not others:
+        return None
+    best = max(others, key=lambda curve: curve.cliff.p or curve.cliff.above or 0.0)
+    protection = best.setting.protection
+    extra = sweep.overhead.get(protection)
+    price = "" if extra is None else f", for {100 * extra:.3g}% more storage"
+    moved = f", {best.cliff.p / worst.cliff.p:.3g} times that" if best.cliff.p and worst.cliff.p else ""
+    return f"Of {len(others)} other protections, {protection} does most: there it is {_bound(best)}{moved}{price}."
+
+
+def _bound(curve: Curve) -> str:
+    return f"at p = {curve.cliff}" if curve.cliff.p is not None else str(curve.cliff)
+
+
+def _what_hurts(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str:
+    maps = cost_maps([curve for curve in curves if curve.setting.layers != "all"], sweep.clean_loss)
+    if maps:
+        (layers, bits), cost = next(iter(maps[0].costs.items()))
+        arm = maps[0].arms[layers, bits]
+        much = f"{_number(cost.cost)} nats per token{_interval(cost, arm)}" if math.isfinite(cost.cost) else "an infinite loss"
+        return f"Of single layers, those in {layers} ({bits_in_words(bits)}) cost most at {maps[0].label}: {much}."
+    p, arm = max(worst.arms.items())
+    if not math.isfinite(arm.loss):
+        return f"At the largest p measured, {p_text(p)}, the loss is infinite under at least one of {_seeds(arm)}."
+    cost = Cost(arm.loss - sweep.clean_loss, worst.arms[p].loss_interval and tuple(x - sweep.clean_loss for x in worst.arms[p].loss_interval))
+    return f"At the largest p measured, {p_text(p)}, they cost {_number(cost.cost)} nats per token{_interval(cost, arm)}."
+
+
+def _layers(layers: str) -> str:
+    return "all layers" if layers == "all" else layers
+
+
+def of_profile(profile: Mapping[str, Any]) -> str:
+    """How large values get, and what a guard would do to them."""
+    both = {operand: profile["all"][operand] for operand in ("weights", "inputs")}
+    if any(one["maximum"] is None for one in both.values()):
+        return "Not all operands have finite values. So no guard can be proposed for this model."
+    sizes = " and ".join(f"{operand} {one['maximum']:.3g}" for operand, one in both.items())
+    fitted = " and ".join(f"{one['proposed_t']:g} for {operand}" for operand, one in both.items() if one["proposed_t"])
+    cut = ", ".join(f"the configured {one['zero_out_t']:g} zeroes {one['clipped']:,} {operand}"
+                    for operand, one in both.items() if one["zero_out_t"] and one["clipped"] is not None)  # fmt: skip
+    second = f"Guards at {fitted} zero none of these values" if fitted else "No guard is proposed"
+    return (
+        f"The largest magnitudes of the clean model over {profile.get('tokens') or 'all'} tokens are {sizes}. "
+        f"{second}{f'; {cut}' if cut else ''}; other text may have larger inputs."
+    )
+
+
+def of_texts(texts: Mapping[str, str]) -> str:
+    """Where a text with flips parts from the clean one."""
+    if not {"clean", "flipped"} <= texts.keys():
+        return "These are samples of single arms. What flips do to a text takes a clean one and one with flips."
+    clean, flipped = texts["clean"], texts["flipped"]
+    place = len(os.path.commonprefix([clean, flipped]))
+    first = "is the clean one, letter by letter" if clean == flipped else f"parts from the clean one at letter {place + 1}"
+    return f"With bit flips the text {first}. It is one sample under one fault seed, and says nothing of how often that is so."
+
+
+def of_tasks(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of the first task that was measured both clean and with flips."""
+    for tasks in found.values():
+        for task, result in tasks.items():
+            arms = result["arms"]
+            for metric, clean in arms.get("clean", {}).items():
+                flipped = arms.get("flipped", {}).get(metric)
+                if flipped and None not in (clean["mean"], flipped["mean"]):
+                    ends = flipped["interval"]
+                    sure = f"95% {ends[0]:.3g} to {ends[1]:.3g}" if ends else "no interval"
+                    return (
+                        f"In the task {task}, {metric.split(',')[0]} is {clean['mean']:.3g} without bit flips and "
+                        f"{flipped['mean']:.3g} with them ({sure} over fault seeds). The choice of questions adds its "
+                        "own error, which the table has for each task."
+                    )
+    return "No task was measured both without bit flips and with them. So nothing can be said of what they cost."
+
+
+def of_training(runs: Mapping[str, Sequence[Logged]]) -> str:
+    """How the training loss went."""
+    lengths = {run: rows[-1].step for run, rows in runs.items()}
+    if len(runs) > 1:
+        first = f"{len(runs)} runs trained for {min(lengths.values()):,} to {max(lengths.values()):,} steps."
+    else:
+        ((start, *_, end),) = ((rows[0], *rows) for rows in runs.values())
+        first = f"The training loss went from {_loss(start.loss)} at step {start.step} to {_loss(end.loss)} at step {end.step}."
+    return f"{first} It is of single batches, under flips where the run has them, and says nothing of held-out text."
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.3g}" if math.isfinite(loss) else "infinite"
+
+
+def _spread(known: Mapping[str, Cost]) -> str:
+    """From the smallest to the largest, each with its interval and its run."""
+    ends = [find(known.items(), key=lambda item: item[1].cost) for find in (min, max)]
+    return " to ".join(
+        f"{_number(cost.cost)}{_interval(cost)} in {run}" if math.isfinite(cost.cost) else f"an infinite loss in {run}"
+        for run, cost in ends
+    ) + " nats per token"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
+
+
+def _interval(cost: Cost, arm: Arm | None = None) -> str:
+    if cost.interval:
+        return " (95% {} to {})".format(*map(_number, cost.interval))
+    return " (one fault seed, so no interval)" if arm and arm.trials == 1 else " (no interval)"
+
+
+def _near_zero(cost: Cost) -> bool:
+    return cost.interval is not None and cost.interval[0] <= 0 <= cost.interval[1]
+
+
+def _seeds(arm: Arm) -> str:
+    return f"{arm.trials} fault seeds" if arm.trials > 1 else "1 fault seed"
