@@ -239,8 +239,7 @@ def _eval(parser: Parser, argv: list[str]) -> None:
         return
     if args.flip_log or args.replay:
         raise ConfigError(["--flip-log and --replay are about held-out text; leave out --tasks"])
-    from flipproof.measure.harness import TaskRequest
-    from flipproof.measure.tasks import evaluate_tasks
+    from flipproof.measure.tasks import TaskRequest, evaluate_tasks
 
     chat = {name: getattr(args, name) for name in _CHAT}
     request = TaskRequest(args.tasks, args.include_path, args.num_fewshot, args.limit, args.cache, **chat)
