@@ -76,7 +76,7 @@ KINDS = {
     "adapter": Kind((TRAIN,), "run/adapter/*", (f"{EVAL} --adapter run/adapter --to out",)),
     "config of a sweep": Kind((SWEEP,), "sweep/sweep.toml", (SWEEP,)),
     "head of a sweep": Kind((SWEEP,), "sweep/sweep.json", (SWEEP, PAGE.format("sweep"))),
-    "points of a sweep": Kind((SWEEP,), "sweep/points.jsonl", (SWEEP, PAGE.format("sweep"))),
+    "points of a sweep": Kind((SWEEP,), "sweep/points/*.json", (SWEEP, PAGE.format("sweep"))),
     "profile": Kind(
         ("profile base --config run.toml --to profile",), "profile/profile.json", (PAGE.format("profile"),)
     ),

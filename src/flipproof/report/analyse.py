@@ -17,32 +17,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flipproof.measure.arms import Arm
+from flipproof.measure.points import Point, Setting
 
 CLIFF_THRESHOLD = 0.10
 """Perplexity over the clean one's, as a share, that makes the cliff."""
 _SITES = {"w": "weights", "x": "inputs", "kv": "keys and values", "head": "output head", "embedding": "embedding"}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-class Setting(NamedTuple):
-    """Where flips fall and what guards against them: everything about a cell of the grid but p."""
-
-    sites: str
-    layers: str
-    bits: str
-    protection: str
-
-
-class Point(NamedTuple):
-    """One line of ``points.jsonl``: one cell under one fault seed. ``loss`` is in nats per token, infinity where the
-    model is broken; ``voltage`` in volts."""
-
-    p: float
-    voltage: float | None
-    setting: Setting
-    seed: int
-    loss: float
-    tokens: int
 
 
 @dataclass(frozen=True)

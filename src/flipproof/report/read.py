@@ -3,8 +3,8 @@
 A directory is searched itself and two levels deep, so that ``runs/demo`` with ``base/`` and ``sweep/`` in it is one
 report, and so is a study of several models. What is found is called after its path below the directory.
 
-Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. Those that grow line by line
-(``points.jsonl``, ``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
+Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. One that grows line by line
+(``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
 """
 
 import math
@@ -19,17 +19,13 @@ from typing import Any, TypeVar
 from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm
 from flipproof.records import CONFIG, METRICS, RESULTS, check_toml, lines, read_record
-from flipproof.report.analyse import Point, Setting
+from flipproof.report.analyse import Point
+from flipproof.sweep.store import HEADER as SWEEP
+from flipproof.sweep.store import POINTS, read_points
 from flipproof.train.checkpoint import list_checkpoints, planted
 
-SWEEP, POINTS, PROFILE, GENERATED, SAMPLES = (
-    "sweep.json",
-    "points.jsonl",
-    "profile.json",
-    "generate.json",
-    "samples.txt",
-)
-_KNOWN = (RESULTS, METRICS, SWEEP, POINTS, PROFILE, GENERATED, SAMPLES)
+PROFILE, GENERATED, SAMPLES = "profile.json", "generate.json", "samples.txt"
+_KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES)
 _LEVELS = 2
 _ARMS = ("clean", "flipped", "recovered")
 T = TypeVar("T")
@@ -103,8 +99,8 @@ def read_sources(directory: Path) -> Sources:
                 except ConfigError as error:
                     problems += error.problems
         problems += _planted(place / "checkpoints")
-        if POINTS in held and SWEEP not in held:
-            problems.append(f"{held[POINTS]}: there is no {SWEEP} beside it, which says what was measured")
+        if SWEEP not in held and (place / POINTS).is_dir() and any(place.glob(f"{POINTS}/*.json")):
+            problems.append(f"{place / POINTS}: there is no {SWEEP} beside it, which says what was measured")
     if problems:
         raise ConfigError(problems)
     if not (sources.about or sources.training or sources.texts):
@@ -223,10 +219,8 @@ def _read_results(sources: Sources, directory: Path, path: Path) -> None:
 
 def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
-    file = path.with_name(POINTS)
-    name = file.relative_to(directory).as_posix()
-    lines_of_points = _lines(sources, name, file, _point) if file.is_file() else []
-    points = dict(lines_of_points)  # of a point that was measured twice, the last counts
+    name = path.relative_to(directory).as_posix()
+    points = dict(read_points(path.parent))
     with _as_written(str(path)):
         axes = {key: axis if isinstance(axis, list) else [axis] for key, axis in values["axes"].items()}
         clean = values["clean"]
@@ -245,20 +239,6 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
         sources.notes.append(f"{name}: {len(points)} of {sweep.planned} points are measured so far.")
     sources.about.append(sweep.about)
     sources.sweeps[_name(directory, path)] = sweep
-
-
-def _point(values: dict[str, Any]) -> tuple[str, Point]:
-    """(id, point) of a line."""
-    setting = Setting(*(str(values[key]) for key in Setting._fields))
-    voltage = values.get("voltage")
-    return str(values["id"]), Point(
-        p=float(values["p"]),
-        voltage=None if voltage is None else float(voltage),
-        setting=setting,
-        seed=int(values["seed"]),
-        loss=_number(values["loss"]),
-        tokens=int(values["tokens"]),
-    )
 
 
 def _size(value: Any) -> float | int | None:
