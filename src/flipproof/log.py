@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("flipproof")
 
@@ -70,3 +71,11 @@ class RunLog(logging.Handler):
                 logger.makeRecord(logger.name, logging.ERROR, "", 0, f"{type(error).__name__}: {error}", (), None)
             )
         logger.removeHandler(self)
+
+
+def bar(total: int, unit: str, first: bool = True, **more: Any) -> Any:
+    """tqdm's bar on stderr, where that is a terminal and this is the ``first`` process; it is gone when it is closed,
+    and what it was about is printed."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, disable=None if first else True, leave=False, **more)

@@ -3,6 +3,7 @@ import html.parser
 import itertools
 import json
 import math
+import shutil
 import urllib.parse
 import urllib.request
 
@@ -66,7 +67,9 @@ def write_sweep(directory, drop=0):
         "thresholds": {"w": None, "x": None}, "planned": len(rows),
     }  # fmt: skip
     (directory / "sweep.json").write_text(json.dumps(sweep))
-    (directory / "points.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: len(rows) - drop]))
+    (directory / "points").mkdir()
+    for row in rows[: len(rows) - drop]:
+        (directory / "points" / f"{row['id'].replace('/', '-')}.json").write_text(json.dumps(row))
     return rows
 
 
@@ -260,15 +263,12 @@ def test_charts_draw_what_the_tables_say(everything):
     assert [(trace["name"], trace["x"]) for trace in broken] == [("weights + inputs, no protection", [1e-3])]
 
 
-def test_an_unfinished_sweep_says_so_and_half_a_line_is_ignored(tmp_path):
+def test_an_unfinished_sweep_says_so(tmp_path):
     rows = write_sweep(tmp_path, drop=5)
-    whole = (tmp_path / "points.jsonl").read_text()
-    (tmp_path / "points.jsonl").write_text(whole + '{"id": "half')
     sources = read_sources(tmp_path)
     assert len(sources.sweeps[tmp_path.name].points) == len(rows) - 5
-    assert sources.notes == ["points.jsonl: the last line is half written and was ignored.",
-                             f"points.jsonl: {len(rows) - 5} of {len(rows)} points are measured so far."]  # fmt: skip
-    (tmp_path / "points.jsonl").unlink()
+    assert sources.notes == [f"sweep.json: {len(rows) - 5} of {len(rows)} points are measured so far."]
+    shutil.rmtree(tmp_path / "points")
     assert sections_of(read_sources(tmp_path)) == []
 
 
@@ -301,13 +301,14 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
         ("results.json", '{"dtype": "float32"}', "results.json: 'arms' is missing"),
         ("results.json", "[]", "results.json: not as flipproof writes it ([] is not an object)"),
         ("sweep.json", '{"axes": {}}', "sweep.json: 'clean' is missing"),
-        ("points.jsonl", "", "points.jsonl: there is no sweep.json beside it"),
+        ("points/1-1.json", "", "points: there is no sweep.json beside it"),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n{"step": 3, "loss": 1}\n', "metrics.jsonl line 2"),
         ("profile.json", '{"all": {"weights": {}}, "layers": {}}', "profile.json: 'histogram' is missing"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, name, content, words):
     if name:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert main(["report", str(tmp_path)]) == 2
     out, err = capsys.readouterr()

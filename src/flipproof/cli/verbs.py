@@ -62,8 +62,7 @@ def _eval(args: Namespace, config: RunConfig) -> None:
         return
     if args.flip_log or args.replay:
         raise ConfigError(["--flip-log and --replay are about held-out text; leave out --tasks"])
-    from flipproof.measure.harness import TaskRequest
-    from flipproof.measure.tasks import evaluate_tasks
+    from flipproof.measure.tasks import TaskRequest, evaluate_tasks
 
     request = TaskRequest(args.tasks, args.include_path, args.num_fewshot, args.limit, args.cache, **chat)
     evaluate_tasks(config, request, args.adapter, args.to, tell=_say)

@@ -184,7 +184,9 @@ def perplexity_curves(curves: Sequence[Curve], labels: Sequence[str], clean_perp
             off = np.nan_to_num(np.abs(known.T - middle)) if middle else None
             axis.errorbar(curve.positive, middle, yerr=off, elinewidth=1, color=colour, marker=marker, label=label)
             _at_edge(axis, curve.broken, color=colour, marker=marker)
-            values += [value for p in curve.shown for value in (curve.arms[p].perplexity, *known[curve.positive.index(p)])]
+            values += [
+                value for p in curve.shown for value in (curve.arms[p].perplexity, *known[curve.positive.index(p)])
+            ]
             if curve.cliff.p is not None:
                 axis.axvline(curve.cliff.p, color=colour, lw=0.9, ls=(0, (1, 2)))
             if curve.cliff_interval is not None:

@@ -32,7 +32,10 @@ def of_arms(found: Mapping[str, Mapping[str, Arm]]) -> str:
 
 
 def _what_flips_cost(found: Mapping[str, Mapping[str, Arm]]) -> str:
-    for who, clean, flipped in (("the model", "clean", "flipped"), ("the trained model", "recovered_clean", "recovered")):
+    for who, clean, flipped in (
+        ("the model", "clean", "flipped"),
+        ("the trained model", "recovered_clean", "recovered"),
+    ):
         pairs = {run: (arms[clean], arms[flipped]) for run, arms in found.items() if {clean, flipped} <= arms.keys()}
         of_runs = {run: costs({"clean": one, flipped: other}).get(flipped) for run, (one, other) in pairs.items()}
         known = {run: cost for run, cost in of_runs.items() if cost}
@@ -128,7 +131,9 @@ def _cliff_of(curve: Curve) -> str:
 
 
 def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str | None:
-    alike = [curve for curve in curves if curve.setting._replace(protection="") == worst.setting._replace(protection="")]
+    alike = [
+        curve for curve in curves if curve.setting._replace(protection="") == worst.setting._replace(protection="")
+    ]
     others = [curve for curve in alike if curve is not worst and curve.positive]
     if not others:
         return None
@@ -149,13 +154,22 @@ def _what_hurts(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str:
     if maps:
         (layers, bits), cost = next(iter(maps[0].costs.items()))
         arm = maps[0].arms[layers, bits]
-        much = f"{_number(cost.cost)} nats per token{_interval(cost, arm)}" if math.isfinite(cost.cost) else "an infinite loss"
+        much = (
+            f"{_number(cost.cost)} nats per token{_interval(cost, arm)}"
+            if math.isfinite(cost.cost)
+            else "an infinite loss"
+        )
         return f"Of single layers, those in {layers} ({bits_in_words(bits)}) cost most at {maps[0].label}: {much}."
     p, arm = max(worst.arms.items())
     if not math.isfinite(arm.loss):
         return f"At the largest p measured, {p_text(p)}, the loss is infinite under at least one of {_seeds(arm)}."
-    cost = Cost(arm.loss - sweep.clean_loss, worst.arms[p].loss_interval and tuple(x - sweep.clean_loss for x in worst.arms[p].loss_interval))
-    return f"At the largest p measured, {p_text(p)}, they cost {_number(cost.cost)} nats per token{_interval(cost, arm)}."
+    cost = Cost(
+        arm.loss - sweep.clean_loss,
+        worst.arms[p].loss_interval and tuple(x - sweep.clean_loss for x in worst.arms[p].loss_interval),
+    )
+    return (
+        f"At the largest p measured, {p_text(p)}, they cost {_number(cost.cost)} nats per token{_interval(cost, arm)}."
+    )
 
 
 def _layers(layers: str) -> str:
@@ -184,7 +198,9 @@ def of_texts(texts: Mapping[str, str]) -> str:
         return "These are samples of single arms. What flips do to a text takes a clean one and one with flips."
     clean, flipped = texts["clean"], texts["flipped"]
     place = len(os.path.commonprefix([clean, flipped]))
-    first = "is the clean one, letter by letter" if clean == flipped else f"parts from the clean one at letter {place + 1}"
+    first = (
+        "is the clean one, letter by letter" if clean == flipped else f"parts from the clean one at letter {place + 1}"
+    )
     return f"With bit flips the text {first}. It is one sample under one fault seed, and says nothing of how often that is so."
 
 
@@ -224,10 +240,15 @@ def _loss(loss: float) -> str:
 def _spread(known: Mapping[str, Cost]) -> str:
     """From the smallest to the largest, each with its interval and its run."""
     ends = [find(known.items(), key=lambda item: item[1].cost) for find in (min, max)]
-    return " to ".join(
-        f"{_number(cost.cost)}{_interval(cost)} in {run}" if math.isfinite(cost.cost) else f"an infinite loss in {run}"
-        for run, cost in ends
-    ) + " nats per token"
+    return (
+        " to ".join(
+            f"{_number(cost.cost)}{_interval(cost)} in {run}"
+            if math.isfinite(cost.cost)
+            else f"an infinite loss in {run}"
+            for run, cost in ends
+        )
+        + " nats per token"
+    )
 
 
 def _number(value: float) -> str:
