@@ -115,7 +115,7 @@ def test_first_host(nodes, first):
 def test_two_tasks_of_srun_are_one_run(tmp_path):
     """Two processes, with nothing but SLURM's names for them, add up their ranks plus one."""
     code = (
-        "from flipproof.world import start\nfrom flipproof.config import ParallelismConfig\n"
+        "from flipproof.world import join_world\nfrom flipproof.config import ParallelismConfig\n"
         "with join_world(ParallelismConfig()) as world: print(world.rank, world.size, world.total(world.rank + 1.0))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in NAMES and not name.startswith("SLURM")}

@@ -25,7 +25,7 @@ def test_metrics_go_on_after_the_step_they_resume_from(tmp_path):
 def test_peak_memory_counts_what_is_allocated():
     """In a process of its own: the peak of this one depends on the tests before."""
     code = """
-from flipproof.log import peak_memory_gib
+from flipproof.train.metrics import peak_memory_gib
 blocks, peaks = [], []
 for mib in (600, 200, 200):  # the first two are more than what importing took and gave back
     blocks.append(bytearray(mib * 2**20))
@@ -47,7 +47,7 @@ import os, sys
 if len(sys.argv) == 1:
     large = b"x" * 2 * 2**30
     os.execv(sys.executable, [sys.executable, "-c", os.environ["CODE"], "again"])
-from flipproof.log import peak_memory_gib
+from flipproof.train.metrics import peak_memory_gib
 print(peak_memory_gib())
 """
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CODE": code}, check=True, capture_output=True)
