@@ -1,15 +1,14 @@
-"""Runs several ``flipproof`` command lines one after the other in the processes that torchrun started once.
+"""Runs several ``flipproof`` command lines one after the other in the processes of one launch, which is either
 
-What takes time in a small run is to start Python and import torch, so a launch does as much as it can:
+    preloaded.run_ranks(2, sharded_jobs.work, Path("jobs.json"))
 
-    torchrun --nproc_per_node=2 sharded_jobs.py jobs.json
+or, where it is torchrun that is looked at, ``torchrun --nproc_per_node=2 sharded_jobs.py jobs.json``. jobs.json is a
+list of {"name", "argv", "patch"}. The processes of a job meet in a file of its own. What a job says is left beside
+jobs.json as ``NAME.RANK.out`` and ``NAME.RANK.err``, its exit code in ``NAME.RANK.json``.
 
-jobs.json is a list of {"name", "argv", "patch"}. The processes of a job meet in a file of its own. What a job says is
-left beside jobs.json as ``NAME.RANK.out`` and ``NAME.RANK.err``, its exit code in ``NAME.RANK.json``.
-
-``patch`` names a function below that is called first, with rank and directory. Such a job, which may kill its process,
-has one of its own, forked before the others begin; -9 is SIGKILL's exit code. Where there is a single job, it is not
-forked, so that torchrun sees all of it.
+``patch`` names a function below that is called first, with rank and directory. Such a job, which may kill its
+process, has one of its own, forked before the others begin; -9 is SIGKILL's exit code. Where there is a single job,
+it is not forked, so that torchrun sees all of it.
 """
 
 import json
@@ -142,9 +141,9 @@ def run_forked(job, rank, directory):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main():
-    directory, rank = Path(sys.argv[1]).parent, int(os.environ["RANK"])
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+def work(rank, file):
+    """Carry out the jobs of ``file`` as one of the ranks. Returns the exit code of a single job, else 0."""
+    directory, jobs = file.parent, json.loads(file.read_text())
     torch.set_num_threads(1)
     for job in sorted(jobs, key=lambda job: job["patch"] is None):
         start = time.perf_counter()
@@ -156,8 +155,8 @@ def main():
             code = run(job, rank, directory)
         result = {"code": code, "seconds": round(time.perf_counter() - start, 1)}
         (directory / f"{job['name']}.{rank}.json").write_text(json.dumps(result))
-    sys.exit(code if len(jobs) == 1 else 0)
+    return code if len(jobs) == 1 else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(work(int(os.environ["RANK"]), Path(sys.argv[1])))

@@ -1,9 +1,6 @@
 """Ticks, runs and ranks, in loops that know nothing of flipproof."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import foreign_loops
 import pytest
@@ -356,11 +353,7 @@ def test_keys_values_and_embedding_of_a_second_run_draw_anew(tiny_llama, token_i
 @pytest.fixture(scope="module")
 def loops_of_two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("loops")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*command, foreign_loops.__file__, str(directory)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    assert preloaded.run_ranks(2, foreign_loops.main, directory) == [0, 0]
     return directory
 
 

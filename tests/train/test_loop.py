@@ -1,18 +1,17 @@
 import functools
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 
+import preloaded
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from paused import main_paused_at
 from rounding import ROUNDED, training_moved
 from safetensors.torch import load_file
 from texts import sentences
@@ -34,7 +33,8 @@ from flipproof.train.optimizer import LossScale, learning_rate
 from flipproof.train.start import DEFAULT_STEPS, resolve_steps
 from flipproof.train.step import Diverged, chosen_sequences
 
-FAULTS = {"w_p_exp": 0.001, "w_p_frac": 0.01, "w_zero_out_t": 1.0, "x_p_exp": 0.001, "x_zero_out_t": 64.0}
+# below 1/128, from where on each bit of a block is drawn
+FAULTS = {"w_p_exp": 0.001, "w_p_frac": 0.005, "w_zero_out_t": 1.0, "x_p_exp": 0.001, "x_zero_out_t": 64.0}
 
 
 @pytest.fixture
@@ -129,33 +129,19 @@ def test_training_lowers_the_loss(base, tmp_path):
 
 
 def child_paused_at(step, tmp_path, config):
-    """``python -m flipproof train``, paused in the middle of a step (from 0) until ``tmp_path / "go"`` is there.
+    """A process that trains, paused in the middle of a step (from 0) until ``tmp_path / "go"`` is there.
 
-    Returns the process, once it has got there.
+    Returns it, once it has got there.
     """
     (tmp_path / "config.toml").write_text(config.to_toml())
-    code = f"""
-import os, runpy, sys, time
-import flipproof.train.loop as train_module
-import flipproof.train.step as step_module
-original = train_module.learning_rate
-def pause(training, step):
-    if step == {step}:
-        open({str(tmp_path / "reached")!r}, "w").close()
-        while not os.path.exists({str(tmp_path / "go")!r}):
-            time.sleep(0.02)
-    return original(training, step)
-train_module.learning_rate = pause
-sys.argv = ["flipproof", "train", "--config", {str(tmp_path / "config.toml")!r}]
-runpy.run_module("flipproof", run_name="__main__", alter_sys=True)
-"""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+    argv = ["train", "--config", str(tmp_path / "config.toml")]
+    alone = {"CUDA_VISIBLE_DEVICES": ""}
+    process = preloaded.start(main_paused_at, step, tmp_path, argv, environment=alone, said=tmp_path / "said")
     deadline = time.monotonic() + 120
     while not (tmp_path / "reached").exists():
-        if process.poll() is not None or time.monotonic() > deadline:
+        if process.exitcode is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"the child did not reach step {step}: {process.communicate()[1]}")
+            pytest.fail(f"the child did not reach step {step}: {(tmp_path / 'said').read_text()}")
         time.sleep(0.05)
     return process
 
@@ -173,7 +159,7 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_one_never_killed(bas
             time.sleep(0.05)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert [path.name for path in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-2", "step-4"]
 
     with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
@@ -189,10 +175,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_it_goes_on(base, tmp_pat
     train(settings(base, tmp_path / "whole", **options))
     config = settings(base, tmp_path / "stopped", **options)
     process = child_paused_at(2, tmp_path, config)
-    process.send_signal(number)
+    os.kill(process.pid, number)
     (tmp_path / "go").touch()
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == EXIT_REQUEUE == 75
+    process.join(timeout=120)
+    stderr = (tmp_path / "said").read_text()
+    assert process.exitcode == EXIT_REQUEUE == 75
     command = f"train --config {tmp_path / 'stopped' / 'config.toml'} --resume"
     assert stderr.splitlines()[-1].endswith(f"stopped by {name} after step 3; flipproof {command} goes on from there")
     assert ("Ctrl-C again ends at once" in stderr) == (number == signal.SIGINT)
@@ -689,7 +676,7 @@ def test_a_run_goes_on_with_nothing_else(finished, base, tmp_path, tiny_llama):
     other_text = tmp_path / "other.txt"
     other_text.write_text("x = 1; y = 2\n" * 3000)
     for section, change, words in [
-        ("bitflip", {"w_p_frac": 0.2}, r"bitflip\.w_p_frac = 0\.2, .* begun with 0\.01"),
+        ("bitflip", {"w_p_frac": 0.2}, r"bitflip\.w_p_frac = 0\.2, .* begun with 0\.005"),
         ("lora", {"lora_alpha": 16.0}, r"lora\.lora_alpha = 16\.0, .* begun with 4"),
         ("lora", {"r": 4}, r"lora\.r = 4, .* begun with 2"),
         ("training", {"seq_len": 16}, r"training\.seq_len = 16, .* begun with 32"),
@@ -850,10 +837,10 @@ def test_a_second_run_is_refused_before_it_loads_anything(base, tmp_path, monkey
                 train(config, resume=resume)
         monkeypatch.undo()
         (tmp_path / "go").touch()
-        process.communicate(timeout=240)
+        process.join(timeout=240)
     finally:
         process.kill()
-    assert process.returncode == 0
+    assert process.exitcode == 0
     train(settings(base, tmp_path / "whole"))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
