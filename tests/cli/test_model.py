@@ -81,7 +81,7 @@ def test_a_damaged_config_of_a_run_is_told(run):
         config_of(str(run("model/a.safetensors", config=f"# blake2b 0123456789abcdef\n{BASE}")), [], {})
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "a/b/c", "a/b/", "~/nowhere"])
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere"])
 def test_a_path_that_is_not_there_is_told_at_once(name):
     with pytest.raises(ConfigError) as error:
         config_of(name, [], {})

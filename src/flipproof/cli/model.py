@@ -36,7 +36,7 @@ def config_of(
         weights, adapter = ({}, None) if resume else _result(run)
         overrides = _under({"model": weights, "logging": {"run_dir": str(run)}}, overrides)
         return load_config([run / CONFIG, *files], overrides), adapter
-    if re.match(r"~|\.{0,2}/|[^/]+/[^/]*/", model) and not run.exists():  # a Hub name is OWNER/NAME
+    if re.match(r"~|\.{0,2}/", model) and not run.exists():  # what may be a name on the Hub is asked for there
         raise ConfigError([f"MODEL = {model!r}: there is no such directory"])
     if "hf_model_path" in overrides.get("model", {}):
         logger.warning("MODEL is --model.hf_model_path, which is given as well; MODEL counts")

@@ -170,7 +170,7 @@ _CONFIG = (
 )
 _MEASURED = ("model", "parallelism", "bitflip", "training.dtype", "training.mixed_precision_param")
 """The keys that all that measures a model reads."""
-_ON_TEXT = (*_MEASURED, "data", "eval", "training.seq_len", "training.local_batch_size", "training.compile")
+_ON_TEXT = (*_MEASURED, "data", "eval.num_samples", "training.seq_len", "training.local_batch_size", "training.compile")
 _TRUTH = {"nargs": "?", "const": True}
 _ADAPTER = _flag("--adapter", "A PEFT adapter: adds arms of the model with it.", "DIR", Path)
 _SAMPLES = _short("--num-samples", "eval.num_samples", "N", "Held-out sequences")
@@ -239,7 +239,7 @@ VERBS = {
             "flipproof eval unsloth/Llama-3.2-1B --bitflip.w_p_exp 1e-6 --bitflip.w_zero_out_t 8",
             "flipproof eval runs/default --tasks wikitext --limit 50 --to results",
         ),
-        _ON_TEXT,
+        (*_ON_TEXT, "eval"),
     ),
     "generate": Verb(
         "Text with and without faults from the same prompt, and where the two part.",
