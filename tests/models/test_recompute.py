@@ -1,3 +1,6 @@
+import inspect
+import logging
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -9,6 +12,7 @@ from rounding import assert_same_function
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._higher_order_ops import wrap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -363,3 +367,12 @@ def test_inductor_gives_the_same(tiny_llama, token_ids):
     assert_same_but_for_sums(got, build(tiny_llama, "none"), token_ids)
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["aot_autograd"]["ok"] == 1
+
+
+def test_torchs_line_about_contexts_is_not_shown_and_others_are():
+    """It is still torch's line: else nothing would be left out."""
+    recompute.prepare([], compiled=True)
+    log = wrap.log
+    (line,) = re.findall(r"Detected that context_fn is passed .*", inspect.getsource(wrap))
+    assert not log.filter(log.makeRecord(log.name, logging.WARNING, "", 0, line, (), None))
+    assert log.filter(log.makeRecord(log.name, logging.WARNING, "", 0, "another", (), None))

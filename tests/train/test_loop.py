@@ -110,7 +110,7 @@ def test_a_run_leaves_what_the_readme_lists(base, tmp_path, caplog):
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-4", "step-6"]
     arms = json.loads((run / "results.json").read_text())["arms"]
     assert list(arms) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
-    assert sum(" step " in line for line in (run / "run.log").read_text().splitlines()) == 6
+    assert [f" step {n}/6 " in (run / "run.log").read_text() for n in range(1, 7)] == [True] * 6
     assert any(tensor.any() for name, tensor in weights(run).items() if "lora_B" in name)
 
 

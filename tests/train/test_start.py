@@ -49,7 +49,7 @@ def test_what_a_run_takes_is_said_without_weights_or_a_file(config, tiny_llama, 
     passes = 50 * 3 * 2 * 32 / (0.9 * len(sentences().encode()))
     (line,) = (line for line in caplog.messages if line.startswith("a step takes 6 sequences of 32 tokens"))
     assert line.endswith(
-        "(local_batch_size 3 x 1 processes x gradient_accumulation_steps 2); 50 steps take 9,600 tokens, "
+        "(local_batch_size 3 x processes 1 x gradient_accumulation_steps 2); 50 steps take 9,600 tokens, "
         + ("at most one pass over the text" if passes <= 1 else f"{passes:.1f} passes over the text")
     )
     assert f"all of it is written into {tmp_path / 'run'}" in caplog.messages
@@ -65,7 +65,7 @@ def test_processes_are_those_that_the_config_asks_for_or_that_were_started(confi
     caplog.set_level("INFO")
     sharded = parts(config, parallelism={"fsdp_degree": 4})
     check(sharded)
-    assert any("a step takes 24 sequences" in line and "x 4 processes" in line for line in caplog.messages)
+    assert any("a step takes 24 sequences" in line and "x processes 4" in line for line in caplog.messages)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes were started, but"):
         check(sharded)

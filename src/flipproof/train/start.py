@@ -110,7 +110,7 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
             f"{needed / sequences:.1f} passes over the text" if needed > sequences else "at most one pass over the text"
         )
     logger.info(
-        "a step takes %d sequences of %d tokens (local_batch_size %d x %d processes x gradient_accumulation_steps %d); "
+        "a step takes %d sequences of %d tokens (local_batch_size %d x processes %d x gradient_accumulation_steps %d); "
         "%d steps take %s tokens, %s",
         a_step, training.seq_len, training.local_batch_size, processes, training.gradient_accumulation_steps,
         training.steps, f"{needed * training.seq_len:,}", passes,
