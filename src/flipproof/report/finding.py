@@ -106,7 +106,8 @@ def of_sweep(sweep: Sweep, curves: Sequence[Curve]) -> str:
     measured = [curve for curve in curves if curve.positive]
     if not measured:
         return "No point with flips is measured yet. So nothing can be said of what flips cost."
-    bare = [curve for curve in measured if curve.setting.protection == "none"] or measured
+    everywhere = [one for one in measured if one.setting.layers == one.setting.bits == "all"] or measured
+    bare = [curve for curve in everywhere if curve.setting.protection == "none"] or everywhere
     worst = min(bare, key=lambda one: (one.cliff.p or one.cliff.up_to or math.inf, -one.arms[one.positive[0]].loss))
     return f"{_cliff_of(worst)} {_what_protects(sweep, curves, worst) or _what_hurts(sweep, curves, worst)}"
 
