@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 import flipproof
 from flipproof.config import load_config
 from flipproof.models.load import byte_tokenizer, load_model
-from flipproof.train.loop import make_optimizer
+from flipproof.train.optimizer import make_optimizer
 
 
 def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

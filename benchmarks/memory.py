@@ -68,12 +68,20 @@ def prepare(directory: Path) -> None:
     (directory / "text.txt").write_text("\n\n".join("".join(part) for part in letters.reshape(-1, 400)))
 
 
-def growth(arguments: list[str], lines: Path, wanted: int) -> tuple[float, float, float]:
-    """(MiB after a fifth of the lines that a command writes, MiB at its last, KiB a line between the two)."""
+def written(place: Path) -> int:
+    """How many lines a file has, or files a directory."""
+    return (
+        len(list(place.glob("*.json"))) if place.is_dir() else place.read_bytes().count(b"\n") if place.exists() else 0
+    )
+
+
+def growth(arguments: list[str], place: Path, wanted: int) -> tuple[float, float, float]:
+    """(MiB after a fifth of the lines or files that a command writes, MiB at its last, KiB for each between the
+    two)."""
     seen: list[tuple[int, float]] = []
     process = subprocess.Popen([sys.executable, "-m", "flipproof", *arguments], stderr=subprocess.DEVNULL)
     while process.poll() is None:
-        done = lines.read_bytes().count(b"\n") if lines.exists() else 0
+        done = written(place)
         status = Path(f"/proc/{process.pid}/status").read_text()
         if done >= wanted / 5 and (found := re.search(r"VmRSS:\s*(\d+) kB", status)):
             seen.append((done, int(found[1]) / 1024))
@@ -100,16 +108,16 @@ def main() -> None:
             config.write_text(CONFIG.format(directory=directory, steps=args.steps, p=p))
             train = ["train", "--config", str(config)]
             grid = ["--p", p, "--sites", "wx", "--seeds", str(args.points), "--to", f"{directory}/sweep{p}"]
-            for what, command, lines, count in (
+            for what, command, place, count in (
                 (f"{args.steps} steps at p = {p}", train, directory / f"run{p}/metrics.jsonl", args.steps),
                 (
                     f"{args.points} points at p = {p}",
                     ["sweep", "--config", str(config), *grid],
-                    directory / f"sweep{p}/points.jsonl",
+                    directory / f"sweep{p}/points",
                     args.points,
                 ),
             ):
-                start, end, each = growth(command, lines, count)
+                start, end, each = growth(command, place, count)
                 print(f"{what:<36} {start:>10.1f} MiB {end:>8.1f} MiB {each:>8.2f} KiB", flush=True)
 
 

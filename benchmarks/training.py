@@ -26,7 +26,7 @@ from flipproof.models.build import build_model
 from flipproof.models.load import byte_tokenizer, materialise, model_on_meta
 from flipproof.models.loss import fuse_loss, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, parallelize
-from flipproof.train.loop import make_optimizer
+from flipproof.train.optimizer import make_optimizer
 from flipproof.train.throughput import communication_share
 from flipproof.world import World, arrange, join_world
 

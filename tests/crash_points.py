@@ -211,11 +211,11 @@ def left(directory: Path, below: tuple[str, ...] = ("",)) -> dict[str, bytes]:
         name, data = str(path.relative_to(directory)), path.read_bytes()
         if not name.startswith(below) or name.startswith(("cache/", "sweep/claims/", "run/checkpoints/")):
             continue
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in data.splitlines()]
+        if path.suffix == ".jsonl" or path.parent.name == "points":
+            lines = [json.loads(line) for line in (data.splitlines() if path.suffix == ".jsonl" else [data])]
             lines = [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
-            data = json.dumps(sorted(lines, key=str) if name.startswith("sweep/") else lines).encode()
-        if path.suffix in (".html", ".png"):
+            data = json.dumps(lines).encode()
+        if path.suffix in (".html", ".png", ".log"):
             data = b""  # they are there
         found[name] = data
     return found

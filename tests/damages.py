@@ -32,7 +32,7 @@ import torch
 from crash_points import left, prepare
 
 import flipproof.cli.main
-from flipproof.measure import harness
+from flipproof.measure import tasks
 from flipproof.records import HASH
 
 TASK = """
@@ -76,7 +76,7 @@ KINDS = {
     "adapter": Kind((TRAIN,), "run/adapter/*", (f"{EVAL} --adapter run/adapter --to out",)),
     "config of a sweep": Kind((SWEEP,), "sweep/sweep.toml", (SWEEP,)),
     "head of a sweep": Kind((SWEEP,), "sweep/sweep.json", (SWEEP, PAGE.format("sweep"))),
-    "points of a sweep": Kind((SWEEP,), "sweep/points.jsonl", (SWEEP, PAGE.format("sweep"))),
+    "points of a sweep": Kind((SWEEP,), "sweep/points/*.json", (SWEEP, PAGE.format("sweep"))),
     "profile": Kind(
         ("profile base --config run.toml --to profile",), "profile/profile.json", (PAGE.format("profile"),)
     ),
@@ -229,7 +229,7 @@ def only_our_tasks(set_attribute: Callable[[Any, str, Any], None] = setattr) -> 
     """To look through lm-eval's thousands of tasks takes seconds each time, and so does to list all that is
     installed."""
     set_attribute(lm_eval.evaluator, "add_env_info", lambda *_: None)
-    set_attribute(harness, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    set_attribute(tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
 
 
 def table(counts: dict[str, Counter]) -> str:

@@ -155,7 +155,9 @@ def try_verb(name: str, place: Path, sizes: Sequence[int], disk: Path | None = N
         found = one_line(code, said) if code or must_fail else []
         changed = [path for path, data in there.items() if not path.exists() or path.read_bytes() != data]
         # what a resumed run decides is written over what was
-        mine = ("run.json", "config.toml", "results.json", "metrics.jsonl") if name == "train, resumed" else ()
+        mine = (
+            ("run.json", "config.toml", "results.json", "metrics.jsonl", "run.log") if name == "train, resumed" else ()
+        )
         found += [f"{path} was changed" for path in changed if code and path.name not in mine]
         again, words = forked(verb.command.split(), directory)
         if code and again:

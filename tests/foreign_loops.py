@@ -1,16 +1,14 @@
-"""Loops that are not flipproof's, on the processes that torchrun started: what each rank drew and learned.
+"""Loops that are not flipproof's, on processes as torchrun starts them: what each rank drew and learned.
 
-    torchrun --nproc_per_node=2 foreign_loops.py DIRECTORY
+    preloaded.run_ranks(2, foreign_loops.main, DIRECTORY)
 
 Each loop leaves DIRECTORY/LOOP.RANK.pt: the inputs' flips of its rows and the gradients of its first step.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from meeting import meet_in
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,14 +50,14 @@ def flips_of(model, ids):
     seen, state = {}, fault_state(model)
 
     def look(name, x, draw):
-        y = torch.ops.flipproof.flip.default(x, *draw)
+        y = torch.ops.flipproof.flip.default(x, *draw.arguments)
         seen[name] = x.view(torch.int32) ^ y.view(torch.int32)
         return y
 
-    state.tap = look
+    state.flip_hook = look
     with torch.no_grad(), flipproof.faults(model):
         model(input_ids=ids)
-    state.tap = None
+    state.flip_hook = None
     return seen
 
 
@@ -97,15 +95,11 @@ def fsdp(rank):
     return model
 
 
-def main(directory):
+def main(rank, directory):
+    meet_in(directory / "store", rank, 2)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
     for loop in (ddp, accelerate, fsdp):
         model = loop(rank)
         flips = {} if loop is fsdp else flips_of(model, rows_here(rank))
         torch.save({"gradients": gradients(model), "flips": flips}, directory / f"{loop.__name__}.{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

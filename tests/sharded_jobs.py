@@ -1,15 +1,14 @@
-"""Runs several ``flipproof`` command lines one after the other in the processes that torchrun started once.
+"""Runs several ``flipproof`` command lines one after the other in the processes of one launch, which is either
 
-What takes time in a small run is to start Python and import torch, so a launch does as much as it can:
+    preloaded.run_ranks(2, sharded_jobs.work, Path("jobs.json"))
 
-    torchrun --nproc_per_node=2 sharded_jobs.py jobs.json
+or, where it is torchrun that is looked at, ``torchrun --nproc_per_node=2 sharded_jobs.py jobs.json``. jobs.json is a
+list of {"name", "argv", "patch"}. The processes of a job meet in a file of its own. What a job says is left beside
+jobs.json as ``NAME.RANK.out`` and ``NAME.RANK.err``, its exit code in ``NAME.RANK.json``.
 
-jobs.json is a list of {"name", "argv", "patch"}. The processes of a job meet in a file of its own. What a job says is
-left beside jobs.json as ``NAME.RANK.out`` and ``NAME.RANK.err``, its exit code in ``NAME.RANK.json``.
-
-``patch`` names a function below that is called first, with rank and directory. Such a job, which may kill its process,
-has one of its own, forked before the others begin; -9 is SIGKILL's exit code. Where there is a single job, it is not
-forked, so that torchrun sees all of it.
+``patch`` names a function below that is called first, with rank and directory. Such a job, which may kill its
+process, has one of its own, forked before the others begin; -9 is SIGKILL's exit code. Where there is a single job,
+it is not forked, so that torchrun sees all of it.
 """
 
 import json
@@ -25,6 +24,7 @@ from meeting import meet_in
 import flipproof.cli.main
 import flipproof.train.checkpoint as checkpoint_module
 import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 from flipproof.models import save
 
 
@@ -71,13 +71,13 @@ def rank_0_dies_before_step_4_gets_its_name(rank, _directory):
 
 def rank_1_has_a_loss_that_is_not_finite_in_step_3(rank, _directory):
     """The number alone, of the first of two micro-batches: gradients are what they are."""
-    loss_of, calls = train_module.next_token_loss, []
+    loss_of, calls = step_module.next_token_loss, []
 
     def spoiled(*args, **more):
         calls.append(rank)
         return loss_of(*args, **more) + (float("nan") if rank == 1 and len(calls) == 5 else 0.0)
 
-    train_module.next_token_loss = spoiled
+    step_module.next_token_loss = spoiled
 
 
 def rank_1_gets_sigterm_in_step_3(rank, _directory):
@@ -141,9 +141,9 @@ def run_forked(job, rank, directory):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main():
-    directory, rank = Path(sys.argv[1]).parent, int(os.environ["RANK"])
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+def work(rank, file):
+    """Carry out the jobs of ``file`` as one of the ranks. Returns the exit code of a single job, else 0."""
+    directory, jobs = file.parent, json.loads(file.read_text())
     torch.set_num_threads(1)
     for job in sorted(jobs, key=lambda job: job["patch"] is None):
         start = time.perf_counter()
@@ -155,8 +155,8 @@ def main():
             code = run(job, rank, directory)
         result = {"code": code, "seconds": round(time.perf_counter() - start, 1)}
         (directory / f"{job['name']}.{rank}.json").write_text(json.dumps(result))
-    sys.exit(code if len(jobs) == 1 else 0)
+    return code if len(jobs) == 1 else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(work(int(os.environ["RANK"]), Path(sys.argv[1])))

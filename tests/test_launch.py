@@ -115,7 +115,7 @@ def test_first_host(nodes, first):
 def test_two_tasks_of_srun_are_one_run(tmp_path):
     """Two processes, with nothing but SLURM's names for them, add up their ranks plus one."""
     code = (
-        "from flipproof.world import start\nfrom flipproof.config import ParallelismConfig\n"
+        "from flipproof.world import join_world\nfrom flipproof.config import ParallelismConfig\n"
         "with join_world(ParallelismConfig()) as world: print(world.rank, world.size, world.total(world.rank + 1.0))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in NAMES and not name.startswith("SLURM")}
@@ -141,6 +141,17 @@ def test_torchrun_ends_with_the_first_reason_that_it_was_told(tmp_path, monkeypa
     assert failure.timestamp == json.loads((tmp_path / "error.json").read_text())["timestamp"]
     last = str(ChildFailedError("train", {0: failure})).strip().splitlines()[-2]
     assert last == "  traceback : flipproof train: error: lr = -1.0: a positive number is allowed"
+
+
+def test_what_follows_from_the_end_of_another_process_is_not_the_reason(tmp_path, monkeypatch):
+    """Also where both come in one second, and the other has a higher rank."""
+    monkeypatch.setattr(launch.time, "time", lambda: 1e9)
+    failures = {}
+    for rank, reason in enumerate(["[pair.cc:553] Connection closed by peer [127.0.0.1]:51350", "power cut"]):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
+        tell_launcher(reason)
+        failures[rank] = ProcessFailure(rank, pid=1, exitcode=1, error_file=str(tmp_path / f"{rank}.json"))
+    assert ChildFailedError("train", failures).get_first_failure()[0] == 1
 
 
 def test_without_torchrun_nobody_is_told(monkeypatch):

@@ -94,5 +94,7 @@ def tell_launcher(reason: str) -> None:
     """Why this process ends, for the summary with which torchrun ends: else the reason stands 100 lines above."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
+        # the first counts, by whole seconds: one that only follows from the end of another process is not it
+        follows = any(words in reason for words in ("by peer", "remote process exited"))
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": reason, "timestamp": int(time.time())}, file)
+            json.dump({"message": reason, "timestamp": int(time.time()) + follows}, file)

@@ -84,10 +84,34 @@ class World:
         result: Result = answer[0]
         return result
 
+    def gathered(self, value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+        """All processes' values, by rank. ``group``: the one to talk in, for threads."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group or self.cpu_group)
+        return values
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier(group=self.cpu_group)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+"""One process, which has no others to ask."""
+
+
+def processes_of(config: ParallelismConfig) -> int:
+    """How many processes a run has: those that were started, or for one alone those that its config asks for.
+
+    Raises as ``layout`` does.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        size = (config.fsdp_degree or 1) * (config.replicas or 1)
+    replicas, degree = layout(config, size, node_size(size))
+    return replicas * degree
 
 
 def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, int]:

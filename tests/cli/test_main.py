@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import io
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 import flipproof
-import flipproof.cli.main as main_module
-from flipproof.cli.main import VERBS, flags_of, main
+import flipproof.cli.model
+from flipproof.cli.arguments import Verb
+from flipproof.cli.main import main
+from flipproof.cli.verbs import VERBS
 from flipproof.config import SECTIONS
 from flipproof.config.names import KEYS
 from flipproof.errors import ConfigError
@@ -79,7 +82,7 @@ KEY_FLAGS = [f"--{key}" for key in KEYS]
 
 def test_help_fits_a_screen_and_help_all_has_every_key_with_its_docstring(capsys):
     for verb in VERBS:
-        assert len(printed_by(capsys, verb, "--help")[0].splitlines()) <= 66
+        assert len(printed_by(capsys, verb, "--help")[0].splitlines()) <= 60
     for verb in CONFIG_VERBS:
         text, flags = printed_by(capsys, verb, "--help-all")
         assert [flag for flag in flags if "." in flag] == KEY_FLAGS
@@ -133,18 +136,23 @@ class Reached(Exception):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, capsys, monkeypatch):
+def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
     help_flag = "--help-all" if verb in CONFIG_VERBS else "--help"
     _, flags = printed_by(capsys, verb, help_flag)
-    assert {flag for flag in flags if "." not in flag} >= set(flags_of(verb)) - {"-h"}
-    needed = {"generate": ["--prompt", "a"], "sweep": ["--to", "x"], "export": ["run", "--to", "x"], "report": ["x"]}
+    assert {flag for flag in flags if "." not in flag} >= {
+        flag.name for flag in VERBS[verb].arguments if flag.name.startswith("--")
+    }
+    needed = {"generate": ["--prompt", "a"], "sweep": ["--to", "x"], "export": ["run", "--to", "x"], "report": ["run"]}
     seen = {}
 
     def load_config(paths, overrides):
         seen.update(overrides)
         raise Reached
 
-    monkeypatch.setattr(main_module, "load_config", load_config)
+    monkeypatch.setattr(flipproof.cli.model, "load_config", load_config)
     for module, name in (
         ("train.export", "export"),
         ("report.page", "report"),
@@ -153,7 +161,8 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         ("doctor", "doctor"),
     ):
         monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_, **__: (_ for _ in ()).throw(Reached))
-    monkeypatch.setattr(main_module, "preset_names", lambda: (_ for _ in ()).throw(Reached))
+    monkeypatch.setattr("flipproof.cli.verbs.described_keys", lambda *_: (_ for _ in ()).throw(Reached))
+    monkeypatch.setattr("flipproof.cli.verbs.preset_names", lambda: (_ for _ in ()).throw(Reached))
     for flag, takes in flags.items():
         if flag in ("--help", "--help-all"):
             continue
@@ -213,6 +222,18 @@ def test_train_export_and_eval_work_together(capsys, tmp_path, model_dir):
     assert main([*adapted, "--trials", "2", *flips, *SMALL]) == 0
     assert "recovered_clean" in capsys.readouterr().out
     assert (tmp_path / "out" / "results.json").exists()
+    # the run itself: its config and its adapter, hence what it measured itself, to the bit
+    assert main(["eval", run, "--to", str(tmp_path / "again")]) == 0
+    again, own = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "again", tmp_path / "run"))
+    assert {"recovered", "recovered_clean"} <= set(own["arms"])
+    assert again["arms"].items() >= own["arms"].items()
+    assert {key: again[key] for key in ("bitflip", "text", "fault_seeds")} == {
+        key: own[key] for key in ("bitflip", "text", "fault_seeds")
+    }
+    capsys.readouterr()
+    assert main(["train", run, "--resume", "--steps", "3"]) == 0
+    assert capsys.readouterr().out == f"{run}\n"
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
 
 def test_doctor(capsys):
@@ -264,11 +285,11 @@ def in_a_terminal_of(encoding, monkeypatch, argv):
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437", "utf-8"])
 def test_terminals_without_utf_8(encoding, monkeypatch):
-    def says(parser, argv):
+    def says(args):
         print("✔ ✘ ± − … 💡 \udcff")
         raise ConfigError(["é ✔"])
 
-    monkeypatch.setitem(VERBS, "doctor", (says, ""))
+    monkeypatch.setitem(VERBS, "doctor", Verb("", says))
     code, out, err = in_a_terminal_of(encoding, monkeypatch, ["doctor"])
     assert code == 2
     plain = {"latin-1": "y n ± - ... ? ?", "ascii": "y n ~ - ... ? ?", "cp437": "y n ± - ... ? ?"}
@@ -294,10 +315,10 @@ def test_a_resolved_config_reads_back_from_any_terminal(encoding, monkeypatch, c
     ],
 )
 def test_what_a_disk_refuses_is_one_line(error, line, capsys, monkeypatch):
-    def fails(parser, argv):
+    def fails(args):
         raise error
 
-    monkeypatch.setitem(VERBS, "doctor", (fails, ""))
+    monkeypatch.setitem(VERBS, "doctor", Verb("", fails))
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == f"flipproof doctor: error: {line}\n"
 
@@ -305,11 +326,11 @@ def test_what_a_disk_refuses_is_one_line(error, line, capsys, monkeypatch):
 def test_what_no_memory_holds_is_one_line(capsys, monkeypatch):
     """NumPy, torch and Python, each as it says so."""
 
-    def fails(parser, argv):
+    def fails(args):
         makes.pop()()
 
     makes = [lambda: np.empty(2**50), lambda: torch.empty(2**50), lambda: bytearray(2**50)]
-    monkeypatch.setitem(VERBS, "doctor", (fails, ""))
+    monkeypatch.setitem(VERBS, "doctor", Verb("", fails))
     while makes:
         assert main(["doctor"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -318,10 +339,10 @@ def test_what_no_memory_holds_is_one_line(capsys, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("something of a library"), ConnectionError(111, "refused"), ValueError("a")])
 def test_what_may_be_a_mistake_of_ours_keeps_its_traceback(error, monkeypatch):
-    def fails(parser, argv):
+    def fails(args):
         raise error
 
-    monkeypatch.setitem(VERBS, "doctor", (fails, ""))
+    monkeypatch.setitem(VERBS, "doctor", Verb("", fails))
     with pytest.raises(type(error)):
         main(["doctor"])
 

@@ -51,3 +51,28 @@ def test_the_last_of_two_counts_and_a_line_says_so(caplog):
         overrides, _ = split_overrides(["--lora.r", "2", "--training.lr=1", "--lora.r=3", "--training.lr", "1"])
     assert overrides == {"lora": {"r": "3"}, "training": {"lr": "1"}}
     assert caplog.messages == ["--lora.r: given twice, '2' and '3'; the last one counts"]
+
+
+def test_keys_are_spelled_with_dashes_too_and_by_other_words():
+    argv = [
+        "--training.local-batch-size",
+        "2",
+        "--data.source=a-b",
+        "--Learning-Rate=1e-4",
+        "--to-do",
+        "x",
+        "--",
+        "--lora.r",
+    ]
+    overrides, rest = split_overrides(argv, {"learning_rate": "training.lr"})
+    assert overrides == {"training": {"local_batch_size": "2", "lr": "1e-4"}, "data": {"source": "a-b"}}
+    assert rest == ["--to-do", "x", "--", "--lora.r"]
+
+
+def test_a_truth_without_a_value_is_true():
+    overrides, _ = split_overrides(["--training.compile", "--logging.profile", "--parallelism.cpu_offload", "false"])
+    assert overrides == {
+        "training": {"compile": "true"},
+        "logging": {"profile": "true"},
+        "parallelism": {"cpu_offload": "false"},
+    }

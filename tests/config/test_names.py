@@ -1,8 +1,11 @@
+import dataclasses
+import re
+
 import pytest
 
-from flipproof.config import SECTIONS
-from flipproof.config.names import _OTHER_WORDS as OTHER_WORDS
+from flipproof.config import SECTIONS, aliases
 from flipproof.config.names import KEYS, keys_meant, near_key, near_table
+from flipproof.config.values import convert
 from flipproof.faults.spec import field_names
 
 
@@ -12,7 +15,8 @@ from flipproof.faults.spec import field_names
         ("lr", ["training.lr"]),
         ("learning-rate", ["training.lr"]),
         ("seed", ["training.seed", "bitflip.base_seed"]),
-        ("precision", ["training.dtype"]),
+        ("precision", ["training.dtype", "training.mixed_precision_param"]),
+        ("num_train_epochs", ["training.steps", "training.tokens_per_parameter"]),
         ("seq-len", ["training.seq_len"]),
         ("lora_r", ["lora.r"]),
         ("gradient_accumulation", ["training.gradient_accumulation_steps"]),
@@ -31,9 +35,26 @@ def test_every_key_means_itself_and_the_table_of_other_words_names_keys_that_exi
     for key, name in KEYS.items():
         assert key in keys_meant(name)
         assert keys_meant(key.replace(".", "_")) == [key]
-    for keys, words in OTHER_WORDS.items():
-        assert all(key in KEYS for key in keys)
-        assert not set(words) & set(KEYS.values()) - {"seed"}
+        assert key.split(".")[1] not in {word for words in aliases.KEYS.values() for word in words}
+    words = [word for words in aliases.KEYS.values() for word in words]
+    assert len(set(words)) == len(words)
+    assert not set(words) & set(aliases.ANSWERS)
+    for key, words in aliases.KEYS.items():
+        assert all(keys_meant(word) == [key] for word in words)
+
+
+def test_answers_name_keys_verbs_and_values_that_exist():
+    for answer in [*aliases.ANSWERS.values(), *aliases.TABLES.values(), *aliases.VERBS.values()]:
+        for section, key in re.findall(rf"\b({'|'.join(SECTIONS)})\.(\w+)", answer):
+            assert f"{section}.{key}" in KEYS
+        assert set(re.findall(r"\[(\w+)\]", answer)) <= set(SECTIONS)
+    for key, values in aliases.VALUES.items():
+        section, name = key.split(".")
+        (field,) = (field for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
+        for theirs, ours in values.items():
+            assert convert(ours, field.type) == ours
+            with pytest.raises(ValueError, match=ours):
+                convert(theirs, field.type)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +72,25 @@ def test_every_key_means_itself_and_the_table_of_other_words_names_keys_that_exi
 )
 def test_an_unknown_key_of_a_file_is_told_the_right_one(section, key, hint):
     assert near_key(key, section) == f"; did you mean {hint}?"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "words"),
+    [
+        ("training", "num_train_epochs", "training.tokens_per_parameter"),
+        ("training", "global_batch_size", "training.local_batch_size x processes"),
+        ("training", "precision", "bf16-mixed"),
+        ("parallelism", "tensor_parallel_degree", "parallelism.fsdp_degree"),
+    ],
+)
+def test_a_key_that_means_none_of_ours_is_answered(section, key, words):
+    assert words in near_key(key, section)
+
+
+def test_tables_of_other_tools_are_told_where_their_keys_are():
+    assert near_table("dataset", is_table=True) == "; the table is [data], and the text its source"
+    assert "training.lr" in near_table("optimizer", is_table=True)
+    assert near_table("devices", is_table=False).startswith(" outside a table; processes are started by a launcher")
 
 
 def test_where_nothing_is_near_all_are_named():

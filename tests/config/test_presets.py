@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flipproof.cli.main import main
 from flipproof.config import RunConfig, TrainingConfig, load_config, preset_names, preset_text
 from flipproof.models.load import FLAVORS
-from flipproof.train.loop import counted_parameters, resolve_steps
 from flipproof.train.optimizer import learning_rate
+from flipproof.train.start import counted_parameters, resolve_steps
 
 # The tutorials' configs, verbatim, and what the command line of the second says.
 TUTORIALS = Path(__file__).parent / "tutorials"

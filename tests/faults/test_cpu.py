@@ -13,6 +13,8 @@ import torch
 from scipy import stats
 
 from flipproof.faults import cpu
+from flipproof.faults.draw import Draw
+from flipproof.faults.guard import guard_
 from flipproof.faults.philox import derive_key
 from flipproof.faults.poisson import BLOCK, ball_cdf, flip_plan, split
 
@@ -24,7 +26,7 @@ KEY = derive_key(0, "test/x")
 def masks(dtype, p_exp, p_frac, n, key=KEY, tick=0, offset=0):
     """Which bits flip: unsigned integers of shape (n,)."""
     zeros = torch.zeros(n, dtype=dtype)
-    cpu.flip_(zeros, None, p_exp, p_frac, None, torch.tensor(key), torch.tensor(tick), offset)
+    cpu.flip_(zeros, None, Draw(p_exp, p_frac, None, torch.tensor(key), torch.tensor(tick), offset))
     return zeros.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy().view(f"uint{LAYOUT[dtype][0]}")
 
 
@@ -273,7 +275,7 @@ def test_guard_zeroes_in_place_across_chunks(monkeypatch):
     x = torch.linspace(-3, 3, 50)
     x[::11] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan"), 9.0])
     expected = torch.where(x.abs() < 2, x, torch.zeros(()))
-    cpu.guard_(x, 2.0)
+    guard_(x, 2.0)
     assert torch.equal(x, expected)
 
 

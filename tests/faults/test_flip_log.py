@@ -7,7 +7,8 @@ import torch
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
-from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, tapped
+from flipproof.faults.draw import draw_of
+from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state
 from flipproof.records import sealed, unsealed
 
@@ -44,7 +45,7 @@ def places(entry):
 
 
 def logged(model, ids, path):
-    with FlipLog(path, dtype="bfloat16", seed=9) as log, tapped(model, log):
+    with FlipLog(path, dtype="bfloat16", seed=9) as log, hooked(model, log):
         return passes(model, ids), log
 
 
@@ -55,9 +56,9 @@ def test_a_replay_is_the_run_bit_by_bit(model, token_ids, tmp_path, name):
     assert torch.equal(seen, plain)  # looking changes nothing
     flipproof.set_seed(model, 77)
     assert not torch.equal(passes(model, token_ids), plain)
-    with tapped(model, Replay(tmp_path / name)):
+    with hooked(model, Replay(tmp_path / name)):
         assert torch.equal(passes(model, token_ids), plain)  # whatever this machine would draw
-    assert fault_state(model).tap is None
+    assert fault_state(model).flip_hook is None
 
 
 def test_the_log_says_what_flipped(model, token_ids, tmp_path):
@@ -100,7 +101,8 @@ def test_the_log_says_what_flipped(model, token_ids, tmp_path):
 
 def test_words_that_a_decoder_zeroes_are_not_counted_as_flips():
     x = torch.ones(4000, dtype=torch.bfloat16)
-    draw = (0.005, 0.005, None, torch.tensor(1), torch.tensor(0), 0, flipproof.Pattern(protection="secded").encode())
+    fault = flipproof.Fault(0.005, 0.005, pattern=flipproof.Pattern(protection="secded"))
+    draw = draw_of(fault, torch.tensor(1), torch.tensor(0), 0, x.dtype)
     count = FlipCount()
     y = count("a/w", x, draw)
     assert count.zeroed["w"] == int((y == 0).sum()) > 0
@@ -117,7 +119,7 @@ def test_one_line_changed_changes_one_value(model, token_ids, tmp_path):
     entry = {"tick": 5, "tensor": "model.layers.1.mlp.up_proj/w", "index": 37, "bit": 15, "zeroed": False}
     lines = [{"kind": "flipproof injection log"}, entry | {"before_bits": before}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with tapped(model, Replay(path)):
+    with hooked(model, Replay(path)):
         one = passes(model, token_ids)
     with flipproof.faults(model, flips=False, guard=False):
         clean = passes(model, token_ids)
@@ -161,20 +163,20 @@ def test_a_log_of_another_model_is_refused(model, token_ids, tmp_path, caplog):
     with pytest.raises(ConfigError, match=r"log\.jsonl: is of flips in bfloat16, and bits flip in float32 here"):
         Replay(path, "float32")
     replay = Replay(path)
-    with tapped(model, replay), torch.no_grad():
+    with hooked(model, replay), torch.no_grad():
         flipproof.set_tick(model, 5)
         model(token_ids)
     with pytest.raises(ConfigError, match="lm_head/w in pass 6 was not reached, nor were 34 of the log's other 69"):
         replay.check_all_done()
-    with tapped(model, replay):
+    with hooked(model, replay):
         passes(model, token_ids)
     replay.check_all_done()
-    with tapped(model, Replay(path)), caplog.at_level("WARNING", logger="flipproof"):
+    with hooked(model, Replay(path)), caplog.at_level("WARNING", logger="flipproof"):
         assert not torch.equal(passes(model, token_ids.flip(0)), plain)
     with torch.no_grad():
         flipproof.faulty_layers(model)["model.layers.0.mlp.up_proj"].weight.neg_()
     with (
-        tapped(model, Replay(path)),
+        hooked(model, Replay(path)),
         pytest.raises(ConfigError, match=r"up_proj/w\[\d+\] holds bits 0x.* of other weights"),
     ):
         passes(model, token_ids)
@@ -188,14 +190,14 @@ def test_a_log_with_lines_taken_out(model, token_ids, tmp_path):
     kept = [line for line in lines if json.loads(line)["tensor"] == name and json.loads(line)["bit"] is not None]
     (tmp_path / "some.jsonl").write_text("\n".join([header, *kept]))
     replay = Replay(tmp_path / "some.jsonl")
-    with tapped(model, replay):
+    with hooked(model, replay):
         some = passes(model, token_ids)
     replay.check_all_done()
     assert replay.flipped_bits == {"x": len(kept)}
     with flipproof.faults(model, flips=False, guard=False):
         clean = passes(model, token_ids)
     assert not torch.equal(some, clean)
-    with tapped(model, lambda name, x, draw: x):
+    with hooked(model, lambda name, x, draw: x):
         assert torch.equal(passes(model, token_ids), clean)
 
 

@@ -79,7 +79,7 @@ def draws_of(model, token_ids):
         found.append((name, int(draw[3]), int(draw[4]), draw[5]))
         return x
 
-    fault_state(model).tap = tap
+    fault_state(model).flip_hook = tap
     with torch.no_grad():
         model(token_ids)
     return found

@@ -22,7 +22,7 @@ from transformers import (
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
-from flipproof.faults.flip_log import tapped
+from flipproof.faults.flip_log import hooked
 
 FLIPS = BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, x_p_exp=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
 
@@ -381,7 +381,7 @@ def test_under_autocast_bits_flip_in_the_dtype_that_is_computed_with(tiny_llama,
     model = tiny_llama().eval()
     everything = {"w_p_frac": 0.1, "x_p_frac": 0.1, "kv_p_frac": 0.1}
     flipproof.inject(model, BitFlipSpec(**everything, sites=("linear", "head", "embedding")))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), tapped(model, look):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), hooked(model, look):
         model(token_ids)
     assert seen == {key: {torch.bfloat16} for key in "wxkv"}
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.faults import op
+from flipproof.faults import memory, op
 
 LISTED = {"w_zero_out_t": 0.1}  # few enough for a GPU's list of zeroed weights, which GUARDED's probabilities are not
 GPU = torch.cuda.is_available()
@@ -20,7 +20,7 @@ def backend(request, monkeypatch):
     if request.param == "triton":
         triton_launch = pytest.importorskip("flipproof.faults.triton_launch", reason="Triton has no build here")
         if not GPU:
-            monkeypatch.setattr(op, "_backend", lambda x: triton_launch)
+            monkeypatch.setattr(op, "_backend", lambda _, draw=None: memory if draw and draw.stored else triton_launch)
     return "cuda" if GPU and request.param == "triton" else "cpu"
 
 

@@ -4,6 +4,7 @@ import torch
 
 import flipproof
 from flipproof.faults import cpu
+from flipproof.faults.draw import Draw
 from flipproof.faults.philox import derive_key
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -24,7 +25,7 @@ def test_flip_is_the_reference_then_the_guard(dtype, shape):
     x = sample(shape, dtype)
     y = flipproof.flip(x, p_exp=0.02, p_frac=0.01, zero_out_t=1.5, **WHERE)
     expected = x.clone()
-    cpu.flip_(expected, None, 0.02, 0.01, None, torch.tensor(derive_key(3, "a/x")), torch.tensor(9), 0)
+    cpu.flip_(expected, None, Draw(0.02, 0.01, None, torch.tensor(derive_key(3, "a/x")), torch.tensor(9), 0))
     expected = torch.where(expected.double().abs() < 1.5, expected, torch.zeros((), dtype=dtype))
     assert torch.equal(bits_of(y), bits_of(expected))
     assert y.dtype == dtype
@@ -141,7 +142,7 @@ def test_the_operators_pass_torchs_own_checks():
     check(ops.merge_grad.default, (x, a, b, 0.5, x, True, 0.0, 0.01, None, *where))
     check(ops.merge_grad.default, (x, a, b, 0.5, x, True, 0.01, 0.01, 1.0, *where))
     _, zeroed = ops.merge_grad(x, a, b, 0.5, x, True, 0.01, 0.01, 1.0, *where)
-    check(ops.take_back.default, (zeroed, sample((9, 30), x.dtype), sample((9, 40), x.dtype), a, b, 0.5))
+    check(ops.zeroed_correction.default, (zeroed, sample((9, 30), x.dtype), sample((9, 40), x.dtype), a, b, 0.5))
 
 
 def test_meta_tensors_give_meta_tensors():

@@ -10,7 +10,7 @@ from flipproof.faults.spec import Pattern, check_seed
 def test_fields_become_the_two_faults():
     spec = BitFlipSpec(w_p_exp=0.1, w_zero_out_t=2.0, x_p_frac=0.2, x_faults="persistent")
     assert spec.w == Fault(0.1, 0.0, 2.0)
-    assert spec.x == Fault(0.0, 0.2, None, Pattern(persistent=True).encode())
+    assert spec.x == Fault(0.0, 0.2, None, Pattern(persistent=True))
     assert not BitFlipSpec().any_fault
     assert BitFlipSpec(layer_name_to_config={"a": {"w_p_exp": 0.1}}).any_fault
 

@@ -1,9 +1,6 @@
 """Ticks, runs and ranks, in loops that know nothing of flipproof."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import foreign_loops
 import pytest
@@ -15,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.faults.flip_log import FlipLog, Replay, tapped
+from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state
 
 FLIPS = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
@@ -222,8 +219,7 @@ class Twice(nn.Module):
 def flipped_by_hand(x, p, key):
     """``flip`` with a key of its own: what a further run draws."""
     y = x.clone()
-    draw = (0.0, p, None, torch.tensor(key), torch.tensor(3), 0, "")
-    torch.ops.flipproof.flip_(y, *draw)
+    torch.ops.flipproof.flip_(y, 0.0, p, None, torch.tensor(key), torch.tensor(3), 0)
     return y
 
 
@@ -261,16 +257,16 @@ class FlipNames:
         self.state, self.seen = fault_state(model), {}
 
     def __enter__(self):
-        self.before, self.state.tap = self.state.tap, self.look
+        self.before, self.state.flip_hook = self.state.flip_hook, self.look
         return self.seen
 
     def look(self, name, x, draw):
-        y = torch.ops.flipproof.flip.default(x, *draw)
+        y = torch.ops.flipproof.flip.default(x, *draw.arguments)
         self.seen[name] = y != x
         return y
 
     def __exit__(self, *_):
-        self.state.tap = self.before
+        self.state.flip_hook = self.before
 
 
 @torch.no_grad()
@@ -278,11 +274,11 @@ def test_the_runs_of_a_pass_are_logged_and_replayed_apart(tmp_path):
     model = Twice()
     flipproof.inject(model, BitFlipSpec(w_p_frac=0.01, x_p_frac=0.01))
     x = torch.randn(4, 48)
-    with FlipLog(tmp_path / "log.jsonl", about="") as log, tapped(model, log):
+    with FlipLog(tmp_path / "log.jsonl", about="") as log, hooked(model, log):
         expected = model(x)
     flipproof.set_tick(model, 0)
     replay = Replay(tmp_path / "log.jsonl")
-    with tapped(model, replay):
+    with hooked(model, replay):
         assert torch.equal(model(x), expected)
     replay.check_all_done()
 
@@ -315,7 +311,7 @@ class FlipDeltas(FlipNames):
     """Name of a draw -> what it added."""
 
     def look(self, name, x, draw):
-        y = torch.ops.flipproof.flip.default(x, *draw)
+        y = torch.ops.flipproof.flip.default(x, *draw.arguments)
         self.seen[name] = y - x
         return y
 
@@ -357,11 +353,7 @@ def test_keys_values_and_embedding_of_a_second_run_draw_anew(tiny_llama, token_i
 @pytest.fixture(scope="module")
 def loops_of_two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("loops")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*command, foreign_loops.__file__, str(directory)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    assert preloaded.run_ranks(2, foreign_loops.main, directory) == [0, 0]
     return directory
 
 

@@ -8,6 +8,7 @@ from rounding import assert_same_function
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from flipproof.faults import cpu, triton_launch
+from flipproof.faults.draw import Draw
 from flipproof.faults.philox import derive_key
 from flipproof.faults.poisson import BLOCK, flip_plan
 
@@ -41,13 +42,13 @@ def equal(x, y):
 
 
 def draw(p_exp, p_frac, t, tick=7, offset=0, device="cpu"):
-    return p_exp, p_frac, t, torch.tensor(KEY, device=device), torch.tensor(tick, device=device), offset
+    return Draw(p_exp, p_frac, t, torch.tensor(KEY, device=device), torch.tensor(tick, device=device), offset)
 
 
-def expected_flip(x, *arguments):
+def expected_flip(x, draw):
     """(flipped, kept) by the cpu."""
     kept = torch.ones(x.shape, dtype=torch.bool)
-    return cpu.flip(x, kept, *arguments), kept
+    return cpu.flip(x, kept, draw), kept
 
 
 # -- flips --------------------------------------------------------------------------------------------------------
@@ -59,13 +60,13 @@ def expected_flip(x, *arguments):
 def test_equal_to_the_reference(dtype, p_exp, p_frac, t):
     for n, offset, tick in ((8300, 2 * BLOCK - 1, 7), (5, 3, 2**32 - 1), (BLOCK, 5 * BLOCK, 2**40 + 5)):
         x = sample(n, dtype)
-        expected, kept = expected_flip(x, *draw(p_exp, p_frac, t, tick, offset))
+        expected, kept = expected_flip(x, draw(p_exp, p_frac, t, tick, offset))
         grad = torch.ones(n, device=DEVICE)
-        y = triton_launch.flip(x.to(DEVICE), grad, *draw(p_exp, p_frac, t, tick, offset, DEVICE))
+        y = triton_launch.flip(x.to(DEVICE), grad, draw(p_exp, p_frac, t, tick, offset, DEVICE))
         assert equal(y, expected)
         assert torch.equal(grad.cpu(), kept.float())
         # in place; key and tick in CPU memory
-        triton_launch.flip_(same := x.to(DEVICE), None, *draw(p_exp, p_frac, t, tick, offset))
+        triton_launch.flip_(same := x.to(DEVICE), None, draw(p_exp, p_frac, t, tick, offset))
         assert equal(same, expected)
 
 
@@ -75,9 +76,9 @@ def test_more_balls_than_lanes(p):
     x = sample(2 * BLOCK, torch.bfloat16)
     assert flip_plan(torch.bfloat16, p, p).likely_balls > 48
     for t in (None, 100.0):
-        expected, kept = expected_flip(x, *draw(p, p, t))
+        expected, kept = expected_flip(x, draw(p, p, t))
         y, grad = torch.empty_like(x, device=DEVICE), torch.ones(len(x), device=DEVICE)
-        triton_launch.flip_into(y, x.to(DEVICE), grad, *draw(p, p, t, device=DEVICE), lanes=16)
+        triton_launch.flip_into(y, x.to(DEVICE), grad, draw(p, p, t, device=DEVICE), lanes=16)
         assert equal(y, expected)
         assert torch.equal(grad.cpu(), kept.float())
 
@@ -85,20 +86,20 @@ def test_more_balls_than_lanes(p):
 def test_strides_alignment_and_empty_tensors():
     x = sample(64 * 130, torch.bfloat16).view(64, 130)
     arguments = draw(2**-6, 2**-7, 1.5)
-    expected, _ = expected_flip(x, *arguments)
-    assert equal(triton_launch.flip(x.T.contiguous().T.to(DEVICE), None, *arguments), expected)
+    expected, _ = expected_flip(x, arguments)
+    assert equal(triton_launch.flip(x.T.contiguous().T.to(DEVICE), None, arguments), expected)
     for shift in (1, 2, 3):  # begins in either half of a 32-bit word
         room = torch.zeros(64 * 130 + 8, dtype=torch.bfloat16, device=DEVICE)
         view = room[shift : shift + 64 * 130].view(64, 130)
         view.copy_(x)
-        assert equal(triton_launch.flip(view, None, *arguments), expected)
+        assert equal(triton_launch.flip(view, None, arguments), expected)
         for p in (2**-6, 2**-9):
             view.copy_(x)
-            triton_launch.flip_(view, None, *draw(p, p, None))
-            assert equal(view, expected_flip(x, *draw(p, p, None))[0])
+            triton_launch.flip_(view, None, draw(p, p, None))
+            assert equal(view, expected_flip(x, draw(p, p, None))[0])
         assert not room[:shift].any()
         assert not room[shift + 64 * 130 :].any()
-    assert triton_launch.flip(torch.empty(0, 3, device=DEVICE), None, *arguments).shape == (0, 3)
+    assert triton_launch.flip(torch.empty(0, 3, device=DEVICE), None, arguments).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -106,8 +107,8 @@ def test_infinity_and_nan_and_signed_zero(dtype):
     x = sample(BLOCK, dtype)
     x[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 5e-45])
     for t in (None, 5.0):
-        expected, _ = expected_flip(x, *draw(2**-9, 2**-9, t))
-        assert equal(triton_launch.flip(x.to(DEVICE), None, *draw(2**-9, 2**-9, t)), expected)
+        expected, _ = expected_flip(x, draw(2**-9, 2**-9, t))
+        assert equal(triton_launch.flip(x.to(DEVICE), None, draw(2**-9, 2**-9, t)), expected)
 
 
 @pytest.mark.parametrize("p", [2**-9, 0.3])
@@ -124,14 +125,14 @@ def test_elements_beyond_two_to_the_31(p):
     x[begin:] = clean.to(DEVICE)
     y[begin - 10 : begin] = 1.0
     for t in (None, 100.0):
-        expected, _ = expected_flip(clean, *draw(p, p, t, offset=begin))
-        triton_launch.flip_into(y, x, None, *draw(p, p, t, device=DEVICE), blocks=range(begin // BLOCK, n // BLOCK))
+        expected, _ = expected_flip(clean, draw(p, p, t, offset=begin))
+        triton_launch.flip_into(y, x, None, draw(p, p, t, device=DEVICE), blocks=range(begin // BLOCK, n // BLOCK))
         assert equal(y[begin:], expected)
     x[begin:] = clean.to(DEVICE)
     if p < 2**-7:
         plan = triton_launch._device_plan(torch.bfloat16, p, p, x.device)
-        triton_launch.flip_sparse_(x, plan, None, *draw(p, p, None)[3:], blocks=range(begin // BLOCK, n // BLOCK))
-        assert equal(x[begin:], expected_flip(clean, *draw(p, p, None, offset=begin))[0])
+        triton_launch.flip_sparse_(x, plan, None, draw(p, p, None), blocks=range(begin // BLOCK, n // BLOCK))
+        assert equal(x[begin:], expected_flip(clean, draw(p, p, None, offset=begin))[0])
     assert (y[begin - 10 : begin] == 1).all()
 
 
@@ -155,7 +156,7 @@ def test_the_merge_is_the_product_rounded_once(rows, columns, r, dtype):
     weight = sample(rows * columns, dtype).view(rows, columns)
     a, b = adapters(rows, columns, r)
     on_device = (t.to(DEVICE) for t in (weight, a, b))
-    y = triton_launch.merge(*on_device, 0.7, None, *draw(0.0, 0.0, None)).cpu()
+    y = triton_launch.merge(*on_device, 0.7, None, draw(0.0, 0.0, None)).cpu()
     exact = weight.double() + 0.7 * b.double() @ a.double()
     # Half a unit in the last place of the result, and what two bfloat16 halves leave of each factor. The interpreter
     # cuts float32 off to bfloat16 where a GPU rounds.
@@ -170,12 +171,12 @@ def test_the_merge_is_the_product_rounded_once(rows, columns, r, dtype):
 def test_flips_and_guard_of_the_merged_weight(rows, columns, r, p, t):
     weight = sample(rows * columns, torch.bfloat16).view(rows, columns).to(DEVICE)
     a, b = (x.to(DEVICE) for x in adapters(rows, columns, r))
-    clean = triton_launch.merge(weight, a, b, 0.7, None, *draw(0.0, 0.0, None))
-    expected, kept = expected_flip(clean.cpu(), *draw(p, p, t))
-    assert equal(triton_launch.merge(weight, a, b, 0.7, None, *draw(p, p, t, device=DEVICE)), expected)
+    clean = triton_launch.merge(weight, a, b, 0.7, None, draw(0.0, 0.0, None))
+    expected, kept = expected_flip(clean.cpu(), draw(p, p, t))
+    assert equal(triton_launch.merge(weight, a, b, 0.7, None, draw(p, p, t, device=DEVICE)), expected)
     if t is not None:
         zeroed = triton_launch.new_zeroed(weight, p, p)
-        y = triton_launch.merge(weight, a, b, 0.7, zeroed, *draw(p, p, t, device=DEVICE))
+        y = triton_launch.merge(weight, a, b, 0.7, zeroed, draw(p, p, t, device=DEVICE))
         assert equal(y, expected)
         assert torch.equal(listed(zeroed, kept.shape), ~kept)
         assert (~kept).any() or (p, t) == (0.0, 100.0)
@@ -197,10 +198,10 @@ def test_a_shard_of_a_merged_weight_draws_its_part_of_the_whole(offset):
     weight = sample(70 * 130, torch.bfloat16).view(70, 130).to(DEVICE)
     weight[3, 5] = 50.0  # a clean value that the guard must find
     a, b = (x.to(DEVICE) for x in adapters(70, 130, 3))
-    clean = triton_launch.merge(weight, a, b, 0.7, None, *draw(0.0, 0.0, None))
-    expected, kept = expected_flip(clean.cpu(), *draw(2**-13, 2**-13, 20.0, offset=offset))
+    clean = triton_launch.merge(weight, a, b, 0.7, None, draw(0.0, 0.0, None))
+    expected, kept = expected_flip(clean.cpu(), draw(2**-13, 2**-13, 20.0, offset=offset))
     zeroed = triton_launch.new_zeroed(weight, 2**-13, 2**-13)
-    y = triton_launch.merge(weight, a, b, 0.7, zeroed, *draw(2**-13, 2**-13, 20.0, offset=offset, device=DEVICE))
+    y = triton_launch.merge(weight, a, b, 0.7, zeroed, draw(2**-13, 2**-13, 20.0, offset=offset, device=DEVICE))
     assert equal(y, expected)
     assert torch.equal(listed(zeroed, kept.shape), ~kept)
     assert not kept[3, 5]
@@ -213,8 +214,8 @@ def test_adapters_of_another_dtype_and_strides(rank):
     wide = [x.float() for x in (a, b)]
     arguments = draw(2**-13, 2**-13, 3.0, device=DEVICE)
     zeroed = [triton_launch.new_zeroed(weight, 2**-13, 2**-13) for _ in range(2)]
-    y = triton_launch.merge(weight, a.T.contiguous().T, b, 0.7, zeroed[0], *arguments)
-    expected = triton_launch.merge(weight.contiguous(), *wide, 0.7, zeroed[1], *arguments)
+    y = triton_launch.merge(weight, a.T.contiguous().T, b, 0.7, zeroed[0], arguments)
+    expected = triton_launch.merge(weight.contiguous(), *wide, 0.7, zeroed[1], arguments)
     assert equal(y, expected)
     assert torch.equal(*(listed(z, weight.shape) for z in zeroed))
     assert torch.equal(listed(zeroed[0], weight.shape).any(), torch.tensor(True))
@@ -224,10 +225,10 @@ def test_a_list_that_overflows_takes_nothing_back():
     weight = sample(100 * 100, torch.bfloat16).view(100, 100).to(DEVICE)
     a, b = (x.to(DEVICE) for x in adapters(100, 100, 4))
     zeroed = triton_launch.new_zeroed(weight, 2**-16, 2**-16)
-    triton_launch.merge(weight, a, b, 0.7, zeroed, *draw(2**-16, 2**-16, 0.1, device=DEVICE))
+    triton_launch.merge(weight, a, b, 0.7, zeroed, draw(2**-16, 2**-16, 0.1, device=DEVICE))
     assert int(zeroed[0]) > zeroed.numel() - 1
     ones = torch.ones(10, 100, device=DEVICE)
-    assert not any(more.any() for more in triton_launch.take_back(zeroed, ones, ones, a, b, 0.7))
+    assert not any(more.any() for more in triton_launch.zeroed_correction(zeroed, ones, ones, a, b, 0.7))
 
 
 @pytest.mark.parametrize("share", [0.001, 0.2])
@@ -250,7 +251,7 @@ def test_taking_back_equals_the_masked_gradient_in_float64(backend, share):
         wide = -0.7 * (grad_y.double().T @ x.double()) * zero
         return b.double().T @ wide, wide @ a.double().T
 
-    more = backend.take_back(*(t.to(device) for t in (zeroed, grad_y, x, a, b)), 0.7)
+    more = backend.zeroed_correction(*(t.to(device) for t in (zeroed, grad_y, x, a, b)), 0.7)
     assert zero.any()
     assert all(each.any() for each in more)
     assert_same_function(tuple(each.cpu() for each in more), exact, (grad_y, x, a, b))

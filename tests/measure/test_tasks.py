@@ -19,10 +19,10 @@ from flipproof import BitFlipSpec, LoraSpec
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
-from flipproof.measure import harness, tasks
-from flipproof.measure.harness import TaskRequest
+from flipproof.measure import tasks
+from flipproof.measure.answers import model_key
 from flipproof.measure.intervals import t_interval
-from flipproof.measure.tasks import Metric, evaluate_tasks, tasks_table
+from flipproof.measure.tasks import Metric, TaskRequest, evaluate_tasks, tasks_table
 from flipproof.models.adapter import load_adapter, save_adapter
 from flipproof.models.load import byte_tokenizer
 
@@ -35,7 +35,7 @@ def no_tasks_but_ours():
     installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda *_: None)
-        patch.setattr(harness, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+        patch.setattr(tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
         yield
 
 
@@ -76,7 +76,7 @@ def test_arms_are_lm_eval_with_the_faults_on(model, model_dir, adapter, lm_eval_
     config = settings(model_dir, **FLIPS)
     text, results = evaluate_tasks(config, TaskRequest(("toy_choice", "toy_pages"), lm_eval_tasks), adapter)
     assert text == {}  # none was named
-    manager = harness.TaskManager(include_path=str(lm_eval_tasks))
+    manager = tasks.TaskManager(include_path=str(lm_eval_tasks))
     flipproof.inject(model, BitFlipSpec(**FLIPS), LoraSpec(r=2))
     load_adapter(model, adapter)
     lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4)
@@ -133,7 +133,7 @@ def test_the_cache_knows_which_layer_is_scaled_how(tiny_llama):
         lora = {"model.layers.0.mlp.up_proj": up, "model.layers.0.mlp.down_proj": down}
         flipproof.inject(model, BitFlipSpec(w_p_frac=0.1), {n: LoraSpec(r=2, lora_alpha=a) for n, a in lora.items()})
         config = load_config([], {"model": {"hf_model_path": "any"}})
-        return tasks._run_key(config, model, byte_tokenizer())
+        return model_key(config, model, byte_tokenizer())
 
     for one, other in ((4, 8), (3, 5), (7, 9), (1, 6)):
         assert key(one, other) == key(one, other)
@@ -231,7 +231,7 @@ def test_what_is_wrong_is_told_in_one_line(model_dir, lm_eval_tasks, capsys, mon
     assert "--tasks: 2 processes were started" in told("--tasks", "toy_pages")
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "flipproof.measure.harness")
+    monkeypatch.delitem(sys.modules, "flipproof.measure.tasks")
     assert "pip install 'flipproof[eval]'" in told("--tasks", "toy_pages")
 
 
@@ -337,7 +337,7 @@ def test_the_chat_template_is_lm_evals(model, model_dir, lm_eval_tasks, tmp_path
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model_dir)
-    manager = harness.TaskManager(include_path=str(lm_eval_tasks))
+    manager = tasks.TaskManager(include_path=str(lm_eval_tasks))
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     found = []
     for flags, how in (

@@ -117,7 +117,7 @@ def test_every_nth_block_runs_again(tiny_llama):
         assert kept(model) == expected
         for block, keep in zip(blocks(model), expected, strict=True):
             layers = [module for module in block.modules() if isinstance(module, flipproof.FaultyLinear)]
-            assert {layer.recomputed for layer in layers} == {keep != "everything"}
+            assert {layer.checkpointed for layer in layers} == {keep != "everything"}
     assert kept(build(tiny_llama, "auto")) == ["everything"] * 4  # on a CPU
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from flipproof.measure.arms import Arm
+from flipproof.measure.points import Point, Setting
 from flipproof.report.analyse import (
     CEILING,
     cost_maps,
@@ -12,7 +13,6 @@ from flipproof.report.analyse import (
     p_text,
     sites_in_words,
 )
-from flipproof.report.read import Point, Setting
 
 LIMIT = math.log(1.1)
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from flipproof.measure.arms import Arm, Cost
+from flipproof.measure.points import Setting
 from flipproof.report import draw
 from flipproof.report.analyse import CEILING, Curve, find_cliff
-from flipproof.report.read import Logged, Setting
+from flipproof.report.read import Logged
 
 
 def curve(losses):

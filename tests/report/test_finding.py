@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from flipproof.measure.arms import Arm, costs
+from flipproof.measure.points import Point, Setting
 from flipproof.report import finding
 from flipproof.report.analyse import curves_of
-from flipproof.report.read import Logged, Point, Setting, Sweep
+from flipproof.report.read import Logged, Sweep
 
 
 def arm(*rows):

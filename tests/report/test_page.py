@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import urllib.parse
 import urllib.request
 import xml.etree.ElementTree
@@ -15,9 +16,10 @@ from flipproof.cli.main import main
 from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm, costs
 from flipproof.measure.intervals import t_interval
+from flipproof.measure.points import Setting
 from flipproof.report import page as page_module
 from flipproof.report.page import report
-from flipproof.report.read import Setting, read_sources
+from flipproof.report.read import read_sources
 from flipproof.report.sections import Table, sections_of
 
 CLEAN = 2.0
@@ -66,7 +68,9 @@ def write_sweep(directory, drop=0):
         "thresholds": {"w": None, "x": None}, "planned": len(rows),
     }  # fmt: skip
     (directory / "sweep.json").write_text(json.dumps(sweep))
-    (directory / "points.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: len(rows) - drop]))
+    (directory / "points").mkdir()
+    for row in rows[: len(rows) - drop]:
+        (directory / "points" / f"{row['id'].replace('/', '-')}.json").write_text(json.dumps(row))
     return rows
 
 
@@ -294,15 +298,12 @@ def test_settings_of_runs_and_what_training_took(tmp_path):
         assert list(row.values())[1:] == ["3", "192", "102.0", "0.875", "62.5", "1.0"]
 
 
-def test_an_unfinished_sweep_says_so_and_half_a_line_is_ignored(tmp_path):
+def test_an_unfinished_sweep_says_so(tmp_path):
     rows = write_sweep(tmp_path, drop=5)
-    whole = (tmp_path / "points.jsonl").read_text()
-    (tmp_path / "points.jsonl").write_text(whole + '{"id": "half')
     sources = read_sources(tmp_path)
     assert len(sources.sweeps[tmp_path.name].points) == len(rows) - 5
-    assert sources.notes == ["points.jsonl: the last line is half written and was ignored.",
-                             f"points.jsonl: {len(rows) - 5} of {len(rows)} points are measured so far."]  # fmt: skip
-    (tmp_path / "points.jsonl").unlink()
+    assert sources.notes == [f"sweep.json: {len(rows) - 5} of {len(rows)} points are measured so far."]
+    shutil.rmtree(tmp_path / "points")
     assert sections_of(read_sources(tmp_path)) == []
 
 
@@ -335,20 +336,22 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
         ("results.json", '{"dtype": "float32"}', "results.json: 'arms' is missing"),
         ("results.json", "[]", "results.json: not as flipproof writes it ([] is not an object)"),
         ("sweep.json", '{"axes": {}}', "sweep.json: 'clean' is missing"),
-        ("points.jsonl", "", "points.jsonl: there is no sweep.json beside it"),
+        ("points/1-1.json", "", "points: there is no sweep.json beside it"),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n{"step": 3, "loss": 1}\n', "metrics.jsonl line 2"),
         ("profile.json", '{"all": {"weights": {}}, "layers": {}}', "profile.json: 'histogram' is missing"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, name, content, words):
     if name:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert main(["report", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert not out
     assert err.count("\n") == err.count("flipproof report: error: ") == 1
     assert words in err
-    assert [path.name for path in tmp_path.iterdir()] == ([name] if name else [])
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == ([name] if name else [])
     assert main(["report", str(tmp_path / "gone")]) == 2
     assert "gone is not a directory" in capsys.readouterr().err
 

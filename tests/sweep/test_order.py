@@ -7,7 +7,7 @@ from flipproof import BitFlipSpec
 from flipproof.config import load_config
 from flipproof.config.grid import SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
-from flipproof.sweep.order import Cell, Plan, Rate, next_point
+from flipproof.sweep.order import Cell, Plan, Rate, next_trial
 from flipproof.sweep.table import cell_spec
 
 
@@ -26,7 +26,7 @@ def plan_of(n, seeds, *curves):
 def run(plan, loss_of, stop_after=None):
     """The points in the order in which they are measured, with a made-up loss for each."""
     losses, order = {}, []
-    while (point := next_point(plan, losses)) is not None and (stop_after is None or len(order) < stop_after):
+    while (point := next_trial(plan, losses)) is not None and (stop_after is None or len(order) < stop_after):
         assert point.id not in losses
         losses[point.id] = loss_of(point)
         order.append(point)
@@ -69,8 +69,8 @@ def test_without_a_budget_every_point_is_measured_once():
     plan = plan_of(7, 3, "w", "x")
     order = run(plan, lambda point: math.inf if point.cell.rate.p > 0.1 else point.seed * point.cell.rate.p)
     assert [point.seed for point in order[: 7 * 2]] == [1] * 14  # every cell once, before any a second time
-    assert {point.id for point in order} == plan.points.keys()
-    assert len(order) == len(plan.points) == 7 * 2 * 3
+    assert {point.id for point in order} == plan.trials.keys()
+    assert len(order) == len(plan.trials) == 7 * 2 * 3
 
 
 def test_further_seeds_go_where_the_standard_error_is_largest():
@@ -108,15 +108,15 @@ def test_processes_that_share_a_sweep_spread_out_and_cover_it():
     index = {cell.id: i for i, cell in enumerate(plan.curves[0])}
     losses, busy, started = {}, [], []
     for _ in range(3):
-        busy.append(next_point(plan, losses, {point.id for point in busy}))
+        busy.append(next_trial(plan, losses, {point.id for point in busy}))
     assert {index[point.cell.id] for point in busy} == {15, 0, 7}  # the ends, and already the middle
     while busy:
         point = busy.pop(0)
         started.append(point.id)
         losses[point.id] = 3.0 if index[point.cell.id] < 6 else math.inf
-        if (point := next_point(plan, losses, {other.id for other in busy})) is not None:
+        if (point := next_trial(plan, losses, {other.id for other in busy})) is not None:
             busy.append(point)
-    assert sorted(started) == sorted(plan.points)
+    assert sorted(started) == sorted(plan.trials)
 
 
 def test_ids_are_stable_and_tell_every_cell_from_every_other():
@@ -127,7 +127,7 @@ def test_ids_are_stable_and_tell_every_cell_from_every_other():
         )
     ]
     assert len({cell.id for cell in cells}) == len(cells) == 64
-    assert Cell(rate(1e-6), "w", "all", "all", "none").id == "668b8f89359fcd49"  # points.jsonl of older versions has it
+    assert Cell(rate(1e-6), "w", "all", "all", "none").id == "668b8f89359fcd49"  # points of older versions have it
 
 
 def test_axes_are_read():

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.files import temporary_name
 from flipproof.measure.perplexity import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.records import unsealed
@@ -46,12 +48,14 @@ def settings(model_dir, bitflip=THRESHOLDS, **table):
 
 
 def points(directory):
-    """By id, without times."""
-    lines = [json.loads(line) for line in (directory / "points.jsonl").read_text().splitlines()]
-    for line in lines:
-        assert line.pop("seconds") >= 0
-    found = {line["id"]: line for line in lines}
-    assert len(found) == len(lines), "a point was measured twice"
+    """By id, without times, in the order in which they were written."""
+    files = sorted((directory / "points").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    found = {}
+    for path in files:
+        point = json.loads(path.read_text())
+        assert point.pop("seconds") >= 0
+        assert path.name == f"{point['id'].replace('/', '-')}.json"
+        found[point["id"]] = point
     return found
 
 
@@ -138,9 +142,9 @@ def test_what_a_sweep_leaves_behind(model_dir, tmp_path):
     assert table["sweep"] == {"p": "1e-4:1e-2:3", "sites": "w,wx", "layers": "all,block", "bits": "all",
                               "protection": "none,guard", "seeds": 2}  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [
-        "claims", "points.jsonl", "sweep.json", "sweep.toml"
+        "claims", "points", "sweep.json", "sweep.toml"
     ]  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "sweep" / "claims").iterdir()) == ["points.lock", "sweep.lock"]
+    assert sorted(path.name for path in (tmp_path / "sweep" / "claims").iterdir()) == ["sweep.lock"]
     assert "72 of 72 points" in said
     assert f"flipproof report {tmp_path / 'sweep'}" in said
 
@@ -149,19 +153,29 @@ def test_a_killed_sweep_goes_on_to_the_same_points(model_dir, tmp_path):
     config = settings(model_dir, **GRID)
     sweep(config, tmp_path / "whole")
     whole = points(tmp_path / "whole")
-    for file in ("sweep.toml", "sweep.json", "points.jsonl"):
+    for file in ("sweep.toml", "sweep.json"):
         text = (tmp_path / "whole" / file).read_text()
         (tmp_path / "killed").mkdir(exist_ok=True)
-        (tmp_path / "killed" / file).write_text(text if file != "points.jsonl" else text[: len(text) * 2 // 5])
-    stale = next(name for name in whole if name not in (tmp_path / "killed" / "points.jsonl").read_text())
-    lock = tmp_path / "killed" / "claims" / f"{stale}.lock"
-    lock.parent.mkdir(parents=True)
-    lock.write_text("")
+        (tmp_path / "killed" / file).write_text(text)
+    there = [path.name for path in (tmp_path / "whole" / "points").iterdir()]
+    for directory in ("points", "claims"):
+        (tmp_path / "killed" / directory).mkdir()
+    for name in there[: len(there) * 2 // 5]:
+        shutil.copy2(tmp_path / "whole" / "points" / name, tmp_path / "killed" / "points")
+    half = temporary_name(tmp_path / "killed" / "points" / there[-1])
+    half.write_text('{"id')
+    os.utime(half, (0, 0))
+    (tmp_path / "killed" / "claims" / there[-1].replace(".json", ".lock")).write_text("")
     sweep(config, tmp_path / "killed")
+    assert not half.exists()
     assert points(tmp_path / "killed") == whole
-    before = (tmp_path / "killed" / "points.jsonl").read_bytes()
+
+    def files():
+        return {path.name: path.read_bytes() for path in (tmp_path / "killed" / "points").iterdir()}
+
+    before = files()
     sweep(config, tmp_path / "killed")
-    assert (tmp_path / "killed" / "points.jsonl").read_bytes() == before
+    assert files() == before
 
 
 def test_two_processes_share_a_sweep(model_dir, tmp_path, monkeypatch):
@@ -169,11 +183,11 @@ def test_two_processes_share_a_sweep(model_dir, tmp_path, monkeypatch):
     (tmp_path / "run.toml").write_text(config.to_toml())
     command = [sys.executable, "-m", "flipproof", "sweep", "--config", str(tmp_path / "run.toml")]
     other = subprocess.Popen([*command, "--to", str(tmp_path / "two")], stdout=subprocess.DEVNULL)
-    while other.poll() is None and not (tmp_path / "two" / "points.jsonl").exists():
+    while other.poll() is None and not any((tmp_path / "two").glob("points/*.json")):
         time.sleep(0.01)
     own = []
-    append = SweepDirectory.append
-    monkeypatch.setattr(SweepDirectory, "append", lambda *args: (own.append(args[1].id), append(*args)))
+    write = SweepDirectory.write
+    monkeypatch.setattr(SweepDirectory, "write", lambda *args: (own.append(args[1].id), write(*args)))
     sweep(config, tmp_path / "two")
     assert other.wait() == 0
     shared = points(tmp_path / "two")

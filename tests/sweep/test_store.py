@@ -9,12 +9,13 @@ import pytest
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.files import temporary_name
-from flipproof.records import sealed, unsealed
-from flipproof.sweep.order import Cell, Plan, Rate
+from flipproof.measure.points import Point, Setting
+from flipproof.records import append_line, read_record
+from flipproof.sweep.order import Cell, Plan, Rate, Trial
 from flipproof.sweep.store import SweepDirectory
 
 PLAN = Plan(tuple(Cell(Rate(p, None, p, p), "w", "all", "all", "none") for p in (1e-6, 1e-5)), (1, 2, 3))
-POINTS = list(PLAN.points.values())
+TRIALS = list(PLAN.trials.values())
 
 
 def config(**sweep):
@@ -29,20 +30,24 @@ def directory(tmp_path):
     return directory
 
 
+def file_of(directory, trial):
+    return directory.path / "points" / f"{trial.cell.id}-{trial.seed}.json"
+
+
 def losses(path):
     """As a process that has just started reads them."""
     directory = SweepDirectory(path)
-    directory.refresh(PLAN.points)
-    return {name: measured.loss for name, measured in directory.measured.items()}
+    directory.refresh(PLAN.trials)
+    return {name: point.loss for name, point in directory.measured.items()}
 
 
 def test_points_are_read_back_and_a_broken_model_is_null(directory):
-    directory.append(POINTS[0], 2.5, 100, 0.25)
-    directory.append(POINTS[1], math.inf, 100, 0.5)
-    assert losses(directory.path) == {POINTS[0].id: 2.5, POINTS[1].id: math.inf}
-    lines = [unsealed(line) for line in (directory.path / "points.jsonl").read_text().splitlines()]
-    assert lines[0] == {
-        "id": f"{POINTS[0].cell.id}/1",
+    directory.write(TRIALS[0], 2.5, 100, 0.25)
+    directory.write(TRIALS[1], math.inf, 100, 0.5)
+    assert losses(directory.path) == {TRIALS[0].id: 2.5, TRIALS[1].id: math.inf}
+    first, second = (read_record(file_of(directory, trial)) for trial in TRIALS[:2])
+    assert first == {
+        "id": f"{TRIALS[0].cell.id}/1",
         "p": 1e-6,
         "voltage": None,
         "sites": "w",
@@ -54,73 +59,91 @@ def test_points_are_read_back_and_a_broken_model_is_null(directory):
         "tokens": 100,
         "seconds": 0.25,
     }
-    assert lines[1]["loss"] is None
+    assert second["loss"] is None
+    directory.refresh(PLAN.trials)
+    assert directory.measured[TRIALS[0].id] == Point(
+        p=1e-6, voltage=None, setting=Setting("w", "all", "all", "none"), seed=1, loss=2.5, tokens=100, seconds=0.25
+    )
 
 
-@pytest.mark.parametrize("cut", range(1, 160, 13))
-def test_half_a_line_is_not_read_and_cut_off_by_the_next_writer(directory, caplog, cut):
-    directory.append(POINTS[0], 2.0, 100, 0.25)
-    directory.append(POINTS[1], 3.0, 100, 0.25)
+def test_a_file_that_was_read_is_not_read_again(directory, monkeypatch):
+    from flipproof.sweep import store
+
+    read, real = [], store.read_record
+    monkeypatch.setattr(store, "read_record", lambda path: read.append(path.name) or real(path))
+    for n, trial in enumerate(TRIALS, 1):
+        directory.write(trial, 2.0, 100, 0.25)
+        directory.refresh(PLAN.trials)
+        assert len(directory.measured) == len(read) == n
+    assert sorted(read) == sorted(path.name for path in (directory.path / "points").iterdir())
+
+
+def as_lines(directory):
+    """The directory as earlier versions left it: a line for each point."""
     path = directory.path / "points.jsonl"
+    for file in sorted((directory.path / "points").iterdir()):
+        append_line(path, read_record(file))
+        file.unlink()
+    (directory.path / "points").rmdir()
+    return path
+
+
+@pytest.mark.parametrize("cut", [0, 1, 80, 160])
+def test_the_lines_of_earlier_versions_are_read_but_not_half_of_one(directory, cut):
+    for trial, loss in zip(TRIALS[:2], (2.0, math.inf), strict=True):
+        directory.write(trial, loss, 100, 0.25)
+    expected = losses(directory.path)
+    path = as_lines(directory)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-cut])
-    directory.refresh(PLAN.points)
-    assert directory.measured.keys() == {POINTS[0].id} == losses(directory.path).keys()
-    with caplog.at_level("WARNING", logger="flipproof"):
-        directory.append(POINTS[1], 3.0, 100, 0.25)
-    assert path.read_bytes() == whole
-    directory.refresh(PLAN.points)
-    assert directory.measured.keys() == {POINTS[0].id, POINTS[1].id}
+    path.write_bytes(whole[: len(whole) - cut])
+    directory.begin(config()).release()
+    found = losses(directory.path)
+    assert found.items() <= expected.items()
+    assert len(found) == (1 if cut else 2)
+    directory.write(TRIALS[1], math.inf, 100, 0.25)
+    directory.write(TRIALS[2], 4.0, 100, 0.25)
+    assert losses(directory.path) == expected | {TRIALS[2].id: 4.0}
+    path.write_bytes(whole + b"rubbish\n")
+    with pytest.raises(ConfigError, match=r"points\.jsonl line 3: not a point of a sweep .*; take the line out"):
+        losses(directory.path)
 
 
-def test_repair_is_logged_by_name(directory, monkeypatch):
-    from flipproof.sweep import store as module
-
-    said = []
-    monkeypatch.setattr(module.logger, "warning", lambda text, *values: said.append(text % values))
-    (directory.path / "points.jsonl").write_text('{"id": "4')
-    directory.repair()
-    assert (directory.path / "points.jsonl").read_text() == ""
-    directory.repair()
-    (line,) = said
-    assert "points.jsonl" in line
-    assert '{"id": "4' in line
-
-
-def test_a_line_that_is_no_point_is_told_by_its_number(directory):
-    directory.append(POINTS[0], 2.5, 100, 0.25)
-    path = directory.path / "points.jsonl"
+def test_a_file_that_is_no_point_is_told_by_its_name(directory):
+    directory.write(TRIALS[0], 2.5, 100, 0.25)
+    path = file_of(directory, TRIALS[0])
     whole = path.read_text()
-    path.write_text(whole + "rubbish\n")
-    with pytest.raises(ConfigError, match=r"points\.jsonl line 2: not a point of a sweep"):
-        losses(directory.path)
-    path.write_text(whole + whole.replace("2.5", "2.4"))
-    with pytest.raises(ConfigError, match=r"points\.jsonl line 2: not a point of a sweep \(it is not what was written"):
-        losses(directory.path)
-    for odd in ({"loss": 10**400}, {"id": []}, {"seconds": "x"}):
-        path.write_text(whole + json.dumps(unsealed(whole) | odd) + "\n")
-        with pytest.raises(ConfigError, match=r"points\.jsonl line 2: "):
+    values = read_record(path)
+    for text, words in (
+        ("", r"not a point of a sweep"),
+        ("rubbish", r"not a point of a sweep"),
+        (whole.replace("2.5", "2.4"), r"not a point of a sweep \(it is not what was written"),
+        (json.dumps(values | {"loss": 10**400}), r"not a point of a sweep"),
+        (json.dumps(values | {"seconds": "x"}), r"not a point of a sweep"),
+        (json.dumps(values | {"id": "0123/1"}), r"it holds the point 0123/1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"{path.name}: {words}.*; delete it to measure"):
             losses(directory.path)
-    path.write_text(whole + json.dumps(sealed(unsealed(whole) | {"id": "0123/1"})) + "\n")
-    with pytest.raises(ConfigError, match=r"points\.jsonl line 2: 0123/1 is a point of another grid"):
-        losses(directory.path)
+    path.write_text(whole)
+    with pytest.raises(ConfigError, match=rf"{TRIALS[0].id} is a point of another grid; name another --to"):
+        SweepDirectory(directory.path).refresh({TRIALS[1].id: TRIALS[1]})
 
 
 def test_one_process_has_a_point(directory):
     other = SweepDirectory(directory.path)
-    lock = directory.claim(POINTS[0])
-    assert other.claim(POINTS[0]) is None
-    second = other.claim(POINTS[1])
+    lock = directory.claim(TRIALS[0])
+    assert other.claim(TRIALS[0]) is None
+    second = other.claim(TRIALS[1])
     assert second is not None
-    directory.append(POINTS[0], 2.0, 100, 0.25)
-    directory.clear(POINTS[0], lock)
-    other.clear(POINTS[1], second)
-    assert sorted(path.name for path in (directory.path / "claims").iterdir()) == ["points.lock", "sweep.lock"]
-    assert other.claim(POINTS[0]) is not None
+    directory.write(TRIALS[0], 2.0, 100, 0.25)
+    directory.clear(lock)
+    other.clear(second)
+    assert sorted(path.name for path in (directory.path / "claims").iterdir()) == ["sweep.lock"]
+    assert other.claim(TRIALS[0]) is not None
 
 
 def _claim_and_wait(path, claimed):
-    lock = SweepDirectory(path).claim(POINTS[0])
+    lock = SweepDirectory(path).claim(TRIALS[0])
     claimed.put(lock is not None)
     signal.pause()
 
@@ -131,29 +154,30 @@ def test_the_claim_of_a_killed_process_is_free(directory):
     process = context.Process(target=_claim_and_wait, args=(directory.path, claimed))
     process.start()
     assert claimed.get(timeout=60)
-    assert directory.claim(POINTS[0]) is None
+    assert directory.claim(TRIALS[0]) is None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert (directory.path / "claims" / f"{POINTS[0].id}.lock").exists()
-    assert directory.claim(POINTS[0]) is not None
+    assert (directory.path / "claims" / f"{file_of(directory, TRIALS[0]).stem}.lock").exists()
+    assert directory.claim(TRIALS[0]) is not None
 
 
-def _append_all(path, seed):
+def _write_all(path, seed):
     directory = SweepDirectory(path)
     for cell in PLAN.cells * 100:
-        directory.append(type(POINTS[0])(cell, seed), float(seed), 100, 0.25)
+        directory.write(Trial(cell, seed % 3 + 1), 2.0, 100, 0.25)
 
 
-def test_lines_of_many_writers_stay_whole(directory):
+def test_points_of_many_writers_are_whole_whenever_they_are_read(directory):
+    """Six processes, two for each seed, write the same points over and over."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_append_all, args=(directory.path, seed)) for seed in PLAN.seeds]
+    processes = [context.Process(target=_write_all, args=(directory.path, seed)) for seed in range(6)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    lines = [json.loads(line) for line in (directory.path / "points.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 * 200
-    assert losses(directory.path) == {point.id: float(point.seed) for point in POINTS}
+    while any(process.is_alive() for process in processes):
+        assert set(losses(directory.path).values()) <= {2.0}
+    assert [process.exitcode for process in processes] == [0] * 6
+    assert losses(directory.path) == dict.fromkeys(PLAN.trials, 2.0)
+    assert len(list((directory.path / "points").iterdir())) == len(TRIALS)
 
 
 def test_another_sweep_is_refused_by_what_differs(directory):
@@ -205,7 +229,7 @@ def test_a_start_that_was_killed_while_it_wrote_blocks_nothing(tmp_path):
     SweepDirectory(tmp_path).check(config())
     (tmp_path / ".sweep.toml.mine").write_text("mine")
     (tmp_path / "sweep.toml").unlink()
-    with pytest.raises(ConfigError, match=r"holds something that is no sweep \(\.sweep\.toml\.mine\)"):
+    with pytest.raises(ConfigError, match=r"holds something that is no sweep \(\.sweep\.toml\.mine, points\)"):
         SweepDirectory(tmp_path).check(config())
 
 

@@ -59,7 +59,7 @@ def test_kinds_are_whole_last_names():
 def test_each_bit_of_the_dtype(tiny_llama):
     found = grid(tiny_llama(), bits="each,sign")
     assert found.bits == [*(str(bit) for bit in range(32)), "sign"]
-    assert len(found.plan.points) == 33 * 2 * 5
+    assert len(found.plan.trials) == 33 * 2 * 5
 
 
 def test_the_grid_is_the_product(tiny_llama):

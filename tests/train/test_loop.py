@@ -1,25 +1,26 @@
 import functools
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 
+import preloaded
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from paused import main_paused_at
 from rounding import ROUNDED, training_moved
 from safetensors.torch import load_file
 from texts import sentences
 
 import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 from flipproof import BitFlipSpec
-from flipproof.cli.main import EXIT_REQUEUE, main
+from flipproof.cli.main import main
+from flipproof.cli.verbs import EXIT_REQUEUE
 from flipproof.config import RunConfig, TrainingConfig, load_config
 from flipproof.data.sequences import training_indices
 from flipproof.errors import ConfigError
@@ -27,10 +28,13 @@ from flipproof.measure.perplexity import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.train import rundir
 from flipproof.train.checkpoint import list_checkpoints
-from flipproof.train.loop import DEFAULT_STEPS, Diverged, chosen_sequences, resolve_steps, train
+from flipproof.train.loop import train
 from flipproof.train.optimizer import LossScale, learning_rate
+from flipproof.train.start import DEFAULT_STEPS, resolve_steps
+from flipproof.train.step import Diverged, chosen_sequences
 
-FAULTS = {"w_p_exp": 0.001, "w_p_frac": 0.01, "w_zero_out_t": 1.0, "x_p_exp": 0.001, "x_zero_out_t": 64.0}
+# below 1/128, from where on each bit of a block is drawn
+FAULTS = {"w_p_exp": 0.001, "w_p_frac": 0.005, "w_zero_out_t": 1.0, "x_p_exp": 0.001, "x_zero_out_t": 64.0}
 
 
 @pytest.fixture
@@ -91,7 +95,8 @@ def assert_same_run(one, other):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
+def test_a_run_leaves_what_the_readme_lists(base, tmp_path, caplog):
+    caplog.set_level("INFO")
     config = settings(base, tmp_path / "run")
     train(config)
     run = tmp_path / "run"
@@ -105,6 +110,7 @@ def test_a_run_leaves_what_the_readme_lists(base, tmp_path):
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-4", "step-6"]
     arms = json.loads((run / "results.json").read_text())["arms"]
     assert list(arms) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
+    assert sum(" step " in line for line in (run / "run.log").read_text().splitlines()) == 6
     assert any(tensor.any() for name, tensor in weights(run).items() if "lora_B" in name)
 
 
@@ -123,32 +129,19 @@ def test_training_lowers_the_loss(base, tmp_path):
 
 
 def child_paused_at(step, tmp_path, config):
-    """``python -m flipproof train``, paused in the middle of a step (from 0) until ``tmp_path / "go"`` is there.
+    """A process that trains, paused in the middle of a step (from 0) until ``tmp_path / "go"`` is there.
 
-    Returns the process, once it has got there.
+    Returns it, once it has got there.
     """
     (tmp_path / "config.toml").write_text(config.to_toml())
-    code = f"""
-import os, runpy, sys, time
-import flipproof.train.loop as train_module
-original = train_module.learning_rate
-def pause(training, step):
-    if step == {step}:
-        open({str(tmp_path / "reached")!r}, "w").close()
-        while not os.path.exists({str(tmp_path / "go")!r}):
-            time.sleep(0.02)
-    return original(training, step)
-train_module.learning_rate = pause
-sys.argv = ["flipproof", "train", "--config", {str(tmp_path / "config.toml")!r}]
-runpy.run_module("flipproof", run_name="__main__", alter_sys=True)
-"""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+    argv = ["train", "--config", str(tmp_path / "config.toml")]
+    alone = {"CUDA_VISIBLE_DEVICES": ""}
+    process = preloaded.start(main_paused_at, step, tmp_path, argv, environment=alone, said=tmp_path / "said")
     deadline = time.monotonic() + 120
     while not (tmp_path / "reached").exists():
-        if process.poll() is not None or time.monotonic() > deadline:
+        if process.exitcode is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"the child did not reach step {step}: {process.communicate()[1]}")
+            pytest.fail(f"the child did not reach step {step}: {(tmp_path / 'said').read_text()}")
         time.sleep(0.05)
     return process
 
@@ -166,7 +159,7 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_one_never_killed(bas
             time.sleep(0.05)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert [path.name for path in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-2", "step-4"]
 
     with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
@@ -175,36 +168,56 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_one_never_killed(bas
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(base, tmp_path):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_it_goes_on(base, tmp_path, number, name):
     """The signal arrives in the middle of step 3, where no checkpoint is due."""
     options = {"save_freq": 5, "log_freq": 1}
     train(settings(base, tmp_path / "whole", **options))
     config = settings(base, tmp_path / "stopped", **options)
     process = child_paused_at(2, tmp_path, config)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, number)
     (tmp_path / "go").touch()
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == EXIT_REQUEUE == 75
-    assert "stopped by SIGTERM after step 3; --resume goes on from there" in stderr
+    process.join(timeout=120)
+    stderr = (tmp_path / "said").read_text()
+    assert process.exitcode == EXIT_REQUEUE == 75
+    command = f"train --config {tmp_path / 'stopped' / 'config.toml'} --resume"
+    assert stderr.splitlines()[-1].endswith(f"stopped by {name} after step 3; flipproof {command} goes on from there")
+    assert ("Ctrl-C again ends at once" in stderr) == (number == signal.SIGINT)
     assert "Traceback" not in stderr
+    log = (tmp_path / "stopped" / "run.log").read_text()
+    assert log.splitlines()[-1].endswith(
+        f"Interrupted: stopped by {name} after step 3; flipproof {command} goes on from there"
+    )
     assert [path.name for path in list_checkpoints(tmp_path / "stopped" / "checkpoints")] == ["step-3"]
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 3]
     assert not (tmp_path / "stopped" / "adapter").exists()
 
-    assert main(["train", "--config", str(tmp_path / "config.toml"), "--resume"]) == 0
+    assert main(command.split()) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "run.log").read_text().startswith(log + "\n")
 
 
-def test_sigterm_is_the_programs_own_again_after_training(base, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_the_programs_own_again_after_training(number):
     def mine(*_):
         raise AssertionError
 
-    before = signal.signal(signal.SIGTERM, mine)
+    before = signal.signal(number, mine)
     try:
-        train(settings(base, tmp_path / "run", steps=1))
-        assert signal.getsignal(signal.SIGTERM) is mine
+        with train_module._StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.came == number
+        assert signal.getsignal(number) is mine
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with train_module._StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.came == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def crash_at(step):
@@ -333,8 +346,8 @@ def assert_as_near_as_moved(run, reference, *moved, by=ROUNDED):
 
 def test_micro_batches_and_steps_draw_different_flips(base, tmp_path, monkeypatch):
     ticks = []
-    set_tick = train_module.set_tick
-    monkeypatch.setattr(train_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
+    set_tick = step_module.set_tick
+    monkeypatch.setattr(step_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
     train(settings(base, tmp_path / "run"))
     assert ticks == list(range(12))
 
@@ -480,7 +493,7 @@ def test_a_float16_step_with_infinite_gradients_is_skipped(base, tmp_path, monke
     assert not any(tensor.any() for name, tensor in weights(tmp_path / "run").items() if "lora_B" in name)
     longer = replace(config, training=replace(config.training, steps=4))
     scales = []
-    monkeypatch.setattr(train_module.LossScale, "update", lambda self, finite: scales.append(float(self.scale)))
+    monkeypatch.setattr(LossScale, "update", lambda self, finite: scales.append(float(self.scale)))
     train(longer, resume="step-3")
     assert scales == [2.0**57]
 
@@ -502,10 +515,10 @@ def test_processes_must_fit_the_config(base, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, steps, what="loss"):
     """Make the loss, or its gradient alone, NaN in the second micro-batch of some steps, counted from 0."""
-    original = train_module.next_token_loss
+    original = step_module.next_token_loss
     ticks = []
-    set_tick = train_module.set_tick
-    monkeypatch.setattr(train_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
+    set_tick = step_module.set_tick
+    monkeypatch.setattr(step_module, "set_tick", lambda model, tick: ticks.append(tick) or set_tick(model, tick))
 
     def spoiled(model, ids, **more):
         loss = original(model, ids, **more)
@@ -516,7 +529,7 @@ def spoil(monkeypatch, steps, what="loss"):
         loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss * 1.0
 
-    monkeypatch.setattr(train_module, "next_token_loss", spoiled)
+    monkeypatch.setattr(step_module, "next_token_loss", spoiled)
 
 
 def saved_tensors(checkpoint, base, run_dir):
@@ -663,7 +676,7 @@ def test_a_run_goes_on_with_nothing_else(finished, base, tmp_path, tiny_llama):
     other_text = tmp_path / "other.txt"
     other_text.write_text("x = 1; y = 2\n" * 3000)
     for section, change, words in [
-        ("bitflip", {"w_p_frac": 0.2}, r"bitflip\.w_p_frac = 0\.2, .* begun with 0\.01"),
+        ("bitflip", {"w_p_frac": 0.2}, r"bitflip\.w_p_frac = 0\.2, .* begun with 0\.005"),
         ("lora", {"lora_alpha": 16.0}, r"lora\.lora_alpha = 16\.0, .* begun with 4"),
         ("lora", {"r": 4}, r"lora\.r = 4, .* begun with 2"),
         ("training", {"seq_len": 16}, r"training\.seq_len = 16, .* begun with 32"),
@@ -824,10 +837,10 @@ def test_a_second_run_is_refused_before_it_loads_anything(base, tmp_path, monkey
                 train(config, resume=resume)
         monkeypatch.undo()
         (tmp_path / "go").touch()
-        process.communicate(timeout=240)
+        process.join(timeout=240)
     finally:
         process.kill()
-    assert process.returncode == 0
+    assert process.exitcode == 0
     train(settings(base, tmp_path / "whole"))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 

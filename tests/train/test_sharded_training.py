@@ -1,8 +1,8 @@
-"""Training on several processes, as users start it, against the same run in one process.
+"""Training on several processes against the same run in one process.
 
 Draws are keyed by the place in the whole tensor and batches by the place in the global batch, so the number of
-processes and the strategy change nothing but the order of sums. Everything runs under torchrun (gloo, CPU), many runs
-to a launch: see ``sharded_jobs.py``.
+processes and the strategy change nothing but the order of sums. Everything runs on the CPU (gloo), many runs to a
+launch: see ``sharded_jobs.py``. What torchrun does is looked at where a rank or it itself ends.
 """
 
 import json
@@ -14,22 +14,22 @@ import subprocess
 import sys
 import time
 from functools import cache
-from pathlib import Path
 
 import peft
+import preloaded
 import pytest
+import sharded_jobs
 import torch
 from rounding import ROUNDED, assert_same_function, loading_moved, training_moved
 from safetensors.torch import load_file
 from texts import sentences
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import flipproof.train.loop as train_module
+import flipproof.train.step as step_module
 from flipproof.cli.main import main
 from flipproof.models.load import byte_tokenizer
 from flipproof.train.checkpoint import checkpoint_problems, list_checkpoints
 
-HERE = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 CONFIG = """
 [model]
@@ -94,20 +94,25 @@ def finish(process, timeout=3000):
     return process.returncode, out, err
 
 
-def start_jobs(directory, processes, argvs, patches=None):
-    """Start torchrun with one job per name in ``argvs``; see ``sharded_jobs.py``."""
+def write_jobs(directory, argvs, patches=None):
+    """One job per name in ``argvs``; see ``sharded_jobs.py``. Returns their file."""
     jobs = [{"name": name, "argv": argv, "patch": (patches or {}).get(name)} for name, argv in argvs.items()]
     directory.mkdir()
     (directory / "jobs.json").write_text(json.dumps(jobs))
-    return start(processes, str(HERE / "sharded_jobs.py"), str(directory / "jobs.json"))
+    return directory / "jobs.json"
+
+
+def start_job(directory, argv, patch):
+    """Start torchrun with one job on two processes."""
+    return start(2, sharded_jobs.__file__, str(write_jobs(directory, {"run": argv}, {"run": patch})))
 
 
 def run_jobs(directory, processes, argvs, patches=None, codes=None):
     """Run all of ``argvs`` in one launch. ``codes`` are what the ranks of some jobs end with in the place of 0."""
-    code, out, err = finish(start_jobs(directory, processes, argvs, patches))
+    ended = preloaded.run_ranks(processes, sharded_jobs.work, write_jobs(directory, argvs, patches))
     unfinished = [name for name in argvs if len(exit_codes(directory, name)) < processes]
     said = "".join(f"{name}:\n{stderr(directory, name)}" for name in unfinished)
-    assert code == 0, f"{out}\n{err}\n{said[-5000:]}"
+    assert ended == [0] * processes, said[-5000:]
     for name in argvs:
         expected = (codes or {}).get(name, [0] * processes)
         assert exit_codes(directory, name) == expected, f"{name}:\n{stderr(directory, name)}"
@@ -264,6 +269,7 @@ def save_llama(directory, max_shard_size="1GB", **changes):
 
 ALL_LINEAR = ("--bitflip.sites", "[linear, head]")
 MOVED = 3
+MEASURED_LITTLE = ("--eval.trials", "1", "--training.save_freq", "0")
 SCRATCH = ("--model.init", "random", "--lora.r", "0")
 TRAIN_ALL = ("--lora.r", "0", "--training.lr", "1e-3")
 
@@ -275,7 +281,7 @@ def single(home):
         alone(*arguments(home, f"single/{name}", 4, *flags))
         for seed in range(MOVED):
             with training_moved(seed):
-                alone(*arguments(home, f"single/{name}.moved{seed}", 4, *flags, "--eval.trials", "1"))
+                alone(*arguments(home, f"single/{name}.moved{seed}", 4, *flags, *MEASURED_LITTLE))
     return home / "single"
 
 
@@ -288,18 +294,23 @@ MEMORIES = (
 REFERENCES = {"lora": (), "all": TRAIN_ALL, "scratch": SCRATCH, "memories": (*TRAIN_ALL, *MEMORIES)}
 
 
+# what says when layers are gathered, computed again and written, each in one of them
 STRATEGIES = {
     "full_shard": (),
-    "shard_grad_op": ("--parallelism.sharding_strategy", "shard_grad_op"),
+    "shard_grad_op": (
+        *("--parallelism.sharding_strategy", "shard_grad_op"),
+        *("--training.activation_checkpointing", "full"),
+    ),
     "no_shard": ("--parallelism.sharding_strategy", "no_shard"),
-    "cpu_offload": ("--parallelism.cpu_offload", "true"),
-    "keep_gathered": ("--parallelism.keep_gathered", "true"),
-    "recompute_full": ("--training.activation_checkpointing", "full"),
-    "recompute_selective": ("--training.activation_checkpointing", "selective"),
-    "recompute_every_2nd": ("--training.activation_checkpointing", "2"),
-    "prefetch_0": ("--parallelism.forward_prefetch", "0", "--parallelism.backward_prefetch", "0"),
-    "prefetch_2": ("--parallelism.forward_prefetch", "2", "--parallelism.backward_prefetch", "2"),
-    "full_checkpoints": ("--checkpoint.state_dict_type", "full", "--checkpoint.asynchronous", "false"),
+    "cpu_offload": (
+        *("--parallelism.cpu_offload", "true", "--training.activation_checkpointing", "2"),
+        *("--parallelism.forward_prefetch", "2", "--parallelism.backward_prefetch", "2"),
+    ),
+    "keep_gathered": ("--parallelism.keep_gathered", "true", "--training.activation_checkpointing", "selective"),
+    "full_checkpoints": (
+        *("--checkpoint.state_dict_type", "full", "--checkpoint.asynchronous", "false"),
+        *("--parallelism.forward_prefetch", "0", "--parallelism.backward_prefetch", "0"),
+    ),
 }
 
 
@@ -367,25 +378,22 @@ def four(home, pair):
 @pytest.fixture(scope="module")
 def ended(home):
     """torchrun's (exit code, stderr) of runs that it sees end: one rank is killed, or it gets SIGTERM itself."""
-    killed = start_jobs(home / "killed.jobs", 2, {"run": arguments(home, "ended/killed", 2)}, {"run": HANGS})
+    killed = start_job(home / "killed.jobs", arguments(home, "ended/killed", 2), HANGS)
     rank_1 = wait_for(home / "killed.jobs/reached", killed)
     wait_for(home / "ended/killed/checkpoints/step-4/manifest.json", killed)
     os.kill(int(rank_1), signal.SIGKILL)
     codes = {"killed": finish(killed)[::2]}
-    orphaned = start_jobs(home / "agent.jobs", 2, {"run": arguments(home, "ended/agent", 2)}, {"run": HANGS})
+    orphaned = start_job(home / "agent.jobs", arguments(home, "ended/agent", 2), HANGS)
     wait_for(home / "agent.jobs/reached", orphaned)
     wait_for(home / "ended/agent/checkpoints/step-4/manifest.json", orphaned)
     orphaned.kill()
     finish(orphaned, 30)  # its ranks have the other ends of its pipes: this is when all of them have ended
-    for name in ("torchrun", "process_group"):
-        jobs = {"run": arguments(home, f"ended/{name}", 2)}
-        process = start_jobs(home / f"{name}.jobs", 2, jobs, {"run": "step_3_waits_for_sigterm"})
-        wait_for(home / f"{name}.jobs/reached", process)
-        if name == "torchrun":
-            process.terminate()
-        else:
-            os.killpg(process.pid, signal.SIGTERM)
-        codes[name] = finish(process)[::2]
+    told = start_job(home / "told.jobs", arguments(home, "ended/told", 2), "step_3_waits_for_sigterm")
+    rank_0 = int(wait_for(home / "told.jobs/reached", told))
+    # so it is the same whether torchrun or its process group gets the signal
+    assert os.getpgid(rank_0) != os.getpgid(told.pid) == told.pid
+    os.killpg(told.pid, signal.SIGTERM)
+    codes["told"] = finish(told)[::2]
     return codes
 
 
@@ -395,8 +403,7 @@ INTERRUPTED = [  # run, its checkpoints
     ("ended/agent", ["step-2", "step-4"]),
     *((f"pair/{name}", ["step-2"]) for name in KILLS),
     ("pair/rank_1_gets_sigterm_in_step_3", ["step-2", "step-3"]),
-    ("ended/torchrun", ["step-2", "step-3"]),
-    ("ended/process_group", ["step-2", "step-3"]),
+    ("ended/told", ["step-2", "step-3"]),
 ]
 
 
@@ -468,13 +475,13 @@ def test_mixed_precision_is_near_float32(single, pair):
 
 def test_a_loss_that_one_process_alone_sees_skips_the_step_in_all(home, pair, single, monkeypatch):
     """And in one process: the same step is left out, and nothing else differs."""
-    loss_of, calls = train_module.next_token_loss, []
+    loss_of, calls = step_module.next_token_loss, []
 
     def spoiled(*args, **more):
         calls.append(1)
         return loss_of(*args, **more) + (float("nan") if len(calls) == 5 else 0.0)
 
-    monkeypatch.setattr(train_module, "next_token_loss", spoiled)
+    monkeypatch.setattr(step_module, "next_token_loss", spoiled)
     alone(*arguments(home, "single/skips", 4))
     for run in (pair / SKIPS, single / "skips"):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -497,13 +504,12 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_goes_on_to_the_same_bits(h
     assert_bitwise_the_same_run(home / run, pair / "full_shard")
 
 
-@pytest.mark.parametrize("name", ["torchrun", "process_group"])
-def test_sigterm_ends_the_ranks_with_the_code_for_queues(home, ended, name):
+def test_sigterm_ends_the_ranks_with_the_code_for_queues(home, ended):
     """torchrun itself ends with 1, whatever its ranks end with. They are not in its process group: it tells them."""
-    code, err = ended[name]
+    code, err = ended["told"]
     assert code == 1, err
-    assert exit_codes(home / f"{name}.jobs", "run") == [75, 75], err
-    assert "stopped by SIGTERM after step 3; --resume goes on from there" in err
+    assert exit_codes(home / "told.jobs", "run") == [75, 75], err
+    assert "stopped by SIGTERM after step 3; torchrun" in err
 
 
 def test_a_killed_rank_ends_torchrun(ended):
@@ -720,7 +726,7 @@ def test_generate_says_in_two_processes_what_it_says_in_one(home, pair, capsys):
 
 
 def test_train_as_users_start_it(home, pair):
-    """Without the driver that the runs above share."""
+    """By torchrun, and without the driver that the runs above share."""
     stopped_after_step_2(pair / "full_shard", home / "cli")
     code, out, err = finish(start(2, "-m", "flipproof", *arguments(home, "cli", 2, "--resume")))
     assert code == 0, err

@@ -1,82 +1,122 @@
-"""The command line's parser: a flag that nobody knows is answered with what was meant, a value with what is allowed."""
+"""The command line's parser: a verb is data, what other tools call its flags and keys works or is answered, and a flag
+that nobody knows is told what was meant, a value what is allowed.
+
+Every flag may be spelled with ``-`` or ``_``.
+"""
 
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from flipproof.config import describe_keys, sections_help, warn_of_two
-from flipproof.config.names import is_named, keys_meant, nearest
+from flipproof.config import aliases, described_keys, sections_help, split_overrides, warn_of_two
+from flipproof.config.names import KEYS, MEANT, is_named, keys_meant, nearest, plain
 from flipproof.config.schema import SECTIONS
 from flipproof.config.values import convert
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import field_names
 
 
-class Probed(Exception):
-    """The flags of a verb, by its own code, which was only asked for them."""
+class Argument(NamedTuple):
+    """A flag of a verb, or an argument without one."""
 
-    def __init__(self, flags: Mapping[str, str]) -> None:
-        self.flags = flags
+    name: str
+    help: str
+    options: Mapping[str, Any] = {}
+    """Those of ``argparse``'s ``add_argument``."""
+    key: str = ""
+    """The key of a config that a flag is another name of."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What ``flipproof VERB`` is, takes and does."""
+
+    what: str
+    run: Callable[..., int | None]
+    """Called with the parsed arguments, and after them with the config where there are ``keys``."""
+    arguments: tuple[Argument, ...] = ()
+    examples: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    """Where the verb takes a config: the keys, or whole tables, that it reads, which are flags by their bare names too
+    where one alone is called so."""
+
+    @property
+    def flags(self) -> dict[str, Argument]:
+        """Flag, as ``plain`` spells it -> the argument."""
+        return {plain(argument.name): argument for argument in self.arguments if argument.name.startswith("-")}
+
+    def words(self) -> dict[str, str]:
+        """Flag -> the key that it means, without the table's name."""
+        reads = [key for key in KEYS if key in self.keys or key.partition(".")[0] in self.keys]
+        names = [KEYS[key] for key in reads]
+        own = {flag: argument.key for flag, argument in self.flags.items()}
+        words = {KEYS[key]: key for key in reads if names.count(KEYS[key]) == 1}
+        words |= {word: key for word, key in MEANT.items() if key in reads}
+        words |= {f"{section}_{key}": f"{section}.{key}" for section, key in (key.split(".") for key in reads)}
+        words = {word: key for word, key in words.items() if word not in aliases.ANSWERS}
+        return {word: key for word, key in (words | own).items() if key}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``argparse`` parser whose errors are a ConfigError each, and where nothing is abbreviated.
+    """An ``argparse`` parser of one of the ``verbs``, whose errors are a ConfigError each, and where nothing is
+    abbreviated."""
 
-    Args:
-        verbs: verb -> what it is for.
-        flags_of: verb -> its own flags and what they mean; asked only where a flag is unknown.
-        probe: raise ``Probed`` in the place of parsing.
-    """
-
-    def __init__(
-        self, verb: str, verbs: Mapping[str, str], flags_of: Callable[[str], Mapping[str, str]], probe: bool = False
-    ) -> None:
-        super().__init__(
-            prog=f"flipproof {verb}",
-            description=verbs[verb],
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+    def __init__(self, name: str, verbs: Mapping[str, Verb]) -> None:
+        self.name, self.verbs, self.verb = name, verbs, verbs[name]
+        places = "".join(
+            f" [{argument.options['metavar']}]" if argument.options.get("nargs") else f" {argument.options['metavar']}"
+            for argument in self.verb.arguments
+            if not argument.name.startswith("-")
         )
-        self.verb, self.verbs, self.flags_of, self.probe = verb, verbs, flags_of, probe
-        self.takes_keys = False
+        examples = "".join(f"\n  {line}" for line in self.verb.examples)
+        super().__init__(
+            prog=f"flipproof {name}",
+            usage=f"flipproof {name}{places} [flags]",
+            description=f"{self.verb.what}{examples and chr(10)}{examples}",
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
+        )
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
+        for argument in self.verb.arguments:
+            self.add_argument(argument.name, help=argument.help.replace("%", "%%"), **argument.options)
+        more = "This; --help all has every key as well." if self.verb.keys else "This."
+        self.add_argument("-h", "--help", action=_Help, nargs="?", metavar="all", help=more)
+        self.add_argument("--help-all", action=_Help, nargs=0, help=argparse.SUPPRESS)
 
-    def add_keys(self) -> None:
-        """Have the help say that keys of a config are flags as well."""
-        self.takes_keys = True
-        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="This, and every key with its meaning.")
+    def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
+        """(the verb's own arguments, section -> key -> text of the config's keys).
 
-    def format_help(self) -> str:
-        if self.takes_keys:
-            self.epilog = sections_help()
-        return super().format_help()
-
-    def own_flags(self) -> dict[str, str]:
-        """Flag -> what it means."""
-        return {flag: action.help or "" for action in self._actions for flag in action.option_strings}
-
-    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        flags = self.own_flags()
-        if self.probe:
-            raise Probed(flags)
-        problems = [
-            f"{flag}: unknown flag{self._meant(flag)}"
-            for argument in args[: args.index("--") if "--" in args else None]
-            if _is_flag(argument) and (flag := argument.partition("=")[0]) not in flags
-        ]
+        Raises:
+            ConfigError: with what is wrong about flags, or else about arguments.
+        """
+        overrides, rest = split_overrides(list(argv), self.verb.words()) if self.verb.keys else ({}, list(argv))
+        own = {flag: argument.name for flag, argument in self.verb.flags.items() if not argument.key}
+        own |= {word: f"--{flag}" for flag, words in aliases.FLAGS.items() if flag in own for word in words}
+        own |= {"help": "--help", "help_all": "--help-all", "h": "-h"}
+        problems = []
+        end = rest.index("--") if "--" in rest else len(rest)
+        for place, argument in enumerate(rest[:end]):
+            flag, equals, value = argument.partition("=")
+            if not re.fullmatch(r"--?[A-Za-z]\S*", flag):
+                continue
+            if plain(flag) in own and (flag.startswith("--") or flag == "-h"):
+                rest[place] = own[plain(flag)] + equals + value
+            else:
+                problems.append(f"{flag}: unknown flag{self._meant(flag)}")
         if problems:
             raise ConfigError(problems)
-        return super().parse_args(args, namespace)
+        return self.parse_intermixed_args(rest), overrides
 
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())
         if extra := re.fullmatch(r"unrecognized arguments: (.*)", text):
-            model = f"; did you mean --model.hf_model_path {extra[1]}?" if self.takes_keys else ""
-            text = f"{extra[1]}: not expected here{model}"
+            text = f"{extra[1]}: not expected here"
         elif missing := re.fullmatch(r"the following arguments are required: (.*)", text):
             text = f"{missing[1]} is missing"
         elif value := re.fullmatch(r"argument ([^\s/:]+)\S*: (.*)", text):
@@ -86,38 +126,26 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, flag: str) -> str:
         """The end of a message about an unknown flag."""
-        word = flag.lstrip("-")
-        plain = word.replace("-", "_").lower()
-        own = {name.lstrip("-").replace("-", "_"): name for name in self.own_flags()}
-        if plain in own:
-            return f"; did you mean {own[plain]}?"
-        if plain in SECTIONS and self.takes_keys:
-            keys = ", ".join(f"--{plain}.{key}" for key in field_names(SECTIONS[plain])[:3])
-            return f"; name a key of the table ({keys}, …), or give a file that holds the table to --config"
-        if plain in ("output", "output_dir", "out_dir", "save_dir", "save_path") and "to" in own:
-            return "; did you mean --to?"
-        if plain in ("config_file", "transform_cfg", "bitflip_config", "cfg") and self.takes_keys:
-            return "; did you mean --config?"
-        others = [verb for verb in self.verbs if verb != self.verb and plain in _plain(self.flags_of(verb))]
-        if plain in self.verbs:
+        word, keys = plain(flag), self.verb.keys
+        answer = aliases.ANSWERS.get(word) if keys else None
+        if word in SECTIONS and keys:
+            names = ", ".join(f"--{word}.{key}" for key in field_names(SECTIONS[word])[:3])
+            tables = f"name a key of the table ({names}, …), or give a file that holds the table to --config"
+            return f"; {tables}" + (f"; {answer}" if answer else "")
+        others = [name for name, verb in self.verbs.items() if name != self.name and word in verb.flags]
+        if word in self.verbs:
             where = f"; it belongs to {' and '.join(others)}" if others else ""
-            return f"{where}; flipproof {plain} is a verb: {self.verbs[plain]}"
-        meant = [f"--{key}" for key in keys_meant(plain)] if self.takes_keys else []
-        exact = self.takes_keys and is_named(plain)
+            return f"{where}; flipproof {word} is a verb: {self.verbs[word].what}"
+        if answer:
+            return f"; {answer}"
+        exact = bool(keys) and is_named(word)
         if others and not exact:
             return f"; it belongs to {' and '.join(others)}"
-        if near := nearest(plain, own) if not exact else None:
-            meant = [own[near]]
+        meant = [f"--{key}" for key in keys_meant(word)] if keys else []
+        if near := nearest(word, self.verb.flags) if not exact else None:
+            meant = [self.verb.flags[near].name]
         elsewhere = f" ({' and '.join(others)} has {flag})" if others else ""
         return f"; did you mean {' or '.join(meant)}?{elsewhere}" if meant else "; see --help"
-
-
-def _plain(flags: Iterable[str]) -> set[str]:
-    return {flag.lstrip("-").replace("-", "_") for flag in flags}
-
-
-def _is_flag(text: str) -> bool:
-    return bool(re.fullmatch(r"--?[A-Za-z][^\s=]*(=.*)?", text, re.DOTALL))
 
 
 class _Once(argparse.Action):
@@ -133,12 +161,14 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
-class _HelpAll(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+class _Help(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> NoReturn:
         assert isinstance(parser, Parser)
-        parser.takes_keys = False
-        describe_keys(parser)
-        parser.print_help()
+        in_full = option == "--help-all" or value == "all"
+        keys = (described_keys() if in_full else sections_help()) if parser.verb.keys else ""
+        print(parser.format_help() + (f"\n{keys}" if keys else ""), end="\n" if keys else "")
         parser.exit()
 
 

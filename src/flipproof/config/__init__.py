@@ -1,7 +1,8 @@
 """One run's configuration: its keys (``schema.py``), what a value may be (``values.py``), how files (``read.py``)
-and flags (``flags.py``) become it, and what was meant by a name that nobody knows (``names.py``)."""
+and flags (``flags.py``) become it, and what was meant by a name that nobody knows (``names.py``),
+which other tools may (``aliases.py``)."""
 
-from flipproof.config.flags import describe_keys, sections_help, split_overrides, warn_of_two
+from flipproof.config.flags import described_keys, sections_help, split_overrides, warn_of_two
 from flipproof.config.read import load_config, load_written, preset_names, preset_text
 from flipproof.config.schema import (
     SECTIONS,
@@ -25,7 +26,7 @@ __all__ = [
     "ParallelismConfig",
     "RunConfig",
     "TrainingConfig",
-    "describe_keys",
+    "described_keys",
     "load_config",
     "load_written",
     "preset_names",

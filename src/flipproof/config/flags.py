@@ -1,14 +1,16 @@
-"""Every key of a config as a flag, ``--section.key``: what ``--help-all`` says of it, and what a command line sets."""
+"""Every key of a config as a flag, ``--section.key``: what the help says of it, and what a command line sets."""
 
-import argparse
 import dataclasses
 import logging
+import textwrap
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import docstring_parser
 
-from flipproof.config.names import keys_meant, nearest
+from flipproof.config import aliases
+from flipproof.config.names import keys_meant, nearest, plain
 from flipproof.config.schema import SECTIONS
 from flipproof.config.values import described, shown
 from flipproof.errors import ConfigError
@@ -16,22 +18,25 @@ from flipproof.errors import ConfigError
 logger = logging.getLogger("flipproof")
 
 
-def describe_keys(parser: argparse.ArgumentParser) -> None:
-    """Add every key to the parser's help: its docstring, which values are allowed, and the default."""
-    parser.usage = parser.format_usage().removeprefix("usage: ")  # without a hundred more flags
-    for name, section in SECTIONS.items():
-        meanings = {param.arg_name: param.description for param in _documented(section).params}
-        group = parser.add_argument_group(f"[{name}] {_purpose(section).rstrip('.')}")
-        for field in dataclasses.fields(section):
-            default = "" if (value := _default(field)) in (None, (), {}) else f" [{value}]"
-            text = f"{meanings[field.name]}{default}".replace("`", "").replace("%", "%%")
-            group.add_argument(f"--{name}.{field.name}", metavar=_values(field.type), help=text)
+def described_keys(sections: Iterable[str] = tuple(SECTIONS), only: str = "") -> str:
+    """The keys of sections, or ``only`` one of them: each as a flag with its type, its meaning and its default."""
+    lines = []
+    for name in sections:
+        lines += ["", f"[{name}] {_purpose(SECTIONS[name]).rstrip('.')}"]
+        meanings = {param.arg_name: param.description for param in _documented(SECTIONS[name]).params}
+        for field in dataclasses.fields(SECTIONS[name]):
+            if only in ("", field.name):
+                default = "" if (value := _default(field)) in (None, (), {}) else f" [{value}]"
+                text = f"{meanings[field.name]}{default}".replace("`", "")
+                lines.append(f"  --{name}.{field.name} {_values(field.type)}")
+                lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:])
 
 
 def sections_help() -> str:
     """A line for each table of a config."""
     lines = [f"  --{name}.…".ljust(18) + _purpose(section) for name, section in SECTIONS.items()]
-    return "Keys of a config are flags too (--training.lr 1e-4). --help-all says what each means:\n" + "\n".join(lines)
+    return "keys of a config are flags too (flipproof keys [SECTION] says what each means):\n" + "\n".join(lines)
 
 
 def _purpose(section: type) -> str:
@@ -52,8 +57,11 @@ def _values(declared: Any) -> str:
     return kinds.split(" of ")[0].split(", such")[0].replace("a ", "").replace(" | ", "|")
 
 
-def split_overrides(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """(section -> key -> text, the other arguments) of a command line, where ``--section.key`` names a config key.
+def split_overrides(
+    argv: list[str], words: Mapping[str, str] | None = None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(section -> key -> text, the other arguments) of a command line, where ``--section.key`` names a config key, and
+    so does each of the ``words``, which are spelled as ``plain`` has them. A truth value without a value is true.
 
     Raises:
         ConfigError: for flags of no section, or without a value.
@@ -65,12 +73,16 @@ def split_overrides(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[st
     while waiting:
         argument = waiting.pop(0)
         flag, equals, value = argument.partition("=")
-        section, dot, key = flag.removeprefix("--").partition(".")
+        section, dot, key = (words or {}).get(plain(flag), flag.removeprefix("--").replace("-", "_")).partition(".")
+        if argument == "--":
+            return overrides, [*rest, argument, *waiting]
         if not (flag.startswith("--") and dot):
             rest.append(argument)
             continue
         if not equals and waiting and not waiting[0].startswith("--"):
             value = waiting.pop(0)
+        elif not equals and _is_truth(section, key):
+            value = "true"
         if section not in SECTIONS:
             problems.append(f"{flag}: unknown flag{_near_section(section, key)}")
         elif not value:
@@ -84,6 +96,12 @@ def split_overrides(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[st
     return overrides, rest
 
 
+def _is_truth(section: str, key: str) -> bool:
+    """Whether a key is true or false, so that its flag may be a switch."""
+    fields = dataclasses.fields(SECTIONS[section]) if section in SECTIONS else ()
+    return any(field.name == key and bool in (field.type, *get_args(field.type)) for field in fields)
+
+
 def warn_of_two(flag: str, first: object, last: object) -> None:
     """Scripts append flags to those that they have, so that is no error; but it may be a slip."""
     if first != last:
@@ -91,6 +109,8 @@ def warn_of_two(flag: str, first: object, last: object) -> None:
 
 
 def _near_section(section: str, key: str) -> str:
+    if answer := aliases.ANSWERS.get(key):
+        return f"; {answer}"
     if meant := keys_meant(key):
         return f"; did you mean {' or '.join(f'--{name}' for name in meant)}?"
     near = nearest(section, SECTIONS)

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from flipproof.faults.spec import OPERANDS, BitFlipSpec, Operand
 
 MAX_SEEDS = 1_000_000
@@ -113,6 +111,8 @@ def _probabilities(item: str) -> list[float]:
             high, n = float(more[0]), int(more[1])
             if len(more) != 2 or not 2 <= n <= _MOST_VALUES or not 0 < low < high:
                 raise ValueError
+            import numpy as np  # which takes as long to import as all else of a config
+
             # rounded, so that all machines have the same numbers, and 1e-05 for what is nearly that
             values = [low, *(float(f"{p:.12g}") for p in np.geomspace(low, high, n)[1:-1].tolist()), high]
     except (ValueError, IndexError):

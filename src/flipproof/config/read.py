@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from flipproof.config.aliases import VALUES
 from flipproof.config.names import near_key, near_table, nearest
 from flipproof.config.schema import SECTIONS, RunConfig
 from flipproof.config.values import convert, parse_yaml, shown
@@ -181,7 +182,8 @@ def _checked_values(name: str, section: type, values: Mapping[str, Any]) -> tupl
             problems.append(f"{name}.{key}: unknown key{near_key(key, name)}")
             continue
         try:
-            good[key] = convert(value, types[key])
+            same = VALUES.get(f"{name}.{key}", {})
+            good[key] = convert(same.get(value, value) if isinstance(value, str) else value, types[key])
         except ValueError as allowed:
             seen = "is empty" if value == "" else f"= {shown(value)}"
             problems.append(f"{name}.{key} {seen}: {allowed} is allowed")

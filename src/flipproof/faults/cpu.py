@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flipproof.faults.draw import Draw
 from flipproof.faults.guard import guard_, guard_bits
 from flipproof.faults.philox import BALLS, COINS, COUNTS, DIGITS, MAX_BLOCK, Words, check_tick, counter, philox
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan
@@ -20,35 +21,26 @@ _CHUNK_BALLS = 1 << 14  # temporaries of one chunk stay in the cache
 _CHUNK_DENSE_BLOCKS = 32
 
 
-def flip(x: torch.Tensor, grad: torch.Tensor | None, *draw: Any) -> torch.Tensor:
+def flip(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> torch.Tensor:
     """guard(flip(x)) as a contiguous tensor; the arguments are those of ``flip_``."""
     y = x.clone(memory_format=torch.contiguous_format)
-    flip_(y, grad, *draw)
+    flip_(y, grad, draw)
     return y
 
 
-def flip_(
-    x: torch.Tensor,
-    grad: torch.Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: torch.Tensor,
-    tick: torch.Tensor,
-    offset: int,
-) -> None:
+def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
     """Invert bits of a contiguous CPU tensor in place, then guard it.
 
-    ``offset`` is the index of its first element in the whole tensor. ``grad``, where given, is a contiguous
-    tensor of the same shape that becomes 0 where the guard zeroed the value.
+    ``grad``, where given, is a contiguous tensor of the same shape that becomes 0 where the guard zeroed the value.
     """
-    key_number, tick_number = int(key), int(tick)
+    zero_out_t, offset = draw.zero_out_t, draw.offset
+    key_number, tick_number = int(draw.key), int(draw.tick)
     check_tick(tick_number)
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
     if x.numel() == 0:
         return
-    plan = flip_plan(x.dtype, p_exp, p_frac)
+    plan = flip_plan(x.dtype, draw.p_exp, draw.p_frac)
     flat = x.detach().view(-1)
     bits = flat.view(torch.int32 if plan.element_bits == 32 else torch.int16).numpy().view(plan.unsigned)
     in_range = zero_out_t is not None and _all_below(flat, zero_out_t)
@@ -75,14 +67,14 @@ def merge(
     lora_B: torch.Tensor,
     scaling: float,
     zeroed: torch.Tensor | None,
-    *draw: Any,
+    draw: Draw,
 ) -> torch.Tensor:
     """guard(flip(W + scaling·B·A)) in W's dtype, the product in the adapters'.
 
     weight (out, in), lora_A (r, in), lora_B (out, r). ``zeroed``, where given, is as ``new_zeroed`` made it and then
     says what the guard zeroed.
     """
-    return merge_by(flip_, weight, lora_A, lora_B, scaling, zeroed, *draw)
+    return merge_by(flip_, weight, lora_A, lora_B, scaling, zeroed, draw)
 
 
 def merge_by(
@@ -92,16 +84,16 @@ def merge_by(
     lora_B: torch.Tensor,
     scaling: float,
     zeroed: torch.Tensor | None,
-    *draw: Any,
+    draw: Draw,
 ) -> torch.Tensor:
     """``merge`` on any device, with what flips there."""
     with torch.autocast(weight.device.type, enabled=False):  # which forward may run in, but not backward
         y = torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=scaling).to(weight.dtype)
     if zeroed is None:
-        flip_in_place(y, None, *draw)
+        flip_in_place(y, None, draw)
     else:
         kept = torch.ones_like(zeroed)
-        flip_in_place(y, kept, *draw)
+        flip_in_place(y, kept, draw)
         torch.logical_not(kept, out=zeroed)
     return y
 
@@ -111,7 +103,7 @@ def new_zeroed(weight: torch.Tensor, _p_exp: float, _p_frac: float) -> torch.Ten
     return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
 
 
-def take_back(
+def zeroed_correction(
     zeroed: torch.Tensor,
     grad_y: torch.Tensor,
     x: torch.Tensor,
@@ -125,7 +117,7 @@ def take_back(
     """
     out, column = zeroed.nonzero(as_tuple=True)
     if len(out) > sum(zeroed.shape) // 4:  # dearer one by one than all at once
-        return take_back_dense(zeroed, grad_y, x, lora_A, lora_B, scaling)
+        return zeroed_correction_dense(zeroed, grad_y, x, lora_A, lora_B, scaling)
     more_A, more_B = (torch.zeros_like(adapter, dtype=torch.float64) for adapter in (lora_A, lora_B))
     for o, i in zip(out.split(256), column.split(256), strict=True):  # the gathered columns stay small
         g = torch.linalg.vecdot(grad_y[:, o].T, x[:, i].T).double() * -scaling  # (zeroed,)
@@ -134,7 +126,7 @@ def take_back(
     return more_A, more_B
 
 
-def take_back_dense(
+def zeroed_correction_dense(
     zeroed: torch.Tensor,
     grad_y: torch.Tensor,
     x: torch.Tensor,
@@ -142,7 +134,7 @@ def take_back_dense(
     lora_B: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``take_back`` by the full gradient of the weight, on any device; ``zeroed`` is a mask."""
+    """``zeroed_correction`` by the full gradient of the weight, on any device; ``zeroed`` is a mask."""
     full = (grad_y.T @ x).masked_fill_(~zeroed, 0).to(lora_A.dtype)
     return (lora_B.T @ full).double() * -scaling, (full @ lora_A.T).double() * -scaling
 

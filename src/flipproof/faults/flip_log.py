@@ -1,6 +1,6 @@
 """A log of what was flipped, and a run replayed from it.
 
-Both are a ``Tap``: something that stands in for the flips of a model (``FaultState.tap``). ``FlipCount`` lets the draw
+Both are a ``FlipHook``, which stands in for the flips of a model (``FaultState.flip_hook``). ``FlipCount`` lets the draw
 happen and compares the tensor before and after; ``FlipLog`` writes the difference as well; ``Replay`` draws nothing and
 does to each tensor what the log says, so a run ends with the same bits, on a machine that draws otherwise, too, or
 after lines were taken out or put in to ask what single flips did.
@@ -31,16 +31,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
+from flipproof.faults.draw import Draw
 from flipproof.faults.dtypes import INTEGERS, dtype_name
 from flipproof.faults.inject import fault_state
-from flipproof.faults.spec import Pattern
-from flipproof.faults.state import Tap
+from flipproof.faults.op import apply_draw
+from flipproof.faults.state import FlipHook
 from flipproof.files import check_new, claimed, clear_dead, named, temporary_name
 from flipproof.log import logger
 from flipproof.records import sealed, unsealed
@@ -52,14 +53,14 @@ _KEYS = {*_ALLOWED, "bit"}
 
 
 @contextmanager
-def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
-    """Within the block all flips of the model go through ``tap``. Its blocks must not be compiled."""
+def hooked(model: nn.Module, hook: FlipHook) -> Iterator[None]:
+    """Within the block all flips of the model go through ``hook``. Its blocks must not be compiled."""
     state = fault_state(model)
-    state.tap = tap
+    state.flip_hook = hook
     try:
         yield
     finally:
-        state.tap = None
+        state.flip_hook = None
 
 
 class FlipCount:
@@ -71,25 +72,26 @@ class FlipCount:
         self.zeroed: Counter[str] = Counter()
         """Operand -> values that guard or protection zeroed."""
 
-    def __call__(self, name: str, x: Tensor, draw: tuple[Any, ...]) -> Tensor:
+    def __call__(self, name: str, x: Tensor, draw: Draw) -> Tensor:
         """Flip, and look."""
-        p_exp, p_frac, zero_out_t, *rest = draw
-        y = torch.ops.flipproof.flip.default(x, *draw)
-        unguarded = y if zero_out_t is None else torch.ops.flipproof.flip.default(x, p_exp, p_frac, None, *rest)
+        y = apply_draw(x, draw)
+        unguarded = y if draw.zero_out_t is None else apply_draw(x, draw._replace(zero_out_t=None))
         before, after, between = _bits(x), _bits(y), _bits(unguarded)
         index = ((before != after) | (before != between)).nonzero()[:, 0]
         before, after, between = before[index], after[index], between[index]
         bits, zeroed = before ^ between, after != between
-        if Pattern.decode(rest[3]).protection != "none":  # which zeroes whole values: that flips no bits
+        if (
+            draw.stored is not None and draw.stored.protection != "none"
+        ):  # which zeroes whole values: that flips no bits
             lost = (between == 0) & (before != 0)
             bits, zeroed = torch.where(lost, 0, bits), zeroed | lost
         operand = name.rpartition("/")[2]
         self.flipped_bits[operand] += int(sum((bits >> bit & 1).sum() for bit in range(x.dtype.itemsize * 8)))
         self.zeroed[operand] += int(zeroed.sum())
-        self.note(name, draw, x.dtype, _Changes(index, bits, zeroed, before, after))
-        return cast(Tensor, y)
+        self.changed(name, draw, x.dtype, _Changes(index, bits, zeroed, before, after))
+        return y
 
-    def note(self, name: str, draw: tuple[Any, ...], dtype: torch.dtype, changes: "_Changes") -> None:
+    def changed(self, name: str, draw: Draw, dtype: torch.dtype, changes: "_Changes") -> None:
         """Called with what each flip did."""
 
 
@@ -156,8 +158,8 @@ class FlipLog(FlipCount):
         with named(self.path):
             self._file.write(json.dumps(sealed(line), allow_nan=False) + "\n")
 
-    def note(self, name: str, draw: tuple[Any, ...], dtype: torch.dtype, changes: _Changes) -> None:
-        tick, offset = int(draw[4]), int(draw[5])
+    def changed(self, name: str, draw: Draw, dtype: torch.dtype, changes: _Changes) -> None:
+        tick, offset = int(draw.tick), draw.offset
         numbers = (_numbers(changes.before, dtype), _numbers(changes.after, dtype))
         columns = (column.tolist() for column in changes._replace(places=changes.places + offset))
         for where, flipped, gone, old_bits, new_bits, old, new in zip(*columns, *numbers, strict=True):
@@ -244,14 +246,14 @@ class Replay:
         mask ^= 0 if bit is None else 1 << bit
         place[entry["index"]] = _Place(mask, zeroed or entry["zeroed"], entry["before_bits"])
 
-    def __call__(self, name: str, x: Tensor, draw: tuple[Any, ...]) -> Tensor:
+    def __call__(self, name: str, x: Tensor, draw: Draw) -> Tensor:
         """``x`` with what the log says done to it.
 
         Raises:
             ConfigError: where ``x`` is a weight and holds something else than the log says, or lacks a bit.
         """
         y = x.clone(memory_format=torch.contiguous_format)
-        tick, offset, operand = int(draw[4]), int(draw[5]), name.rpartition("/")[2]
+        tick, offset, operand = int(draw.tick), draw.offset, name.rpartition("/")[2]
         logged = self._places.get((name, tick), {})
         here = [(i - offset, *place) for i, place in logged.items() if 0 <= i - offset < y.numel()]
         if not here:

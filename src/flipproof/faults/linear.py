@@ -7,7 +7,7 @@ where r > 0.
 
 **Backward** draws the flips again, since a draw is a function of its key: what is kept between forward and backward
 is X, W, A and B, as for a clean LoRA layer. (Where activation checkpointing runs forward again just before backward,
-that run's W̃ is kept for it: ``recomputed``.) Write X̃ and W̃ for the operands after flip and guard, dY for the
+that run's W̃ is kept for it: ``checkpointed``.) Write X̃ and W̃ for the operands after flip and guard, dY for the
 incoming gradient and ⊙ keep for zeroing what the guard zeroed. Then
 
     dX = (dY · W̃) ⊙ keep_x        dW = (dYᵀ · X̃) ⊙ keep_w        dA = s · Bᵀ · dW        dB = s · dW · Aᵀ
@@ -20,16 +20,17 @@ that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a layer on a G
 (``benchmarks/README.md``).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flipproof.dtensor import assign_, local, whole
+from flipproof.faults.draw import Draw, draw_of, key_of_run, run_name
 from flipproof.faults.philox import derive_key
 from flipproof.faults.spec import BitFlipSpec, Fault, LoraSpec
-from flipproof.faults.state import FaultSite, FaultState, draw_of, key_of_run, run_name
+from flipproof.faults.state import FaultSite, FaultState
 
 ops = torch.ops.flipproof
 
@@ -60,7 +61,7 @@ class FaultyLinear(FaultSite, nn.Linear):
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
-    recomputed = False
+    checkpointed = False
     """Whether activation checkpointing is around this layer, so that what forward saves lives for a moment only."""
 
     def __init__(
@@ -155,33 +156,28 @@ class FaultyLinear(FaultSite, nn.Linear):
         if not (x_fault.active or w_fault.active or lora_A is not None):
             return F.linear(x, weight, bias)
         run, x_offset = self.next_run(), state.slice * x.numel()
-        if state.tap is not None:
+        x_draw = self._draw(x_fault, self.x_key, x, x_offset, run)
+        w_draw = self._draw(w_fault, self.w_key, x, 0, run)
+        if state.flip_hook is not None:
             if lora_A is not None:
-                weight = ops.merge(
-                    weight, lora_A, lora_B, self.lora.scaling, *draw_of(Fault(), self.w_key, state.tick, 0)
-                )
-            flipped_x = self._flipped("x", x, x_fault, self.x_key, x_offset, run)
-            return F.linear(flipped_x, self._flipped("w", weight, w_fault, self.w_key, 0, run), bias)
-        keys = key_of_run(self.x_key, x_fault, run), key_of_run(self.w_key, w_fault, run)
-        # on x's device already, unless parameters are offloaded
-        x_key, w_key, tick = (t.to(x.device) for t in (*keys, state.tick))
-        y: Tensor = _FaultyMatmul.apply(
-            x,
-            weight,
-            bias,
-            lora_A,
-            lora_B,
-            self.lora.scaling,
-            x_fault,
-            x_key,
-            x_offset,
-            w_fault,
-            w_key,
-            tick,
-            state.exact_gradient,
-            self.recomputed and torch.is_grad_enabled(),
-        )
+                clean = self._draw(Fault(), self.w_key, x, 0, 0)
+                weight = ops.merge(weight, lora_A, lora_B, self.lora.scaling, *clean.arguments)
+            if x_fault.active:
+                x = state.flip_hook(self.draw_name("x", run), x, x_draw)
+            if w_fault.active:
+                weight = state.flip_hook(self.draw_name("w", run), weight, w_draw)
+            return F.linear(x, weight, bias)
+        product = _Product(
+            self.lora.scaling, x_fault.active, w_fault.active, state.exact_gradient,
+            self.checkpointed and torch.is_grad_enabled(),
+        )  # fmt: skip
+        y: Tensor = _FaultyMatmul.apply(x, weight, bias, lora_A, lora_B, x_draw, w_draw, product)
         return y
+
+    def _draw(self, fault: Fault, key: Tensor, x: Tensor, offset: int, run: int) -> Draw:
+        """Key and tick are on x's device already, unless parameters are offloaded."""
+        key, tick = key_of_run(key, fault, run).to(x.device), self.state.tick.to(x.device)
+        return draw_of(fault, key, tick, offset, x.dtype)
 
     def extra_repr(self) -> str:
         lora = f", r={self.lora.r}, lora_alpha={self.lora.lora_alpha}" if self.lora.r else ""
@@ -195,11 +191,25 @@ def _fault_repr(fault: Fault) -> str:
     return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{pattern})"
 
 
-def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: tuple[Any, ...]) -> Tensor:
+def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: Draw) -> Tensor:
     """x̃ as forward had it, drawn again ``after`` a gradient has arrived, so that no compiler keeps forward's for it.
     ``grad``, where given, becomes 0 where the guard zeroed."""
-    y: Tensor = ops.flip_again(x, after, *draw) if grad is None else ops.flip_grad_(x, grad, after, *draw)
+    arguments = draw.arguments
+    y: Tensor = ops.flip_again(x, after, *arguments) if grad is None else ops.flip_grad_(x, grad, after, *arguments)
     return y
+
+
+class _Product(NamedTuple):
+    """How a faulty product is made."""
+
+    scaling: float
+    """Of the adapters."""
+    flips_x: bool
+    flips_w: bool
+    exact: bool
+    """Whether the adapters' gradients leave out the weights that the guard zeroed."""
+    checkpointed: bool
+    """Whether what forward saves lives for a moment only."""
 
 
 class _FaultyMatmul(torch.autograd.Function):
@@ -213,63 +223,57 @@ class _FaultyMatmul(torch.autograd.Function):
         bias: Tensor | None,
         lora_A: Tensor | None,  # (r, in)
         lora_B: Tensor | None,  # (out, r)
-        scaling: float,
-        x_fault: Fault,
-        x_key: Tensor,
-        x_offset: int,
-        w_fault: Fault,
-        w_key: Tensor,
-        tick: Tensor,
-        exact: bool,
-        recomputed: bool,
+        x_draw: Draw,
+        w_draw: Draw,
+        product: _Product,
     ) -> Tensor:
         need_w, _, need_A, need_B = ctx.needs_input_grad[1:5]
-        ctx.take_back = w_fault.zeroes and exact and (need_A or need_B) and not need_w
-        ctx.scaling, ctx.x_fault, ctx.x_offset, ctx.w_fault = scaling, x_fault, x_offset, w_fault
-        x_draw = draw_of(x_fault, x_key, tick, x_offset)
-        w_draw = draw_of(w_fault, w_key, tick, 0)
+        ctx.corrects = w_draw.zeroes and product.exact and (need_A or need_B) and not need_w
+        ctx.x_draw, ctx.w_draw, ctx.product = x_draw, w_draw, product
         flipped_x, flipped_w, merged, zeroed = x, weight, None, None
-        if x_fault.active:
-            flipped_x = ops.flip(x, *x_draw)
-        if lora_A is not None and recomputed and not need_w:
-            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, x, ctx.take_back, *w_draw)
+        if product.flips_x:
+            flipped_x = ops.flip(x, *x_draw.arguments)
+        if lora_A is not None and product.checkpointed and not need_w:
+            flipped_w, zeroed = ops.merge_grad(
+                weight, lora_A, lora_B, product.scaling, x, ctx.corrects, *w_draw.arguments
+            )
             merged = flipped_w
         elif lora_A is not None:
-            flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *w_draw)
-        elif w_fault.active:
-            flipped_w = ops.flip(weight, *w_draw)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed)
+            flipped_w = ops.merge(weight, lora_A, lora_B, product.scaling, *w_draw.arguments)
+        elif product.flips_w:
+            flipped_w = ops.flip(weight, *w_draw.arguments)
+        keys = (x_draw.key, w_draw.key, w_draw.tick)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, *keys, merged, zeroed)
         return F.linear(flipped_x, flipped_w, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed = ctx.saved_tensors
+        x_draw, w_draw = ctx.x_draw._replace(key=x_key, tick=tick), ctx.w_draw._replace(key=w_key, tick=tick)
+        scaling, flips_x, flips_w, *_ = ctx.product
         need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
-        x_draw = draw_of(ctx.x_fault, x_key, tick, ctx.x_offset)
-        w_draw = draw_of(ctx.w_fault, w_key, tick, 0)
-        zeroes_w = ctx.w_fault.zeroes
-        scaling = ctx.scaling
 
         flipped_w, kept = weight, None
         if need_w:
             if lora_A is not None:
-                flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *draw_of(Fault(), w_key, tick, 0))
-            if zeroes_w:
+                clean = Draw(0.0, 0.0, None, w_key, tick, 0)
+                flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *clean.arguments)
+            if w_draw.zeroes:
                 kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-            if ctx.w_fault.active:
+            if flips_w:
                 flipped_w = _flip_again(flipped_w, kept, grad_y, w_draw)
         elif merged is not None:
             flipped_w = merged
         elif lora_A is not None:
-            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, ctx.take_back, *w_draw)
-        elif ctx.w_fault.active:
+            flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, ctx.corrects, *w_draw.arguments)
+        elif flips_w:
             flipped_w = _flip_again(weight, None, grad_y, w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
         flipped_x = x
-        if ctx.x_fault.active:
+        if flips_x:
             flipped_x = _flip_again(x, grad_x, grad_y, x_draw)
         flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:
@@ -286,7 +290,7 @@ class _FaultyMatmul(torch.autograd.Function):
             a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
             grad_A = ((grad_y @ b).T @ flipped_x).to(lora_A.dtype) * scaling
             grad_B = (grad_y.T @ (flipped_x @ a.T)).to(lora_B.dtype) * scaling
-            if ctx.take_back:
-                more_A, more_B = ops.take_back(zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
+            if ctx.corrects:
+                more_A, more_B = ops.zeroed_correction(zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
                 grad_A, grad_B = (grad_A + more_A).to(lora_A.dtype), (grad_B + more_B).to(lora_B.dtype)
-        return grad_x, grad_w, grad_bias, grad_A, grad_B, *(None,) * 9
+        return grad_x, grad_w, grad_bias, grad_A, grad_B, None, None, None

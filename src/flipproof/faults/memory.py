@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flipproof.faults.cpu import merge_by, new_zeroed
-from flipproof.faults.dtypes import dtype_name
+from flipproof.faults.draw import Draw
 from flipproof.faults.guard import guard_bits, magnitude_bits
 from flipproof.faults.philox import (
     CHECK_COUNTS,
@@ -60,7 +60,7 @@ from flipproof.faults.philox import (
     check_tick,
 )
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, poisson_cdf
-from flipproof.faults.spec import SECDED_CHECK_BITS, Pattern
+from flipproof.faults.spec import SECDED_CHECK_BITS, Stored
 
 _BANDS = 21
 _CHUNK = {"cpu": BLOCK << 8, "cuda": BLOCK << 12}
@@ -121,43 +121,33 @@ def _below(ascending: Tensor, limit: int) -> int:
     return int(torch.searchsorted(ascending, limit))
 
 
-def flip(x: Tensor, grad: Tensor | None, *draw: Any) -> Tensor:
+def flip(x: Tensor, grad: Tensor | None, draw: Draw) -> Tensor:
     """guard(flip(x)) as a contiguous tensor; the arguments are those of ``flip_``."""
     y = x.clone(memory_format=torch.contiguous_format)
-    flip_(y, grad, *draw)
+    flip_(y, grad, draw)
     return y
 
 
-def flip_(
-    x: Tensor,
-    grad: Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
-    pattern: str,
-) -> None:
+def flip_(x: Tensor, grad: Tensor | None, draw: Draw) -> None:
     """Invert bits of a contiguous tensor in place, zero what protection and guard zero.
 
-    The arguments are those of ``reference.flip_``, and ``Pattern.encode()``. Waits for the device.
+    The arguments are those of ``cpu.flip_``. Waits for the device.
     """
     if x.numel() == 0:
         return
-    fault = Pattern.decode(pattern)
-    tick_number = 0 if fault.persistent else check_tick(int(tick))
+    stored, key, offset, zero_out_t = draw.stored, draw.key, draw.offset, draw.zero_out_t
+    assert stored is not None
+    tick = 0 if stored.persistent else check_tick(int(draw.tick))
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK - 1:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
-    rates, where = (p_exp, p_frac, pattern), (x.dtype, x.device, offset)
-    kept = _kept_maps.get(key, where, rates) if fault.persistent else None
+    where = (x.dtype, x.device, offset)
+    kept = _kept_maps.get(key, where, stored) if stored.persistent else None
     if kept is None or kept.length < x.numel():
         # What has grown is drawn to the end of its last block, for a cache grows by a token each time.
         count = x.numel() if kept is None else -(-x.numel() // BLOCK) * BLOCK
-        p_bits = fault.bit_probabilities(p_exp, p_frac, dtype_name(x.dtype))
-        kept = _Memory(fault, p_bits, int(key), tick_number, x.device).flips(offset, count)
-        if fault.persistent:
-            _kept_maps.put(key, where, rates, kept)
+        kept = _Memory(stored, int(key), tick, x.device).flips(offset, count)
+        if stored.persistent:
+            _kept_maps.put(key, where, stored, kept)
     flips = kept.first(x.numel())
     flat, flat_grad = x.detach().view(-1), None if grad is None else grad.view(-1)
     flips.apply(flat.view(_INTEGERS[x.dtype.itemsize * 8]))
@@ -171,16 +161,16 @@ def flip_(
 
 
 def merge(weight: Tensor, *rest: Any) -> Tensor:
-    """guard(flip(W + scaling·B·A)); the arguments are those of ``reference.merge``."""
+    """guard(flip(W + scaling·B·A)); the arguments are those of ``cpu.merge``."""
     return merge_by(flip_, weight, *rest)
 
 
 class _Memory:
     """The memory that holds one operand of one layer during one draw."""
 
-    def __init__(self, fault: Pattern, p_bits: tuple[float, ...], key: int, tick: int, device: torch.device) -> None:
-        self.fault, self.p_bits, self.key, self.tick, self.device = fault, p_bits, key, tick, device
-        self.bits = len(p_bits)
+    def __init__(self, stored: Stored, key: int, tick: int, device: torch.device) -> None:
+        self.stored, self.p_bits, self.key, self.tick, self.device = stored, stored.p_bits, key, tick, device
+        self.bits = len(stored.p_bits)
         """Of an element."""
         self.per_word = 64 // self.bits
 
@@ -188,7 +178,7 @@ class _Memory:
         """What happens to ``count`` elements from ``offset`` on; indices count from there."""
         # whole words, since a decoder sees the neighbours
         begin, end = offset // self.per_word * self.per_word, -(-(offset + count) // self.per_word) * self.per_word
-        a_block = BLOCK * (math.fsum(self.p_bits) + self.fault.p_row * self.bits / 2)  # has so many wrong bits
+        a_block = BLOCK * (math.fsum(self.p_bits) + self.stored.p_row * self.bits / 2)  # has so many wrong bits
         chunk = min(_CHUNK.get(self.device.type, _CHUNK["cpu"]), BLOCK * max(1, int(_CHUNK_WRONG / max(a_block, 1))))
         index_dtype, mask_dtype = torch.int32 if count <= 2**31 else torch.int64, _INTEGERS[self.bits]
         parts = []
@@ -205,9 +195,9 @@ class _Memory:
         ``count`` elements from ``first`` on, which are whole words. Indices count from ``first``."""
         wrong = self._wrong(first, count)
         element, mask = _gather(wrong // self.bits, torch.ones_like(wrong) << wrong % self.bits)
-        if self.fault.protection == "secded":
+        if self.stored.protection == "secded":
             return self._secded(element, mask, first, count)
-        if self.fault.protection == "parity":
+        if self.stored.protection == "parity":
             check, _ = self._points(CHECK_COUNTS, CHECK_LEVELS, (self._check_rate(),), first, count)
             element, both = _gather(torch.cat([element, check]), torch.cat([mask, torch.ones_like(check) << self.bits]))
             found = _odd(both)
@@ -241,7 +231,7 @@ class _Memory:
 
     def _wrong(self, first: int, count: int) -> Tensor:
         """The wrong bits of ``count`` elements from ``first`` on: ascending addresses, in bits from ``first``."""
-        burst = self.fault.burst
+        burst = self.stored.burst
         rates = tuple(thresholds(p, burst) for p in self.p_bits)
         before = -(-(burst - 1) // self.bits)  # a burst may begin so many elements ahead
         element, plane = self._points(LEVEL_COUNTS, LEVELS, rates, first - before, count + before)
@@ -249,16 +239,16 @@ class _Memory:
         if burst > 1:
             address = (address[:, None] + torch.arange(burst, device=address.device)).flatten()
             address = address[(address >= 0) & (address < count * self.bits)]
-        if self.fault.p_row:
+        if self.stored.p_row:
             address = torch.cat([address, self._bad_rows(first, count)])
-        return torch.unique(address) if burst > 1 or self.fault.p_row else address
+        return torch.unique(address) if burst > 1 or self.stored.p_row else address
 
     def _bad_rows(self, first: int, count: int) -> Tensor:
         """Addresses of the bits that bad rows invert, in bits from element ``first``."""
-        length = self.fault.row_bytes * 8 // self.bits  # elements
+        length = self.stored.row_bytes * 8 // self.bits  # elements
         first_row, last_row = first // length, (first + count - 1) // length
         rows, _ = self._points(
-            ROW_COUNTS, ROW_LEVELS, (thresholds(self.fault.p_row, 1),), first_row, last_row - first_row + 1
+            ROW_COUNTS, ROW_LEVELS, (thresholds(self.stored.p_row, 1),), first_row, last_row - first_row + 1
         )
         words = length * self.bits // 32
         begin = (rows + first_row) * words  # 32-bit words of the whole tensor

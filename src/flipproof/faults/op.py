@@ -1,16 +1,17 @@
 """The flip as PyTorch operators: dispatch, fake tensors, autograd; and the two functions that users import.
 
 They live in the ``flipproof`` library namespace and run on the backend of their tensors: NumPy on a CPU, Triton on a
-GPU. What is not new, independent flips (a ``pattern``) is torch on both (``memory.py``).
+GPU. What is not new, independent flips (``draw.stored``) is torch on both (``memory.py``). Schemas know no ``Draw``, so
+an operator takes its ``arguments``.
 
 ``flip``        a new tensor
 ``flip_``       in place
 ``flip_again``  for backward: flips again, so that nothing need be kept
 ``flip_grad_``  the same, and zeroes a gradient in place where the guard zeroed the value
 ``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
-``merge_grad``  the same for backward, or from a forward that keeps it, and, where it is to be noted, which weights
+``merge_grad``  the same for backward, or from a forward that keeps it, and, where they are to be listed, which weights
                 the guard zeroed, as the backend likes to keep it
-``take_back``   what to add to the adapters' gradients to take out what those weights contributed
+``zeroed_correction``  what to add to the adapters' gradients so that those weights contribute nothing
 
 Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits
 for the device. Those for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
@@ -25,11 +26,16 @@ from torch import Tensor
 
 from flipproof.errors import ConfigError
 from flipproof.faults import cpu, memory
+from flipproof.faults.draw import Draw, draw_of
 from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.philox import derive_key, tick_problem
-from flipproof.faults.spec import Pattern, check_seed, probability_problem, threshold_problem
+from flipproof.faults.spec import Fault, Pattern, check_seed, probability_problem, threshold_problem
 
-_DRAW = "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset, str pattern=''"
+_STORED = "float[] p_bits=[], bool persistent=False, int burst=1, float p_row=0., int row_bytes=1024"
+_DRAW = (
+    "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset, "
+    f"{_STORED}, str protection='none'"
+)
 _MERGE = "Tensor weight, Tensor lora_A, Tensor lora_B, float scaling"
 _LIBRARY = torch.library.Library("flipproof", "DEF")
 _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
@@ -37,9 +43,10 @@ _LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
 _LIBRARY.define(f"flip_again(Tensor x, Tensor after, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!) grad, Tensor after, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
-_LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool note, {_DRAW}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool list_zeroed, {_DRAW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "take_back(Tensor zeroed, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)"
+    "zeroed_correction(Tensor zeroed, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) "
+    "-> (Tensor, Tensor)"
 )
 
 _INDEPENDENT = Pattern()
@@ -47,23 +54,18 @@ BACKENDS = {"cpu": "reference (NumPy)", "cuda": "Triton"}
 """What flips bits on which type of device."""
 
 
-def _backend(x: Tensor) -> Any:
-    """The module that makes new, independent flips where ``x`` is."""
+def _backend(x: Tensor, draw: Draw | None = None) -> Any:
+    """The module that carries out a draw where ``x`` is."""
     if x.dtype not in DTYPES:
         allowed = ", ".join(map(dtype_name, DTYPES))
         raise TypeError(f"cannot flip bits of a {dtype_name(x.dtype)} tensor; allowed are {allowed}")
+    if draw is not None and draw.stored is not None:
+        return memory
     if x.device.type != "cuda":
         return cpu
     from flipproof.faults import triton_launch  # Triton comes with CUDA builds of torch
 
     return triton_launch
-
-
-def _run(x: Tensor, draw: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """The module for a draw, and the draw as it takes it."""
-    backend = _backend(x)
-    # the dispatcher leaves out a last argument that is the default
-    return (memory, draw) if len(draw) > 6 and draw[6] else (backend, draw[:6])
 
 
 def _implement(name: str) -> Any:
@@ -76,64 +78,63 @@ def _implement(name: str) -> Any:
 
 
 @_implement("flip_")
-def _flip_in_place(x: Tensor, *draw: Any) -> None:
-    backend, arguments = _run(x, draw)
+def _flip_in_place(x: Tensor, *arguments: Any) -> None:
+    draw = Draw.of(arguments)
     target = x.contiguous()
-    backend.flip_(target, None, *arguments)
+    _backend(x, draw).flip_(target, None, draw)
     if target is not x:
         x.copy_(target)
 
 
 @_implement("flip")
-def _flip(x: Tensor, *draw: Any) -> Tensor:
-    backend, arguments = _run(x, draw)
-    y: Tensor = backend.flip(x, None, *arguments)
+def _flip(x: Tensor, *arguments: Any) -> Tensor:
+    draw = Draw.of(arguments)
+    y: Tensor = _backend(x, draw).flip(x, None, draw)
     return y
 
 
 @_implement("flip_again")
-def _flip_again(x: Tensor, _after: Tensor, *draw: Any) -> Tensor:
-    return _flip(x, *draw)
+def _flip_again(x: Tensor, _after: Tensor, *arguments: Any) -> Tensor:
+    return _flip(x, *arguments)
 
 
 @_implement("flip_grad_")
-def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *draw: Any) -> Tensor:
-    backend, arguments = _run(x, draw)
+def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *arguments: Any) -> Tensor:
+    draw = Draw.of(arguments)
     target = grad.contiguous()
-    y: Tensor = backend.flip(x, target, *arguments)
+    y: Tensor = _backend(x, draw).flip(x, target, draw)
     if target is not grad:
         grad.copy_(target)
     return y
 
 
 @_implement("merge")
-def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *draw: Any) -> Tensor:
-    backend, arguments = _run(weight, draw)
-    y: Tensor = backend.merge(weight, lora_A, lora_B, scaling, None, *arguments)
+def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *arguments: Any) -> Tensor:
+    draw = Draw.of(arguments)
+    y: Tensor = _backend(weight, draw).merge(weight, lora_A, lora_B, scaling, None, draw)
     return y
 
 
 @_implement("merge_grad")
 def _merge_grad(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, note: bool, *draw: Any
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, list_zeroed: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    zeroed = _new_zeroed(weight, note, draw)
-    backend, arguments = _run(weight, draw)
-    y = backend.merge(weight, lora_A, lora_B, scaling, zeroed if zeroed.numel() else None, *arguments)
-    return y, zeroed
+    draw = Draw.of(arguments)
+    zeroed = _new_zeroed(weight, list_zeroed, draw)
+    room = zeroed if zeroed.numel() else None
+    return _backend(weight, draw).merge(weight, lora_A, lora_B, scaling, room, draw), zeroed
 
 
-def _new_zeroed(weight: Tensor, note: bool, draw: tuple[Any, ...]) -> Tensor:
-    backend, (p_exp, p_frac, zero_out_t, *_) = _run(weight, draw)
-    if not note or (zero_out_t is None and backend is not memory):
+def _new_zeroed(weight: Tensor, list_zeroed: bool, draw: Draw) -> Tensor:
+    if not list_zeroed or not (draw.zero_out_t is not None or draw.stored):
         return torch.empty(0, device=weight.device)
-    zeroed: Tensor = backend.new_zeroed(weight, p_exp, p_frac)
+    zeroed: Tensor = _backend(weight, draw).new_zeroed(weight, draw.p_exp, draw.p_frac)
     return zeroed
 
 
-@_implement("take_back")
-def _take_back(zeroed: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> tuple[Tensor, Tensor]:
-    more: tuple[Tensor, Tensor] = _backend(x).take_back(zeroed, grad_y, x, *lora)
+@_implement("zeroed_correction")
+def _zeroed_correction(zeroed: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> tuple[Tensor, Tensor]:
+    more: tuple[Tensor, Tensor] = _backend(x).zeroed_correction(zeroed, grad_y, x, *lora)
     return more
 
 
@@ -165,13 +166,13 @@ def _merge_fake(weight: Tensor, *_rest: Any) -> Tensor:
 
 @torch.library.register_fake("flipproof::merge_grad")
 def _merge_grad_fake(
-    weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, note: bool, *draw: Any
+    weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, list_zeroed: bool, *draw: Any
 ) -> tuple[Tensor, Tensor]:
-    return _flip_fake(weight), _new_zeroed(weight, note, draw)
+    return _flip_fake(weight), _new_zeroed(weight, list_zeroed, Draw.of(draw))
 
 
-@torch.library.register_fake("flipproof::take_back")
-def _take_back_fake(
+@torch.library.register_fake("flipproof::zeroed_correction")
+def _zeroed_correction_fake(
     _zeroed: Tensor, _grad_y: Tensor, _x: Tensor, lora_A: Tensor, lora_B: Tensor, _scaling: float
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(lora_A, dtype=torch.float64), torch.empty_like(lora_B, dtype=torch.float64)
@@ -181,12 +182,11 @@ class _Flip(torch.autograd.Function):
     """``flip`` with its gradient. Not registered with the operator, whose every call would pay for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *draw: Any) -> Tensor:
-        p_exp, p_frac, zero_out_t, key, tick, offset, pattern = draw
+    def forward(ctx: Any, x: Tensor, draw: Draw) -> Tensor:
         # Where nothing is zeroed the gradient passes as it is, and nothing need be kept.
-        ctx.save_for_backward(*(() if zero_out_t is None and not pattern else (x, key, tick)))
-        ctx.fault, ctx.where = (p_exp, p_frac, zero_out_t), (offset, pattern)
-        y: Tensor = torch.ops.flipproof.flip.default(x, *draw)
+        ctx.save_for_backward(*((x, draw.key, draw.tick) if draw.zeroes else ()))
+        ctx.draw = draw
+        y: Tensor = torch.ops.flipproof.flip.default(x, *draw.arguments)
         return y
 
     @staticmethod
@@ -194,14 +194,15 @@ class _Flip(torch.autograd.Function):
         grad = grads[0]
         if saved := ctx.saved_tensors:  # asked for once: under activation checkpointing that recomputes
             x, key, tick = saved
+            draw = ctx.draw._replace(key=key, tick=tick)
             grad = grad.clone(memory_format=torch.contiguous_format)
-            torch.ops.flipproof.flip_grad_.default(x, grad, grad, *ctx.fault, key, tick, *ctx.where)
-        return grad, *(None,) * 7
+            torch.ops.flipproof.flip_grad_.default(x, grad, grad, *draw.arguments)
+        return grad, None
 
 
-def apply_draw(x: Tensor, draw: tuple[Any, ...]) -> Tensor:
+def apply_draw(x: Tensor, draw: Draw) -> Tensor:
     """The operator ``flip`` with its gradient, where one is wanted."""
-    y: Tensor = _Flip.apply(x, *draw) if x.requires_grad else torch.ops.flipproof.flip.default(x, *draw)
+    y: Tensor = _Flip.apply(x, draw) if x.requires_grad else torch.ops.flipproof.flip.default(x, *draw.arguments)
     return y
 
 
@@ -224,8 +225,8 @@ def _draw(
     tick: int,
     offset: int,
     pattern: Pattern,
-) -> tuple[Any, ...]:
-    """The operator's arguments after ``x``, checked."""
+) -> Draw:
+    """The arguments as a draw, checked."""
     _backend(x)
     problems = [
         probability_problem("p_exp", p_exp),
@@ -239,21 +240,18 @@ def _draw(
         problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
     if found := [problem for problem in problems if problem]:
         raise ConfigError(found)
-    pattern.bit_probabilities(p_exp or 0, p_frac or 0, dtype_name(x.dtype))  # which knows the dtype's bits
+    fault = Fault(
+        float(p_exp or 0),
+        float(p_frac or 0),
+        None if zero_out_t is None else float(zero_out_t),
+        None if pattern.independent else pattern,
+    )
+    pattern.bit_probabilities(0, 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
     key = torch.tensor(derive_key(check_seed(seed), site))
     if pattern.persistent:
         key.owner = _chip(seed, site)  # type: ignore[attr-defined]
-    ticks = torch.tensor(tick)
-    return (
-        float(p_exp or 0),
-        float(p_frac or 0),
-        None if zero_out_t is None else float(zero_out_t),
-        key,
-        ticks,
-        offset,
-        pattern.encode(),
-    )
+    return draw_of(fault, key, torch.tensor(tick), offset, x.dtype)
 
 
 def flip(
@@ -313,5 +311,6 @@ def flip_(
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("flip_ on a tensor that requires grad: use flip, or wrap the call in torch.no_grad()")
-    torch.ops.flipproof.flip_(x, *_draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern))
+    draw = _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern)
+    torch.ops.flipproof.flip_(x, *draw.arguments)
     return x

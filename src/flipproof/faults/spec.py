@@ -5,12 +5,10 @@ Python code and the papers' tables say the same words. A key of a fault begins w
 ``x_`` the inputs of linear layers, ``kv_`` the keys and values that attention reads.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from flipproof import regexes
@@ -51,8 +49,7 @@ def _bit_name_problem(name: str) -> str | None:
     return f"{name!r}: bits are called 'sign', 'exp', 'frac', by number ('15') or by range ('7-14')"
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """How faults of one operand depart from new, independent flips at ``p_exp`` and ``p_frac`` in each pass."""
 
     persistent: bool = False
@@ -68,21 +65,10 @@ class Pattern:
     protected_bits: tuple[str, ...] = ()
     """Bits that are stored three times."""
 
-    def encode(self) -> str:
-        """As a string, which an operator can take; empty where there is nothing of all this."""
-        if replace(self, row_bytes=Pattern.row_bytes) == Pattern():
-            return ""
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def decode(text: str) -> "Pattern":
-        """What ``encode`` made a string of."""
-        if not text:
-            return Pattern()
-        values = json.loads(text)
-        values["p_bits"] = tuple((name, p) for name, p in values["p_bits"])
-        return Pattern(**values | {"protected_bits": tuple(values["protected_bits"])})
+    @property
+    def independent(self) -> bool:
+        """Whether there is nothing of all this."""
+        return self._replace(row_bytes=1024) == Pattern()
 
     def bit_probabilities(self, p_exp: float, p_frac: float, dtype: str) -> tuple[float, ...]:
         """The probability that each bit of a stored value is inverted, from the lowest bit up; without bad rows.
@@ -110,6 +96,18 @@ class Pattern:
         return checks + 2 * len(self.protected(dtype)) / bits
 
 
+class Stored(NamedTuple):
+    """A pattern in a memory of one dtype: every bit with its probability."""
+
+    p_bits: tuple[float, ...]
+    """From the lowest bit up; without bad rows."""
+    persistent: bool = False
+    burst: int = 1
+    p_row: float = 0.0
+    row_bytes: int = 1024
+    protection: str = "none"
+
+
 class Fault(NamedTuple):
     """What happens to one operand of one layer: the argument of a flip, less its key."""
 
@@ -119,24 +117,24 @@ class Fault(NamedTuple):
     """Probability that a mantissa bit is inverted."""
     zero_out_t: float | None = None
     """Guard threshold: after the flip, whatever is not of magnitude below it becomes 0. None: no guard."""
-    pattern: str = ""
-    """``Pattern.encode()``; empty where flips are independent and new in each pass, or where there are none."""
-    decoded: bool = False
-    """Whether the pattern has a decoder, which zeroes what it cannot mend."""
+    pattern: Pattern | None = None
+    """None where flips are independent and new in each pass, or where there are none."""
 
     @property
     def persistent(self) -> bool:
         """Whether the flips are those of one map for all passes."""
-        return Pattern.decode(self.pattern).persistent
-
-    @property
-    def zeroes(self) -> bool:
-        """Whether values may become 0, which stops their gradient."""
-        return self.zero_out_t is not None or self.decoded
+        return self.pattern is not None and self.pattern.persistent
 
     @property
     def flips(self) -> bool:
-        return self.p_exp > 0 or self.p_frac > 0 or self.pattern != ""
+        return self.p_exp > 0 or self.p_frac > 0 or self.pattern is not None
+
+    def stored(self, dtype: str) -> Stored | None:
+        """The pattern, where there is one, in values of a dtype such as "bfloat16"."""
+        if (pattern := self.pattern) is None:
+            return None
+        p_bits = pattern.bit_probabilities(self.p_exp, self.p_frac, dtype)
+        return Stored(p_bits, pattern.persistent, pattern.burst, pattern.p_row, pattern.row_bytes, pattern.protection)
 
     @property
     def active(self) -> bool:
@@ -426,7 +424,7 @@ class BitFlipSpec:
         t = self._of(operand, "zero_out_t")
         if not (p_exp or p_frac or pattern.p_row or any(p for _, p in pattern.p_bits)):
             return Fault(zero_out_t=t)
-        return Fault(p_exp, p_frac, t, pattern.encode(), pattern.protection != "none")
+        return Fault(p_exp, p_frac, t, None if pattern.independent else pattern)
 
     def pattern(self, operand: Operand) -> Pattern:
         """How the faults of one operand come, apart from how often."""

@@ -33,14 +33,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from flipproof.dtensor import whole
+from flipproof.faults.draw import Draw, draw_of, key_of_run, run_name
 from flipproof.faults.op import apply_draw
 from flipproof.faults.philox import MAX_TICK, derive_key
 from flipproof.faults.spec import BitFlipSpec, Fault
 
-Tap = Callable[[str, Tensor, tuple[Any, ...]], Tensor]
+FlipHook = Callable[[str, Tensor, Draw], Tensor]
 """(name of layer and operand, tensor, draw) -> the flipped tensor: stands in for a flip to log, count or replay it."""
 
-_NEXT_RUN = 0x9E3779B97F4A7C15
 _HASHED_ELEMENTS = 4096
 """Of each tensor, so many go into the hash of loaded weights: training changes a tensor everywhere."""
 _HASHED_TENSOR = 2**24
@@ -63,7 +63,7 @@ class FaultState:
         self.guard = True
         self.adapters = True
         """Whether LoRA adapters are part of the weight."""
-        self.tap: Tap | None = None
+        self.flip_hook: FlipHook | None = None
         """Where given, all flips go through it; for passes without gradients, in blocks that are not compiled."""
         self.rank: int | None = None
         """Which slice of the global micro-batch this process holds; None is the rank in the default process group."""
@@ -215,27 +215,12 @@ class FaultSite:
         fault = self.state.effective(fault)
         if not fault.active:
             return x
-        draw = draw_of(fault, key_of_run(key, fault, run).to(x.device), self.state.tick.to(x.device), offset)
         computed = x
         if torch.is_autocast_enabled(x.device.type):
             computed = x.to(torch.get_autocast_dtype(x.device.type))
+        key, tick = key_of_run(key, fault, run).to(x.device), self.state.tick.to(x.device)
+        draw = draw_of(fault, key, tick, offset, computed.dtype)
         # a name is asked for only here: a compiled block must not depend on its own
-        if self.state.tap is None:
+        if self.state.flip_hook is None:
             return apply_draw(computed, draw).to(x.dtype)
-        return self.state.tap(self.draw_name(operand, run), computed, draw).to(x.dtype)
-
-
-def run_name(run: int) -> str:
-    return f"#{run + 1}" if run else ""
-
-
-def key_of_run(key: Tensor, fault: Fault, run: int) -> Tensor:
-    """The key of a module's ``run``-th run in a pass, counted from 0."""
-    if run == 0 or fault.persistent:
-        return key
-    return key + ((run * _NEXT_RUN + 2**63) % 2**64 - 2**63)  # as a signed integer; the sum wraps around
-
-
-def draw_of(fault: Fault, key: Tensor, tick: Tensor, offset: int) -> tuple[Any, ...]:
-    """What the operators need beside the tensor."""
-    return fault.p_exp, fault.p_frac, fault.zero_out_t, key, tick, offset, fault.pattern
+        return self.state.flip_hook(self.draw_name(operand, run), computed, draw).to(x.dtype)

@@ -1,6 +1,6 @@
 """The flip in Triton: the same draw as ``cpu.py``, bit for bit, at the speed of memory.
 
-``poisson.py`` explains the algorithm and ``philox.py`` the counters. A tensor has one program, or a few lanes, per block
+``poisson.py`` explains the algorithm, ``philox.py`` the counters. A tensor has one program, or a few lanes, per block
 of 8192 elements, and what a block does depends on nothing but its own elements and its own numbers.
 
 **Order within a block.** Elements are copied; a barrier; the balls are XORed into memory by relaxed atomics on 32-bit
@@ -439,7 +439,7 @@ def merge_tiles(
 
 
 @triton.jit(do_not_specialize=["room", "n"])
-def take_back(
+def zeroed_correction(
     list_ptr, room, grad_y_ptr, x_ptr, a_ptr, b_ptr, more_a_ptr, more_b_ptr, scaling, n, rows, columns, r,
     ENTRIES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip

@@ -9,7 +9,8 @@ import triton
 from torch import Tensor
 
 from flipproof.faults import triton_kernels as kernels
-from flipproof.faults.cpu import take_back_dense
+from flipproof.faults.cpu import zeroed_correction_dense
+from flipproof.faults.draw import Draw
 from flipproof.faults.guard import guard_bits
 from flipproof.faults.poisson import BLOCK_LOG2, flip_plan
 
@@ -109,34 +110,30 @@ def _odd(y: Tensor) -> int:
 # -- flips ------------------------------------------------------------------------------------------------------------
 
 
-def flip(x: Tensor, grad: Tensor | None, *draw: Any) -> Tensor:
+def flip(x: Tensor, grad: Tensor | None, draw: Draw) -> Tensor:
     """guard(flip(x)) as a contiguous tensor; ``grad``, contiguous and of x's shape, becomes 0 where the guard zeroed.
     The other arguments are those of ``flip_into``."""
     dense = x.contiguous()
     y = torch.empty_like(x) if dense is x else dense
-    flip_into(y, dense, grad, *draw)
+    flip_into(y, dense, grad, draw)
     return y
 
 
-def flip_(x: Tensor, grad: Tensor | None, *draw: Any) -> None:
+def flip_(x: Tensor, grad: Tensor | None, draw: Draw) -> None:
     """x <- guard(flip(x)), contiguous x; the other arguments are those of ``flip``."""
-    flip_into(x, x, grad, *draw)
+    flip_into(x, x, grad, draw)
 
 
 def flip_into(
     y: Tensor,
     x: Tensor,
     grad: Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
+    draw: Draw,
     blocks: range | None = None,
     lanes: int | None = None,
 ) -> None:
     """y <- guard(flip(x)), both contiguous, or one tensor. Tests choose the blocks and the number of lanes."""
+    p_exp, p_frac, zero_out_t, key, tick, offset, _ = draw
     n = y.numel()
     if n == 0:
         return
@@ -145,7 +142,7 @@ def flip_into(
     guard = zero_out_t is not None
     if y is x and not (guard or plan.dense):
         if plan.sparse:
-            flip_sparse_(y, plan, None, key, tick, offset, blocks)
+            flip_sparse_(y, plan, None, draw, blocks)
         return
     grad = grad if guard else None
     if grad is not None and grad.dtype == torch.bool:
@@ -201,13 +198,11 @@ def flip_sparse_(
     y: Tensor,
     plan: _DevicePlan,
     far: _Far | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
+    draw: Draw,
     blocks: range | None = None,
 ) -> None:
     """y <- flip(y), contiguous y, a plan without dense digits; guarded where ``far`` is given."""
-    blocks = blocks or _blocks(y.numel(), offset)
+    blocks = blocks or _blocks(y.numel(), draw.offset)
     lanes = 8 if plan.likely_balls <= 32 else 16 if plan.likely_balls <= 128 else 64
     group = 128 // lanes
     zeroed = far.zeroed if far else None
@@ -217,8 +212,8 @@ def flip_sparse_(
         4,
         (
             y,
-            _value(key),
-            _value(tick),
+            _value(draw.key),
+            _value(draw.tick),
             plan.table,
             plan.n_exp,
             plan.n_frac,
@@ -226,7 +221,7 @@ def flip_sparse_(
             far.limit if far else 0,
             _odd(y),
             y.numel(),
-            offset,
+            draw.offset,
             blocks.start,
             len(blocks),
             far.programs if far else y,
@@ -258,12 +253,7 @@ def merge(
     lora_B: Tensor,
     scaling: float,
     zeroed: Tensor | None,
-    p_exp: float,
-    p_frac: float,
-    zero_out_t: float | None,
-    key: Tensor,
-    tick: Tensor,
-    offset: int,
+    draw: Draw,
 ) -> Tensor:
     """guard(flip(W + scaling·B·A)) in W's dtype: weight (rows, columns), lora_A (r, columns), lora_B (rows, r),
     float32.
@@ -277,9 +267,9 @@ def merge(
         if zeroed is not None:
             zeroed.zero_()
         return y
-    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
-    guard = zero_out_t is not None
-    limit = 0 if zero_out_t is None else guard_bits(y.dtype, zero_out_t)
+    plan = _device_plan(y.dtype, draw.p_exp, draw.p_frac, y.device)
+    guard = draw.zero_out_t is not None
+    limit = 0 if draw.zero_out_t is None else guard_bits(y.dtype, draw.zero_out_t)
     masked = zeroed is not None and zeroed.dtype == torch.bool
     whole = plan.dense or masked  # every element is looked at again
     tile_columns = triton.cdiv(columns, _TILE_COLUMNS)
@@ -291,7 +281,7 @@ def merge(
         # of a product that torch makes nobody says what it holds, so all of it counts as out of range
         programs_far = (torch.empty if tiled else torch.ones)(programs, dtype=torch.int8, device=y.device)
         far = _Far(limit, programs_far, columns, tile_columns, zeroed)
-    note = far is not None and zeroed is not None
+    listed = far is not None and zeroed is not None
     if tiled:
         _launch(
             kernels.merge_tiles,
@@ -303,7 +293,7 @@ def merge(
                 lora_B,
                 y,
                 far.programs if far else y,
-                zeroed if note else plan.table,
+                zeroed if listed else plan.table,
                 scaling,
                 limit,
                 rows,
@@ -318,21 +308,21 @@ def merge(
                 _STAGES if r_tile <= 64 else 1,  # shared memory holds them
                 far is not None,
                 guard and not (plan.sparse or whole or far),
-                note,
+                listed,
                 weight.dtype != torch.float32 and not _INTERPRETED,  # the interpreter cannot multiply bfloat16
             ),
         )
     else:
         y = torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling).to(weight.dtype)
-        if zeroed is not None and note:
+        if zeroed is not None and listed:
             zeroed[:1].zero_()
     if whole:
         kept = None if zeroed is None else torch.ones_like(zeroed)
-        flip_(y, kept, p_exp, p_frac, zero_out_t, key, tick, offset)
+        flip_(y, kept, draw)
         if kept is not None:
             torch.logical_not(kept, out=zeroed)
     elif far or plan.sparse:
-        flip_sparse_(y, plan, far, key, tick, offset)
+        flip_sparse_(y, plan, far, draw)
     return y
 
 
@@ -352,7 +342,7 @@ def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
 _ENTRIES, _CHUNK, _CHUNKS = 16, 32, 8
 
 
-def take_back(
+def zeroed_correction(
     zeroed: Tensor, grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """What to add to dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, dW = dYᵀ·X, to make dW 0 at the ``zeroed`` positions.
@@ -360,12 +350,12 @@ def take_back(
     grad_y (n, out), x (n, in), lora_A (r, in) and lora_B (out, r); returns float64 of the adapters' shapes.
     """
     if zeroed.dtype == torch.bool:
-        return take_back_dense(zeroed, grad_y, x, lora_A, lora_B, scaling)
+        return zeroed_correction_dense(zeroed, grad_y, x, lora_A, lora_B, scaling)
     grad_y, x = grad_y.contiguous(), x.contiguous()
     more = torch.zeros(lora_A.numel() + lora_B.numel(), dtype=torch.float64, device=x.device)
     more_A, more_B = more[: lora_A.numel()].view(lora_A.shape), more[lora_A.numel() :].view(lora_B.shape)
     _launch(
-        kernels.take_back,
+        kernels.zeroed_correction,
         1024,
         4,
         (

@@ -1,9 +1,8 @@
 """The arms that a model is measured in, side by side, and what is said of them.
 
-``clean`` is the model itself; ``guard`` has the range guard but no flips, so that what the threshold alone costs is
-seen; ``flipped`` has all faults. After training the same model gives ``recovered`` (faults on) and ``recovered_clean``
-(off). A model has the arms that differ (``arm_names``): without flips there is no ``flipped``, without thresholds no
-``guard``, and one that was trained under a guard alone has ``recovered_guard``.
+``ARMS`` is the one table of them: everything that switches, names, compares or shows arms reads it. A model has those
+that differ (``arm_names``): without flips there is no ``flipped``, without thresholds no ``guard``, and one that was
+trained under a guard alone has ``recovered_guard``.
 
 Loss is in nats per token; perplexity is exp of it. What the three intervals of an arm are about is said in
 ``intervals.py``.
@@ -19,14 +18,51 @@ import numpy as np
 from flipproof.faults.spec import OPERANDS, BitFlipSpec
 from flipproof.measure.intervals import t_interval, two_way_interval
 
-TRAINED_ARMS = ("recovered", "recovered_guard", "recovered_clean")
-FLIPPED_ARMS = ("flipped", "recovered")
-"""Those that have fault seeds."""
-GUARD_ARMS = ("guard", "recovered_guard")
-"""Those where the guard is on and nothing flips."""
 GUARD_COST = 0.01
 """Nats per token, 1% of perplexity: a guard that costs more than this by itself is warned of, and one that costs more
 than a tenth of it where the interval over text is above 0."""
+
+
+@dataclass(frozen=True)
+class ArmKind:
+    """What an arm is: one row of ``ARMS``."""
+
+    bitflipped: str
+    """What the papers' tables say under "Bitflipped" ..."""
+    tuned: str
+    """... and under "Fine-tuned"."""
+    words: str
+    """For people, after "the model"."""
+    flips: bool = False
+    """Whether bits flip, under a fault seed for each trial; only in a model where something flips."""
+    guard: bool = False
+    """Whether the guard stands. Without flips: only in a model that has thresholds."""
+    weights: str | None = "base"
+    """Whose: "base", or "trained", in which adapters are on. None: of no model by itself."""
+    only_without_flips: bool = False
+    """Whether an arm with flips takes its place where something flips."""
+    against: str | None = "clean"
+    """The arm that its cost is above."""
+
+    @property
+    def trained(self) -> bool:
+        return self.weights not in ("base", None)
+
+
+ARMS = {
+    "clean": ArmKind("✘", "✘", "without faults", against=None),
+    "guard": ArmKind("guard only", "✘", "behind the guard alone", guard=True),
+    "flipped": ArmKind("✔", "✘", "flipped, not trained", flips=True, guard=True),
+    "recovered": ArmKind("✔", "✔", "flipped, trained with flips", flips=True, guard=True, weights="trained"),
+    "recovered_guard": ArmKind(
+        "guard only", "✔", "trained, behind the guard alone", guard=True, weights="trained", only_without_flips=True
+    ),
+    "recovered_clean": ArmKind("✘", "✔", "trained with flips, without faults", weights="trained"),
+    "replayed": ArmKind("from a log", "-", "with the flips of a log", weights=None),
+}
+"""In the order of tables: the last of a model's arms that has faults is the one that a log of flips is of."""
+TRAINED_ARMS = tuple(name for name, kind in ARMS.items() if kind.trained)
+ARM_ROWS = {name: (kind.bitflipped, kind.tuned) for name, kind in ARMS.items()}
 
 
 def arm_names(flips: bool, guard: bool, trained: bool) -> tuple[str, ...]:
@@ -37,11 +73,15 @@ def arm_names(flips: bool, guard: bool, trained: bool) -> tuple[str, ...]:
         guard: whether any operand has a threshold.
         trained: whether there are adapters, or weights that were trained.
     """
-    base = ("clean", *(["guard"] if guard else []), *(["flipped"] if flips else []))
-    if not trained:
-        return base
-    faulty = ["recovered"] if flips else ["recovered_guard"] if guard else []
-    return (*base, *faulty, "recovered_clean")
+    weights = ("base", "trained") if trained else ("base",)
+    return tuple(
+        name
+        for name, kind in ARMS.items()
+        if kind.weights in weights
+        and (flips or not kind.flips)
+        and (guard or kind.flips or not kind.guard)
+        and not (flips and kind.only_without_flips)
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +159,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm's loss is above the clean arm's on the same sequences, in nats per token."""
+    """What an arm's loss is above another's (``ArmKind.against``) on the same sequences, in nats per token."""
 
     cost: float
     interval: tuple[float, float] | None
@@ -128,22 +168,21 @@ class Cost:
 
 
 def costs(arms: dict[str, Arm]) -> dict[str, Cost]:
-    """The cost of every arm but ``clean``; empty without that arm, or where it has no finite loss itself."""
-    clean = arms.get("clean")
-    if clean is None or not math.isfinite(clean.loss):
-        return {}
+    """The cost of every arm that is compared with another (``ArmKind.against``); none where that is not there, or has
+    no finite loss itself."""
     found = {}
     for name, arm in arms.items():
-        if name == "clean":
+        base = arms.get(ARMS[name].against or "")
+        if base is None or not math.isfinite(base.loss):
             continue
-        cost, interval = arm.loss - clean.loss, None
-        if len(arm.sequence_losses) == len(clean.sequence_losses) and math.isfinite(cost):
-            differences = np.subtract(arm.sequence_losses, clean.sequence_losses).tolist()
-            if name not in FLIPPED_ARMS:
+        cost, interval = arm.loss - base.loss, None
+        if len(arm.sequence_losses) == len(base.sequence_losses) and math.isfinite(cost):
+            differences = np.subtract(arm.sequence_losses, base.sequence_losses).tolist()
+            if not ARMS[name].flips:
                 interval = t_interval(differences)
             elif arm.residual_variance is not None:
                 # a sequence's clean loss is the same under every seed: the residuals of differences are the arm's own
-                trials = [loss - clean.loss for loss in arm.trial_losses]
+                trials = [loss - base.loss for loss in arm.trial_losses]
                 interval = two_way_interval(trials, differences, arm.residual_variance)
         found[name] = Cost(cost if math.isfinite(cost) else math.inf, interval)
     return found
@@ -184,18 +223,6 @@ def gap_closed(arms: dict[str, Arm]) -> float | None:
     return (arms["flipped"].loss - arms["recovered"].loss) / cost if cost > 0 else None
 
 
-ARM_ROWS = {  # arm -> (bit-flipped, fine-tuned)
-    "clean": ("✘", "✘"),
-    "guard": ("guard only", "✘"),
-    "flipped": ("✔", "✘"),
-    "recovered": ("✔", "✔"),
-    "recovered_guard": ("guard only", "✔"),
-    "recovered_clean": ("✘", "✔"),
-    "replayed": ("from a log", "-"),
-}
-"""What the papers' tables say of an arm."""
-
-
 def arms_table(arms: dict[str, Arm]) -> str:
     """The table of the papers: bit-flipped, fine-tuned, perplexity with its 95% interval over fault seeds; and the cost
     in nats with its own over seeds and text."""
@@ -205,7 +232,6 @@ def arms_table(arms: dict[str, Arm]) -> str:
     ]
     of_arms = costs(arms)
     for name, arm in arms.items():
-        flipped, tuned = ARM_ROWS[name]
         low_high = arm.perplexity_interval
         interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else "-"
         cost = ""
@@ -213,7 +239,7 @@ def arms_table(arms: dict[str, Arm]) -> str:
             both = of_arms[name].interval
             cost = f"{of_arms[name].cost:+.4f}" + (f" ({both[0]:+.4f} to {both[1]:+.4f})" if both else "")
         lines.append(
-            f"{name:<16} {flipped:<11} {tuned:<11} {arm.perplexity:>10.4g}  {interval:<20} {arm.loss:>8.4f}  "
-            f"{arm.trials:<6}  {cost}".rstrip()
+            f"{name:<16} {ARMS[name].bitflipped:<11} {ARMS[name].tuned:<11} {arm.perplexity:>10.4g}  {interval:<20} "
+            f"{arm.loss:>8.4f}  {arm.trials:<6}  {cost}".rstrip()
         )
     return "\n".join(lines)

@@ -38,7 +38,8 @@ from flipproof.faults.inject import faults, iter_faulty
 from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
-from flipproof.log import logger
+from flipproof.log import bar, logger
+from flipproof.measure.perplexity import evaluating, passes_of
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer
@@ -290,26 +291,24 @@ def count_magnitudes(
         # Before any forward pass: after one, FSDP may keep a weight gathered, and every process would count it.
         weights[name].add(local(layer.weight).reshape(-1)[replica::replicas])
 
-    n = min(num_samples, len(text))
-    chosen = np.arange(n) * len(text) // n
-    was_training = model.training
-    model.eval()
-    try:
-        with faults(model, flips=False, guard=False, adapters=False):
-            for start in range(0, n, batch_size * world.size):
-                here = chosen[start + world.rank * batch_size :][:batch_size]
-                # A sharded model needs all processes in every pass; one that has no sequence left counts nothing.
-                with _counted_inputs(layers, inputs) if len(here) else nullcontext():
-                    next_token_loss(model, text.batch(here if len(here) else chosen[:1]).to(world.device))
-    finally:
-        model.train(was_training)
+    passes = passes_of(text, num_samples, batch_size, world)
+    with (
+        evaluating(model),
+        faults(model, flips=False, guard=False, adapters=False),
+        bar(len(passes), "batch", world.first) as shown,
+    ):
+        for _, here in passes:
+            # A sharded model needs all processes in every pass; one that has no sequence left counts nothing.
+            with _counted_inputs(layers, inputs) if len(here) else nullcontext():
+                next_token_loss(model, text.batch(here if len(here) else np.array([0])).to(world.device))
+            shown.update()
 
     for tally in (*weights.values(), *inputs.values()):
         tally.reduce(world)
     w, x = ({name: tally.histogram() for name, tally in tallies.items()} for tallies in (weights, inputs))
     profiles = {name: LayerProfile(w[name].summary(), x[name].summary()) for name in layers}
     total = LayerProfile(Histogram.pooled(w.values()).summary(), Histogram.pooled(x.values()).summary())
-    return profiles, total, n * text.sequences.shape[1]
+    return profiles, total, min(num_samples, len(text)) * text.sequences.shape[1]
 
 
 def _replica(world: World) -> tuple[int, int]:

@@ -7,8 +7,8 @@ Which arms there are is said in ``arms.py``, and how sure they are in ``interval
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,12 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
-from flipproof.faults.flip_log import FlipLog, Replay, tapped
+from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_sites, faults, is_faulty
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
-from flipproof.log import logger
-from flipproof.measure.arms import (
-    FLIPPED_ARMS,
-    GUARD_ARMS,
-    TRAINED_ARMS,
-    Arm,
-    arm_names,
-    arms_table,
-    costs,
-    gap_closed,
-    guard_warning,
-)
+from flipproof.log import bar, logger
+from flipproof.measure.arms import ARMS, Arm, arm_names, arms_table, costs, gap_closed, guard_warning
 from flipproof.measure.intervals import MIN_TRIALS, sure_enough
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, check_length, flipped_dtype
@@ -64,6 +54,26 @@ def fault_seeds(base_seed: int, trials: int) -> list[int]:
     return [(base_seed + 1 + i) % 2**63 for i in range(trials)]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in its mode of evaluation."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def passes_of(text: PackedText, num_samples: int, batch_size: int, world: World) -> list[tuple[int, np.ndarray]]:
+    """Of each pass (the place of its first sequence among all, which sequences of the text this process has in it):
+    ``batch_size`` of ``num_samples`` that are spread evenly over the text, or of all where it has fewer."""
+    n = min(num_samples, len(text))
+    chosen = np.arange(n) * len(text) // n
+    firsts = range(world.rank * batch_size, n + world.rank * batch_size, batch_size * world.size)
+    return [(first, chosen[first:][:batch_size]) for first in firsts]
+
+
 def mean_loss(
     model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World | None = None
 ) -> tuple[float, int]:
@@ -74,29 +84,27 @@ def mean_loss(
 
 @torch.no_grad()
 def sequence_losses(
-    model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World | None = None
+    model: nn.Module,
+    text: PackedText,
+    num_samples: int,
+    batch_size: int,
+    world: World | None = None,
+    done: Callable[[], Any] = lambda: None,
 ) -> list[float]:
     """Mean cross-entropy in nats per token of each of ``num_samples`` sequences spread evenly over the text, or of all
     where it has fewer; infinity where the model predicts nothing.
 
-    ``batch_size`` sequences at a time in each process; all processes return the same.
+    ``batch_size`` sequences at a time in each process, after which ``done`` is called; all processes return the same.
     """
     world = world or World(0, 1, next(model.parameters()).device)
-    n = min(num_samples, len(text))
-    chosen = np.arange(n) * len(text) // n
-    was_training = model.training
-    model.eval()
-    losses = torch.zeros(n, dtype=torch.float64)
-    try:
-        for start in range(0, n, batch_size * world.size):
-            first = start + world.rank * batch_size
-            here = chosen[first:][:batch_size]
+    losses = torch.zeros(min(num_samples, len(text)), dtype=torch.float64)
+    with evaluating(model):
+        for first, here in passes_of(text, num_samples, batch_size, world):
             # Every process runs as many passes on as many rows, so that rows keep their place in the whole batch.
             short = batch_size - len(here) if world.size > 1 else 0
-            ids = text.batch(np.concatenate([here, chosen[:1].repeat(short)])).to(world.device)
+            ids = text.batch(np.concatenate([here, np.zeros(short, dtype=here.dtype)])).to(world.device)
             losses[first : first + len(here)] = loss_by_row(model, ids)[: len(here)].cpu()
-    finally:
-        model.train(was_training)
+            done()
     if world.size > 1:  # the others have 0 there: the sum is exact, in any order
         dist.all_reduce(losses, group=world.cpu_group)
     # NaN, too, is a model that flips have broken: it predicts nothing.
@@ -107,8 +115,14 @@ def arm_faults(model: nn.Module, name: str, seed: int | None) -> AbstractContext
     """The model as the named arm has it, within the block: from tick 0 of the fault seed, where the arm flips bits."""
     if not is_faulty(model):
         return nullcontext()
-    flips = name in FLIPPED_ARMS
-    return faults(model, flips=flips, guard=flips or name in GUARD_ARMS, adapters=name in TRAINED_ARMS, seed=seed)
+    kind = ARMS[name]
+    return faults(model, flips=kind.flips, guard=kind.guard, adapters=kind.trained, seed=seed)
+
+
+def arm_seeds(name: str, seeds: Sequence[int]) -> Sequence[int | None]:
+    """Those of ``seeds`` that the named arm has a trial for each of: all where it flips bits, else none but one without
+    a seed."""
+    return seeds if ARMS[name].flips else [None]
 
 
 def measure_arms(
@@ -129,13 +143,18 @@ def measure_arms(
     (``sure_enough``), ``at_least`` so many. All processes stop at the same seed, having the same losses.
     """
     arms = {}
+    world = world or World(0, 1, next(model.parameters()).device)
+    passes = len(passes_of(text, num_samples, batch_size, world))
     for name in names:
-        table: list[list[float]] = []
-        for seed in seeds if name in FLIPPED_ARMS else [None]:
-            with arm_faults(model, name, seed):
-                table.append(sequence_losses(model, text, num_samples, batch_size, world))
-            if until_ci is not None and sure_enough([math.fsum(row) / len(row) for row in table], until_ci, at_least):
-                break
+        trials, table = arm_seeds(name, seeds), list[list[float]]()
+        with bar(len(trials) * passes, "batch", world.first) as shown:
+            for seed in trials:
+                shown.set_description(name if seed is None else f"{name}, fault seed {seed}")
+                with arm_faults(model, name, seed):
+                    table.append(sequence_losses(model, text, num_samples, batch_size, world, shown.update))
+                means = [math.fsum(row) / len(row) for row in table]
+                if until_ci is not None and sure_enough(means, until_ci, at_least):
+                    break
         arms[name] = Arm.from_table(np.array(table), len(table[0]) * (text.sequences.shape[1] - 1))
     return arms
 
@@ -155,8 +174,7 @@ def evaluate(
         config: model, text, faults and trials. ``lora`` counts for nothing here: an adapter brings its own.
         adapter: directory of a PEFT adapter; adds the trained arms of ``arm_names``.
         to: directory to write ``results.json`` into; it must not hold one.
-        flip_log: file for every flip of the first trial of the last arm with faults: ``flipped``, or with an adapter
-            ``recovered``.
+        flip_log: file for every flip of the first trial of the last arm with faults (``faulty_arm``).
         replay: such a file; adds the arm ``replayed``, that arm with the file's flips in the place of draws.
         tell: called by the first process with the table, before anything is written to ``to``.
 
@@ -186,7 +204,7 @@ def evaluate(
                 tap = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
             elif replay:
                 tap = Replay(replay, dtype)
-            with compute_context(config.training, model), arm_faults(model, name, seed), tapped(model, tap):
+            with compute_context(config.training, model), arm_faults(model, name, seed), hooked(model, tap):
                 replayed = sequence_losses(model, text, config.eval.num_samples, config.training.local_batch_size)
             if isinstance(tap, Replay):
                 tap.check_all_done()
@@ -201,12 +219,11 @@ def evaluate(
 
 
 def faulty_arm(names: Sequence[str]) -> str:
-    """The one that a log of flips is of: with all faults, and trained where there are trained ones. Raises ConfigError
-    where there is none."""
-    for name in ("recovered", "recovered_guard", "flipped", "guard"):
-        if name in names:
-            return name
-    raise ConfigError([_NO_FAULTS])
+    """The one that a log of flips is of: the last with faults. Raises ConfigError where there is none."""
+    faulty = [name for name in names if ARMS[name].guard]
+    if not faulty:
+        raise ConfigError([_NO_FAULTS])
+    return faulty[-1]
 
 
 def check_log(config: RunConfig, flip_log: Path | None, replay: Path | None) -> None:
@@ -266,10 +283,10 @@ def measure_config_arms(
             if name == "guard" and (line := guard_warning(arms, config.bitflip)):
                 logger.warning("%s", line)
     if until_ci is not None:
-        for name in arms.keys() & set(FLIPPED_ARMS):
-            if not sure_enough(arms[name].trial_losses, until_ci):
+        for name, arm in arms.items():
+            if ARMS[name].flips and not sure_enough(arm.trial_losses, until_ci):
                 logger.warning("%s: after eval.max_trials = %d seeds not within ±%g of its perplexity",
-                               name, arms[name].trials, until_ci)  # fmt: skip
+                               name, arm.trials, until_ci)  # fmt: skip
     return arms
 
 
@@ -283,14 +300,10 @@ def results(
     """What ``results.json`` holds: the arms and what they were measured with, on text and (``tasks.py``) in tasks. No
     times and no machine: equal runs write equal files.
     """
-    trials = [arm.trials for name, arm in arms.items() if name in FLIPPED_ARMS]
+    trials = [arm.trials for name, arm in arms.items() if ARMS[name].flips]
     for task in (tasks or {}).values():
-        trials += [
-            len(metric["trials"])
-            for name, metrics in task["arms"].items()
-            if name in FLIPPED_ARMS
-            for metric in metrics.values()
-        ]
+        of_flipped = [metrics.values() for name, metrics in task["arms"].items() if ARMS[name].flips]
+        trials += [len(metric["trials"]) for metrics in of_flipped for metric in metrics]
     return {
         "arms": {name: asdict(arm) for name, arm in arms.items()},
         "costs": {name: asdict(cost) for name, cost in costs(arms).items()},

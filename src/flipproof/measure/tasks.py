@@ -1,23 +1,27 @@
-"""lm-eval's tasks by arms, each metric with its interval over fault seeds.
+"""lm-eval's tasks by arms, each metric with its interval over fault seeds. Needs the extra ``flipproof[eval]``.
 
-Every task is run once for each arm, and in arms that flip bits once for each fault seed. Each run starts at tick 0 of
-its seed and has one task alone, so a figure does not depend on what else was asked for. The metric's mean over seeds
-has Student's t interval over them; lm-eval's own standard error, which says how far another sample of questions would
-move one run, is given beside it.
+Every task is run once for each arm, and in arms that flip bits once for each fault seed. A **run** is
+``lm_eval.simple_evaluate`` with one task alone, on lm-eval's own Hugging Face model around ours, from tick 0 of its
+seed: without faults its figures are lm-eval's to the last digit, and none depends on what else was asked for. The
+metric's mean over seeds has Student's t interval over them; lm-eval's own standard error, which says how far another
+sample of questions would move one run, is given beside it.
 
-**Answers are kept, if at all, by run.** ``TaskRequest.cache`` is a directory with one file for each run, under a hash
-of all that its answer depends on: weights, adapter, tokenizer, dtype, task, its data, arm, faults, seed, batch size and
-versions. A file holds what the whole run gave, never single responses: to answer some requests from a cache would move
-the others to other ticks and batches, that is, to other flips.
+What equal runs gave before may be kept (``answers.py``); ``flipproof.harness`` is the other way round, flipproof as a
+model of lm-eval.
 """
 
+import difflib
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,30 +31,221 @@ from torch import nn
 from flipproof.config import DataConfig, RunConfig
 from flipproof.data.sequences import load_held_out
 from flipproof.errors import ConfigError
-from flipproof.faults.inject import iter_faulty
-from flipproof.faults.spec import BitFlipSpec
-from flipproof.files import check_new, check_writable, write_atomically
-from flipproof.log import logger
-from flipproof.measure.arms import FLIPPED_ARMS, GUARD_ARMS, TRAINED_ARMS, Arm, arms_table
-from flipproof.measure.harness import (
-    SEEDS,
-    LoadedTask,
-    TaskRequest,
-    as_sha256,
-    cause_of,
-    check_chat_template,
-    harness_model,
-    load_tasks,
-    one_process,
-    run_task,
-)
+from flipproof.files import check_new, check_writable
+from flipproof.log import bar, logger
+from flipproof.measure.answers import SEEDS, Answers, as_sha256, cause_of
+from flipproof.measure.arms import ARMS, Arm, arms_table
 from flipproof.measure.intervals import MIN_TRIALS, narrow_enough, t_interval
-from flipproof.measure.perplexity import arm_faults, fault_seeds, measure_config_arms, open_model, results
+from flipproof.measure.perplexity import arm_faults, arm_seeds, fault_seeds, measure_config_arms, open_model, results
 from flipproof.models.build import check_length
 from flipproof.models.limits import check_ids
 from flipproof.models.load import load_tokenizer
-from flipproof.records import RESULTS, read_record, sealed, write_record
+from flipproof.models.parallelize import cast_to
+from flipproof.records import RESULTS, read_record, write_record
 from flipproof.world import join_world
+
+try:
+    from lm_eval import evaluator
+    from lm_eval.api import metrics as lm_eval_metrics
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ConfigError([f"tasks need lm-eval ({error}); pip install 'flipproof[eval]'"]) from error
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """Tasks of lm-eval, and how to ask them."""
+
+    names: tuple[str, ...]
+    """Tasks, groups or tags."""
+    include_path: Path | None = None
+    """A directory with task files of one's own."""
+    num_fewshot: int | None = None
+    """Examples in the prompt. None: the task's own number."""
+    limit: float | None = None
+    """Questions of each task, or below 1 their share. None: all."""
+    cache: Path | None = None
+    """A directory that keeps answers, one file for each task, arm and seed."""
+    apply_chat_template: bool = False
+    """Ask in the tokenizer's chat template, which instruct models know."""
+    fewshot_as_multiturn: bool | None = None
+    """Examples as turns of the conversation, not as one. None: where the chat template is applied."""
+    system_instruction: str | None = None
+    """What comes before every prompt, in the template's system role where it is applied."""
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The last three, as lm-eval calls them."""
+        multiturn = self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+        return {
+            "apply_chat_template": self.apply_chat_template,
+            "fewshot_as_multiturn": multiturn,
+            "system_instruction": self.system_instruction,
+        }
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            problems.append("--fewshot-as-multiturn: turns are those of a chat template; add --apply-chat-template")
+        if not self.names:
+            problems.append("--tasks: no task is named")
+        if self.include_path is not None and not self.include_path.is_dir():
+            problems.append(f"--include-path {self.include_path}: no such directory")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            problems.append(f"--num-fewshot {self.num_fewshot}: at least 0 is allowed")
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)):
+            problems.append(f"--limit {self.limit:g}: a whole number of questions, or a share below 1, is allowed")
+        if self.cache is not None:
+            try:
+                check_writable(self.cache / "answer.json", "--cache")
+            except ConfigError as error:
+                problems += error.problems
+        return problems
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with its data, as lm-eval loads it."""
+
+    name: str
+    parts: list[Any]
+    """What ``simple_evaluate`` takes: the group, or the tasks that the name stands for."""
+    key: dict[str, Any]
+    """Config and data of all its tasks, as JSON."""
+
+
+def load_tasks(request: TaskRequest, metadata: Mapping[str, Any] | None = None) -> tuple[Any, list[LoadedTask]]:
+    """(lm-eval's task manager, the tasks).
+
+    Raises:
+        ConfigError: for a request that cannot be, a task of an unknown name, or data that cannot be read.
+    """
+    if problems := request.problems():
+        raise ConfigError(problems)
+    manager = TaskManager(include_path=str(request.include_path) if request.include_path else None, metadata=metadata)
+    problems = []
+    for name in request.names:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--include-path DIR adds tasks of your own"
+            problems.append(f"--tasks {name}: lm-eval knows no such task; {hint}")
+    if problems:
+        raise ConfigError(problems)
+    return manager, [_load_task(manager, name, request) for name in dict.fromkeys(request.names)]
+
+
+def _load_task(manager: Any, name: str, request: TaskRequest) -> LoadedTask:
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # lm-eval, datasets and the tasks' own code raise any kind
+        raise ConfigError([f"--tasks {name}: its questions cannot be read ({cause_of(error)})"]) from error
+    groups, tasks = loaded.get("groups", {}), loaded["tasks"]
+    own_files = sorted(request.include_path.rglob("*")) if request.include_path else []
+    key = {
+        "name": name,
+        "groups": {group: groups[group].child_names for group in groups},
+        "tasks": {task: [tasks[task].dump_config(), _data_key(tasks[task])] for task in tasks},
+        # functions of a task call others beside them
+        "files": [
+            hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in own_files
+            if file.suffix in (".py", ".yaml", ".yml")
+        ],
+        "num_fewshot": request.num_fewshot,
+        "limit": request.limit,
+        "chat": request.chat,
+    }
+    return LoadedTask(name, [groups[name]] if name in groups else list(tasks.values()), key)
+
+
+def _data_key(task: Any) -> Any:
+    """Of each split what ``datasets`` knows it by: another one wherever the questions might be others."""
+    splits = task.dataset
+    if not isinstance(splits, Mapping):
+        return as_sha256(list(task.eval_docs))
+    return {name: getattr(split, "_fingerprint", None) or as_sha256(list(split)) for name, split in splits.items()}
+
+
+@contextmanager
+def overflow_is_infinity() -> Iterator[None]:
+    """The perplexity of a model that flips have broken is infinite; lm-eval's ``math.exp`` would raise."""
+
+    def exp(x: float) -> float:
+        try:
+            return math.exp(x)
+        except OverflowError:
+            return math.inf
+
+    with _set(lm_eval_metrics, math=SimpleNamespace(**vars(math) | {"exp": exp})):
+        yield
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """lm-eval within the block is not noticed outside: it seeds the global generators; looks for compilers, packages
+    and git repositories, for seconds; and logs the same for every arm and seed, unless it errs."""
+    log = logging.getLogger("lm_eval")
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        stack.enter_context(_set(evaluator, add_env_info=_nothing, get_git_commit_hash=_nothing))
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.ERROR)
+        yield
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@contextmanager
+def _set(module: Any, **values: Any) -> Iterator[None]:
+    """Within the block names of a module stand for other values."""
+    held = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(held)
+
+
+def one_process(what: str) -> None:
+    """Raises ConfigError where torchrun started several processes."""
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError([f"{what}: {size} processes were started; tasks run in one process (without torchrun)"])
+
+
+def harness_model(model: nn.Module, tokenizer: Any, config: RunConfig) -> Any:
+    """lm-eval's Hugging Face model around ``model``, in the config's batch size and compute dtype."""
+    mixed = cast_to(config.training, model)
+    with _alone():
+        return HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=config.training.local_batch_size,
+            # lm-eval switches an outer autocast off, and does its own
+            mixed_precision_dtype=None if mixed is None else str(mixed).removeprefix("torch."),
+        )
+
+
+def run_task(lm: Any, manager: Any, task: LoadedTask) -> dict[str, Any]:
+    """What lm-eval says about one task: its "results", "groups", "n-samples", "n-shot" and "versions"."""
+    with overflow_is_infinity(), _alone():
+        found = evaluator.simple_evaluate(
+            lm,
+            tasks=list(task.parts),
+            task_manager=manager,
+            num_fewshot=task.key["num_fewshot"],
+            limit=task.key["limit"],
+            **task.key["chat"],
+            use_cache=None,
+            log_samples=False,
+            **SEEDS,
+        )
+    return {key: found.get(key, {}) for key in ("results", "groups", "n-samples", "n-shot", "versions")}
 
 
 @dataclass(frozen=True)
@@ -119,7 +314,11 @@ def evaluate_tasks(
         config = replace(config, training=replace(config.training, compile=False))
     with join_world(config.parallelism) as world:
         tokenizer = load_tokenizer(config.model)
-        check_chat_template(request, tokenizer, str(config.model.tokenizer or config.model.hf_model_path or "bytes"))
+        if request.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+            name = str(config.model.tokenizer or config.model.hf_model_path or "bytes")
+            raise ConfigError(
+                [f"--apply-chat-template: the tokenizer of {name!r} has no chat template; leave the flag out"]
+            )
         text = None
         if config.data != DataConfig():
             check_length(config, tokenizer)
@@ -192,93 +391,56 @@ def measure_tasks(
     metric of the task or group to be known to ± that share of its mean (``narrow_enough``).
     """
     lm = harness_model(model, tokenizer, config)
-    key = _run_key(config, model, tokenizer) if cache else {}
-    runs = _Runs(model, lm, manager, cache, key, config.bitflip)
+    answers = Answers(cache, config, model, tokenizer) if cache else None
     until_ci, trials = config.eval.until_ci, config.eval.trials
     seeds = fault_seeds(config.bitflip.base_seed, trials if until_ci is None else config.eval.max_trials)
     found: dict[str, TaskResult] = {}
-    for task in tasks:
-        answers: dict[str, list[dict[str, Any]]] = {}
-        for name in names:
-            answers[name] = []
-            for seed in seeds if name in FLIPPED_ARMS else [None]:
-                answers[name].append(runs.run(task, name, seed))
-                if until_ci is not None and _known(answers[name], until_ci, max(MIN_TRIALS, trials)):
-                    break
-            if until_ci is not None and name in FLIPPED_ARMS and not _known(answers[name], until_ci, MIN_TRIALS):
-                logger.warning("%s, %s: after eval.max_trials = %d seeds not within ±%g of each metric",
-                               task.name, name, len(answers[name]), until_ci)  # fmt: skip
-        measured = _results(answers)
-        found |= measured
-        if done:
-            done(task, measured)
+    with bar(len(tasks) * sum(len(arm_seeds(name, seeds)) for name in names), "run") as shown:
+        for task in tasks:
+            given: dict[str, list[dict[str, Any]]] = {}
+            for name in names:
+                given[name] = []
+                for seed in arm_seeds(name, seeds):
+                    given[name].append(_run(model, lm, manager, task, name, seed, answers))
+                    shown.update()
+                    if until_ci is not None and _known(given[name], until_ci, max(MIN_TRIALS, trials)):
+                        break
+                if until_ci is not None and ARMS[name].flips and not _known(given[name], until_ci, MIN_TRIALS):
+                    logger.warning("%s, %s: after eval.max_trials = %d seeds not within ±%g of each metric",
+                                   task.name, name, len(given[name]), until_ci)  # fmt: skip
+            measured = _results(given)
+            found |= measured
+            if done:
+                done(task, measured)
     return found
+
+
+def _run(
+    model: nn.Module, lm: Any, manager: Any, task: LoadedTask, arm: str, seed: int | None, answers: Answers | None
+) -> dict[str, Any]:
+    """What lm-eval says about one task with the model as an arm has it, or what an equal run gave before."""
+    what = f"{task.name}, {arm}" + ("" if seed is None else f", fault seed {seed}")
+    key = answers.key(task.key, arm, seed) if answers else {}
+    if answers and (kept := answers.read(key)):
+        logger.info("%s: answered before (%s)", what, answers.path(key))
+        return kept
+    logger.info("%s", what)
+    try:
+        with arm_faults(model, arm, seed):
+            answer = run_task(lm, manager, task)
+    except Exception as error:  # the task's own code, its data, the device: any kind
+        raise ConfigError([f"--tasks {what}: {cause_of(error)}"]) from error
+    if answers:
+        answers.write(key, answer)
+    return answer
 
 
 def _known(trials: Sequence[Mapping[str, Any]], until_ci: float, at_least: int) -> bool:
     """Whether all metrics that a task shows are known well enough."""
     if len(trials) < at_least:
         return False
-    shown = [result for result in _results({"flipped": trials}).values() if result.shown]
-    return all(narrow_enough(m.trials, until_ci, at_least) for result in shown for m in result.arms["flipped"].values())
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Runs of one model: ``simple_evaluate`` with the model as an arm has it, or what an equal run gave before."""
-
-    model: nn.Module
-    lm: Any
-    manager: Any
-    cache: Path | None
-    key: dict[str, Any]
-    bitflip: BitFlipSpec
-
-    def run(self, task: LoadedTask, arm: str, seed: int | None) -> dict[str, Any]:
-        """What lm-eval says about one task in one arm under one fault seed."""
-        what = f"{task.name}, {arm}" + ("" if seed is None else f", fault seed {seed}")
-        path, key = None, self._key(task, arm, seed)
-        if self.cache is not None:
-            path = self.cache / f"{as_sha256(key)[:32]}.json"
-            if path.exists():
-                logger.info("%s: answered before (%s)", what, path)
-                return _kept(path, key)
-        logger.info("%s", what)
-        try:
-            with arm_faults(self.model, arm, seed):
-                answer = run_task(self.lm, self.manager, task)
-        except Exception as error:  # the task's own code, its data, the device: any kind
-            raise ConfigError([f"--tasks {what}: {cause_of(error)}"]) from error
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # unlike results.json this file is read back: infinity must stay infinity
-            written = json.loads(json.dumps({"key": key, "answer": answer}, default=float))
-            write_atomically(path, json.dumps(sealed(written), indent=1) + "\n")
-        return answer
-
-    def _key(self, task: LoadedTask, arm: str, seed: int | None) -> dict[str, Any]:
-        """All that the answer depends on, as JSON. The clean arms know nothing of faults, nor untrained ones of
-        adapters: their answers serve other faults and adapters too."""
-        trained, faulty = arm in TRAINED_ARMS, arm in (*FLIPPED_ARMS, *GUARD_ARMS)
-        return {
-            **{name: value for name, value in self.key.items() if name != "adapter" or trained},
-            "task": task.key,
-            "arm": arm,
-            # the seed of the draws is not base_seed but the trial's
-            "bitflip": asdict(self.bitflip) | {"base_seed": seed} if faulty else None,
-        }
-
-
-def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """The answer that a file of the cache holds. Raises ConfigError where it holds none, or another run's."""
-    try:
-        written = read_record(path, needs_hash=True)
-        answer: dict[str, Any] = written["answer"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError([f"--cache: {path} is no answer that was kept ({cause_of(error)}); delete it"]) from error
-    if written["key"] != json.loads(json.dumps(key, default=float)):
-        raise ConfigError([f"--cache: {path} is the answer of another run under this one's name; delete it"])
-    return answer
+    shown = [result.arms[""] for result in _results({"": trials}).values() if result.shown]
+    return all(narrow_enough(metric.trials, until_ci, at_least) for metrics in shown for metric in metrics.values())
 
 
 def _results(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, TaskResult]:
@@ -336,54 +498,3 @@ def tasks_table(results: Mapping[str, TaskResult]) -> str:
                     f"{len(found.trials)}"
                 )
     return "\n".join(lines)
-
-
-def _run_key(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """All that answers depend on beside task, arm and faults, as JSON."""
-    shape = json.loads(model.config.to_json_string(use_diff=False))
-    for name in ("_name_or_path", "transformers_version"):
-        shape.pop(name, None)
-    return {
-        "kept": 2,  # to be raised when files are written in another way
-        "weights": _tensors_sha256(model, adapters=False),
-        "adapter": [
-            _tensors_sha256(model, adapters=True),
-            {name: str(layer.lora) for name, layer in iter_faulty(model) if layer.lora},
-        ],
-        "model": shape,
-        "generation": json.loads(model.generation_config.to_json_string(use_diff=False)),
-        "tokenizer": _tokenizer_sha256(tokenizer),
-        "dtype": [str(next(model.parameters()).dtype), config.training.mixed_precision_param],
-        "device": model.device.type,
-        "batch_size": config.training.local_batch_size,
-        "seeds": SEEDS,
-        "versions": {name: version(name) for name in ("flipproof", "lm_eval", "torch", "transformers")},
-    }
-
-
-def _tensors_sha256(model: nn.Module, adapters: bool) -> str:
-    """A hash of the names, dtypes, shapes and bytes of the model's weights, or of its adapters."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.endswith((".lora_A", ".lora_B")) == adapters:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    from datasets.fingerprint import Hasher
-
-    if not tokenizer.is_fast:
-        return str(Hasher.hash(tokenizer))
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # each call of a tokenizer sets these two anew: here they only tell what its last call was
-    del state["truncation"], state["padding"]
-    return as_sha256(
-        [
-            state,
-            type(tokenizer).__qualname__,
-            {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-            tokenizer.chat_template,
-        ]
-    )

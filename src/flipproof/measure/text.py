@@ -15,12 +15,12 @@ from transformers import GenerationConfig
 
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
-from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, tapped
+from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state, is_faulty
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
-from flipproof.log import logger
-from flipproof.measure.arms import thresholds_in_words
+from flipproof.log import bar, logger
+from flipproof.measure.arms import ARMS, thresholds_in_words
 from flipproof.measure.perplexity import arm_faults, arms_of, check_log, fault_seeds, faulty_arm
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, flipped_dtype
@@ -95,16 +95,15 @@ def generate(
     replay: Path | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Text]:
-    """Continue a prompt without and with faults: one text for each arm of the model (``arms.arm_names``), except that
-    of a trained model the one without faults is left out where there is one with them.
+    """Continue a prompt without and with faults: one text for each of ``text_arms``.
 
     Args:
         config: model and faults; the fault seed is the first that evaluation uses.
         prompt: what to continue.
         sampling: how.
-        adapter: directory of a PEFT adapter; adds the arm ``recovered``.
+        adapter: directory of a PEFT adapter; adds a trained arm.
         to: directory to write ``generate.json`` into; it must not hold one.
-        flip_log: file for all flips of the arm ``flipped``, or with an adapter of ``recovered``.
+        flip_log: file for all flips of the last arm with faults.
         replay: such a file; its flips take the place of that arm's draws.
         tell: called by the first process with all texts, before anything is written to ``to``.
 
@@ -131,9 +130,7 @@ def generate(
         _check_length(model, ids.shape[1], sampling)
         if adapter:
             load_adapter(model, adapter)
-        arms = [name for name in arms_of(model, config.bitflip, adapter is not None) if name != "recovered_clean"]
-        if adapter and not {"recovered", "recovered_guard"} & set(arms):
-            arms.append("recovered_clean")
+        arms = text_arms(arms_of(model, config.bitflip, adapter is not None))
         seed, dtype = fault_seeds(config.bitflip.base_seed, 1)[0], flipped_dtype(config.training, model)
         last = faulty_arm(arms) if flip_log or replay else None
         replayed = Replay(replay, dtype) if replay else None
@@ -144,10 +141,14 @@ def generate(
             log = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
         texts: dict[str, Text] = {}
         clean: Sequence[int] = ()
+        shown = stack.enter_context(bar(len(arms) * sampling.max_new_tokens, "token", world.first))
         with compute_context(config.training, model):
             for arm in arms:
+                shown.set_description(arm)
                 tap: FlipCount | Replay = FlipCount() if arm != last else replayed or log or FlipCount()
-                tokens, passes = _continued(model, ids.to(world.device), arm, seed, sampling, tokenizer, tap)
+                tokens, passes = _continued(
+                    model, ids.to(world.device), arm, seed, sampling, tokenizer, tap, shown.update
+                )
                 clean = tokens if arm == "clean" else clean
                 texts[arm] = Text(
                     text=tokenizer.decode([*ids[0].tolist(), *tokens], skip_special_tokens=True).removeprefix(
@@ -159,6 +160,7 @@ def generate(
                     flipped_bits=dict(tap.flipped_bits),
                     zeroed=dict(tap.zeroed),
                 )
+        shown.close()
         if replayed:
             replayed.check_all_done()
         if line := guard_warning(texts, config.bitflip):
@@ -168,6 +170,13 @@ def generate(
         if to is not None and world.first:
             write_new_record(to / RESULT, _written(config, prompt, sampling, texts, seed, dtype), "--to")
     return texts
+
+
+def text_arms(names: Sequence[str]) -> list[str]:
+    """Of a model's arms those that text is made of: of a trained model the one without faults is left out where there
+    is one with them."""
+    faulty = {ARMS[name].weights for name in names if ARMS[name].guard}
+    return [name for name in names if ARMS[name].guard or not ARMS[name].trained or ARMS[name].weights not in faulty]
 
 
 def guard_warning(texts: dict[str, Text], spec: BitFlipSpec) -> str | None:
@@ -180,9 +189,16 @@ def guard_warning(texts: dict[str, Text], spec: BitFlipSpec) -> str | None:
 
 @torch.no_grad()
 def _continued(
-    model: Any, ids: torch.Tensor, arm: str, seed: int, sampling: Sampling, tokenizer: Any, tap: Any
+    model: Any,
+    ids: torch.Tensor,
+    arm: str,
+    seed: int,
+    sampling: Sampling,
+    tokenizer: Any,
+    tap: Any,
+    done: Callable[[], Any],
 ) -> tuple[list[int], int]:
-    """(new tokens, forward passes) of one arm."""
+    """(new tokens, forward passes) of one arm; ``done`` is called at each pass."""
     how = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampling.do_sample,
@@ -200,6 +216,7 @@ def _continued(
     def count(*_: Any) -> None:
         nonlocal passes
         passes += 1
+        done()
 
     hook = model.register_forward_pre_hook(count)
     devices = [ids.device] if ids.device.type == "cuda" else []
@@ -212,8 +229,8 @@ def _continued(
             rank, state.rank = state.rank, 0  # every process continues the same row
             stack.callback(setattr, state, "rank", rank)
             stack.enter_context(arm_faults(model, arm, seed))
-            if arm not in ("clean", "recovered_clean"):
-                stack.enter_context(tapped(model, tap))
+            if ARMS[arm].guard:
+                stack.enter_context(hooked(model, tap))
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return output[0, ids.shape[1] :].tolist(), passes
 

@@ -18,6 +18,7 @@ A block compiled with torch.compile has the recomputation inside of what is comp
 whose result backward does not need, is not computed again. FSDP's hooks stay outside.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal
@@ -91,8 +92,15 @@ def prepare(blocks: list[nn.Module], compiled: bool) -> None:
     for block in blocks:
         block.__class__ = _recomputing(type(block), compiled)  # type: ignore[arg-type]
     if compiled:
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
         # every arm of an evaluation and every ``keep`` is a variant of the one function
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+
+def _not_of_contexts(record: logging.LogRecord) -> bool:
+    """Whether a line of torch's is for users. One warns of what ``contexts`` above do, where something in a block works
+    in place: whoever reads it can do nothing about it, and the gradients are tested to be those without."""
+    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def set_kept(blocks: list[nn.Module], mode: str | int) -> None:
@@ -109,7 +117,7 @@ def keep(block: nn.Module, what: Keep) -> None:
     block.keep = what  # type: ignore[assignment]
     for module in block.modules():
         if isinstance(module, FaultyLinear):
-            module.recomputed = what != "everything"
+            module.checkpointed = what != "everything"
 
 
 def fit(blocks: list[nn.Module], trial: Callable[[], tuple[float, float]], room: Callable[[], float]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flipproof.measure.arms import Arm, Cost
-from flipproof.report.read import Point, Setting
+from flipproof.measure.points import Point, Setting
 
 CLIFF_THRESHOLD = 0.10
 """Perplexity over the clean one's, as a share, that makes the cliff."""

@@ -3,8 +3,8 @@
 A directory is searched itself and two levels deep, so that ``runs/demo`` with ``base/`` and ``sweep/`` in it is one
 report, and so is a study of several models. What is found is called after its path below the directory.
 
-Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. Those that grow line by line
-(``points.jsonl``, ``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
+Files that are written whole (``results.json``, ``sweep.json``, …) must be whole. One that grows line by line
+(``metrics.jsonl``) may end in half a line, which a killed process leaves; it is ignored with a note.
 """
 
 import math
@@ -18,41 +18,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm
+from flipproof.measure.points import Point
 from flipproof.records import CONFIG, METRICS, RESULTS, check_toml, lines, read_record
+from flipproof.sweep.store import HEADER as SWEEP
+from flipproof.sweep.store import POINTS, read_points
 from flipproof.train.checkpoint import list_checkpoints, planted
 
-SWEEP, POINTS, PROFILE, GENERATED, SAMPLES = (
-    "sweep.json",
-    "points.jsonl",
-    "profile.json",
-    "generate.json",
-    "samples.txt",
-)
-_KNOWN = (RESULTS, METRICS, SWEEP, POINTS, PROFILE, GENERATED, SAMPLES)
+PROFILE, GENERATED, SAMPLES = "profile.json", "generate.json", "samples.txt"
+_KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES)
 _LEVELS = 2
 _ARMS = ("clean", "flipped", "recovered")
 T = TypeVar("T")
-
-
-class Setting(NamedTuple):
-    """Where flips fall and what guards against them: everything about a cell of a sweep's grid but p."""
-
-    sites: str
-    layers: str
-    bits: str
-    protection: str
-
-
-class Point(NamedTuple):
-    """One cell of a sweep under one fault seed. ``loss`` is in nats per token, infinity where the model is broken;
-    ``voltage`` in volts."""
-
-    p: float
-    voltage: float | None
-    setting: Setting
-    seed: int
-    loss: float
-    tokens: int
 
 
 class Logged(NamedTuple):
@@ -134,8 +110,8 @@ def read_sources(directory: Path) -> Sources:
                 except ConfigError as error:
                     problems += error.problems
         problems += _planted(place / "checkpoints")
-        if POINTS in held and SWEEP not in held:
-            problems.append(f"{held[POINTS]}: there is no {SWEEP} beside it, which says what was measured")
+        if SWEEP not in held and (place / POINTS).is_dir() and any(place.glob(f"{POINTS}/*.json")):
+            problems.append(f"{place / POINTS}: there is no {SWEEP} beside it, which says what was measured")
     if problems:
         raise ConfigError(problems)
     if not (sources.about or sources.training or sources.texts):
@@ -262,7 +238,8 @@ def _read_results(sources: Sources, directory: Path, path: Path) -> None:
 
 def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
-    name, points = _points(sources, directory, path.parent)
+    name = path.relative_to(directory).as_posix()
+    points = dict(read_points(path.parent))
     with _as_written(str(path)):
         clean, planned = values["clean"], int(values["planned"])
         sources.sweeps[_name(directory, path)] = Sweep(
@@ -271,31 +248,11 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
             voltages=tuple((float(volts), float(ber)) for volts, ber in values.get("voltages") or ()),
             clean_loss=_number(clean["loss"]),
             clean_perplexity=_number(clean["perplexity"]),
-            points=tuple(points),
+            points=tuple(points.values()),
         )
         sources.about.append(_about(directory, path, values))
     if len(points) < planned:
         sources.notes.append(f"{name}: {len(points)} of {planned} points are measured so far.")
-
-
-def _points(sources: Sources, directory: Path, sweep: Path) -> tuple[str, list[Point]]:
-    """What holds the points of a sweep's directory, as notes call it, and the points."""
-    file = sweep / POINTS
-    name = file.relative_to(directory).as_posix()
-    found = _lines(sources, name, file, lambda values: (str(values["id"]), _point(values))) if file.is_file() else []
-    return name, list(dict(found).values())  # of a point that was measured twice, the last counts
-
-
-def _point(values: dict[str, Any]) -> Point:
-    voltage = values.get("voltage")
-    return Point(
-        p=float(values["p"]),
-        voltage=None if voltage is None else float(voltage),
-        setting=Setting(*(str(values[key]) for key in Setting._fields)),
-        seed=int(values["seed"]),
-        loss=_number(values["loss"]),
-        tokens=int(values["tokens"]),
-    )
 
 
 def _size(value: Any) -> float | int | None:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.measure.arms import ARM_ROWS, Arm, Cost, costs
+from flipproof.measure.points import Setting
 from flipproof.report import draw, finding
 from flipproof.report.analyse import (
     CEILING,
@@ -34,7 +35,7 @@ from flipproof.report.analyse import (
     protection_in_words,
     sites_in_words,
 )
-from flipproof.report.read import Logged, Setting, Sources, Sweep
+from flipproof.report.read import Logged, Sources, Sweep
 
 _LONGEST_SLUG = 50
 _MOST_FIGURES = 6

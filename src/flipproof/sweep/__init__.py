@@ -1,3 +1,3 @@
-"""A grid of faults, measured: ``plan`` says what a grid is and which point is next, ``grid`` makes one of a model and
-a config, ``directory`` is what is left behind and shared, and ``run`` measures.
+"""A grid of faults, measured: ``order`` says what a grid is and which trial is next, ``table`` makes one of a model and
+a config, ``store`` is what is left behind and shared, and ``run`` measures.
 """

@@ -1,7 +1,8 @@
 """Which points a sweep measures, and in which order: pure functions of a table and of what is known so far.
 
 The ``[sweep]`` table spans a grid, flip probability × sites × layers × bits × protection; a **cell** of it is one set
-of faults, a **point** one cell under one fault seed, and a **curve** the cells that differ in the probability alone.
+of faults, a **trial** one cell under one fault seed, which is a point when it is measured, and a **curve** the cells of
+one setting, which differ in the probability alone.
 
 **Order.** A sweep may be stopped at any time, so what tells most comes first. Curves share turns, and with the first
 seed each gets its two ends, then the middle between those neighbours whose losses differ most: bisection, which
@@ -22,6 +23,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+
+from flipproof.measure.points import Setting
 
 _BROKEN = 16.0
 """Nats: guessing evenly among the tokens of the largest vocabularies costs 12.5."""
@@ -52,16 +55,16 @@ class Cell:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def curve(self) -> tuple[str, str, str, str]:
+    def setting(self) -> Setting:
         """What the cells of a curve have in common."""
-        return self.sites, self.layers, self.bits, self.protection
+        return Setting(self.sites, self.layers, self.bits, self.protection)
 
     def point_id(self, seed: int) -> str:
         return f"{self.id}/{seed}"
 
 
-class Point(NamedTuple):
-    """One measurement: a cell under a fault seed."""
+class Trial(NamedTuple):
+    """A cell under a fault seed: what becomes one point."""
 
     cell: Cell
     seed: int
@@ -73,7 +76,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All points of a sweep."""
+    """All trials of a sweep."""
 
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
@@ -81,23 +84,23 @@ class Plan:
     @cached_property
     def curves(self) -> list[list[Cell]]:
         """Cells by curve, by rising probability within each."""
-        curves: dict[tuple[str, str, str, str], list[Cell]] = {}
+        curves: dict[Setting, list[Cell]] = {}
         for cell in self.cells:
-            curves.setdefault(cell.curve, []).append(cell)
+            curves.setdefault(cell.setting, []).append(cell)
         return [sorted(curve, key=lambda cell: cell.rate) for curve in curves.values()]
 
     @cached_property
-    def points(self) -> dict[str, Point]:
-        """By id."""
-        return {(point := Point(cell, seed)).id: point for cell in self.cells for seed in self.seeds}
+    def trials(self) -> dict[str, Trial]:
+        """By the id of the point that each becomes."""
+        return {(trial := Trial(cell, seed)).id: trial for cell in self.cells for seed in self.seeds}
 
 
-def next_point(plan: Plan, losses: Mapping[str, float], busy: Collection[str] = ()) -> Point | None:
-    """The point to measure next, or None where all are measured or busy.
+def next_trial(plan: Plan, losses: Mapping[str, float], busy: Collection[str] = ()) -> Trial | None:
+    """The trial to measure next, or None where all are measured or busy.
 
     Args:
         losses: id of a measured point -> its loss in nats; infinite for a broken model.
-        busy: ids of points that others are measuring.
+        busy: ids of those that others are measuring.
     """
     return _of_first_seed(plan, losses, busy) or _of_further_seeds(plan, losses, busy)
 
@@ -106,7 +109,7 @@ def _level(loss: float) -> float:
     return min(loss, _BROKEN) if not math.isnan(loss) else _BROKEN
 
 
-def _of_first_seed(plan: Plan, losses: Mapping[str, float], busy: Collection[str]) -> Point | None:
+def _of_first_seed(plan: Plan, losses: Mapping[str, float], busy: Collection[str]) -> Trial | None:
     seed = plan.seeds[0]
     turn: tuple[int, list[Cell], dict[int, float], list[int]] | None = None
     for curve in plan.curves:
@@ -118,7 +121,7 @@ def _of_first_seed(plan: Plan, losses: Mapping[str, float], busy: Collection[str
     if turn is None:
         return None
     _, curve, known, taken = turn
-    return Point(curve[_most_telling(len(curve), known, taken)], seed)
+    return Trial(curve[_most_telling(len(curve), known, taken)], seed)
 
 
 def _most_telling(n: int, known: Mapping[int, float], taken: Sequence[int]) -> int:
@@ -137,7 +140,7 @@ def _most_telling(n: int, known: Mapping[int, float], taken: Sequence[int]) -> i
     return taken[-k] + width // 2
 
 
-def _of_further_seeds(plan: Plan, losses: Mapping[str, float], busy: Collection[str]) -> Point | None:
+def _of_further_seeds(plan: Plan, losses: Mapping[str, float], busy: Collection[str]) -> Trial | None:
     best, largest = None, -1.0
     for curve in plan.curves:
         trials = [
@@ -151,7 +154,7 @@ def _of_further_seeds(plan: Plan, losses: Mapping[str, float], busy: Collection[
             pending = sum(name in busy and name not in losses for name in ids.values())
             error = _scatter(trials, i) / math.sqrt(max(1, len(trials[i]) + pending))
             if error > largest:
-                best, largest = Point(cell, free[0]), error
+                best, largest = Trial(cell, free[0]), error
     return best
 
 

@@ -1,38 +1,35 @@
 """A grid of faults, measured: ``flipproof sweep``.
 
-The model is built once, with every layer faulty that the grid needs. A point then is other faults in the same layers
-(``set_faults``), a fault seed, and one evaluation, and equals what ``flipproof eval`` says of the same faults and
-seed. What the grid is, is said in ``grid``; which point comes next, in
-``plan``; what processes share, in ``directory``.
+The model is built once, with every layer faulty that the grid needs. A trial then is other faults in the same layers
+(``set_faults``), a fault seed, and one evaluation, and the point equals what ``flipproof eval`` says of the same faults
+and seed. What the grid is, is said in ``table``; which trial comes next, in ``order``; what processes share, in
+``store``.
 
-Processes that torchrun started are one worker: the first claims points and writes them down, all measure them.
+Processes that torchrun started are one worker: the first claims trials and writes points down, all measure them.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from filelock import FileLock
 from torch import nn
-from tqdm import tqdm
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
-from flipproof.errors import ConfigError
 from flipproof.faults.inject import check_bits, faults, inject, set_faults
 from flipproof.faults.spec import OPERANDS
-from flipproof.log import logger
+from flipproof.log import bar, logger
 from flipproof.measure.arms import Arm, arm_names, guard_warning
 from flipproof.measure.perplexity import mean_loss, measure_arms
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
 from flipproof.models.parallelize import cast_to
-from flipproof.sweep.order import Cell, Point, Rate, next_point
+from flipproof.sweep.order import Cell, Rate, Trial, next_trial
 from flipproof.sweep.store import SweepDirectory
 from flipproof.sweep.table import Grid, all_that_flips, rates_of, resolved
 from flipproof.world import World, join_world
@@ -60,7 +57,7 @@ def sweep(config: RunConfig, to: Path) -> str:
     directory = SweepDirectory(to)
     with join_world(config.parallelism) as world:
         known = _known_before(config, rates, world)
-        _on_first(world, lambda: directory.check(config, known))
+        world.once(lambda: directory.check(config, known))
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
         _check_grid(config, rates, tokenizer)
@@ -92,34 +89,6 @@ def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
     Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))
 
 
-def _on_first(world: World, action: Callable[[], Any]) -> Any:
-    """What the first process's action returns or raises, in all processes."""
-    told: list[Any] = [None, None, None]
-    error: Exception | None = None
-    if world.first:
-        try:
-            told[0] = action()
-        except Exception as raised:  # told to the others, which would wait for ever, and raised again
-            error = raised
-            if isinstance(raised, ConfigError):
-                told[1] = raised.problems
-            else:
-                told[2] = f"{type(raised).__name__}: {raised}"
-    if world.size > 1:
-        dist.broadcast_object_list(told, src=0, group=world.cpu_group)
-    if error is not None:
-        raise error
-    if told[1] is not None:
-        raise ConfigError(told[1])
-    if told[2] is not None:
-        raise RuntimeError(f"process 0 could not go on with the sweep: {told[2]}")
-    return told[0]
-
-
-def _loss(grid: Grid, model: nn.Module, text: PackedText, world: World) -> tuple[float, int]:
-    return mean_loss(model, text, grid.config.eval.num_samples, grid.config.training.local_batch_size, world)
-
-
 def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: PackedText, world: World) -> dict[str, Any]:
     """The header of the sweep: what is there already, or measured and written now."""
     config, bitflip = grid.config, grid.config.bitflip
@@ -140,7 +109,7 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
         "overhead": grid.overhead,
         **_known_before(config, grid.rates, world),
         "thresholds": {name: t for name, t in thresholds.items() if name != "kv" or t is not None},
-        "planned": len(grid.plan.points),
+        "planned": len(grid.plan.trials),
     }
     lock: FileLock | None = None
 
@@ -150,7 +119,7 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
         return directory.header(header)
 
     try:
-        if (there := _on_first(world, open_directory)) is not None:
+        if (there := world.once(open_directory)) is not None:
             return dict(there)
         if grid.guard_spec is not None:
             set_faults(model, grid.guard_spec)
@@ -170,7 +139,7 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
         logger.info("%s", _base_in_words(header))
         if line := guard_warning(arms, bitflip):
             logger.warning("%s", line)
-        _on_first(world, lambda: directory.write_header(header))
+        world.once(lambda: directory.write_header(header))
     finally:
         if lock is not None:
             lock.release()
@@ -180,10 +149,10 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
 def _measure(
     grid: Grid, directory: SweepDirectory, model: nn.Module, text: PackedText, world: World, started: float
 ) -> None:
-    """Measure points until all are measured or claimed by others, or the budget is used."""
-    points = grid.plan.points
+    """Measure trials until all are measured or claimed by others, or the budget is used."""
+    trials = grid.plan.trials
     budget_s = math.inf if (minutes := grid.config.sweep.budget_minutes) is None else minutes * 60
-    claimed: tuple[Point, FileLock] | None = None
+    claimed: tuple[Trial, FileLock] | None = None
     measured: tuple[float, int, float] | None = None
     said = time.monotonic()
 
@@ -191,72 +160,68 @@ def _measure(
         """Write down the point that was measured; the id of the next."""
         nonlocal claimed
         if claimed is not None and measured is not None:
-            directory.append(claimed[0], *measured)
-            directory.refresh(points)
-            directory.clear(*claimed)
-            claimed = None
+            directory.write(claimed[0], *measured)
+            directory.refresh(trials)
+            directory.clear(claimed[1])
         claimed = _claim_next(grid, directory, budget_s, started)
         return None if claimed is None else claimed[0].id
 
-    _on_first(world, directory.repair)
-    _on_first(world, lambda: directory.refresh(points))
-    hidden = None if world.first else True  # None: on a terminal only
-    with tqdm(total=len(points), initial=len(directory.measured), unit="point", disable=hidden) as bar:
-        while (name := _on_first(world, finish_and_choose)) is not None:
-            bar.update(len(directory.measured) - bar.n)
-            if bar.disable and world.first and time.monotonic() - said > _LOG_EVERY_S:
+    world.once(lambda: directory.refresh(trials))
+    with bar(len(trials), "point", world.first, initial=len(directory.measured)) as shown:
+        while (name := world.once(finish_and_choose)) is not None:
+            shown.update(len(directory.measured) - shown.n)
+            if shown.disable and world.first and time.monotonic() - said > _LOG_EVERY_S:
                 said = time.monotonic()
-                logger.info("%d of %d points, %s", len(directory.measured), len(points), _time_left(directory, points))
-            point = points[name]
-            since = time.monotonic()
-            set_faults(model, grid.spec(point.cell))
-            with faults(model, adapters=False, seed=point.seed):
-                loss, tokens = _loss(grid, model, text, world)
+                logger.info("%d of %d points, %s", len(directory.measured), len(trials), _time_left(directory, trials))
+            trial, since = trials[name], time.monotonic()
+            set_faults(model, grid.spec(trial.cell))
+            with faults(model, adapters=False, seed=trial.seed):
+                loss, tokens = mean_loss(
+                    model, text, grid.config.eval.num_samples, grid.config.training.local_batch_size, world
+                )
             measured = loss, tokens, time.monotonic() - since
-        bar.update(len(directory.measured) - bar.n)
 
 
 def _claim_next(
     grid: Grid, directory: SweepDirectory, budget_s: float, started: float
-) -> tuple[Point, FileLock] | None:
-    """The next point that no other process has; None where there is none, or no time for it."""
+) -> tuple[Trial, FileLock] | None:
+    """The next trial that no other process has; None where there is none, or no time for it."""
     if time.monotonic() - started + _mean_seconds(directory) > budget_s:
         return None
     busy: set[str] = set()
     while True:
-        losses = {name: measured.loss for name, measured in directory.measured.items()}
-        point = next_point(grid.plan, losses, busy)
-        if point is None:
+        trial = next_trial(grid.plan, {name: point.loss for name, point in directory.measured.items()}, busy)
+        if trial is None:
             return None
-        if (lock := directory.claim(point)) is None:
-            busy.add(point.id)
+        if (lock := directory.claim(trial)) is None:
+            busy.add(trial.id)
             continue
-        directory.refresh(grid.plan.points)  # it may have been finished since
-        if point.id not in directory.measured:
-            return point, lock
-        directory.clear(point, lock)
+        directory.refresh(grid.plan.trials)  # it may have been finished since
+        if trial.id not in directory.measured:
+            return trial, lock
+        directory.clear(lock)
 
 
 def _mean_seconds(directory: SweepDirectory) -> float:
     """Seconds that a point takes; 0 where none was measured yet."""
-    seconds = [measured.seconds for measured in directory.measured.values()]
+    seconds = [point.seconds for point in directory.measured.values()]
     return math.fsum(seconds) / max(1, len(seconds))
 
 
-def _time_left(directory: SweepDirectory, points: Mapping[str, Point]) -> str:
-    left = _mean_seconds(directory) * (len(points) - len(directory.measured))
+def _time_left(directory: SweepDirectory, trials: Mapping[str, Trial]) -> str:
+    left = _mean_seconds(directory) * (len(trials) - len(directory.measured))
     return f"{int(left) // 60}:{int(left) % 60:02d} left for one process"
 
 
 def _report(grid: Grid, directory: SweepDirectory, header: dict[str, Any]) -> str:
     """Mean perplexities by flip probability, one column for each curve as far as they fit a page, and what to do
     next."""
-    directory.refresh(grid.plan.points)
-    done, planned = len(directory.measured), len(grid.plan.points)
+    directory.refresh(grid.plan.trials)
+    done, planned = len(directory.measured), len(grid.plan.trials)
     curves = grid.plan.curves
     shown = curves[:_TABLE_COLUMNS]
-    differ = [i for i in range(4) if len({curve[0].curve[i] for curve in curves}) > 1] or [0]
-    names = [" ".join(curve[0].curve[i] for i in differ) for curve in shown]
+    differ = [i for i in range(4) if len({curve[0].setting[i] for curve in curves}) > 1] or [0]
+    names = [" ".join(curve[0].setting[i] for i in differ) for curve in shown]
     widths = [max(10, len(name)) for name in names]
     voltages = grid.config.sweep.voltage is not None
     lines = [

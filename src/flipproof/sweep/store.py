@@ -1,22 +1,21 @@
 """The directory of a sweep: what was measured, and who measures what.
 
-Any number of processes share a directory, each started by hand or by torchrun. A process **claims** a point by an
+Any number of processes share a directory, each started by hand or by torchrun. A process **claims** a trial by an
 operating-system lock on ``claims/ID.lock``, which ends with the process however that ends, and looks again whether
-the point is measured already; lock files of finished points are removed, those that killed processes left are used
-again.
+it is measured already; lock files of finished trials are removed, those that killed processes left are used again.
 
-A measured point is one line of ``points.jsonl``, appended by one write and synced, under a lock of its own. A process
-that is killed while it writes may leave half a line: readers stop before it, and the next writer cuts it off.
+A measured point is one file, ``points/ID.json``, which appears whole, by a rename, and never changes: a process knows
+by its name whether it has read it.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -24,25 +23,68 @@ from flipproof.config import RunConfig, load_written
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import OPERANDS
 from flipproof.files import check_writable, finite, is_temporary
-from flipproof.log import logger
-from flipproof.records import read_record, sealed, unsealed, write_record, write_toml
-from flipproof.sweep.order import Point
+from flipproof.measure.points import Point, Setting
+from flipproof.records import lines, read_record, write_record, write_toml
+from flipproof.sweep.order import Trial
 
 CONFIG = "sweep.toml"
 HEADER = "sweep.json"
-POINTS = "points.jsonl"
+POINTS = "points"
+OLDER_POINTS = "points.jsonl"
+"""What earlier versions wrote in the place of ``POINTS``: a line for each point."""
 CLAIMS = "claims"
 
 _UNUSED = {"exact_gradient", *(f"{operand}_{key}" for operand in OPERANDS for key in ("p_exp", "p_frac"))}
 """Keys of [bitflip] that no point depends on."""
 
 
-class Measured(NamedTuple):
-    """What is known of a measured point."""
+def read_points(directory: Path, known: Container[str] = (), again: bool = False) -> Iterator[tuple[str, Point]]:
+    """(id, point) of each point of a sweep's directory whose id is not ``known``, in the order of their names.
 
-    loss: float
-    """Nats per token; infinite for a broken model."""
-    seconds: float
+    Args:
+        again: leave out the file of an earlier version, to which nobody adds any more.
+
+    Raises:
+        ConfigError: for a file, or a line of an earlier version's file, that is no point.
+    """
+    older, points = directory / OLDER_POINTS, directory / POINTS
+    if not again and older.exists():
+        text = older.read_bytes()  # a process that was killed may have left half a line at its end
+        for number, line in lines(text[: text.rfind(b"\n") + 1]):
+            name, point = _point(line, f"{older} line {number}", "take the line out")
+            if name not in known:
+                yield name, point
+    for file in sorted(os.listdir(points) if points.is_dir() else []):
+        stem, ending = os.path.splitext(file)
+        if file[0] == "." or ending != ".json" or (name := "/".join(stem.rsplit("-", 1))) in known:
+            continue
+        try:
+            values: dict[str, Any] | Exception = read_record(points / file)
+        except (OSError, ValueError) as error:
+            values = error
+        found, point = _point(values, f"{points / file}", "delete it to measure it anew")
+        if found != name:
+            raise ConfigError([f"{points / file}: it holds the point {found}; delete it to measure its own anew"])
+        yield name, point
+
+
+def _point(values: Mapping[str, Any] | Exception, where: str, what_to_do: str) -> tuple[str, Point]:
+    """(id, point) of what was read somewhere. Raises ConfigError where it is none."""
+    try:
+        if isinstance(values, Exception):
+            raise values
+        voltage, loss = values.get("voltage"), values["loss"]
+        return str(values["id"]), Point(
+            p=float(values["p"]),
+            voltage=None if voltage is None else float(voltage),
+            setting=Setting(*(sys.intern(str(values[key])) for key in Setting._fields)),
+            seed=int(values["seed"]),
+            loss=math.inf if loss is None else float(loss),
+            tokens=int(values["tokens"]),
+            seconds=float(values["seconds"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise ConfigError([f"{where}: not a point of a sweep ({error}); {what_to_do}"]) from error
 
 
 def depends_on(config: RunConfig) -> dict[str, Any]:
@@ -69,9 +111,9 @@ class SweepDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.measured: dict[str, Measured] = {}
-        """Points by id, as far as they are read."""
-        self._read, self._lines = 0, 0  # bytes and lines of points.jsonl
+        self.measured: dict[str, Point] = {}
+        """By id, as far as they are read."""
+        self._looked = False
 
     def check(self, config: RunConfig, known: dict[str, Any] | None = None) -> None:
         """Raises ConfigError where the directory holds anything but this sweep, or could not be written.
@@ -79,7 +121,7 @@ class SweepDirectory:
         Args:
             known: keys of the header that are known before the model is.
         """
-        for name in (CONFIG, POINTS, HEADER, f"{CLAIMS}/points.lock"):
+        for name in (CONFIG, HEADER, f"{POINTS}/point.json", f"{CLAIMS}/sweep.lock"):
             check_writable(self.path / name, "--to")
         names = sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
         if CONFIG not in names:
@@ -109,6 +151,7 @@ class SweepDirectory:
             self.check(config, known)  # another process may have begun another sweep in the meantime
             if not (self.path / CONFIG).exists():
                 write_toml(self.path / CONFIG, config.to_toml())
+            (self.path / POINTS).mkdir(exist_ok=True)
         except BaseException:
             lock.release()
             raise
@@ -138,104 +181,43 @@ class SweepDirectory:
     def write_header(self, header: dict[str, Any]) -> None:
         write_record(self.path / HEADER, header)
 
-    def refresh(self, known: dict[str, Point]) -> None:
+    def refresh(self, trials: Mapping[str, Trial]) -> None:
         """Read the points that were measured since the last time.
 
         Raises:
-            ConfigError: for a line that is no point of this sweep, by its number.
+            ConfigError: for what is no point, or one of none of these ``trials``.
         """
-        path = self.path / POINTS
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._read)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            self._lines += 1
-            try:
-                point = unsealed(line)
-                loss = math.inf if point["loss"] is None else float(point["loss"])
-                name, result = str(point["id"]), Measured(loss, float(point["seconds"]))
-            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-                raise ConfigError(
-                    [f"{path} line {self._lines}: not a point of a sweep ({error}); take the line out"]
-                ) from error
-            if name not in known:
-                raise ConfigError([f"{path} line {self._lines}: {name} is a point of another grid; name another --to"])
-            self.measured.setdefault(name, result)
-        self._read += len(whole)
+        for name, point in read_points(self.path, self.measured, self._looked):
+            if name not in trials:
+                raise ConfigError([f"{self.path / POINTS}: {name} is a point of another grid; name another --to"])
+            self.measured.setdefault(name, point)
+        self._looked = True
 
-    def repair(self) -> None:
-        """Cut off what a killed process wrote of a line."""
-        with self._points_lock():
-            self._cut_half_line()
-
-    def append(self, point: Point, loss: float, tokens: int, seconds: float) -> None:
+    def write(self, trial: Trial, loss: float, tokens: int, seconds: float) -> None:
         """Write down a measured point."""
-        cell = point.cell
-        line = {
-            "id": point.id,
-            "p": cell.rate.p,
-            "voltage": cell.rate.voltage,
-            "sites": cell.sites,
-            "layers": cell.layers,
-            "bits": cell.bits,
-            "protection": cell.protection,
-            "seed": point.seed,
-            "loss": loss if math.isfinite(loss) else None,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-        }
-        data = json.dumps(sealed(line), allow_nan=False).encode() + b"\n"
-        with self._points_lock():
-            self._cut_half_line()
-            file = os.open(self.path / POINTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                if os.write(file, data) != len(data):
-                    raise OSError(f"{self.path / POINTS}: the disk took half a line only")
-                os.fsync(file)
-            finally:
-                os.close(file)
+        cell = trial.cell
+        values = {"id": trial.id, "p": cell.rate.p, "voltage": cell.rate.voltage, **cell.setting._asdict()}
+        values |= {"seed": trial.seed, "loss": loss, "tokens": tokens, "seconds": round(seconds, 3)}
+        write_record(self.path / POINTS / f"{_name(trial)}.json", values)
 
-    def _points_lock(self) -> FileLock:
-        return FileLock(self.path / CLAIMS / "points.lock")
-
-    def _cut_half_line(self) -> None:
-        path = self.path / POINTS
-        if not path.exists():
-            return
-        with path.open("rb+") as file:
-            size = file.seek(0, os.SEEK_END)
-            start = max(0, size - 2**16)  # no line is as long
-            file.seek(start)
-            tail = file.read()
-            if tail and not tail.endswith(b"\n"):
-                keep = tail.rfind(b"\n") + 1
-                half = tail[keep:].decode(errors="replace")
-                logger.warning("%s: its last line was half written and is dropped: %s", path, half)
-                file.truncate(start + keep)
-
-    def claim(self, point: Point) -> FileLock | None:
-        """The lock that makes the point this process's own; None where another process has it."""
-        lock = FileLock(self._claim_path(point), blocking=False)
+    def claim(self, trial: Trial) -> FileLock | None:
+        """The lock that makes the trial this process's own; None where another process has it."""
+        lock = FileLock(self.path / CLAIMS / f"{_name(trial)}.lock", blocking=False)
         try:
-            self._claim_path(point).parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except (Timeout, FileNotFoundError):  # another one has it; or has just cleared it away
+        except Timeout:
             return None
         return lock
 
-    def clear(self, point: Point, lock: FileLock) -> None:
-        """Give a claim back whose point is measured."""
-        path = self._claim_path(point)
-        path.unlink(missing_ok=True)
+    def clear(self, lock: FileLock) -> None:
+        """Give back a claim whose trial is measured."""
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-        with suppress(OSError):  # other seeds of the cell
-            path.parent.rmdir()
 
-    def _claim_path(self, point: Point) -> Path:
-        return self.path / CLAIMS / f"{point.id}.lock"
+
+def _name(trial: Trial) -> str:
+    """What the trial's files are called."""
+    return trial.id.replace("/", "-")
 
 
 def _short(value: Any) -> str:

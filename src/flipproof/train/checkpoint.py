@@ -39,7 +39,7 @@ from flipproof.files import discard, is_temporary, named, put_in_place, sync, te
 from flipproof.log import logger
 from flipproof.records import read_record, write_record
 from flipproof.train.dcp_reader import INDEX, NotACheckpoint, Planted, SafePlanner, SafeReader
-from flipproof.world import World
+from flipproof.world import ALONE, World
 
 MANIFEST = "manifest.json"
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -145,11 +145,7 @@ class Checkpointer:
             result = action() if action else None
         except Exception as raised:  # told to the others, which would wait for ever, and raised again
             error = raised
-        if self.world.size == 1:
-            gathered: list[Any] = [(result, None)]
-        else:
-            gathered = [None] * self.world.size
-            dist.all_gather_object(gathered, (result, error and str(error)), group=self.world.writers)
+        gathered = self.world.gathered((result, error and str(error)), self.world.writers)
         if error is not None:
             raise error
         for rank, (_, problem) in enumerate(gathered):
@@ -217,7 +213,7 @@ def find_checkpoint(directory: Path, resume: str | None) -> Path | None:
     return directory / resume
 
 
-def whole_checkpoint(path: Path, fall_back: bool = False) -> Path:
+def whole_checkpoint(path: Path, fall_back: bool = False, world: World = ALONE) -> Path:
     """``path``, where its files are those that were written. Else, to ``fall_back``, the last one before it of which
     that is true, with a warning. All processes must call.
 
@@ -225,14 +221,14 @@ def whole_checkpoint(path: Path, fall_back: bool = False) -> Path:
         ConfigError: naming what is damaged, and the way out; and what no checkpoint holds, which nobody passes over.
     """
     before = [other for other in list_checkpoints(path.parent) if step_of(other) < step_of(path)]
-    problems = checkpoint_problems(path)
+    problems = checkpoint_problems(path, world)
     if not problems:
-        return _of_plain_values(path)
+        return _of_plain_values(path, world)
     damaged = not any(_UNREADABLE in problem for problem in problems)  # what cannot be read now may be whole
     for earlier in reversed(before) if fall_back and damaged else ():
-        if not checkpoint_problems(earlier):
+        if not checkpoint_problems(earlier, world):
             logger.warning("checkpoint %s: %s; goes on from %s", path, problems[0], earlier.name)
-            return _of_plain_values(earlier)
+            return _of_plain_values(earlier, world)
     way_out = f"; train --resume {before[-1].name} goes on from the one before" if before and not fall_back else ""
     raise ConfigError([f"checkpoint {path}: {problem}{way_out}" for problem in problems])
 
@@ -265,10 +261,9 @@ def _cause(error: BaseException) -> BaseException:
 _UNREADABLE = "cannot be read"
 
 
-def checkpoint_problems(path: Path) -> list[str]:
+def checkpoint_problems(path: Path, world: World = ALONE) -> list[str]:
     """What keeps a checkpoint from being read, one line per file. Of several processes, which all must call, each reads
     a part of the files."""
-    rank, size = _rank_and_size()
     files: dict[str, str] = {}
     problems: list[str] = []
     try:
@@ -277,7 +272,7 @@ def checkpoint_problems(path: Path) -> list[str]:
         problems.append(f"{MANIFEST} is missing or damaged")
     except OSError as error:
         problems.append(f"{MANIFEST} {_UNREADABLE} ({error.strerror})")
-    for name, expected in list(files.items())[rank::size]:
+    for name, expected in list(files.items())[world.rank :: world.size]:
         try:
             if _fingerprint(path / name) != expected:
                 problems.append(f"{name} is damaged (size or hash differ from the manifest)")
@@ -285,20 +280,20 @@ def checkpoint_problems(path: Path) -> list[str]:
             problems.append(f"{name} is missing")
         except OSError as error:
             problems.append(f"{name} {_UNREADABLE} ({error.strerror})")
-    return _of_all(problems)
+    return _once_each(problems, world)
 
 
-def _of_plain_values(path: Path) -> Path:
+def _of_plain_values(path: Path, world: World) -> Path:
     """``path``, a whole checkpoint. Raises ConfigError where it holds what no checkpoint holds; each process looks at
     some of the values."""
     problems = []
     try:
-        SafeReader(path, _manifest(path)).check_values(*_rank_and_size())
+        SafeReader(path, _manifest(path)).check_values(world.rank, world.size)
     except NotACheckpoint as error:
         problems = [f"checkpoint {path} is refused: {error}"]
     except OSError as error:
         problems = [f"checkpoint {path} {_UNREADABLE} ({error})"]
-    if problems := _of_all(problems):
+    if problems := _once_each(problems, world):
         raise ConfigError(problems)
     return path
 
@@ -315,18 +310,9 @@ def planted(path: Path) -> list[str]:
     return []
 
 
-def _rank_and_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _of_all(problems: list[str]) -> list[str]:
-    """What all processes have found, each once."""
-    _, size = _rank_and_size()
-    if size == 1:
-        return problems
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, problems)
-    return list(dict.fromkeys(problem for part in gathered for problem in part))
+def _once_each(problems: list[str], world: World) -> list[str]:
+    """What all processes have found."""
+    return list(dict.fromkeys(problem for part in world.gathered(problems) for problem in part))
 
 
 def _manifest(path: Path) -> dict[str, str]:

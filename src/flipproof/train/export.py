@@ -47,7 +47,7 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     )
     config = replace(config, parallelism=parallelism)
     with join_world(parallelism) as world:
-        whole_checkpoint(checkpoints[-1])
+        whole_checkpoint(checkpoints[-1], world=world)
         tokenizer = load_tokenizer(config.model)
         model = build_model(config, tokenizer, world, config.lora)
         step = load_trained_weights(checkpoints[-1], model)

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from flipproof.config import RunConfig
+from flipproof.config import RunConfig, load_written
 from flipproof.dtensor import whole
 from flipproof.errors import ConfigError
+from flipproof.records import CONFIG
+from flipproof.train.checkpoint import step_of
 from flipproof.train.rundir import Record
 from flipproof.world import World
 
@@ -78,6 +79,30 @@ RULES = {
 def rule(key: str) -> Rule:
     """The rule of a key such as "training.lr"."""
     return RULES.get(key) or RULES[key.partition(".")[0]]
+
+
+def begun_with(config: RunConfig, checkpoint: Path) -> tuple[RunConfig, Record | None]:
+    """Config and record of the run that ``config`` would go on with from a checkpoint of its directory; no record for
+    runs of earlier versions.
+
+    Raises:
+        ConfigError: where they are gone or damaged, or it would be another run by keys alone, or a shorter one.
+    """
+    run_dir, steps, done = Path(config.logging.run_dir), config.training.steps, step_of(checkpoint)
+    if not (run_dir / CONFIG).exists():
+        raise ConfigError(
+            [f"--resume: {run_dir / CONFIG} is gone, and with it what the checkpoints there were trained with"]
+        )
+    was = load_written(run_dir / CONFIG)
+    check_fixed(was, config, run_dir)
+    if steps is not None and steps < done:
+        raise ConfigError(
+            [
+                f"--resume: training.steps = {steps}, but {checkpoint} has done {done}; name an earlier one with "
+                "--resume, or more steps"
+            ]
+        )
+    return was, Record.read(run_dir)
 
 
 def check_fixed(was: RunConfig, now: RunConfig, run_dir: Path) -> None:
@@ -196,10 +221,7 @@ def examine_model(model: nn.Module, world: World) -> tuple[str, list[str]]:
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
             yield tensor.reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
 
-    gathered: list[Any] = [(list(_hashes(mine())), bad)]
-    if world.size > 1:
-        gathered, own = [None] * world.size, gathered[0]
-        dist.all_gather_object(gathered, own, group=world.cpu_group)
+    gathered = world.gathered((list(_hashes(mine())), bad))
     # two hashes a tensor; tensor n is the (n // size)-th of process n % size
     parts = [
         gathered[number % world.size][0][2 * (number // world.size) + half]

@@ -14,11 +14,11 @@ import torch
 from lm_eval import simple_evaluate
 
 import flipproof
-from flipproof import BitFlipSpec, LoraSpec
+from flipproof import BitFlipSpec, LoraSpec, harness
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
-from flipproof.measure import harness
-from flipproof.measure.harness import TaskRequest, harness_model, load_tasks, run_task
+from flipproof.measure import tasks as tasks_module
+from flipproof.measure.tasks import TaskRequest, harness_model, load_tasks, run_task
 from flipproof.models.adapter import save_adapter
 from flipproof.models.load import byte_tokenizer
 
@@ -39,7 +39,7 @@ def no_tasks_but_ours():
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda *_: None)
         ours = partial(lm_eval.tasks.TaskManager, include_defaults=False)
         patch.setattr(lm_eval.tasks, "TaskManager", ours)
-        patch.setattr(harness, "TaskManager", ours)
+        patch.setattr(tasks_module, "TaskManager", ours)
         yield
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_asked_is_told_in_one_line_each(lm_eval_tasks, tmp_path):
         f"--include-path {tmp_path / 'no'}: no such directory",
         "--num-fewshot -1: at least 0 is allowed",
         "--limit 1.5: a whole number of questions, or a share below 1, is allowed",
-        f"--cache {tmp_path / 'file'}: not a directory",
+        f"--cache = {str(tmp_path / 'file' / 'answer.json')!r}: {tmp_path / 'file'} is not a directory",
     ]
     (tmp_path / "gone.yaml").write_text(
         (lm_eval_tasks / "toy_pages.yaml").read_text().replace("toy_pages", "gone").replace("gone.jsonl", "gone.no")

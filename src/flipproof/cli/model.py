@@ -1,0 +1,59 @@
+"""MODEL on a command line: a directory, a Hub name, or the directory of a run, which stands for what it trained."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flipproof.config import RunConfig, load_config
+from flipproof.errors import ConfigError
+from flipproof.log import logger
+from flipproof.records import CONFIG, check_toml
+
+Overrides = dict[str, dict[str, Any]]
+
+
+def config_of(
+    model: str | None, files: Sequence[str], overrides: Overrides, resume: bool = False
+) -> tuple[RunConfig, Path | None]:
+    """(the config of a command line, the adapter of the run that it names as its model).
+
+    A run's config comes first: files and flags count over it.
+
+    Args:
+        model: what is given as MODEL.
+        files: what is given to --config.
+        overrides: section -> key -> text, of the flags.
+        resume: whether a run that is named goes on, so that it needs no result.
+
+    Raises:
+        ConfigError: with everything that is wrong, or where a run has no result.
+    """
+    if model is None:
+        return load_config(files, overrides), None
+    if (run := Path(model).expanduser()) and (run / CONFIG).is_file():
+        check_toml(run / CONFIG)
+        weights, adapter = ({}, None) if resume else _result(run)
+        overrides = _under({"model": weights, "logging": {"run_dir": str(run)}}, overrides)
+        return load_config([run / CONFIG, *files], overrides), adapter
+    if re.match(r"~|\.{0,2}/|[^/]+/[^/]*/", model) and not run.exists():  # a Hub name is OWNER/NAME
+        raise ConfigError([f"MODEL = {model!r}: there is no such directory"])
+    if "hf_model_path" in overrides.get("model", {}):
+        logger.warning("MODEL is --model.hf_model_path, which is given as well; MODEL counts")
+    return load_config(files, _under(overrides, {"model": {"hf_model_path": model}})), None
+
+
+def _result(run: Path) -> tuple[dict[str, Any], Path | None]:
+    """([model]'s keys of the model that a run has written, its adapter): one of the two."""
+    if any((run / "model").glob("*.safetensors")):
+        return {"hf_model_path": str(run / "model"), "init": "pretrained", "flavor": None}, None
+    if any((run / "adapter").glob("*.safetensors")):
+        return {}, run / "adapter"
+    wrong = f"{run} holds a run that has written neither model/ nor adapter/; flipproof train {run} --resume goes on"
+    if any((run / "checkpoints").glob("step-*")):
+        wrong += f", and flipproof export {run} --to DIR makes a model of its last checkpoint"
+    raise ConfigError([wrong])
+
+
+def _under(overrides: Mapping[str, Mapping[str, Any]], over: Mapping[str, Mapping[str, Any]]) -> Overrides:
+    return {name: {**overrides.get(name, {}), **over.get(name, {})} for name in {**overrides, **over}}

@@ -1,0 +1,351 @@
+"""The verbs as a table: what each is for, which flags it has, and what it runs, which is imported when it runs."""
+
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Literal
+
+from flipproof.cli.arguments import Argument, Verb, path_of, value_of
+from flipproof.config import SECTIONS, RunConfig, described_keys, preset_names, preset_text
+from flipproof.config.grid import SweepConfig
+from flipproof.config.names import KEYS, keys_meant, nearest, plain
+from flipproof.errors import ConfigError
+from flipproof.faults.spec import field_names
+from flipproof.launch import tell_launcher
+from flipproof.log import logger
+from flipproof.records import CONFIG
+
+EXIT_REQUEUE = 75
+"""sysexits.h's EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C with a checkpoint, so starting again with --resume goes on."""
+
+
+def _say(result: object) -> None:
+    """Print what a verb has to say, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(result)
+
+
+def _escaped(toml: str) -> str:
+    """TOML in the letters of the terminal, or of the file that its output goes into; it reads back as the same."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return "".join(letter if letter.encode(encoding, "ignore") else f"\\U{ord(letter):08x}" for letter in toml)
+
+
+def _train(args: Namespace, config: RunConfig) -> int:
+    if args.dry_run:
+        from flipproof.train.start import check
+
+        _say(_escaped(config.to_toml().rstrip()))
+        check(config, args.resume)
+        return 0
+    from flipproof.train.loop import Interrupted, train
+
+    try:
+        _say(train(config, resume=args.resume))
+    except Interrupted as reason:
+        logger.warning("%s", reason)
+        tell_launcher(str(reason))
+        return EXIT_REQUEUE
+    return 0
+
+
+def _eval(args: Namespace, config: RunConfig) -> None:
+    chat = {name: getattr(args, name) for name in ("apply_chat_template", "fewshot_as_multiturn", "system_instruction")}
+    if args.tasks is None:
+        flags = ("include_path", "num_fewshot", "limit", "cache", *chat)
+        if alone := [flag.replace("_", "-") for flag in flags if getattr(args, flag) not in (None, False)]:
+            raise ConfigError([f"--{flag}: belongs to --tasks, which is missing" for flag in alone])
+        from flipproof.measure.perplexity import evaluate
+
+        evaluate(config, args.adapter, args.to, flip_log=args.flip_log, replay=args.replay, tell=_say)
+        return
+    if args.flip_log or args.replay:
+        raise ConfigError(["--flip-log and --replay are about held-out text; leave out --tasks"])
+    from flipproof.measure.tasks import TaskRequest, evaluate_tasks
+
+    request = TaskRequest(args.tasks, args.include_path, args.num_fewshot, args.limit, args.cache, **chat)
+    evaluate_tasks(config, request, args.adapter, args.to, tell=_say)
+
+
+def _generate(args: Namespace, config: RunConfig) -> None:
+    from flipproof.measure.text import Sampling, generate
+
+    sampling = Sampling(args.max_new_tokens, args.do_sample, args.temperature, args.top_k, args.top_p, args.seed)
+    logs = {"flip_log": args.flip_log, "replay": args.replay}
+    generate(config, args.prompt, sampling, adapter=args.adapter, to=args.to, **logs, tell=_say)
+
+
+def _profile(args: Namespace, config: RunConfig) -> None:
+    from flipproof.measure.magnitudes import profile
+
+    profile(config, args.to, tell=_say)
+
+
+def _sweep(args: Namespace, config: RunConfig) -> None:
+    from flipproof.sweep.run import sweep
+
+    _say(sweep(config, args.to))
+
+
+def _report(args: Namespace) -> None:
+    if not args.directory.is_dir():  # before anything is imported
+        raise ConfigError([f"{args.directory} is not a directory"])
+    from flipproof.report.page import report
+
+    print(report(args.directory, args.to))
+
+
+def _export(args: Namespace) -> None:
+    if not (args.run / CONFIG).exists():  # before anything is imported
+        raise ConfigError([f"{args.run} holds no run ({CONFIG} is missing)"])
+    from flipproof.train.export import export
+
+    _say(export(args.run, args.to, args.format))
+
+
+def _config(args: Namespace) -> None:
+    if args.list or args.name is None:
+        print("\n".join(preset_names()))
+    else:
+        print(preset_text(args.name), end="")
+
+
+def _keys(args: Namespace) -> None:
+    if args.section in (None, *SECTIONS):
+        print(described_keys([args.section] if args.section else SECTIONS))
+        return
+    found = [args.section] if args.section in KEYS else keys_meant(args.section)
+    if not found or nearest(plain(args.section), SECTIONS):
+        near = nearest(plain(args.section), SECTIONS)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(SECTIONS)}"
+        raise ConfigError([f"{args.section}: no such section or key; {hint}"])
+    print("\n\n".join(described_keys([key.partition(".")[0]], only=KEYS[key]) for key in found))
+
+
+def _demo(args: Namespace) -> None:
+    from flipproof.demo import demo
+
+    demo(args.run_dir)
+
+
+def _bench(args: Namespace) -> None:
+    from flipproof.bench import bench
+
+    bench(args.device, args.to, tell=print)
+
+
+def _doctor(args: Namespace) -> None:
+    from flipproof.doctor import doctor
+
+    report, healthy = doctor()
+    print(report)
+    if not healthy:
+        raise ConfigError(["this machine draws other flips than the definition; see above"])
+
+
+def _flag(name: str, help: str, metavar: str = "", kind: object = str, **options: object) -> Argument:
+    """A flag with a value, or without ``metavar`` a switch."""
+    if not metavar:
+        return Argument(name, help, {"action": "store_true"})
+    return Argument(name, help, {"metavar": metavar, "type": path_of if kind is Path else value_of(kind), **options})
+
+
+def _short(name: str, key: str, metavar: str, what: str) -> Argument:
+    """A flag that is another name of a key."""
+    return Argument(name, f"{what} (--{key}).", {"metavar": metavar}, key)
+
+
+_CONFIG = (
+    Argument(
+        "model",
+        "A directory, a Hub name, or a run's directory: its config and what it trained.",
+        {"metavar": "MODEL", "nargs": "?"},
+    ),
+    Argument(
+        "--config",
+        "A TOML or YAML file or a preset's name; repeat it, later ones count.",
+        {"metavar": "FILE", "action": "append"},
+    ),
+)
+_MEASURED = ("model", "parallelism", "bitflip", "training.dtype", "training.mixed_precision_param")
+"""The keys that all that measures a model reads."""
+_ON_TEXT = (*_MEASURED, "data", "eval", "training.seq_len", "training.local_batch_size", "training.compile")
+_TRUTH = {"nargs": "?", "const": True}
+_ADAPTER = _flag("--adapter", "A PEFT adapter: adds arms of the model with it.", "DIR", Path)
+_SAMPLES = _short("--num-samples", "eval.num_samples", "N", "Held-out sequences")
+_LOGS = (
+    _flag("--flip-log", "Every flip of the last faulty arm: JSON lines, .gz compressed.", "FILE", Path),
+    _flag("--replay", "Such a file: its flips in the place of draws.", "FILE", Path),
+)
+
+VERBS = {
+    "demo": Verb(
+        "The whole story on a small model made here: minutes on two cores, no network.",
+        _demo,
+        (_flag("--run-dir", "Directory to write, which must not exist.", "DIR", Path, default=Path("runs/demo")),),
+        ("flipproof demo", "flipproof demo --run-dir /tmp/demo"),
+    ),
+    "train": Verb(
+        "Train with bit flips: LoRA adapters, the whole model, or from scratch.",
+        _train,
+        (
+            *_CONFIG,
+            _short("--steps", "training.steps", "N", "Optimizer steps"),
+            _flag("--dry-run", "Check all but the weights, print the resolved config and stop."),
+            _flag(
+                "--resume",
+                "Continue from the run directory's last checkpoint, if there is one, or from the one named.",
+                "auto|step-N",
+                nargs="?",
+                const="auto",
+            ),
+            Argument("--profile", "Write traces (--logging.profile).", {"action": "store_true"}, "logging.profile"),
+        ),
+        (
+            "flipproof train unsloth/Llama-3.2-1B --lora.r 8 --bitflip.w_p_exp 1e-6 --steps 500",
+            "flipproof train runs/default --resume",
+        ),
+        tuple(section for section in SECTIONS if section != "sweep"),
+    ),
+    "eval": Verb(
+        "Perplexity and lm-eval tasks with and without faults, guard and training, side by side.",
+        _eval,
+        (
+            *_CONFIG,
+            _ADAPTER,
+            _SAMPLES,
+            _short("--trials", "eval.trials", "N", "Fault seeds"),
+            _short("--until-ci", "eval.until_ci", "H", "Add fault seeds until sure"),
+            _short("--batch-size", "training.local_batch_size", "N", "Sequences at a time"),
+            _flag("--to", "Directory to write results.json into.", "DIR", Path),
+            _flag("--tasks", "Tasks of lm-eval; text as well where a data.* key names one.", "A,B", tuple[str, ...]),
+            _flag("--include-path", "A directory with lm-eval tasks of your own.", "DIR", Path),
+            _flag("--num-fewshot", "Examples in a task's prompt.", "N", int),
+            _flag("--limit", "Questions of each task, or below 1 their share; for trying out.", "N", float),
+            _flag("--cache", "Directory that keeps the tasks' answers.", "DIR", Path),
+            _flag("--apply-chat-template", "Ask tasks in the tokenizer's chat template, for instruct models."),
+            _flag(
+                "--fewshot-as-multiturn",
+                "Examples as turns of the conversation. Default: where the chat template is applied.",
+                "true|false",
+                bool,
+                **_TRUTH,
+            ),
+            _flag("--system-instruction", "What comes before every prompt.", "TEXT"),
+            *_LOGS,
+        ),
+        (
+            "flipproof eval unsloth/Llama-3.2-1B --bitflip.w_p_exp 1e-6 --bitflip.w_zero_out_t 8",
+            "flipproof eval runs/default --tasks wikitext --limit 50 --to results",
+        ),
+        _ON_TEXT,
+    ),
+    "generate": Verb(
+        "Text with and without faults from the same prompt, and where the two part.",
+        _generate,
+        (
+            *_CONFIG,
+            Argument("--prompt", "What to continue.", {"metavar": "TEXT", "required": True}),
+            _flag("--max-new-tokens", "Tokens to add at most.", "N", int, default=100),
+            _flag("--do-sample", "Draw tokens at random.", "true|false", bool, default=False, **_TRUTH),
+            _flag("--temperature", "Divides the logits before a draw.", "T", float, default=1.0),
+            _flag("--top-k", "Draw from so many likeliest tokens.", "N", int),
+            _flag("--top-p", "Draw from the likeliest that together are so probable.", "P", float, default=1.0),
+            _flag("--seed", "Of the draws of tokens, the same for all texts.", "N", int, default=0),
+            _ADAPTER,
+            _flag("--to", "Directory to write generate.json into.", "DIR", Path),
+            *_LOGS,
+        ),
+        (
+            'flipproof generate unsloth/Llama-3.2-1B --prompt "London is" --bitflip.x_p_exp 1e-5',
+            'flipproof generate runs/default --prompt "London is" --do-sample --temperature 0.6 --top-p 0.9',
+        ),
+        _MEASURED,
+    ),
+    "profile": Verb(
+        "How large weights and activations are, and which guard thresholds clip none of them.",
+        _profile,
+        (*_CONFIG, _SAMPLES, _flag("--to", "Directory to write profile.json into.", "DIR", Path)),
+        (
+            "flipproof profile unsloth/Llama-3.2-1B --num-samples 64",
+            "flipproof profile --config 70b --to profiles/70b",
+        ),
+        _ON_TEXT,
+    ),
+    "sweep": Verb(
+        "A grid of flip probabilities, sites, layers, bits and protections; resumable.",
+        _sweep,
+        (
+            *_CONFIG,
+            _flag("--to", "Directory to write, or of the same sweep, to go on.", "DIR", Path, required=True),
+            *(
+                Argument(f"--{key.replace('_', '-')}", f"The same as --sweep.{key}.", {"metavar": "…"}, f"sweep.{key}")
+                for key in field_names(SweepConfig)
+            ),
+        ),
+        (
+            "flipproof sweep unsloth/Llama-3.2-1B --p 1e-9:1e-3:7 --sites w,x --to sweeps/1b",
+            "flipproof sweep runs/default --p 1e-6 --layers block --protection none,guard,secded --to sweeps/layers",
+        ),
+        (*_ON_TEXT, "sweep"),
+    ),
+    "report": Verb(
+        "What runs, sweeps and profiles measured as one HTML page, with PNG and CSV files beside it.",
+        _report,
+        (
+            Argument(
+                "directory",
+                "A run, sweep or profile, or a directory that holds some.",
+                {"metavar": "DIR", "type": path_of},
+            ),
+            _flag("--to", "The page; default: report.html in DIR.", "FILE", Path),
+        ),
+        ("flipproof report runs/default", "flipproof report sweeps --to /tmp/sweeps.html"),
+    ),
+    "export": Verb(
+        "Write a run's result as a Hugging Face model or a PEFT adapter.",
+        _export,
+        (
+            Argument("run", "A run's directory.", {"metavar": "RUN", "type": path_of}),
+            _flag("--to", "Directory to write, which must not exist.", "DIR", Path, required=True),
+            _flag(
+                "--format",
+                "model: Hugging Face model with the adapters merged. adapter: PEFT.",
+                "model|adapter",
+                Literal["model", "adapter"],
+                default="model",
+            ),
+        ),
+        ("flipproof export runs/default --to merged", "flipproof export runs/default --to adapter --format adapter"),
+    ),
+    "config": Verb(
+        "Print a preset config, or list them.",
+        _config,
+        (
+            Argument("name", "A preset's name.", {"metavar": "NAME", "nargs": "?"}),
+            _flag("--list", "Print the names of the presets."),
+        ),
+        ("flipproof config --list", "flipproof config tiny > my.toml"),
+    ),
+    "keys": Verb(
+        "All keys of a config: type, default and meaning.",
+        _keys,
+        (
+            Argument(
+                "section", "A table, or a key by its name here or in other tools.", {"metavar": "SECTION", "nargs": "?"}
+            ),
+        ),
+        ("flipproof keys bitflip", "flipproof keys learning_rate"),
+    ),
+    "bench": Verb(
+        "What flips cost on this machine, beside clean operations and layers.",
+        _bench,
+        (
+            _flag("--device", "Default: the GPU where there is one.", "cpu|cuda", Literal["cpu", "cuda"]),
+            _flag("--to", "A JSON file to write as well, which must not exist.", "FILE", Path),
+        ),
+        ("flipproof bench", "flipproof bench --device cpu --to bench.json"),
+    ),
+    "doctor": Verb("What this machine can run, and why not.", _doctor, (), ("flipproof doctor",)),
+}

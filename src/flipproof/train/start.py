@@ -1,0 +1,213 @@
+"""What is known of a run before its model has weights: how long it is, how much it takes, whether it can begin.
+
+A run says it at its start; ``check`` is ``flipproof train --dry-run``, which says the same and leaves nothing behind.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from flipproof.config import DataConfig, RunConfig
+from flipproof.data.document import Part, pieces
+from flipproof.data.packing import beginning
+from flipproof.data.source import HubData, check_apart, open_source
+from flipproof.data.tables import reason
+from flipproof.errors import ConfigError
+from flipproof.faults.dtypes import dtype_name
+from flipproof.faults.inject import check_bits, inject
+from flipproof.files import check_writable
+from flipproof.log import logger
+from flipproof.models.build import check_length, with_trainable_weights
+from flipproof.models.load import load_tokenizer, model_config, skeleton
+from flipproof.models.parallelize import cast_to
+from flipproof.train.checkpoint import find_checkpoint
+from flipproof.train.metrics import check_trackers, log_in
+from flipproof.train.resume import begun_with
+from flipproof.train.rundir import check_run_dir
+from flipproof.world import processes_of
+
+DEFAULT_STEPS = 1000
+Result = TypeVar("Result")
+
+
+def resolve_steps(config: RunConfig, parameters: int, processes: int) -> RunConfig:
+    """``config`` with its number of steps, which may follow from a budget of tokens per parameter."""
+    training, steps = config.training, config.training.steps
+    if steps is None and training.tokens_per_parameter is not None:
+        tokens_per_step = sequences_per_step(config, processes) * training.seq_len
+        steps = math.ceil(training.tokens_per_parameter * parameters / tokens_per_step)
+    return replace(config, training=replace(training, steps=steps or DEFAULT_STEPS))
+
+
+def counted_parameters(model: nn.Module, of: str | int) -> int:
+    """How many parameters ``training.tokens_per_parameter_of`` means, of a model without adapters."""
+    if isinstance(of, int):
+        return of
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    left_out = embedding.numel() if of == "non-embedding" else 0
+    return sum(parameter.numel() for parameter in model.parameters()) - left_out
+
+
+def sequences_per_step(config: RunConfig, processes: int) -> int:
+    """The effective batch: sequences of an optimizer step, of all processes and micro-batches."""
+    return processes * config.training.local_batch_size * config.training.gradient_accumulation_steps
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Raises ConfigError for weights that AdamW could not train."""
+    dtype = config.training.dtype
+    if not config.lora.r and dtype in ("float16", "bfloat16"):
+        raise ConfigError(
+            [
+                f"training.dtype = {dtype!r} with lora.r = 0: AdamW cannot train {dtype} weights, coarser than its "
+                f"steps; use float32 with training.mixed_precision_param = {dtype!r}, or adapters (lora.r)"
+            ]
+        )
+
+
+def planned(config: RunConfig, tokenizer: Any, processes: int) -> RunConfig:
+    """``config`` with its number of steps.
+
+    Raises:
+        ConfigError: where there is no such model, or its sequences have more positions than it.
+    """
+    check_length(config, tokenizer)
+    training, counted = config.training, 0
+    if training.steps is None and training.tokens_per_parameter is not None:
+        shape = skeleton(config.model, tokenizer, training.dtype)
+        counted = counted_parameters(shape, training.tokens_per_parameter_of)
+    config = resolve_steps(config, counted, processes)
+    steps = config.training.steps
+    assert steps is not None
+    if training.warmup_steps > steps:
+        logger.warning("training.warmup_steps = %d: the run ends after %d steps, and its learning rate never reaches "
+                       "training.lr", training.warmup_steps, steps)  # fmt: skip
+    return config
+
+
+def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: float | None) -> None:
+    """Log what a run takes and where it writes.
+
+    Args:
+        model: with its adapters; may be on the meta device.
+        sequences: that the training text has, as far as the run needs them; None where that is not known.
+    """
+    training = config.training
+    assert training.steps is not None
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("%s parameters, of which %s train (%.3g%%)", f"{total:,}", f"{trained:,}", 100 * trained / total)
+    a_step = sequences_per_step(config, processes)
+    needed = a_step * training.steps
+    if sequences is None:
+        passes = "passes over the text are known once it is tokenised"
+    else:
+        passes = (
+            f"{needed / sequences:.1f} passes over the text" if needed > sequences else "at most one pass over the text"
+        )
+    logger.info(
+        "a step takes %d sequences of %d tokens (local_batch_size %d x %d processes x gradient_accumulation_steps %d); "
+        "%d steps take %s tokens, %s",
+        a_step, training.seq_len, training.local_batch_size, processes, training.gradient_accumulation_steps,
+        training.steps, f"{needed * training.seq_len:,}", passes,
+    )  # fmt: skip
+    logger.info("all of it is written into %s", config.logging.run_dir)
+
+
+# -- a dry run ---------------------------------------------------------------------------------------------------------
+
+
+def check(config: RunConfig, resume: str | None = None) -> None:
+    """Say what a run takes, and look for all that would keep it from beginning but the weights. Nothing is written,
+    other than what the Hub's client keeps of a model's config, its tokenizer and a data set's description.
+
+    Args:
+        resume: as for ``train``.
+
+    Raises:
+        ConfigError: for all that is wrong, at once.
+    """
+    run_dir, problems = Path(config.logging.run_dir), []
+
+    def tried(action: Callable[[], Result]) -> Result | None:
+        try:
+            return action()
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+
+    def directory() -> None:
+        check_writable(run_dir, "logging.run_dir")
+        check_run_dir(run_dir, resume is not None)
+        if (checkpoint := find_checkpoint(run_dir / "checkpoints", resume)) is not None:
+            begun_with(with_trainable_weights(config), checkpoint)
+
+    def trackers() -> None:
+        check_trackers(config.logging)
+        log_in(config.logging)
+
+    tried(lambda: check_trainable(config))
+    tried(directory)
+    tried(trackers)
+    processes = tried(lambda: processes_of(config.parallelism)) or 1
+    tokenizer = tried(lambda: load_tokenizer(config.model))
+    if tokenizer is None:
+        raise ConfigError(problems)
+    tokens = tried(lambda: _check_text(config.data, tokenizer))
+    model = tried(lambda: _without_weights(config, tokenizer))
+    if model is not None and (plan := tried(lambda: planned(config, tokenizer, processes))) is not None:
+        say_size(plan, model, processes, None if tokens is None else tokens / config.training.seq_len)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _without_weights(config: RunConfig, tokenizer: Any) -> nn.Module:
+    """The run's model on the meta device, with its faults and adapters, in the dtype that its config names."""
+    held: str | None = config.training.dtype
+    if held is None and config.model.init == "pretrained":
+        named = getattr(model_config(config.model, tokenizer), "dtype", None)
+        held = None if named is None else dtype_name(named)
+    model = skeleton(config.model, tokenizer, held)
+    if computed := cast_to(config.training, model):
+        check_bits(config.bitflip, [computed])
+    if config.faulty:
+        logger.info("%s", inject(model, config.bitflip, config.lora))
+    return model
+
+
+def _check_text(data: DataConfig, tokenizer: Any) -> float | None:
+    """Read the beginning of the training and of the held-out text; about how many tokens there are to train on, where
+    that takes no more reading. Raises ConfigError where there is none."""
+    beginning(data.bos, tokenizer)
+    if data.eval_source is not None:
+        check_apart(data.source, data.eval_source, data.text_column)
+    measured: tuple[str, Part] = (data.source, "held-out") if data.eval_source is None else (data.eval_source, "all")
+    tokens: float | None = None
+    parts: list[tuple[str, Part]] = [(data.source, "training"), measured]
+    for name, part in parts:
+        source = open_source(name, data.text_column)
+        if isinstance(source, HubData):
+            _check_on_hub(name)
+            continue
+        piece = next((piece for span in source.spans(part) for piece in pieces(span)), None)
+        if piece is None:
+            raise ConfigError(
+                [f"data source {name!r} holds no text" + ("" if part == "all" else f" in its {part} part")]
+            )
+        if part == "training" and source.kind == "text":
+            size = sum(span.end - span.start for span in source.spans(part))
+            tokens = size * len(tokenizer.encode(piece.text)) / len(piece.text.encode(errors="replace"))
+    return tokens if data.max_tokens is None or tokens is None else min(tokens, data.max_tokens)
+
+
+def _check_on_hub(name: str) -> None:
+    import datasets
+
+    try:
+        datasets.load_dataset_builder(name)
+    except Exception as error:  # of dozens of kinds; each means that this source gives no text
+        raise ConfigError([f"data source {name!r} cannot be reached as a Hub data set ({reason(error)})"]) from error

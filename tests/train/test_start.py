@@ -1,0 +1,149 @@
+import sys
+from dataclasses import replace
+
+import pytest
+from texts import sentences
+
+from flipproof.cli.main import main
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
+from flipproof.models.load import byte_tokenizer
+from flipproof.train.start import check
+
+
+@pytest.fixture
+def config(tiny_llama, tmp_path):
+    """Of a model without weights."""
+    tiny_llama().config.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text(sentences())
+    return load_config(
+        [],
+        {
+            "model": {"hf_model_path": str(tmp_path / "base")},
+            "training": {"seq_len": 32, "local_batch_size": 3, "gradient_accumulation_steps": 2, "steps": 50},
+            "lora": {"r": 2},
+            "bitflip": {"w_p_frac": 0.01},
+            "data": {"source": str(tmp_path / "text.txt")},
+            "logging": {"run_dir": str(tmp_path / "run")},
+        },
+    )
+
+
+def parts(config, **sections):
+    return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
+
+
+def test_what_a_run_takes_is_said_without_weights_or_a_file(config, tiny_llama, tmp_path, caplog):
+    caplog.set_level("INFO")
+    before = sorted(tmp_path.rglob("*"))
+    check(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    model = tiny_llama()
+    layers = [layer for name, layer in model.named_modules() if name.endswith("_proj")]
+    adapters = sum(2 * (layer.in_features + layer.out_features) for layer in layers)
+    total = sum(parameter.numel() for parameter in model.parameters()) + adapters
+    share = f"{100 * adapters / total:.3g}%"
+    assert f"{total:,} parameters, of which {adapters:,} train ({share})" in caplog.messages
+    # a byte is a token, and the last tenth of the text is held out
+    passes = 50 * 3 * 2 * 32 / (0.9 * len(sentences().encode()))
+    (line,) = (line for line in caplog.messages if line.startswith("a step takes 6 sequences of 32 tokens"))
+    assert line.endswith(
+        "(local_batch_size 3 x 1 processes x gradient_accumulation_steps 2); 50 steps take 9,600 tokens, "
+        + ("at most one pass over the text" if passes <= 1 else f"{passes:.1f} passes over the text")
+    )
+    assert f"all of it is written into {tmp_path / 'run'}" in caplog.messages
+
+
+def test_of_a_short_text_the_passes_are_counted(config, caplog):
+    caplog.set_level("INFO")
+    check(parts(config, data={"max_tokens": 4800}))
+    assert any("9,600 tokens, 2.0 passes over the text" in line for line in caplog.messages)
+
+
+def test_processes_are_those_that_the_config_asks_for_or_that_were_started(config, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    sharded = parts(config, parallelism={"fsdp_degree": 4})
+    check(sharded)
+    assert any("a step takes 24 sequences" in line and "x 4 processes" in line for line in caplog.messages)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started, but"):
+        check(sharded)
+
+
+def test_a_budget_of_tokens_is_a_number_of_steps_before_there_are_weights(config, tiny_llama, caplog):
+    caplog.set_level("INFO")
+    parameters = sum(parameter.numel() for parameter in tiny_llama().parameters())
+    check(parts(config, training={"steps": None, "tokens_per_parameter": 6.5 * 3 * 2 * 32 / parameters}))
+    assert any("; 7 steps take" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"hf_model_path": "no/such"}}, r"model\.hf_model_path = 'no/such': no local directory"),
+        ({"model": {"flavor": "8B"}}, r"model\.flavor = '8B' has hidden_size 4096"),
+        ({"model": {"tokenizer": "no/such"}}, r"model\.tokenizer = 'no/such'"),
+        ({"training": {"seq_len": 129}}, r"training\.seq_len = 129: the model has 128 positions"),
+        ({"data": {"source": "no-such.txt"}}, r"data source 'no-such\.txt' is no file or folder here"),
+        ({"data": {"source": "no/such-data"}}, r"data source 'no/such-data' cannot be reached as a Hub data set"),
+        ({"data": {"eval_source": "no-such.txt"}}, r"data source 'no-such\.txt' is no file or folder here"),
+        ({"data": {"bos": True}}, r"data\.bos = True"),
+        ({"lora": {"r": 0}, "training": {"dtype": "bfloat16"}}, r"AdamW cannot train bfloat16 weights"),
+        ({"bitflip": {"skip_patterns": ["proj"]}}, r"skip_patterns"),
+    ],
+)
+def test_what_would_keep_a_run_from_beginning_is_found(config, sections, words):
+    with pytest.raises(ConfigError, match=words):
+        check(parts(config, **sections))
+
+
+def test_all_that_is_wrong_is_told_at_once(config, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "file").touch()
+    broken = parts(
+        config,
+        training={"seq_len": 129},
+        data={"source": "no-such.txt"},
+        logging={"run_dir": str(tmp_path / "file" / "run"), "wandb": "online"},
+    )
+    with pytest.raises(ConfigError) as error:
+        check(broken)
+    assert len(error.value.problems) == 4
+    for words in ("seq_len", "no-such.txt", "is not a directory", "needs the package wandb"):
+        assert any(words in problem for problem in error.value.problems)
+
+
+def test_weights_and_biases_is_asked(config, monkeypatch):
+    """Whether it lets the user in; the run would be refused as well."""
+    monkeypatch.setattr("flipproof.train.start.log_in", lambda _: (_ for _ in ()).throw(ConfigError(["no key"])))
+    with pytest.raises(ConfigError, match="no key"):
+        check(config)
+
+
+def test_a_dry_run_prints_its_config_and_then_what_is_wrong(config, tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert main(["train", "--config", str(tmp_path / "config.toml"), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert out == config.to_toml()
+    assert "parameters, of which" in err
+    assert main(["train", "--config", str(tmp_path / "config.toml"), "--dry-run", "--data.source", "gone.txt"]) == 2
+    out, err = capsys.readouterr()
+    assert 'source = "gone.txt"' in out
+    assert err.splitlines()[-1] == (
+        "flipproof train: error: data source 'gone.txt' is no file or folder here, and no Hub data set is named so"
+    )
+
+
+def test_a_directory_that_holds_a_run_is_refused_unless_it_is_resumed(config, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step-5").mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text(config.to_toml())
+    with pytest.raises(ConfigError, match="holds a run already"):
+        check(config)
+    check(config, "auto")
+    with pytest.raises(ConfigError, match=r"training\.steps = 4, but .*step-5 has done 5"):
+        check(parts(config, training={"steps": 4}), "step-5")
+    with pytest.raises(ConfigError, match=r"lora\.r = 3, .* begun with 2"):
+        check(parts(config, lora={"r": 3}), "auto")
+    with pytest.raises(ConfigError, match=r"--resume step-6: .* holds step-5"):
+        check(config, "step-6")
