@@ -3,15 +3,14 @@ import math
 import pytest
 
 from flipproof.measure.arms import Arm
+from flipproof.measure.points import Point, Setting
 from flipproof.report.analyse import (
-    Point,
-    Setting,
+    CEILING,
     cost_maps,
     curves_of,
     find_cliff,
     labels_of,
     p_text,
-    rankings,
     sites_in_words,
 )
 
@@ -61,7 +60,7 @@ def test_curves_are_arms_over_seeds_in_the_order_of_the_axes():
     assert list(labels_of([curve.setting for curve in curves]).values()) == ["b, bit 15", "b, bit 2", "a, bit 2"]
 
 
-def test_cost_maps_and_rankings():
+def test_cost_maps_hold_costs_the_worst_first():
     costs = {(layers, bits, p): p * (2 if layers == "a" else 3) * int(bits)
              for layers in ("a", "b") for bits in ("1", "2") for p in (0.1, 0.2)}  # fmt: skip
     costs["all", "1", 0.1] = 9.0
@@ -72,12 +71,35 @@ def test_cost_maps_and_rankings():
     assert maps[1].layers == ("a", "b")
     for of in maps:
         for (layers, bits), cost in of.costs.items():
-            assert cost.mean == pytest.approx(costs[layers, bits, of.p])
+            assert cost.cost == pytest.approx(costs[layers, bits, of.p])
+            assert of.grid[of.layers.index(layers), of.bits.index(bits)] == cost.cost
+    assert math.isnan(maps[0].grid[0, 1])  # all layers were measured at bit 1 alone
     low, high = maps[0].costs["a", "2"].interval
     assert (low + high) / 2 == pytest.approx(0.4)
     assert (high - low) / 2 == pytest.approx(4.302652729911275 * 0.1 / math.sqrt(3))  # t(0.975, 2) by the tables
-    found = {(one.p, one.bits): [layers for layers, _ in one.rows] for one in rankings(maps)}
-    assert found == {(p, bits): ["b", "a"] for p in (0.1, 0.2) for bits in ("1", "2")}  # and "all" is no layer
+    assert [list(of.costs) for of in maps] == [
+        [("all", "1"), ("b", "2"), ("a", "2"), ("b", "1"), ("a", "1")],
+        [("b", "2"), ("a", "2"), ("b", "1"), ("a", "1")],
+    ]
+
+
+def test_the_interval_of_a_cliff_is_where_the_ends_of_the_losses_cross():
+    """Costs straight in log p whose intervals have one width: the cliff's interval has that width over the slope."""
+    slope, half = 0.05, 4.302652729911275 * 0.1 / math.sqrt(3)
+    costs = {("all", "all", 10.0**k): LIMIT + slope * (k + 30) * math.log(10) for k in range(-60, 0)}
+    (curve,) = curves_of(points(costs), 2.0, {})
+    assert curve.cliff.p == pytest.approx(1e-30)
+    low, high = curve.cliff_interval
+    assert math.log(low) == pytest.approx(math.log(1e-30) - half / slope)
+    assert math.log(high) == pytest.approx(math.log(1e-30) + half / slope)
+    assert curves_of(points(costs, seeds=(1,)), 2.0, {})[0].cliff_interval is None  # one seed has no interval
+    few = {key: cost for key, cost in costs.items() if 1e-31 < key[2] < 1e-29}
+    assert curves_of(points(few), 2.0, {})[0].cliff_interval is None  # whose ends do not cross where it was measured
+
+
+def test_a_loss_worse_than_guessing_has_no_place_on_an_axis():
+    (curve,) = curves_of(points({("all", "all", p): cost for p, cost in ((1e-3, 1.0), (1e-2, CEILING))}), 2.0, {})
+    assert (curve.shown, curve.broken) == ([1e-3], [1e-2])
 
 
 def test_words():

@@ -3,20 +3,21 @@ import html.parser
 import itertools
 import json
 import math
+import re
 import shutil
 import urllib.parse
 import urllib.request
+import xml.etree.ElementTree
 
 import PIL.Image
-import plotly.graph_objects as go
 import pytest
 
 from flipproof.cli.main import main
 from flipproof.errors import ConfigError
+from flipproof.measure.arms import Arm, costs
 from flipproof.measure.intervals import t_interval
-from flipproof.report import charts
+from flipproof.measure.points import Setting
 from flipproof.report import page as page_module
-from flipproof.report.analyse import Setting
 from flipproof.report.page import report
 from flipproof.report.read import read_sources
 from flipproof.report.sections import Table, sections_of
@@ -97,7 +98,11 @@ def write_run(directory):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.json").write_text(json.dumps({"arms": arms, "dtype": "float32", "text": "stdlib"}))
     (directory / "config.toml").write_text('[model]\nhf_model_path = "my/model"\n')
-    lines = [json.dumps({"step": step, "loss": 3.0 / step}) for step in (1, 2, 3)]
+    lines = [
+        json.dumps({"step": step, "loss": 3.0 / step, "tokens": 64 * step, "tokens_per_second": 100.0 + step,
+                    "peak_memory_gib": 0.5 + step / 8, "mfu": None if step == 1 else 0.25 * step})
+        for step in (1, 2, 3)
+    ]  # fmt: skip
     (directory / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
     texts = {"clean": " is <b>well</b>", "flipped": "al□ i5 </script> w3ll"}
     (directory / "generate.json").write_text(json.dumps({"model": "m", "prompt": "all", "texts": texts}))
@@ -117,12 +122,11 @@ def everything(tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page refers to, and the JSON in it."""
+    """What a page refers to."""
 
     def __init__(self, text):
         super().__init__()
-        self.ids, self.hrefs, self.sources, self.charts, self.text, self.errors = [], [], [], [], [], []
-        self.inside = []
+        self.ids, self.sections, self.hrefs, self.text, self.inside = [], [], [], [], []
         self.feed(text)
         self.close()
 
@@ -130,19 +134,22 @@ class Page(html.parser.HTMLParser):
         named = dict(attributes)
         self.ids += [named["id"]] if "id" in named else []
         self.hrefs += [named["href"]] if "href" in named else []
-        self.sources += [named["src"]] if "src" in named else []
-        if tag == "script" and named.get("type") == "application/json":
-            self.charts.append("")
+        self.sections += [named["id"]] if tag == "section" else []
+        assert tag != "script"
+        assert "src" not in named
         if tag not in ("meta", "link", "img"):
             self.inside.append((tag, named))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in ("meta", "link", "img"):
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         assert self.inside.pop()[0] == tag, f"</{tag}> ends something else"
 
     def handle_data(self, data):
-        if self.inside and self.inside[-1] == ("script", {"type": "application/json"}):
-            self.charts[-1] += data
-        elif not self.inside or self.inside[-1][0] not in ("script", "style"):
+        if not self.inside or self.inside[-1][0] != "style":
             self.text.append(data)
 
 
@@ -151,32 +158,46 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+def svgs(page):
+    """The figures of a page, each as an XML tree of its own."""
+    return [xml.etree.ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
 def test_the_page_stands_alone_and_every_link_leads_somewhere(everything):
     directory, _ = everything
-    page = Page((directory / "report.html").read_text())
+    text = (directory / "report.html").read_text()
+    page = Page(text)
     assert not page.inside
-    assert page.ids == ["arms", "perplexity", "heat-map", "ranking", "protection", "voltage", "magnitudes", "training",
-                        "texts-" + directory.name.lower(), "texts-base"]  # fmt: skip
+    assert page.sections == ["settings", "arms", "perplexity", "sensitivity", "protection", "voltage", "magnitudes",
+                             "training", "texts-" + directory.name.lower(), "texts-base"]  # fmt: skip
     local = [href for href in page.hrefs if not href.startswith(("#", "data:"))]
-    assert {href.removeprefix("#") for href in page.hrefs if href.startswith("#")} == set(page.ids)
-    assert all((directory / href).is_file() for href in local + page.sources)
-    assert not [href for href in local + page.sources if ":" in href or href.startswith("/")]
-    views = {png for chart in page.charts for view in json.loads(chart)["views"] if (png := view.get("png"))}
+    assert {href.removeprefix("#") for href in page.hrefs if href.startswith("#")} >= set(page.sections)
+    assert all((directory / href).is_file() for href in local)
+    assert not [href for href in local if ":" in href or href.startswith("/")]
+    assert not re.findall(r"https?:(?!//www\.w3\.org/(?:2000/svg|1999/xlink)\")|@import|url\((?!#)", text)
     written = {f"report/{path.name}" for path in (directory / "report").iterdir() if path.suffix in (".png", ".csv")}
-    assert written == set(local) | views
+    assert written == set(local)
     assert "all is <b>well</b>" in page.text
     assert any("metrics.jsonl: the last line is half written" in text for text in page.text)
 
 
-def test_charts_are_valid_plotly_without_infinity(everything):
-    charts = [json.loads(text) for text in Page((everything[0] / "report.html").read_text()).charts]
-    assert len(charts) == 7
-    for chart in charts:
-        assert "Infinity" not in json.dumps(chart)
-        assert "NaN" not in json.dumps(chart)
-        for view in chart["views"]:
-            data = json.loads(json.dumps(view["data"]).replace('"ink"', '"black"'))
-            go.Figure({"data": data, "layout": chart["layout"] | view.get("layout", {})})  # raises what plotly refuses
+def test_every_figure_is_drawn_once_as_svg_and_png_and_has_a_table(everything):
+    directory, _ = everything
+    text = (directory / "report.html").read_text()
+    figures = svgs(text)
+    pictures = {path.name: path.read_bytes() for path in (directory / "report").glob("*.png")}
+    assert len(figures) == len(pictures) == len(set(pictures.values()))
+    for name in pictures:
+        section = re.sub(r"-\d+\.png$|\.png$", "", name)
+        assert list((directory / "report").glob(f"{section}*.csv"))
+    ids = [id for figure in figures for element in figure.iter() if (id := element.get("id"))]
+    assert len(set(Page(text).ids)) == len(Page(text).ids)
+    assert len(ids) > len(figures)
+    for figure in figures:
+        own = {element.get("id") for element in figure.iter()}
+        used = re.findall(r"(?:href=\"#|url\(#)([^\")]+)", xml.etree.ElementTree.tostring(figure, "unicode"))
+        assert set(used) <= own
+        assert any(element.text for element in figure.iter("{http://www.w3.org/2000/svg}text"))  # and no outlines
 
 
 def test_pictures_are_at_200_dpi(everything):
@@ -224,7 +245,7 @@ def test_tables_hold_the_inputs_and_intervals_of_the_t_distribution(everything):
             assert [float(row[f"95% {end}"]) for end in ("low", "high")] == [math.exp(end) for end in interval]
         else:
             assert (row["loss"], row["loss low"], row["PPL"]) == ("inf", "", "inf")
-    for row in table(directory / "report" / "ranking.csv"):
+    for row in table(directory / "report" / "sensitivity.csv"):
         of = (row["sites"], row["layers"], row["bits"], row["protection"]), float(row["p"])
         assert float(row["cost"]) == math.fsum(losses[of]) / 3 - CLEAN
     for row in table(directory / "report" / "voltage.csv"):
@@ -243,24 +264,38 @@ def test_tables_hold_the_inputs_and_intervals_of_the_t_distribution(everything):
     ]
 
 
-def test_charts_draw_what_the_tables_say(everything):
+def test_the_costs_of_arms_are_those_of_results(everything):
     directory, _ = everything
-    charts = [json.loads(text) for text in Page((directory / "report.html").read_text()).charts]
-    everywhere = [
-        row for row in table(directory / "report" / "perplexity.csv") if row["layers"] == row["bits"] == "all"
-    ]
-    rows = {(row["sites"], row["protection"], float(row["p"])): row for row in everywhere}
-    names = {"weights, no protection": ("w", "none"), "weights + inputs, no protection": ("wx", "none"),
-             "weights, secded": ("w", "secded"), "weights + inputs, secded": ("wx", "secded")}  # fmt: skip
-    drawn = {trace["name"]: trace for trace in charts[0]["views"][0]["data"] if trace.get("error_y")}
-    assert drawn.keys() == names.keys()
-    for name, trace in drawn.items():
-        for x, y in zip(trace["x"], trace["y"], strict=True):
-            perplexity = float(rows[*names[name], x]["PPL"])
-            assert y == (perplexity if math.isfinite(perplexity) else None)
-    traces = charts[0]["views"][0]["data"]
-    broken = [trace for trace in traces if trace.get("marker", {}).get("symbol", "").endswith("-open")]
-    assert [(trace["name"], trace["x"]) for trace in broken] == [("weights + inputs, no protection", [1e-3])]
+    arms = {
+        name: Arm.from_dict(arm) for name, arm in json.loads((directory / "results.json").read_text())["arms"].items()
+    }
+    rows = {row["arm"]: row for row in table(directory / "report" / "arms.csv")}
+    for name, cost in costs(arms).items():
+        assert float(rows[name]["cost"]) == cost.cost
+        assert rows[name]["cost low"] == ("" if cost.interval is None else str(cost.interval[0]))
+    assert rows["flipped"]["cost"] == "inf"
+    assert float(rows["recovered"]["cost"]) == pytest.approx(7.6 / 3 - 2)
+    assert rows["clean"]["cost"] == ""
+
+
+def test_settings_of_runs_and_what_training_took(tmp_path):
+    for name, r in (("a", 8), ("b", 0)):
+        write_run(tmp_path / name)
+        lines = ["[bitflip]", "w_p_exp = 0.0009765625", f"x_zero_out_t = {4.0 + r}", "base_seed = 0", "[training]",
+                 "lr = 3e-4", "steps = 3", "[lora]", f"r = {r}"]  # fmt: skip
+        (tmp_path / name / "config.toml").write_text("\n".join(lines))
+    page = report(tmp_path).read_text()
+    rows = {row.pop("setting"): row for row in table(tmp_path / "report" / "settings.csv")}
+    assert rows == {
+        "bitflip.w_p_exp": {"a": "0.0009765625", "b": "0.0009765625"},
+        "bitflip.x_zero_out_t": {"a": "12.0", "b": "4.0"},
+        "lora.r": {"a": "8", "b": "0"},
+        "training.lr": {"a": "0.0003", "b": "0.0003"},
+        "training.steps": {"a": "3", "b": "3"},
+    }  # and base_seed is what it is by default
+    assert "2⁻¹⁰" in page
+    for row in table(tmp_path / "report" / "training-took.csv"):  # medians of 101, 102, 103 and of 0.5, 0.75
+        assert list(row.values())[1:] == ["3", "192", "102.0", "0.875", "62.5", "1.0"]
 
 
 def test_an_unfinished_sweep_says_so(tmp_path):
@@ -315,7 +350,8 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, name, conten
     assert not out
     assert err.count("\n") == err.count("flipproof report: error: ") == 1
     assert words in err
-    assert [path.name for path in tmp_path.iterdir()] == ([name] if name else [])
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == ([name] if name else [])
     assert main(["report", str(tmp_path / "gone")]) == 2
     assert "gone is not a directory" in capsys.readouterr().err
 
@@ -343,28 +379,17 @@ def test_tasks_have_a_table(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("low", "high"), [(7.8, 8.6), (4.65, 4.66), (4, 30), (4, 3000)])
-def test_a_perplexity_axis_has_numbers(low, high):
-    axis = charts._ranges([low, high])
-    if "tickvals" in axis:
-        inside = [value for value in axis["tickvals"] if axis["range"][0] <= math.log10(value) <= axis["range"][1]]
-        assert len(inside) >= 3
-        assert len(set(axis["ticktext"])) == len(axis["ticktext"])
-    else:
-        assert axis["range"][1] - axis["range"][0] >= 1  # at least a power of ten lies inside
-
-
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Where their names are the subject: rendering takes most of a report's time."""
     monkeypatch.setattr(page_module.draw, "png", lambda _: b"a picture")
+    monkeypatch.setattr(page_module.draw, "svg", lambda *_: "<svg></svg>")
 
 
 def links(page):
     """The files that a page leads to, as a browser resolves its links."""
     parsed = Page(page.read_text())
     hrefs = [href for href in parsed.hrefs if not href.startswith(("#", "data:"))]
-    hrefs += [png for chart in parsed.charts for view in json.loads(chart)["views"] if (png := view.get("png"))]
     base = page.resolve().as_uri()
     return {urllib.request.url2pathname(urllib.parse.urlparse(urllib.parse.urljoin(base, href)).path) for href in hrefs}
 
@@ -403,7 +428,7 @@ def test_runs_of_one_name_stay_two(no_pictures, tmp_path):
 
 
 @pytest.mark.parametrize("voltage", [True, False])
-def test_a_sweep_of_a_broken_model_is_shown_without_costs_and_empties_no_chart(tmp_path, voltage):
+def test_a_sweep_of_a_broken_model_is_shown_without_costs(tmp_path, voltage):
     write_sweep(tmp_path / "fine")
     write_sweep(tmp_path / "broken")
     sweep = json.loads((tmp_path / "broken" / "sweep.json").read_text())
@@ -411,15 +436,9 @@ def test_a_sweep_of_a_broken_model_is_shown_without_costs_and_empties_no_chart(t
     (tmp_path / "broken" / "sweep.json").write_text(json.dumps(sweep if voltage else sweep | {"voltages": None}))
     page = Page(report(tmp_path).read_text())
 
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    for chart in page.charts:  # as a browser reads them
-        for view in json.loads(chart, parse_constant=refuse)["views"]:
-            assert view["data"]
     assert ("voltage-broken" in page.ids) == voltage
-    assert {"perplexity-broken", "perplexity-fine", "heat-map-fine"} <= set(page.ids)
-    assert "heat-map-broken" not in page.ids
+    assert {"perplexity-broken", "perplexity-fine", "sensitivity-fine"} <= set(page.ids)
+    assert "sensitivity-broken" not in page.ids
     assert {row["cost"] for row in table(tmp_path / "report" / "perplexity-broken.csv")} == {""}
     assert {row["cliff"] for row in table(tmp_path / "report" / "perplexity-broken-cliffs.csv")} == {"not measured"}
 

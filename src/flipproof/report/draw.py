@@ -81,7 +81,7 @@ def svg(figure: Figure, name: str) -> str:
     for colour, of_page in _COLOURS.items():
         drawn = drawn.replace(colour, of_page)
     points = figure.get_figwidth() * 72
-    size = f'style="min-width: {points:.0f}px; max-width: {1.8 * points:.0f}px" role="img" aria-label="{name}"'
+    size = f'style="min-width: {1.1 * points:.0f}px; max-width: {1.8 * points:.0f}px" role="img" aria-label="{name}"'
     drawn = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", drawn, count=2)
     return re.sub(r"\s*\n\s*", "\n", drawn).replace("<svg", f"<svg {size}", 1).strip()
 
@@ -94,10 +94,12 @@ def _saved(figure: Figure, kind: str, **how: Any) -> bytes:
 
 
 @contextmanager
-def _styled(height: float, width: float = _WIDTH, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
+def _styled(height: float, width: float = _WIDTH, title: str = "", **subplots: Any) -> Iterator[tuple[Figure, Any]]:
     """A figure of so many inches and its axes; what is drawn in the block is in the house style."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(width, height + 0.2 * bool(title)), dpi=DPI, layout="constrained")
+        if title:
+            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
         yield figure, figure.subplots(**subplots)
 
 
@@ -139,6 +141,7 @@ def _label_log_values(axis: Any, low: float, high: float) -> None:
     decades = math.log10(high / low)
     if decades < 1:
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_minor_locator(NullLocator())
     elif decades < 2.5:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-3 <= y < 1e5 else p_text(y)))
@@ -169,12 +172,14 @@ def _at_edge(axis: Any, xs: Sequence[float], **style: Any) -> None:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def perplexity_curves(curves: Sequence[Curve], labels: Sequence[str], clean_perplexity: float) -> Figure:
+def perplexity_curves(
+    curves: Sequence[Curve], labels: Sequence[str], clean_perplexity: float, title: str = ""
+) -> Figure:
     """Perplexity against p on logarithmic axes, with 95% intervals, cliffs and the clean perplexity. The first
     ``SHOWN_CURVES`` curves are drawn."""
     curves, labels = curves[:SHOWN_CURVES], labels[:SHOWN_CURVES]
     voltages = {p: volts for curve in curves for p, volts in curve.voltages.items() if p > 0}
-    with _styled(3.0 + _legend_height([*labels, "clean"]) + 0.4 * bool(voltages)) as (figure, axis):
+    with _styled(3.0 + _legend_height([*labels, "clean"]) + 0.4 * bool(voltages), title=title) as (figure, axis):
         values = []
         for curve, label, colour, marker in zip(curves, labels, PALETTE, MARKERS, strict=False):
             middle = [curve.arms[p].perplexity if p in curve.shown else math.nan for p in curve.positive]  # a gap
@@ -206,7 +211,7 @@ def cost_heat_map(of: CostMap) -> Figure:
     """Layers by bits, coloured by what flips there cost; ∞ where they break the model, blank where not measured."""
     costs = of.grid
     width = min(11.0, max(_WIDTH, 1.6 + 0.4 * len(of.bits) + 0.075 * max(map(len, of.layers))))
-    with _styled(max(2.2, min(14.0, 1.1 + 0.26 * len(of.layers))), width) as (figure, axis):
+    with _styled(max(2.2, min(14.0, 1.1 + 0.26 * len(of.layers))), width, of.label) as (figure, axis):
         broken = costs > CEILING
         top = max(COST_FLOOR * 10, float(costs[~broken & np.isfinite(costs)].max(initial=0)))
         norm = LogNorm(COST_FLOOR, top)
@@ -227,7 +232,7 @@ def cost_heat_map(of: CostMap) -> Figure:
         axis.set_xlabel("bits that flip")
         bar = figure.colorbar(mesh, ax=axis, pad=0.02, label="cost (nats per token)")
         bar.outline.set_visible(False)
-        bar.solids.set(edgecolor="face", linewidth=0.3)
+        bar.ax.collections[0].set(edgecolor="face", linewidth=0.3)
         bar.minorticks_off()
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     return figure
@@ -241,7 +246,7 @@ def cost_text(cost: float) -> str:
     return text.replace("-", "−") if abs(cost) < 1 else f"{cost:.1f}"
 
 
-def cost_bars(costs: Mapping[str, Cost], clean_loss: float) -> Figure:
+def cost_bars(costs: Mapping[str, Cost], clean_loss: float, title: str = "") -> Figure:
     """Costs over a clean loss, with 95% intervals: name -> cost; the first ``SHOWN_BARS``. What breaks the model is a
     hatched bar to the edge. No cost is below minus the clean loss, which would be a perplexity below 1."""
     rows = list(costs.items())[:SHOWN_BARS]
@@ -249,7 +254,7 @@ def cost_bars(costs: Mapping[str, Cost], clean_loss: float) -> Figure:
     low, high = max(min(ends, default=0.0), -clean_loss), min(max(ends, default=1.0), CEILING)
     low, high = min(low, 0.0), max(high, 0.0)
     room = 0.05 * (high - low) or 0.001
-    with _styled(0.65 + 0.22 * len(rows)) as (figure, axis):
+    with _styled(0.65 + 0.22 * len(rows), title=title) as (figure, axis):
         axis.set_xlim(low - room * (low < 0), high + room)
         for place, (_, cost) in enumerate(rows):
             broken = not cost.cost <= CEILING

@@ -6,7 +6,6 @@ model before training is told instead, which plain fine-tuning on the text is pa
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from flipproof.report.analyse import (
     Curve,
     bits_in_words,
     cost_maps,
+    cost_of,
     p_text,
     protection_in_words,
     sites_in_words,
@@ -45,11 +45,10 @@ def _what_flips_cost(found: Mapping[str, Mapping[str, Arm]]) -> str:
             one, other = pairs[run]
             if not math.isfinite(cost.cost):
                 return f"Bit flips break {who}: under at least one of {_seeds(other)} its loss is infinite."
-            much = f"{_number(cost.cost)} nats per token{_interval(cost, other)}"
-            if _near_zero(cost):
-                much = f"nothing that can be told from zero, {much}"
-            ppl = f"perplexity is {one.perplexity:.4g} without them and {other.perplexity:.4g} with them"
-            return f"Bit flips cost {who} {much}: {ppl}."
+            return (
+                f"Bit flips cost {who} {_told(cost, other)}: perplexity is {one.perplexity:.4g} without them and "
+                f"{other.perplexity:.4g} with them."
+            )
     return "What bit flips cost cannot be said, since no model was measured both without them and with them."
 
 
@@ -65,10 +64,8 @@ def _what_training_is_worth(found: Mapping[str, Mapping[str, Arm]]) -> str:
         over = "its control, trained alike without them" if control == "control" else "the model before training"
         if not finite:
             return f"What training with flips wins over {over}, is no number: a loss is infinite."
-        gains = _spread(finite) if len(finite) > 1 else next(
-            f"{'nothing that can be told from zero, ' if _near_zero(gain) else ''}{_number(gain.cost)} nats per token"
-            f"{_interval(gain, trained[run]['recovered'])}" for run, gain in finite.items()
-        )  # fmt: skip
+        only = next(iter(finite))
+        gains = _spread(finite) if len(finite) > 1 else _told(finite[only], trained[only]["recovered"])
         some = f" (in {len(finite)} of {len(trained)} trained runs)" if len(finite) < len(trained) else ""
         part = "; without a control, plain fine-tuning on the text is part of that" if control == "flipped" else ""
         return f"Under flips, training with them wins {gains} over {over}{some}{part}{_clean_gain(trained, part)}."
@@ -109,22 +106,25 @@ def of_sweep(sweep: Sweep, curves: Sequence[Curve]) -> str:
     measured = [curve for curve in curves if curve.positive]
     if not measured:
         return "No point with flips is measured yet. So nothing can be said of what flips cost."
-    bare = [curve for curve in measured if curve.setting.protection == "none"] or measured
-    worst = min(bare, key=lambda curve: curve.cliff.p or curve.cliff.up_to or math.inf)
+    everywhere = [one for one in measured if one.setting.layers == one.setting.bits == "all"] or measured
+    bare = [curve for curve in everywhere if curve.setting.protection == "none"] or everywhere
+    worst = min(bare, key=lambda one: (one.cliff.p or one.cliff.up_to or math.inf, -one.arms[one.positive[0]].loss))
     return f"{_cliff_of(worst)} {_what_protects(sweep, curves, worst) or _what_hurts(sweep, curves, worst)}"
 
 
 def _cliff_of(curve: Curve) -> str:
     sites, layers, bits, protection = curve.setting
-    where = f"flips in {sites_in_words(sites)} ({_layers(layers)}, {bits_in_words(bits)}, {protection_in_words(protection)})"
-    raised = f"perplexity is {CLIFF_THRESHOLD:.0%} above the clean one"
+    place = "all layers" if layers == "all" else layers
+    where = f"flips in {sites_in_words(sites)} ({place}, {bits_in_words(bits)}, {protection_in_words(protection)})"
+    more = f"{CLIFF_THRESHOLD:.0%} above the clean one"
+    raised = f"perplexity is {more}"
     cliff = curve.cliff
     if cliff.p is not None:
         ends = curve.cliff_interval
         sure = f"95% {ends[0]:.2g} to {ends[1]:.2g}" if ends else "no interval"
         return f"With {where}, {raised} at p = {cliff.p:.2g} ({sure})."
     if cliff.up_to is None:
-        return f"With {where}, up to the largest p measured, {p_text(curve.positive[-1])}, no {raised.replace(' is', '')} was seen."
+        return f"With {where}, perplexity is never {more}, up to the largest p measured, {p_text(curve.positive[-1])}."
     if cliff.above is None:
         return f"With {where}, {raised} already at the smallest p measured, {p_text(cliff.up_to)}."
     return f"With {where}, {raised} somewhere between p = {p_text(cliff.above)} and {p_text(cliff.up_to)}."
@@ -138,15 +138,13 @@ def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str |
     if not others:
         return None
     best = max(others, key=lambda curve: curve.cliff.p or curve.cliff.above or 0.0)
-    protection = best.setting.protection
+    protection, cliff = best.setting.protection, best.cliff
     extra = sweep.overhead.get(protection)
     price = "" if extra is None else f", for {100 * extra:.3g}% more storage"
-    moved = f", {best.cliff.p / worst.cliff.p:.3g} times that" if best.cliff.p and worst.cliff.p else ""
-    return f"Of {len(others)} other protections, {protection} does most: there it is {_bound(best)}{moved}{price}."
-
-
-def _bound(curve: Curve) -> str:
-    return f"at p = {curve.cliff}" if curve.cliff.p is not None else str(curve.cliff)
+    moved = f", {cliff.p / worst.cliff.p:.3g} times that" if cliff.p and worst.cliff.p else ""
+    place = "at" if cliff.p is not None else "between" if cliff.above and cliff.up_to else ""
+    where = f"{place} p = {cliff}".replace(" to ", " and ") if place else f"{cliff}".replace("above", "above p =")
+    return f"Of the {len(alike)} protections tried, {protection} does most: there this is {where}{moved}{price}."
 
 
 def _what_hurts(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str:
@@ -154,26 +152,13 @@ def _what_hurts(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str:
     if maps:
         (layers, bits), cost = next(iter(maps[0].costs.items()))
         arm = maps[0].arms[layers, bits]
-        much = (
-            f"{_number(cost.cost)} nats per token{_interval(cost, arm)}"
-            if math.isfinite(cost.cost)
-            else "an infinite loss"
-        )
+        much = _nats(cost, arm) if math.isfinite(cost.cost) else "an infinite loss"
         return f"Of single layers, those in {layers} ({bits_in_words(bits)}) cost most at {maps[0].label}: {much}."
     p, arm = max(worst.arms.items())
-    if not math.isfinite(arm.loss):
+    cost = cost_of(arm, sweep.clean_loss)
+    if not math.isfinite(cost.cost):
         return f"At the largest p measured, {p_text(p)}, the loss is infinite under at least one of {_seeds(arm)}."
-    cost = Cost(
-        arm.loss - sweep.clean_loss,
-        worst.arms[p].loss_interval and tuple(x - sweep.clean_loss for x in worst.arms[p].loss_interval),
-    )
-    return (
-        f"At the largest p measured, {p_text(p)}, they cost {_number(cost.cost)} nats per token{_interval(cost, arm)}."
-    )
-
-
-def _layers(layers: str) -> str:
-    return "all layers" if layers == "all" else layers
+    return f"At the largest p measured, {p_text(p)}, they cost {_nats(cost, arm)}."
 
 
 def of_profile(profile: Mapping[str, Any]) -> str:
@@ -197,11 +182,10 @@ def of_texts(texts: Mapping[str, str]) -> str:
     if not {"clean", "flipped"} <= texts.keys():
         return "These are samples of single arms. What flips do to a text takes a clean one and one with flips."
     clean, flipped = texts["clean"], texts["flipped"]
-    place = len(os.path.commonprefix([clean, flipped]))
-    first = (
-        "is the clean one, letter by letter" if clean == flipped else f"parts from the clean one at letter {place + 1}"
-    )
-    return f"With bit flips the text {first}. It is one sample under one fault seed, and says nothing of how often that is so."
+    same = next((i for i, (one, other) in enumerate(zip(clean, flipped, strict=False)) if one != other), None)
+    place = min(len(clean), len(flipped)) if same is None else same
+    first = "is the clean one" if clean == flipped else f"parts from the clean one at letter {place + 1}"
+    return f"With bit flips the text {first}. That is one sample under one fault seed, and says nothing of how often."
 
 
 def of_tasks(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -228,8 +212,9 @@ def of_training(runs: Mapping[str, Sequence[Logged]]) -> str:
     if len(runs) > 1:
         first = f"{len(runs)} runs trained for {min(lengths.values()):,} to {max(lengths.values()):,} steps."
     else:
-        ((start, *_, end),) = ((rows[0], *rows) for rows in runs.values())
-        first = f"The training loss went from {_loss(start.loss)} at step {start.step} to {_loss(end.loss)} at step {end.step}."
+        rows = next(iter(runs.values()))
+        start, end = (f"{_loss(row.loss)} at step {row.step}" for row in (rows[0], rows[-1]))
+        first = f"The training loss went from {start} to {end}."
     return f"{first} It is of single batches, under flips where the run has them, and says nothing of held-out text."
 
 
@@ -240,14 +225,10 @@ def _loss(loss: float) -> str:
 def _spread(known: Mapping[str, Cost]) -> str:
     """From the smallest to the largest, each with its interval and its run."""
     ends = [find(known.items(), key=lambda item: item[1].cost) for find in (min, max)]
-    return (
-        " to ".join(
-            f"{_number(cost.cost)}{_interval(cost)} in {run}"
-            if math.isfinite(cost.cost)
-            else f"an infinite loss in {run}"
-            for run, cost in ends
-        )
-        + " nats per token"
+    return "from " + " to ".join(
+        (f"{_number(cost.cost)} nats per token{_interval(cost)}" if math.isfinite(cost.cost) else "all they know")
+        + f" in {run}"
+        for run, cost in ends
     )
 
 
@@ -261,8 +242,14 @@ def _interval(cost: Cost, arm: Arm | None = None) -> str:
     return " (one fault seed, so no interval)" if arm and arm.trials == 1 else " (no interval)"
 
 
-def _near_zero(cost: Cost) -> bool:
-    return cost.interval is not None and cost.interval[0] <= 0 <= cost.interval[1]
+def _nats(cost: Cost, arm: Arm) -> str:
+    return f"{_number(cost.cost)} nats per token{_interval(cost, arm)}"
+
+
+def _told(cost: Cost, arm: Arm) -> str:
+    """A cost, and first whether it is one."""
+    zero = cost.interval is not None and cost.interval[0] <= 0 <= cost.interval[1]
+    return f"{'nothing that can be told from zero, ' if zero else ''}{_nats(cost, arm)}"
 
 
 def _seeds(arm: Arm) -> str:

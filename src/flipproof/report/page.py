@@ -1,8 +1,8 @@
 """One HTML file that shows what was measured, and its pictures and tables as files for a paper.
 
-``report`` reads what a directory holds (``read.py``), makes a section of each thing that is there (``sections.py``), and
-writes ``report.html``, which needs nothing beside it to be read offline, and the directory ``report`` with every picture
-as PNG and every table as CSV. Numbers in CSV files have all their digits; on the page
+``report`` reads what a directory holds (``read.py``), makes a section of each thing that is there (``sections.py``),
+and writes ``report.html``, which needs nothing beside it to be read offline and runs no script, and the directory
+``report`` with every picture as PNG and every table as CSV. Numbers in CSV files have all their digits; on the page
 they have five.
 
 A report is derived, so a new one takes the place of an old one. Nothing else is ever overwritten: the page says in its

@@ -106,9 +106,8 @@ def _shown(value: Any) -> str:
 
 @dataclass
 class Drawing:
-    """A picture, and what it is called among others of its section."""
+    """A picture, and what became of it."""
 
-    label: str
     draw: Callable[[], Figure]
     svg: str = ""
     png: str = ""
@@ -192,7 +191,8 @@ def _settings(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Section:
 
 
 def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
-    rows, drawn = [], {}
+    rows = []
+    drawn: dict[str, Cost] = {}
     for run, arms in found.items():
         of_run = costs(dict(arms))
         for name, arm in arms.items():
@@ -211,8 +211,8 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
         "flips (flipped), and after training with flips on (recovered) and off (recovered_clean); its intervals are "
         "over fault seeds. The cost is the loss less that of the clean arm in nats per token, its interval over fault "
         f"seeds and text together, or over text where nothing flips.{more}",
-        [Table("arms.csv", columns, rows, only_csv=_only_csv(found))],
-        [Drawing("", partial(draw.cost_bars, drawn, clean))] if drawn else [],
+        [Table("arms.csv", columns, rows, only_csv=_only_csv(found) | {"tokens"})],
+        [Drawing(partial(draw.cost_bars, drawn, clean))] if drawn else [],
         finding.of_arms(found),
     )
 
@@ -290,7 +290,7 @@ def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
             Table("perplexity.csv", columns, points, shown=False),
         ],
         [
-            Drawing(view, partial(draw.perplexity_curves, group, labels, sweep.clean_perplexity))
+            Drawing(partial(draw.perplexity_curves, group, labels, sweep.clean_perplexity, view))
             for view, (group, labels) in list(views.items())[:_MOST_FIGURES]
         ],
         finding.of_sweep(sweep, curves),
@@ -358,7 +358,7 @@ def _sensitivity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         "bar, is a model without finite loss, blank was not measured. Bit 0 is the lowest of the mantissa."
         f"{more}",
         [Table("sensitivity.csv", columns, rows, title="The worst first, in the order of the views")],
-        [Drawing(of.label, partial(_draw_costs, of)) for of in maps[:_MOST_FIGURES]],
+        [Drawing(partial(_draw_costs, of)) for of in maps[:_MOST_FIGURES]],
     )
 
 
@@ -367,7 +367,7 @@ def _draw_costs(of: CostMap) -> Figure:
     if len(of.layers) > 1 and len(of.bits) > 1:
         return draw.cost_heat_map(of)
     names = {(layers, bits): layers if len(of.layers) > 1 else bits_in_words(bits) for layers, bits in of.arms}
-    return draw.cost_bars({names[cell]: cost for cell, cost in of.costs.items()}, of.clean_loss)
+    return draw.cost_bars({names[cell]: cost for cell, cost in of.costs.items()}, of.clean_loss, of.label)
 
 
 def _protection(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
@@ -442,7 +442,7 @@ def _magnitudes(profile: Mapping[str, Any]) -> Section:
             Table("magnitudes-histogram.csv", ["layer", "operand", "binary exponent", "values"], histogram_rows,
                   shown=False),
         ],
-        [Drawing("", partial(draw.magnitude_panels, histograms, thresholds))],
+        [Drawing(partial(draw.magnitude_panels, histograms, thresholds))],
         finding.of_profile(profile),
     )  # fmt: skip
 
@@ -466,7 +466,7 @@ def _training(runs: Mapping[str, Sequence[Logged]]) -> Section:
             Table("training-took.csv", columns, took, only_csv=_only_csv(runs)),
             Table("training.csv", ["run", *Logged._fields], steps, shown=False),
         ],
-        [Drawing("", partial(draw.training_curves, runs))],
+        [Drawing(partial(draw.training_curves, runs))],
         finding.of_training(runs),
     )
 

@@ -1,0 +1,94 @@
+import math
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from flipproof.measure.arms import Arm, Cost
+from flipproof.measure.points import Setting
+from flipproof.report import draw
+from flipproof.report.analyse import CEILING, Curve, find_cliff
+from flipproof.report.read import Logged
+
+
+def curve(losses):
+    """{p: losses of the seeds} -> the curve over a clean loss of 2 nats."""
+    arms = {p: Arm.from_losses(of_seeds, 100) for p, of_seeds in losses.items()}
+    cliff = find_cliff(2.0, {p: arm.loss for p, arm in arms.items()})
+    return Curve(Setting("w", "all", "all", "none"), arms, {}, cliff, None)
+
+
+def axis_of(figure):
+    figure.draw_without_rendering()
+    return figure.axes[0]
+
+
+def test_a_curve_goes_through_its_perplexities_and_what_is_broken_is_on_the_edge():
+    losses = {1e-6: [2.0, 2.2], 1e-5: [2.5, 2.9], 1e-4: [30.0, 40.0], 1e-3: [2.0, math.inf]}
+    axis = axis_of(draw.perplexity_curves([curve(losses)], ["weights"], math.exp(2.0)))
+    line, *others = axis.get_lines()
+    assert line.get_xdata().tolist() == list(losses)
+    np.testing.assert_allclose(np.array(line.get_ydata(), float), [math.exp(2.1), math.exp(2.7), math.nan, math.nan])
+    (edge,) = [other for other in others if other.get_transform() == axis.get_xaxis_transform()
+               and other.get_linestyle() == "None"]  # fmt: skip
+    assert (list(edge.get_xdata()), list(edge.get_ydata())) == ([1e-4, 1e-3], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {1e-6: [2.0, 2.1], 1e-5: [0.0, 9.0]},  # whose interval is from far below 0 nats to far above guessing
+        {1e-6: [1e-4, 2e-4], 1e-5: [CEILING, CEILING]},
+        {1e-6: [math.inf], 1e-5: [800.0]},
+    ],
+)
+def test_no_axis_goes_where_perplexity_cannot(losses):
+    axis = axis_of(draw.perplexity_curves([curve(losses)], ["weights"], math.exp(2.0)))
+    low, high = axis.get_ylim()
+    assert 1 <= low < math.exp(2.0) < high < math.exp(2 * CEILING)
+    assert high < math.exp(CEILING) or max(map(max, losses.values())) >= 9
+
+
+@pytest.mark.parametrize(("low", "high"), [(7.8, 8.6), (4.65, 4.66), (4, 30), (4, 3000), (1, 1.2e6)])
+def test_a_perplexity_axis_has_numbers(low, high):
+    losses = {1e-6: [math.log(low)], 1e-5: [math.log(high)]}
+    axis = axis_of(draw.perplexity_curves([curve(losses)], ["weights"], math.inf))
+    bottom, top = axis.get_ylim()
+    shown = [label.get_text() for label in axis.get_yticklabels() if bottom <= label.get_position()[1] <= top]
+    assert len(shown) == len(set(shown)) >= 2
+    assert all(shown)
+
+
+def test_bars_are_the_costs_and_end_at_the_edges():
+    costs = {"a": Cost(-0.5, (-0.7, -0.3)), "b": Cost(1.0, (-30.0, 32.0)), "c": Cost(math.inf, None)}
+    axis = axis_of(draw.cost_bars(costs, 2.0))
+    assert [bar.get_width() for bar in axis.patches[:2]] == [-0.5, 1.0]
+    low, high = axis.get_xlim()
+    assert -2 * 1.5 < low < -0.7
+    assert CEILING < high < 1.1 * CEILING + 1
+    assert axis.patches[2].get_width() == high  # what is broken
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(costs)
+
+
+def test_a_training_loss_is_not_below_zero_and_infinity_is_on_the_edge():
+    rows = [Logged(step, loss, *[None] * 4) for step, loss in ((1, 0.01), (2, 8.0), (3, math.inf))]
+    axis = axis_of(draw.training_curves({"run": rows}))
+    assert axis.get_ylim()[0] == 0
+    assert axis.get_ylim()[1] < CEILING
+    assert list(axis.get_lines()[1].get_xdata()) == [3]
+
+
+def test_an_svg_is_equal_for_equal_data_well_formed_and_escapes_names():
+    costs = {"$x_1$ </svg> <script>": Cost(1.0, (0.5, 1.5)), "-- & -->": Cost(2.0, None)}
+    first, second = (draw.svg(draw.cost_bars(costs, 2.0), "figure-1") for _ in range(2))
+    assert first == second
+    text = "{http://www.w3.org/2000/svg}text"
+    assert set(costs) <= {element.text for element in xml.etree.ElementTree.fromstring(first).iter(text)}
+    other = draw.svg(draw.cost_bars(costs, 2.0), "figure-2")
+    ids = [
+        {element.get("id") for element in xml.etree.ElementTree.fromstring(svg).iter()} - {None}
+        for svg in (first, other)
+    ]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    assert not [colour for colour in draw._COLOURS if colour in first]  # all are the page's
