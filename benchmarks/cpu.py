@@ -5,40 +5,19 @@
    layer without faults. The variants take turns, so that a busy machine slows all of them; medians are shown.
 """
 
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 import flipproof
+from flipproof.bench import Row, about, medians, rows_of, tables
 from flipproof.config import load_config
 from flipproof.models.load import byte_tokenizer, load_model
 from flipproof.train.optimizer import make_optimizer
 
 
-def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant, run in turns after two rounds of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(rounds + 2):
-        for name, run in variants.items():
-            started = time.perf_counter()
-            run()
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def table(title: str, times: dict[str, float], base: str) -> None:
-    print(f"\n{title}\n{'':<44} {'ms':>9} {'ratio':>7}")
-    for name, seconds in times.items():
-        print(f"{name:<44} {seconds * 1e3:>9.2f} {seconds / times[base]:>7.3f}")
-
-
-def operation(elements: int = 100_000_000) -> None:
+def operation(elements: int = 100_000_000) -> list[Row]:
     x = torch.randn(elements, dtype=torch.bfloat16)
     y, guarded = x.clone(), x.clone()
     rates = {"p_exp": 2**-16, "p_frac": 2**-16, "seed": 0, "site": "benchmark/x"}
@@ -49,10 +28,10 @@ def operation(elements: int = 100_000_000) -> None:
         "flip_ with guard": lambda: flipproof.flip_(guarded, tick=next(ticks), zero_out_t=30.0, **rates),
         "flip with guard (out of place)": lambda: flipproof.flip(x, tick=next(ticks), zero_out_t=30.0, **rates),
     }
-    table(f"{elements / 1e6:.0f}M bf16 elements, p = 2^-16", medians(variants, 15), "clone()")
+    return rows_of(f"{elements / 1e6:.0f}M bf16 elements, p = 2^-16", medians(variants, "cpu", 15))
 
 
-def training_step(rounds: int = 40) -> None:
+def training_step(rounds: int = 40) -> list[Row]:
     config = load_config(["demo-base", "demo"], {"logging": {"run_dir": "unused"}, "model": {"hf_model_path": "x"}})
     training = config.training
     ids = torch.randint(0, 256, (training.local_batch_size, training.seq_len))
@@ -90,12 +69,11 @@ def training_step(rounds: int = 40) -> None:
             "our layer, no faults": stepper(ours_clean),
             "our layer, the demo's faults": stepper(ours_faulty),
         },
+        "cpu",
         rounds,
     )
-    table(f"training step of the demo ({training.dtype}, {tuple(ids.shape)} tokens)", times, "clean LoRA (PEFT)")
+    return rows_of(f"training step of the demo ({training.dtype}, {tuple(ids.shape)} tokens)", times)
 
 
 if __name__ == "__main__":
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    operation()
-    training_step()
+    print(tables(about("cpu"), [*operation(), *training_step()]))

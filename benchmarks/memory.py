@@ -70,9 +70,9 @@ def prepare(directory: Path) -> None:
 
 def written(place: Path) -> int:
     """How many lines a file has, or files a directory."""
-    return (
-        len(list(place.glob("*.json"))) if place.is_dir() else place.read_bytes().count(b"\n") if place.exists() else 0
-    )
+    if place.is_dir():
+        return len(list(place.glob("*.json")))
+    return place.read_bytes().count(b"\n") if place.exists() else 0
 
 
 def growth(arguments: list[str], place: Path, wanted: int) -> tuple[float, float, float]:

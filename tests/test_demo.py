@@ -66,8 +66,8 @@ def test_the_sweep_at_the_configs_own_rate_is_the_arm_itself(tiny_llama):
     flipproof.inject(model, config.bitflip, config.lora)
     text = PackedText(np.random.default_rng(0).integers(0, 256, (4, 32), dtype=np.int32), "random")
     points = sweep_p(config, model, text)
-    (point,) = [point for point in points if point.p == config.bitflip.w_p_exp]
     seeds = fault_seeds(config.bitflip.base_seed, demo_module._SWEEP_TRIALS)
     arms = measure_arms(model, ("flipped",), text, seeds=seeds, num_samples=4, batch_size=4)
-    assert point.flipped == arms["flipped"]
-    assert [p.p for p in points] == sorted(p.p for p in points)
+    assert points[config.bitflip.w_p_exp]["flipped"] == arms["flipped"]
+    assert list(points[config.bitflip.w_p_exp]) == ["flipped", "recovered"]
+    assert list(points) == sorted(points)

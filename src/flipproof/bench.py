@@ -57,24 +57,25 @@ def bench(device: str | None = None, to: Path | None = None, tell: Callable[[str
     if to is not None:
         check_new(to, "--to", "file")
     rows = [*_operations(device), *_small(device), *_layers(device)]
-    about = _about(device)
-    tables = _tables(about, rows)
+    machine = about(device)
+    said = tables(machine, rows)
     if tell:
-        tell(tables)
+        tell(said)
     if to is not None:
-        write_new_record(to, {"about": about, "rows": [vars(row) for row in rows]}, "--to")
-    return tables
+        write_new_record(to, {"about": machine, "rows": [vars(row) for row in rows]}, "--to")
+    return said
 
 
-def _about(device: str) -> dict[str, str]:
+def about(device: str) -> dict[str, str]:
+    """Hardware, date and versions, for whoever reads the figures later."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    about = {"hardware": hardware, "backend": BACKENDS[device], "date": date.today().isoformat()}
+    found = {"hardware": hardware, "backend": BACKENDS[device], "date": date.today().isoformat()}
     for package in ("torch", "triton", "peft", "mase-triton"):
         try:
-            about[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            about[package] = "not installed"
-    return about
+            found[package] = "not installed"
+    return found
 
 
 # -- timing -----------------------------------------------------------------------------------------------------------
@@ -116,7 +117,8 @@ def _host_us(function: Callable[[], Any]) -> float:
     return statistics.median(times[50:]) * 1e6
 
 
-def _rows(table: str, times: dict[str, float], held: dict[str, float] | None = None) -> list[Row]:
+def rows_of(table: str, times: dict[str, float], held: dict[str, float] | None = None) -> list[Row]:
+    """The rows of a table: name -> milliseconds, beside those of the first; and the GiB held, where they are known."""
     first = next(iter(times.values()))
     return [Row(table, name, ms, ms / first, held[name] if held else None) for name, ms in times.items()]
 
@@ -152,7 +154,7 @@ def _operations(device: str) -> list[Row]:
     functions |= {f"in place, p = 2^-{n}": in_place(2.0**-n) for n in (24, 16, 12)}
     functions["merge, flip, guard, r = 32, p = 2^-16"] = lambda: ops.merge(x, a, b, 1.0, *merge_draw)
     functions |= _mase(x, device)
-    return _rows(f"the operation, bfloat16, {shape[0]} x {shape[1]}, p in both fields", medians(functions, device))
+    return rows_of(f"the operation, bfloat16, {shape[0]} x {shape[1]}, p in both fields", medians(functions, device))
 
 
 def _mase(x: Tensor, device: str) -> dict[str, Callable[[], Any]]:
@@ -183,8 +185,8 @@ def _small(device: str) -> list[Row]:
     times = medians({"clone()": x.clone, "flip, guard, p = 2^-16": flip}, device)
     host = {name: _host_us(function) / 1e3 for name, function in (("clone()", x.clone), ("flip", flip))}
     return [
-        *_rows("a small tensor, bfloat16, 2048 x 1024, time on the device", times),
-        *_rows("the same, time until the call is back", host),
+        *rows_of("a small tensor, bfloat16, 2048 x 1024, time on the device", times),
+        *rows_of("the same, time until the call is back", host),
     ]
 
 
@@ -243,14 +245,14 @@ def _layers(device: str) -> list[Row]:
         )
         steps = {name: _step(layer, x, grad) for name, layer in layers.items()}
         if device != "cuda":
-            rows += _rows(title, medians(steps, device))
+            rows += rows_of(title, medians(steps, device))
             continue
         for layer in layers.values():
             layer.compile(fullgraph=True)
         held = {name: _held_gib(layer, x) for name, layer in layers.items()}
-        rows += _rows(f"{title}, compiled", medians(steps, device), held)
+        rows += rows_of(f"{title}, compiled", medians(steps, device), held)
         graphs = {name: _graph(step) for name, step in steps.items()}
-        rows += _rows(f"{title}, compiled, as CUDA graphs: the device alone", medians(graphs, device))
+        rows += rows_of(f"{title}, compiled, as CUDA graphs: the device alone", medians(graphs, device))
     return rows
 
 
@@ -300,8 +302,9 @@ def _held_gib(layer: nn.Module, x: Tensor) -> float:
 # -- printing -------------------------------------------------------------------------------------------------------
 
 
-def _tables(about: dict[str, str], rows: list[Row]) -> str:
-    lines = [", ".join(value if key in ("hardware", "date") else f"{key} {value}" for key, value in about.items())]
+def tables(machine: dict[str, str], rows: list[Row]) -> str:
+    """All tables, for people, below a line ``about`` the machine."""
+    lines = [", ".join(value if key in ("hardware", "date") else f"{key} {value}" for key, value in machine.items())]
     table = ""
     for row in rows:
         if row.table != table:

@@ -6,7 +6,8 @@ Around that, a table, a plot of perplexity against the flip probability, and a s
 """
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.faults.inject import set_faults
 from flipproof.files import check_new, check_writable
 from flipproof.log import logger
-from flipproof.measure.arms import Arm, arms_table, gap_closed
-from flipproof.measure.perplexity import arm_faults, fault_seeds, measure_arms
+from flipproof.measure.arms import ARMS, Arm, arms_table, gap_closed
+from flipproof.measure.perplexity import arm_faults, arms_of, fault_seeds, measure_arms
 from flipproof.models.adapter import load_adapter
 from flipproof.models.build import build_model
 from flipproof.models.load import load_tokenizer
@@ -64,7 +65,8 @@ def demo(run_dir: Path) -> None:
     arms = {name: Arm.from_dict(arm) for name, arm in read_record(run_dir / RESULTS)["arms"].items()}
     plot_sweep(points, arms, config, run_dir / "perplexity_vs_p.png")
     seed = fault_seeds(config.bitflip.base_seed, 1)[0]
-    samples = sample_texts(model, tokenizer, seed, config.training.seq_len)
+    names = [name for name in arms if name == "clean" or ARMS[name].flips]
+    samples = sample_texts(model, tokenizer, names, seed, config.training.seq_len)
     (run_dir / "samples.txt").write_text("\n\n".join(f"[{name}]\n{sample}" for name, sample in samples.items()) + "\n")
 
     print(f"\n{arms_table(arms)}\n")
@@ -77,18 +79,10 @@ def demo(run_dir: Path) -> None:
     print(f"{time.perf_counter() - started:.0f} s")
 
 
-@dataclass(frozen=True)
-class SweepPoint:
-    """Perplexity with faults at one flip probability, before and after training."""
-
-    p: float
-    flipped: Arm
-    recovered: Arm
-
-
-def sweep_p(config: RunConfig, model: nn.Module, text: PackedText) -> list[SweepPoint]:
-    """Measure the model at multiples of the config's flip probabilities, all else equal."""
-    points = []
+def sweep_p(config: RunConfig, model: nn.Module, text: PackedText) -> dict[float, dict[str, Arm]]:
+    """The arms that flip, at multiples of the config's flip probabilities, by the largest of these; all else equal."""
+    names = [name for name in arms_of(model, config.bitflip, trained=True) if ARMS[name].flips]
+    points = {}
     for factor in _SWEEP_FACTORS:
         scaled = {
             name: p * factor
@@ -96,38 +90,32 @@ def sweep_p(config: RunConfig, model: nn.Module, text: PackedText) -> list[Sweep
             if (p := getattr(config.bitflip, name)) is not None
         }
         set_faults(model, replace(config.bitflip, **scaled))
-        arms = measure_arms(
+        points[max(scaled.values())] = measure_arms(
             model,
-            ("flipped", "recovered"),
+            names,
             text,
             seeds=fault_seeds(config.bitflip.base_seed, _SWEEP_TRIALS),
             num_samples=_SWEEP_SAMPLES,
             batch_size=config.training.local_batch_size,
         )
-        points.append(SweepPoint(max(scaled.values()), arms["flipped"], arms["recovered"]))
     set_faults(model, config.bitflip)
     return points
 
 
-def plot_sweep(points: list[SweepPoint], arms: dict[str, Arm], config: RunConfig, path: Path) -> None:
+def plot_sweep(points: dict[float, dict[str, Arm]], arms: dict[str, Arm], config: RunConfig, path: Path) -> None:
     """Perplexity against p on logarithmic axes, with 95% intervals, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    p = np.array([point.p for point in points])
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
-    for name, label, colour in (
-        ("flipped", "flipped, not trained", "#c0392b"),
-        ("recovered", "flipped, adapters trained with flips", "#2471a3"),
-    ):
-        measured: list[Arm] = [getattr(point, name) for point in points]
+    for name, colour in zip(next(iter(points.values())), ("#c0392b", "#2471a3", "#7d8a2e"), strict=False):
+        measured = [arms_at_p[name] for arms_at_p in points.values()]
         middle = np.array([arm.perplexity for arm in measured])
         bounds = np.array([arm.perplexity_interval or (arm.perplexity,) * 2 for arm in measured])
-        axes.errorbar(
-            p, middle, yerr=np.abs(bounds.T - middle), label=label, color=colour, marker="o", ms=4, lw=1.5, capsize=3
-        )
+        style: dict[str, Any] = {"label": ARMS[name].words, "color": colour, "marker": "o", "ms": 4, "lw": 1.5}
+        axes.errorbar([*points], middle, yerr=np.abs(bounds.T - middle), capsize=3, **style)
     axes.axhline(arms["clean"].perplexity, color="#555555", ls="--", lw=1, label="clean")
     trained_at = max(value for value in (config.bitflip.w_p_exp, config.bitflip.x_p_exp) if value)
     axes.axvline(trained_at, color="#999999", ls=":", lw=1, label=f"trained at {trained_at:.4g}")
@@ -146,13 +134,11 @@ def plot_sweep(points: list[SweepPoint], arms: dict[str, Arm], config: RunConfig
 
 
 @torch.no_grad()
-def sample_texts(model: Any, tokenizer: Any, seed: int, length: int) -> dict[str, str]:
-    """One line for each prompt, up to ``length`` tokens, sampled with the same random numbers: clean, with flips, and
-    with flips after training.
-    """
+def sample_texts(model: Any, tokenizer: Any, names: Sequence[str], seed: int, length: int) -> dict[str, str]:
+    """One line for each prompt, up to ``length`` tokens, sampled with the same random numbers in each of the arms."""
     model.eval()
     samples = {}
-    for name in ("clean", "flipped", "recovered"):
+    for name in names:
         lines = []
         with arm_faults(model, name, seed), torch.random.fork_rng():
             torch.manual_seed(0)
