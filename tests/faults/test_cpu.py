@@ -63,6 +63,8 @@ def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
                 return coins[g][c] >> (h * bits)
 
             for e in range(BLOCK):  # digit by digit, each bit: u < q where u = 0.u1 u2 ... uk
+                if not 0 <= block * BLOCK + e - offset < n:
+                    continue
                 word, h = divmod(e, lanes)
                 c, g = divmod(word, group_count)
                 words = [draw(2, i << 16 | g, block)[c] for i in range(k)]
