@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from flipproof.faults import cpu
+from flipproof.faults import cpu, guard
 from flipproof.faults.philox import derive_key
 from flipproof.faults.poisson import BLOCK, ball_cdf, flip_plan, split
 
@@ -271,11 +271,11 @@ def test_a_rate_too_small_to_see_is_still_not_rounded_away():
 
 
 def test_guard_zeroes_in_place_across_chunks(monkeypatch):
-    monkeypatch.setattr(cpu, "_CHUNK_GUARD", 7)
+    monkeypatch.setattr(guard, "_CHUNK", 7)
     x = torch.linspace(-3, 3, 50)
     x[::11] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan"), 9.0])
     expected = torch.where(x.abs() < 2, x, torch.zeros(()))
-    cpu.guard_(x, 2.0)
+    guard.guard_(x, 2.0)
     assert torch.equal(x, expected)
 
 
