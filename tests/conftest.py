@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # packed tokens of tests are not the user's
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # what was compiled for other kernels does not fit these
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # and none for compilers, which import torch anew
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process of tests for each core
 
 import pytest

@@ -18,7 +18,7 @@ from flipproof import BitFlipSpec, LoraSpec
 from flipproof.dtensor import whole
 from flipproof.faults.inject import fault_state
 
-FLIPS = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=64.0)
+FLIPS = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.005, x_p_frac=0.005, w_zero_out_t=1.0, x_zero_out_t=64.0)
 ROWS = 2
 """In each process."""
 

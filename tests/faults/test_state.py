@@ -3,6 +3,7 @@
 import copy
 
 import foreign_loops
+import preloaded
 import pytest
 import torch
 from rounding import assert_same_function
@@ -15,7 +16,7 @@ from flipproof import BitFlipSpec, LoraSpec
 from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state
 
-FLIPS = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
+FLIPS = BitFlipSpec(w_p_exp=0.001, w_p_frac=0.005, x_p_frac=0.005, w_zero_out_t=1.0, x_zero_out_t=8.0)
 NEXT_RUN = 0x9E3779B97F4A7C15
 
 

@@ -26,7 +26,7 @@ from flipproof.models.parallelize import blocks, parallelize
 from flipproof.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
-FAULTS = BitFlipSpec(w_p_exp=1e-3, w_p_frac=0.01, w_zero_out_t=1.0, x_p_exp=1e-3, x_p_frac=0.01, x_zero_out_t=64.0)
+FAULTS = BitFlipSpec(w_p_exp=1e-3, w_p_frac=0.005, w_zero_out_t=1.0, x_p_exp=1e-3, x_p_frac=0.005, x_zero_out_t=64.0)
 BLOCKS = 4
 MODES = ("none", "selective", "full", 2, 3, "weights")
 """Values of activation_checkpointing, and what auto may choose beside them."""
@@ -212,7 +212,7 @@ def of_blocks(make, n):
 
 def fitted(costs, count, room):
     """(what each of ``count`` blocks keeps, what each trial had), where a step that keeps nothing peaks at 40 GiB."""
-    layers, tried = [nn.Linear(1, 1) for _ in range(count)], []
+    layers, tried = [nn.Identity() for _ in range(count)], []
 
     def trial():
         tried.append(Counter(layer.keep for layer in layers))
@@ -316,10 +316,7 @@ def products(counts):
     return sum(n for op, n in counts.items() if op in recompute._PRODUCTS)
 
 
-@pytest.mark.parametrize(
-    ("mode", "lora"),
-    [("none", True), ("selective", True), ("full", True), ("full", False), (2, True), ("weights", True)],
-)
+@pytest.mark.parametrize(("mode", "lora"), [("full", False), (2, True)])
 def test_compiled_recomputation_gives_the_same(tiny_llama, token_ids, graphs, mode, lora):
     model = build(tiny_llama, mode, lora, compiled=True)
     assert_same_but_for_sums(loss_and_gradients(model, token_ids), build(tiny_llama, "none", lora), token_ids)
@@ -329,12 +326,14 @@ def test_compiled_recomputation_gives_the_same(tiny_llama, token_ids, graphs, mo
     assert counters["stats"]["unique_graphs"] == len(graphs)
 
 
-def test_compiled_each_mode_runs_again_what_it_says(tiny_llama, token_ids, graphs):
+def test_compiled_each_mode_gives_the_same_and_runs_again_what_it_says(tiny_llama, token_ids, graphs):
     merge_grad = torch.ops.flipproof.merge_grad.default
     passes = {}
     for mode in ("none", "weights", "selective", "full"):
-        loss_and_gradients(build(tiny_llama, mode, compiled=True), token_ids)
+        model = build(tiny_llama, mode, compiled=True)
+        assert_same_but_for_sums(loss_and_gradients(model, token_ids), build(tiny_llama, "none"), token_ids)
         passes[mode] = graphs[-1], graphs.backward[-1]
+        assert counters["stats"]["unique_graphs"] == len(graphs) == len(graphs.backward) == len(passes)
     of_gradients = products(passes["none"][1])
     for mode, again in {"none": 0, "weights": 0, "selective": 0, "full": 7}.items():  # all but the last
         forward, backward = passes[mode]

@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import time

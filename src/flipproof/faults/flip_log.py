@@ -1,6 +1,6 @@
 """A log of what was flipped, and a run replayed from it.
 
-Both are a ``FlipHook``, which stands in for the flips of a model (``FaultState.flip_hook``). ``FlipCount`` lets the draw
+Both are a ``FlipHook``, which stands in for a model's flips (``FaultState.flip_hook``). ``FlipCount`` lets the draw
 happen and compares the tensor before and after; ``FlipLog`` writes the difference as well; ``Replay`` draws nothing and
 does to each tensor what the log says, so a run ends with the same bits, on a machine that draws otherwise, too, or
 after lines were taken out or put in to ask what single flips did.
