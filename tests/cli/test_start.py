@@ -35,7 +35,6 @@ def test_help_version_and_errors_import_nothing_heavy(tmp_path):
         ["report", "nowhere"],
         ["config", "70b"],
         ["keys", "training"],
-        ["train", "m", "--dry-run"],
     ]
     code = f"""
 import contextlib, io, sys
