@@ -37,6 +37,10 @@ def start(function, *arguments, environment=None, said=None) -> BaseProcess:
 
 def _run(function, arguments, environment, said):
     os.environ |= environment
+    import torch
+
+    # torch makes its pool of threads anew after a fork, and ends the process where two threads come to do so at once
+    torch.set_num_threads(1)
     if said is not None:
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     sys.exit(function(*arguments))
