@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flipproof.errors import ConfigError
 
@@ -83,19 +83,25 @@ def _lock(descriptor: int) -> bool:
         return False
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file or nothing. Raises OSError, and then leaves nothing behind."""
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, which has its name when the block has ended without an error, and else is gone."""
     clear_dead(path)
     temporary = temporary_name(path)
     try:
-        with named(path):
-            with temporary.open("x", encoding="utf-8") as file, claimed(temporary):
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with temporary.open("xb") as file, claimed(temporary):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine could leave the name without what it is of
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file or nothing. Raises OSError, and then leaves nothing behind."""
+    with named(path), replace_file(path) as file:
+        file.write(text.encode())
 
 
 def put_in_place(new: Path, final: Path, replace: bool = True) -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from flipproof import BitFlipSpec
-from flipproof.measure.arms import ARM_ROWS, Arm, Cost, arm_names, arms_table, costs, gap_closed, guard_warning
+from flipproof.measure.arms import ARMS, Arm, Cost, arm_names, arms_table, costs, gap_closed, guard_warning
 
 
 def test_the_cost_is_paired_by_sequence():
@@ -76,7 +76,7 @@ def test_a_broken_model_has_infinite_perplexity():
 )
 def test_the_arms_are_those_that_differ(flips, guard, trained, names):
     assert list(arm_names(flips, guard, trained)) == names
-    assert set(names) <= ARM_ROWS.keys()
+    assert set(names) <= ARMS.keys()
 
 
 def guarded(clean, guard):

@@ -14,11 +14,11 @@ complete, so even where a file system has no locks the worst is that two process
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,7 @@ from filelock import FileLock
 from flipproof.data.document import Part, Piece, pieces
 from flipproof.data.source import Source
 from flipproof.errors import ConfigError
-from flipproof.files import claimed, clear_dead, temporary_name
+from flipproof.files import clear_dead, replace_file, temporary_name
 from flipproof.log import logger
 
 _PACKING = 3  # part of every key: to be raised when other tokens are made of the same text
@@ -176,27 +176,21 @@ def _write(path: Path, stream: Iterable[np.ndarray], limit: int | None) -> int:
     """Write the first ``limit`` tokens into a file that appears when it is complete, and say how many they are; without
     any, no file."""
     total, digest = 0, hashlib.blake2b(digest_size=_DIGEST)
-    clear_dead(path)
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("xb") as file, claimed(temporary):
-            _write_header(file, 0)
-            for tokens in stream:
-                tokens = tokens if limit is None else tokens[: limit - total]
-                digest.update(tokens.tobytes())
-                file.write(tokens.tobytes())
-                total += len(tokens)
-                if total == limit:
-                    break
-            file.write(digest.digest())
-            file.seek(0)
-            _write_header(file, total)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine could leave the name without the tokens
-        if total:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    stream = (tokens for tokens in stream if len(tokens))
+    if (first := next(stream, None)) is None:
+        return 0
+    with replace_file(path) as file:
+        _write_header(file, 0)
+        for tokens in chain([first], stream):
+            part = tokens if limit is None else tokens[: limit - total]
+            digest.update(part.tobytes())
+            file.write(part.tobytes())
+            total += len(part)
+            if total == limit:
+                break
+        file.write(digest.digest())
+        file.seek(0)
+        _write_header(file, total)
     return total
 
 

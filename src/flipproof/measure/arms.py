@@ -61,8 +61,6 @@ ARMS = {
     "replayed": ArmKind("from a log", "-", "with the flips of a log", weights=None),
 }
 """In the order of tables: the last of a model's arms that has faults is the one that a log of flips is of."""
-TRAINED_ARMS = tuple(name for name, kind in ARMS.items() if kind.trained)
-ARM_ROWS = {name: (kind.bitflipped, kind.tuned) for name, kind in ARMS.items()}
 
 
 def arm_names(flips: bool, guard: bool, trained: bool) -> tuple[str, ...]:

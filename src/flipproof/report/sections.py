@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from flipproof.faults.spec import BitFlipSpec
-from flipproof.measure.arms import ARM_ROWS, Arm, Cost, costs
+from flipproof.measure.arms import ARMS, Arm, Cost, costs
 from flipproof.measure.points import Setting
 from flipproof.report import draw, finding
 from flipproof.report.analyse import (
@@ -196,9 +196,9 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
     for run, arms in found.items():
         of_run = costs(dict(arms))
         for name, arm in arms.items():
-            flipped, tuned = ARM_ROWS.get(name, (None, None))
+            kind = ARMS.get(name)  # None: of another version
             cost = of_run.get(name)
-            rows.append([run, name, flipped, tuned, *_perplexity_cells(arm), *_cost_cells(cost), arm.loss, arm.trials,
+            rows.append([run, name, kind and kind.bitflipped, kind and kind.tuned, *_perplexity_cells(arm), *_cost_cells(cost), arm.loss, arm.trials,
                          arm.tokens])  # fmt: skip
         drawn |= {f"{run}: {name}" if len(found) > 1 else name: cost for name, cost in of_run.items()}
     columns = ["run", "arm", "Bitflipped", "Fine-tuned", *_PERPLEXITY, *_COST, "loss", "seeds", "tokens"]

@@ -23,7 +23,7 @@ from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError, first_of
 from flipproof.files import check_writable
 from flipproof.log import RunLog, logger
-from flipproof.measure.arms import TRAINED_ARMS, Arm, arms_table
+from flipproof.measure.arms import ARMS, Arm, arms_table
 from flipproof.measure.perplexity import arms_of, measure_config_arms, write_results
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model, with_trainable_weights
@@ -161,8 +161,8 @@ class _Run:
         config, run_dir = self.config, self.run_dir
         # What the model was before training; a model from scratch was nothing.
         names, scratch = arms_of(self.model, config.bitflip, trained=True), config.model.init == "random"
-        base_arms = () if scratch else tuple(name for name in names if name not in TRAINED_ARMS)
-        trained_arms = tuple(name for name in names if name in TRAINED_ARMS)
+        base_arms = () if scratch else tuple(name for name in names if not ARMS[name].trained)
+        trained_arms = tuple(name for name in names if ARMS[name].trained)
         if scratch and not config.faulty:
             trained_arms = ("clean",)  # made without faults, it is what others are measured against
         arms = _saved_arms(run_dir) if self.measured_before else None
@@ -282,7 +282,7 @@ def _saved_arms(run_dir: Path) -> dict[str, Arm] | None:
     """The arms that an interrupted run measured before it trained; None where they cannot be read."""
     try:
         arms = read_record(run_dir / RESULTS)["arms"]
-        return {name: Arm.from_dict(arm) for name, arm in arms.items() if name not in TRAINED_ARMS}
+        return {name: Arm.from_dict(arm) for name, arm in arms.items() if not ARMS[name].trained}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         logger.warning("%s cannot be read (%s): the arms before training are measured anew",
                        run_dir / RESULTS, error)  # fmt: skip
