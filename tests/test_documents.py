@@ -59,3 +59,18 @@ def test_the_readmes_python_runs(monkeypatch, tiny_llama, capsys):
     said = capsys.readouterr().out
     assert "faulty linear layers" in said
     assert said.endswith(f"{len('London is') + 50} tokens\n")
+
+
+def test_the_architecture_names_every_file_and_no_other():
+    tree = (ROOT / "ARCHITECTURE.md").read_text().partition("## The rooms")[2].partition("```\n")[2].partition("```")[0]
+    room, named = Path(), set()
+    for line in tree.splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0] if line.strip() else ""
+        if indent == 0 and name.endswith("/"):
+            room = Path(name)
+        elif name.endswith(".py"):
+            named.add(str(room / name if indent else Path(name)))
+    source = ROOT / "src" / "flipproof"
+    there = {path.relative_to(source) for path in source.rglob("*.py")}
+    entrances = {path for path in there if path.stem == "__init__" and len(path.parts) > 1} | {Path("__main__.py")}
+    assert named == {str(path) for path in there - entrances}
