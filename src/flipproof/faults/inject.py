@@ -387,18 +387,17 @@ def faults(
         if not isinstance(value, bool):
             raise ConfigError([f"{name} = {value!r}: True or False is allowed"])
     before = (state.flips, state.guard, state.adapters)
-    seed_before, place = state.seed, (state._next, state.tick, state.resumed_at)
+    seed_before = state.seed
     state.flips, state.guard, state.adapters = flips, guard, adapters
-    state._next = state._next.clone()
-    try:
-        if seed is not None:
-            set_seed(model, seed)
-        yield
-    finally:
-        state.flips, state.guard, state.adapters = before
-        if state.seed != seed_before:
-            set_seed(model, seed_before)
-        state._next, state.tick, state.resumed_at = place
+    with state.ticks_apart():
+        try:
+            if seed is not None:
+                set_seed(model, seed)
+            yield
+        finally:
+            state.flips, state.guard, state.adapters = before
+            if state.seed != seed_before:
+                set_seed(model, seed_before)
 
 
 def remove(model: nn.Module) -> None:

@@ -23,7 +23,8 @@ pass has the first one's draw.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,16 @@ class FaultState:
         self.resumed_at = 0
         self._next.fill_(tick)
         self.tick = self._next.clone()
+
+    @contextmanager
+    def ticks_apart(self) -> Iterator[None]:
+        """Within the block ticks are counted apart; afterwards they go on from where they were."""
+        place = self._next, self.tick, self.resumed_at
+        self._next = self._next.clone()
+        try:
+            yield
+        finally:
+            self._next, self.tick, self.resumed_at = place
 
     def move_to(self, device: torch.device) -> None:
         """Keep the ticks where the layers are."""

@@ -198,7 +198,8 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
         for name, arm in arms.items():
             kind = ARMS.get(name)  # None: of another version
             cost = of_run.get(name)
-            rows.append([run, name, kind and kind.bitflipped, kind and kind.tuned, *_perplexity_cells(arm), *_cost_cells(cost), arm.loss, arm.trials,
+            flipped, tuned = (kind.bitflipped, kind.tuned) if kind else (None, None)
+            rows.append([run, name, flipped, tuned, *_perplexity_cells(arm), *_cost_cells(cost), arm.loss, arm.trials,
                          arm.tokens])  # fmt: skip
         drawn |= {f"{run}: {name}" if len(found) > 1 else name: cost for name, cost in of_run.items()}
     columns = ["run", "arm", "Bitflipped", "Fine-tuned", *_PERPLEXITY, *_COST, "loss", "seeds", "tokens"]
