@@ -34,10 +34,9 @@ class Draw(NamedTuple):
     @classmethod
     def of(cls, arguments: tuple[Any, ...]) -> "Draw":
         """What ``arguments`` were of. The dispatcher leaves out last ones that are the default."""
-        given = arguments[6:]
+        fault, given = arguments[:6], arguments[6:]
         stored = Stored(tuple(given[0]), *given[1:]) if given and given[0] else None
-        p_exp, p_frac, zero_out_t, key, tick, offset = arguments[:6]
-        return cls(p_exp, p_frac, zero_out_t, key, tick, offset, stored)
+        return tuple.__new__(cls, (*fault, stored))  # what NamedTuple's own way adds to each call is microseconds
 
     @property
     def zeroes(self) -> bool:
