@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flipproof.cli.main
 import flipproof.files
-import flipproof.measure.perplexity
+import flipproof.measure.evaluate
 import flipproof.report.page
 import flipproof.sweep.run
 import flipproof.train.loop

@@ -18,8 +18,8 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "flipproof.cli.main",
-        "flipproof.measure.magnitudes",
-        "flipproof.measure.perplexity",
+        "flipproof.measure.profile",
+        "flipproof.measure.evaluate",
         "flipproof.train.loop",
     ]
 )

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_map
 
-import flipproof.measure.perplexity as evaluate_module
+import flipproof.measure.evaluate as evaluate_module
 import flipproof.train.loop as train_module
 
 ULPS = 8

@@ -16,7 +16,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from meeting import meet_in
 
 import flipproof.cli.main
-import flipproof.measure.magnitudes
+import flipproof.measure.profile
 
 
 def run(rank, size, file):

@@ -8,7 +8,7 @@ import flipproof.demo as demo_module
 from flipproof.config import load_config
 from flipproof.demo import demo, sweep_p
 from flipproof.errors import ConfigError
-from flipproof.measure.perplexity import fault_seeds, measure_arms
+from flipproof.measure.evaluate import fault_seeds, measure_arms
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from flipproof.faults.inject import set_faults
 from flipproof.files import check_new, check_writable
 from flipproof.log import logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, gap_closed
-from flipproof.measure.perplexity import arm_faults, arms_of, fault_seeds, measure_arms
+from flipproof.measure.evaluate import arm_faults, arms_of, fault_seeds, measure_arms
 from flipproof.models.adapter import load_adapter
 from flipproof.models.build import build_model
 from flipproof.models.load import load_tokenizer

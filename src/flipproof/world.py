@@ -75,7 +75,7 @@ class World:
             try:
                 answer[0] = action()
             except Exception as raised:  # told to the others, which would wait for ever, and raised again
-                error, answer[1] = raised, getattr(raised, "problems", [str(raised)])
+                error, answer[1] = raised, getattr(raised, "problems", [f"{type(raised).__name__}: {raised}"])
         dist.broadcast_object_list(answer, group=self.cpu_group)
         if error is not None:
             raise error

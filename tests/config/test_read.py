@@ -19,7 +19,7 @@ from flipproof.config import (
     preset_names,
     preset_text,
 )
-from flipproof.config.grid import SweepConfig
+from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 
 # The tutorials' configs, verbatim.

@@ -30,7 +30,7 @@ from transformers import (
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
-from flipproof.measure.perplexity import evaluate
+from flipproof.measure.evaluate import evaluate
 
 SHAPE = {
     "vocab_size": 258,

@@ -5,7 +5,7 @@ import pytest
 
 from flipproof import BitFlipSpec
 from flipproof.config import load_config
-from flipproof.config.grid import SweepConfig, operands_of, parse_protection
+from flipproof.config.sweep import SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
 from flipproof.sweep.order import Cell, Plan, Rate, next_trial
 from flipproof.sweep.table import cell_spec

@@ -14,7 +14,7 @@ from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.files import temporary_name
-from flipproof.measure.perplexity import evaluate
+from flipproof.measure.evaluate import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.records import unsealed
 from flipproof.sweep import run as sweep_run

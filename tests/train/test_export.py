@@ -41,7 +41,7 @@ def test_the_exported_model_has_the_perplexity_of_recovered_clean(run, tmp_path)
     import json
 
     from flipproof.data.sequences import load_held_out
-    from flipproof.measure.perplexity import mean_loss
+    from flipproof.measure.evaluate import mean_loss
 
     export(run, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -25,7 +25,7 @@ from flipproof.cli.verbs import EXIT_REQUEUE
 from flipproof.config import RunConfig, TrainingConfig, load_config
 from flipproof.data.sequences import training_indices
 from flipproof.errors import ConfigError
-from flipproof.measure.perplexity import evaluate
+from flipproof.measure.evaluate import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.train import rundir
 from flipproof.train.checkpoint import list_checkpoints

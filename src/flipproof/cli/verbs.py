@@ -8,8 +8,8 @@ from typing import Literal
 
 from flipproof.cli.arguments import Argument, Verb, path_of, value_of
 from flipproof.config import SECTIONS, RunConfig, described_keys, preset_names, preset_text
-from flipproof.config.grid import SweepConfig
 from flipproof.config.names import KEYS, keys_meant, nearest, plain
+from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import field_names
 from flipproof.launch import tell_launcher
@@ -56,7 +56,7 @@ def _eval(args: Namespace, config: RunConfig) -> None:
         flags = ("include_path", "num_fewshot", "limit", "cache", *chat)
         if alone := [flag.replace("_", "-") for flag in flags if getattr(args, flag) not in (None, False)]:
             raise ConfigError([f"--{flag}: belongs to --tasks, which is missing" for flag in alone])
-        from flipproof.measure.perplexity import evaluate
+        from flipproof.measure.evaluate import evaluate
 
         evaluate(config, args.adapter, args.to, flip_log=args.flip_log, replay=args.replay, tell=_say)
         return
@@ -69,7 +69,7 @@ def _eval(args: Namespace, config: RunConfig) -> None:
 
 
 def _generate(args: Namespace, config: RunConfig) -> None:
-    from flipproof.measure.text import Sampling, generate
+    from flipproof.measure.generate import Sampling, generate
 
     sampling = Sampling(args.max_new_tokens, args.do_sample, args.temperature, args.top_k, args.top_p, args.seed)
     logs = {"flip_log": args.flip_log, "replay": args.replay}
@@ -77,7 +77,7 @@ def _generate(args: Namespace, config: RunConfig) -> None:
 
 
 def _profile(args: Namespace, config: RunConfig) -> None:
-    from flipproof.measure.magnitudes import profile
+    from flipproof.measure.profile import profile
 
     profile(config, args.to, tell=_say)
 

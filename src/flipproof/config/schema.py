@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from flipproof.config.grid import MAX_SEEDS, SweepConfig
+from flipproof.config.sweep import MAX_SEEDS, SweepConfig
 from flipproof.faults.spec import BitFlipSpec, LoraSpec
 
 Dtype = Literal["bfloat16", "float16", "float32"]

@@ -80,9 +80,7 @@ class FlipCount:
         index = ((before != after) | (before != between)).nonzero()[:, 0]
         before, after, between = before[index], after[index], between[index]
         bits, zeroed = before ^ between, after != between
-        if (
-            draw.stored is not None and draw.stored.protection != "none"
-        ):  # which zeroes whole values: that flips no bits
+        if draw.decoder:  # which zeroes whole values: that flips no bits
             lost = (between == 0) & (before != 0)
             bits, zeroed = torch.where(lost, 0, bits), zeroed | lost
         operand = name.rpartition("/")[2]
@@ -200,7 +198,7 @@ class Replay:
             with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
                 run = self._header(file.readline())
                 for number, line in enumerate(file, start=2):
-                    self._note(self._entry(line, number))
+                    self._place(self._entry(line, number))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ConfigError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from error
         if dtype is not None and run.get("dtype", dtype) != dtype:
@@ -239,7 +237,7 @@ class Replay:
             raise ConfigError([f"{self.path}, line {number}: bit = {bit!r}: a bit from 0 to 31, or null, is allowed"])
         return entry
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _place(self, entry: dict[str, Any]) -> None:
         bit = entry["bit"]
         place = self._places.setdefault((entry["tensor"], entry["tick"]), {})
         mask, zeroed, _ = place.get(entry["index"], _Place(0, False, 0))

@@ -56,7 +56,7 @@ def keep_hooks(module: nn.Module, before: nn.Module) -> None:
 class FaultyLinear(FaultSite, nn.Linear):
     """``nn.Linear`` whose input and weight suffer bit flips at every forward pass.
 
-    Made by ``flipproof.faults.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
+    Made by ``flipproof.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
     """
 
     lora_A: nn.Parameter | None

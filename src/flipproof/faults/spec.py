@@ -49,7 +49,8 @@ def _bit_name_problem(name: str) -> str | None:
     return f"{name!r}: bits are called 'sign', 'exp', 'frac', by number ('15') or by range ('7-14')"
 
 
-class Pattern(NamedTuple):
+@dataclass(frozen=True)
+class Pattern:
     """How faults of one operand depart from new, independent flips at ``p_exp`` and ``p_frac`` in each pass."""
 
     persistent: bool = False
@@ -68,7 +69,7 @@ class Pattern(NamedTuple):
     @property
     def independent(self) -> bool:
         """Whether there is nothing of all this."""
-        return self._replace(row_bytes=1024) == Pattern()
+        return replace(self, row_bytes=Pattern.row_bytes) == Pattern()
 
     def bit_probabilities(self, p_exp: float, p_frac: float, dtype: str) -> tuple[float, ...]:
         """The probability that each bit of a stored value is inverted, from the lowest bit up; without bad rows.

@@ -173,7 +173,7 @@ def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):
 
 
 @triton.jit
-def _guard_and_note(y_ptr, odd, list_ptr, room, index, looked_at, limit):
+def _guard_and_list(y_ptr, odd, list_ptr, room, index, looked_at, limit):
     """``_guard``, and append the index of each element it zeroes, once, to the list: the count, then up to ``room``
     indices in no order."""
     y = tl.load(y_ptr + index, mask=looked_at, other=0.0, cache_modifier=".cg")
@@ -323,11 +323,11 @@ def flip_sparse_(
     y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
     far_ptr, columns, tile_columns, list_ptr, room,
     MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, STRIP_ROWS: tl.constexpr,
-    NOTE: tl.constexpr,
+    LIST: tl.constexpr,
 ):  # fmt: skip
     """y <- flip(y) for GROUP blocks, no dense digits. With GUARD, also guard what was hit, and every element where
     ``far_ptr``, one byte for each program of the merge, says that its STRIP_ROWS rows hold a clean value out of range.
-    With NOTE, list what the guard zeroed."""
+    With LIST, list what the guard zeroed."""
     BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
     group = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
     block = first_block + group
@@ -359,8 +359,8 @@ def flip_sparse_(
         if far != 0:
             for element in range(first_element, last_element + 1, 1024):
                 index = element + tl.arange(0, 1024)
-                if NOTE:
-                    _guard_and_note(y_ptr, odd, list_ptr, room, index, index <= last_element, limit)
+                if LIST:
+                    _guard_and_list(y_ptr, odd, list_ptr, room, index, index <= last_element, limit)
                 else:
                     _guard(y_ptr, y_ptr, index, index <= last_element, limit, False)
         else:
@@ -368,9 +368,9 @@ def flip_sparse_(
                 e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
                     first + lane, block[:, None], tick, key, k_exp, k_frac, start, n, 0, BITS, MANTISSA, False
                 )
-                if NOTE:
-                    _guard_and_note(y_ptr, odd, list_ptr, room, e_index, e_hit, limit)
-                    _guard_and_note(y_ptr, odd, list_ptr, room, f_index, f_hit, limit)
+                if LIST:
+                    _guard_and_list(y_ptr, odd, list_ptr, room, e_index, e_hit, limit)
+                    _guard_and_list(y_ptr, odd, list_ptr, room, f_index, f_hit, limit)
                 else:
                     _guard(y_ptr, y_ptr, e_index, e_hit, limit, False)
                     _guard(y_ptr, y_ptr, f_index, f_hit, limit, False)
@@ -390,15 +390,15 @@ def _halves(x):
 def merge_tiles(
     w_ptr, a_ptr, b_ptr, y_ptr, far_ptr, list_ptr, scaling, limit, rows, columns, r,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    FAR: tl.constexpr, GUARD: tl.constexpr, NOTE: tl.constexpr, HALVES: tl.constexpr,
+    FAR: tl.constexpr, GUARD: tl.constexpr, LIST: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """y <- w + scaling · b · a for TILES tiles one below the other; the loads of the next tiles run ahead.
 
-    FAR: note whether the guard would zero any of them; GUARD: zero it; NOTE: empty the list for the next launch.
+    FAR: note whether the guard would zero any of them; GUARD: zero it; LIST: empty the list for the next launch.
     HALVES: the product as three of bfloat16 halves, which keep what one would round away from a small adapter and still
     cost less than the memory that the tile waits for.
     """
-    if NOTE:  # for Triton not one condition: one half is known when compiling
+    if LIST:  # for Triton not one condition: one half is known when compiling
         if tl.program_id(0) == 0:
             tl.store(list_ptr, 0)
     tile_columns = tl.cdiv(columns, TILE_COLUMNS)

@@ -35,8 +35,8 @@ from flipproof.files import check_new, check_writable
 from flipproof.log import bar, logger
 from flipproof.measure.answers import SEEDS, Answers, as_sha256, cause_of
 from flipproof.measure.arms import ARMS, Arm, arms_table
+from flipproof.measure.evaluate import arm_faults, arm_seeds, fault_seeds, measure_config_arms, open_model, results
 from flipproof.measure.intervals import MIN_TRIALS, narrow_enough, t_interval
-from flipproof.measure.perplexity import arm_faults, arm_seeds, fault_seeds, measure_config_arms, open_model, results
 from flipproof.models.build import check_length
 from flipproof.models.limits import check_ids
 from flipproof.models.load import load_tokenizer
@@ -304,7 +304,7 @@ def evaluate_tasks(
     fails, or a process that is killed, loses nothing of those before it. A later start of the same faults and tasks
     takes such a file's place as soon as it has measured as much.
 
-    Arguments and errors are those of ``evaluate.evaluate``; and a ConfigError for tasks that cannot be asked, for
+    Arguments and errors are those of ``evaluate``; and a ConfigError for tasks that cannot be asked, for
     several processes, and for a task that fails.
     """
     before = _unfinished(to, config, request) if to else set()

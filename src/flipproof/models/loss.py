@@ -8,8 +8,8 @@ hidden states, and of the head's own weights where they train (Hsu et al., Liger
 ``LossHead`` takes the place of a model's output head with the same parameters. Called as always it gives logits, so
 that generation and lm-eval see the head they know; ``next_token_loss`` asks it for the loss, and ``loss_by_row``, for
 evaluation, for that of each row. Between a model's forward and its head stands code of ``transformers`` that passes
-nothing on but hidden states; so what is asked for is set on the head before, and taken from it after. A model that changes logits after its head (a soft cap, a scale) is not given such a
-head: there the logits are held whole.
+nothing on but hidden states; so what is asked for is set on the head before, and taken from it after. A model that
+changes logits after its head (a soft cap, a scale) is not given such a head: there the logits are held whole.
 """
 
 from collections.abc import Callable

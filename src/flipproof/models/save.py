@@ -69,11 +69,13 @@ def save_model(
         files[-1].append(name)
         room -= size
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    if world.first:
+
+    def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for old in directory.glob("model*.safetensors*"):  # of an earlier export, in other files than these
             old.unlink()
-    world.wait()
+
+    world.once(begin)
     for i, held in enumerate(files):
         tensors = {}
         for name in held:

@@ -24,7 +24,7 @@ from flipproof.faults.inject import check_bits, faults, inject, set_faults
 from flipproof.faults.spec import OPERANDS
 from flipproof.log import bar, logger
 from flipproof.measure.arms import Arm, arm_names, guard_warning
-from flipproof.measure.perplexity import mean_loss, measure_arms
+from flipproof.measure.evaluate import mean_loss, measure_arms
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta

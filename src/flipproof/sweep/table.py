@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from flipproof.config import RunConfig
-from flipproof.config.grid import MAX_POINTS, SweepConfig, operands_of, parse_protection
+from flipproof.config.sweep import MAX_POINTS, SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import fault_sites
 from flipproof.faults.spec import (
@@ -30,7 +30,7 @@ from flipproof.faults.spec import (
     probability_problem,
     storage_overhead,
 )
-from flipproof.measure.perplexity import fault_seeds
+from flipproof.measure.evaluate import fault_seeds
 from flipproof.sweep.order import Cell, Plan, Rate
 
 _SET_BY_A_SWEEP = {"p_bits": "bits", "protection": "protection", "protected_bits": "protection"}

@@ -24,7 +24,7 @@ from flipproof.errors import ConfigError, first_of
 from flipproof.files import check_writable
 from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table
-from flipproof.measure.perplexity import arms_of, measure_config_arms, write_results
+from flipproof.measure.evaluate import arms_of, measure_config_arms, write_results
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model, with_trainable_weights
 from flipproof.models.limits import check_ids

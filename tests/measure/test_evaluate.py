@@ -21,8 +21,8 @@ from flipproof.config import load_config
 from flipproof.data.sequences import PackedText
 from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm, Cost, arms_table, costs
+from flipproof.measure.evaluate import arms_of, evaluate, fault_seeds, mean_loss, measure_arms
 from flipproof.measure.intervals import sure_enough, t_interval
-from flipproof.measure.perplexity import arms_of, evaluate, fault_seeds, mean_loss, measure_arms
 from flipproof.models import loss
 from flipproof.models.adapter import save_adapter
 from flipproof.models.load import byte_tokenizer

@@ -39,7 +39,7 @@ from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
-from flipproof.measure.perplexity import evaluating, passes_of
+from flipproof.measure.evaluate import evaluating, passes_of
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer

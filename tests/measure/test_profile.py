@@ -18,7 +18,7 @@ from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
-from flipproof.measure.magnitudes import (
+from flipproof.measure.profile import (
     Histogram,
     Tally,
     count_magnitudes,

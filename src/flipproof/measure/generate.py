@@ -21,7 +21,7 @@ from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
 from flipproof.measure.arms import ARMS, thresholds_in_words
-from flipproof.measure.perplexity import arm_faults, arms_of, check_log, fault_seeds, faulty_arm
+from flipproof.measure.evaluate import arm_faults, arms_of, check_log, fault_seeds, faulty_arm
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, flipped_dtype
 from flipproof.models.limits import positions
@@ -145,9 +145,9 @@ def generate(
         with compute_context(config.training, model):
             for arm in arms:
                 shown.set_description(arm)
-                tap: FlipCount | Replay = FlipCount() if arm != last else replayed or log or FlipCount()
+                hook: FlipCount | Replay = FlipCount() if arm != last else replayed or log or FlipCount()
                 tokens, passes = _continued(
-                    model, ids.to(world.device), arm, seed, sampling, tokenizer, tap, shown.update
+                    model, ids.to(world.device), arm, seed, sampling, tokenizer, hook, shown.update
                 )
                 clean = tokens if arm == "clean" else clean
                 texts[arm] = Text(
@@ -157,8 +157,8 @@ def generate(
                     tokens=len(tokens),
                     parts_at=_parts_at(clean, tokens),
                     passes=passes,
-                    flipped_bits=dict(tap.flipped_bits),
-                    zeroed=dict(tap.zeroed),
+                    flipped_bits=dict(hook.flipped_bits),
+                    zeroed=dict(hook.zeroed),
                 )
         shown.close()
         if replayed:
@@ -195,7 +195,7 @@ def _continued(
     seed: int,
     sampling: Sampling,
     tokenizer: Any,
-    tap: Any,
+    hook: Any,
     done: Callable[[], Any],
 ) -> tuple[list[int], int]:
     """(new tokens, forward passes) of one arm; ``done`` is called at each pass."""
@@ -230,7 +230,7 @@ def _continued(
             stack.callback(setattr, state, "rank", rank)
             stack.enter_context(arm_faults(model, arm, seed))
             if ARMS[arm].guard:
-                stack.enter_context(hooked(model, tap))
+                stack.enter_context(hooked(model, hook))
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return output[0, ids.shape[1] :].tolist(), passes
 

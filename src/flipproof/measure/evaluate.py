@@ -184,7 +184,7 @@ def evaluate(
     check_free(to)
     if flip_log or replay:
         check_log(config, flip_log, replay)
-        config = replace(config, training=replace(config.training, compile=False))  # which taps need
+        config = replace(config, training=replace(config.training, compile=False))  # which hooks need
     with join_world(config.parallelism) as world, ExitStack() as stack:
         if world.size > 1 and (flip_log or replay):
             raise ConfigError([f"--flip-log and --replay work in one process; {world.size} were started"])
@@ -196,18 +196,18 @@ def evaluate(
         seed = fault_seeds(config.bitflip.base_seed, 1)[0]
         replayed = []
         if flip_log or replay:
-            tap: FlipLog | Replay
+            hook: FlipLog | Replay
             name, dtype = faulty_arm(names), flipped_dtype(config.training, model)
             if flip_log:
                 what = {"dtype": dtype, "seed": seed, "text": text.source, "arm": name, "eval": asdict(config.eval)}
                 flip_log.parent.mkdir(parents=True, exist_ok=True)
-                tap = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
+                hook = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
             elif replay:
-                tap = Replay(replay, dtype)
-            with compute_context(config.training, model), arm_faults(model, name, seed), hooked(model, tap):
+                hook = Replay(replay, dtype)
+            with compute_context(config.training, model), arm_faults(model, name, seed), hooked(model, hook):
                 replayed = sequence_losses(model, text, config.eval.num_samples, config.training.local_batch_size)
-            if isinstance(tap, Replay):
-                tap.check_all_done()
+            if isinstance(hook, Replay):
+                hook.check_all_done()
         arms = measure_config_arms(config, names, model, text, world)
         if replay:
             arms["replayed"] = Arm.from_table(np.array([replayed]), arms["clean"].tokens)

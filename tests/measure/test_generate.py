@@ -8,7 +8,7 @@ import flipproof
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
-from flipproof.measure.text import Sampling, generate
+from flipproof.measure.generate import Sampling, generate
 from flipproof.models.adapter import save_adapter
 from flipproof.models.load import byte_tokenizer
 
