@@ -32,7 +32,7 @@ class RunLog(logging.Handler):
     """Within its block what is logged is kept, and from ``begin`` on appended to a file: a start that comes to nothing
     leaves none. Last comes the error that ends the block.
 
-    What the ``flipproof`` logger lets through is kept: warnings alone, where a program calls ``train`` and sets up no log.
+    Kept is what the ``flipproof`` logger lets through: warnings alone, where a program calls ``train`` without a log.
 
     A disk that takes no more lines is told once. That costs the log, and not the run.
     """
