@@ -141,6 +141,14 @@ def run_forked(job, rank, directory):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def write_jobs(directory, argvs, patches=None):
+    """One job per name in ``argvs``; a new directory. Returns their file."""
+    jobs = [{"name": name, "argv": argv, "patch": (patches or {}).get(name)} for name, argv in argvs.items()]
+    directory.mkdir()
+    (directory / "jobs.json").write_text(json.dumps(jobs))
+    return directory / "jobs.json"
+
+
 def work(rank, file):
     """Carry out the jobs of ``file`` as one of the ranks. Returns the exit code of a single job, else 0."""
     directory, jobs = file.parent, json.loads(file.read_text())

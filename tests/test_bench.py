@@ -18,8 +18,14 @@ def test_medians_take_turns_and_are_the_middle_of_the_rounds(monkeypatch):
 
 
 def test_the_tables_and_the_file_say_the_same(monkeypatch, tmp_path):
+    def run_once(functions, device):
+        for function in functions.values():
+            function()
+        return {name: 2.5 * (len(functions) - i) for i, name in enumerate(functions)}
+
     real = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **kw: real(*[_small(s) for s in shape], **kw))
+    monkeypatch.setattr(bench_module, "medians", run_once)
     told = []
     text = bench("cpu", tmp_path / "new" / "bench.json", told.append)
     assert told == [text]

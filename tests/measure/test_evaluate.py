@@ -1,13 +1,12 @@
 import errno
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import numpy as np
+import preloaded
 import pytest
+import sharded_jobs
 import torch
 from rounding import ROUNDED, assert_same_function, move_
 from scipy import stats
@@ -281,9 +280,9 @@ def test_until_ci_is_the_same_in_two_processes(model_dir, tmp_path):
              "--data.source", str(tmp_path / "text.txt"), "--bitflip.w_p_frac", "0.1",
              "--bitflip.w_zero_out_t", "1", "--bitflip.x_p_frac", "0.1"]  # fmt: skip
     assert main(["eval", str(model_dir), *flags, "--batch-size", "4", "--to", str(tmp_path / "1")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "flipproof"]
-    command = [*launch, "eval", str(model_dir), *flags, "--batch-size", "2", "--to", str(tmp_path / "2")]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = ["eval", str(model_dir), *flags, "--batch-size", "2", "--to", str(tmp_path / "2")]
+    jobs = sharded_jobs.write_jobs(tmp_path / "jobs", {"two": command})
+    assert preloaded.run_ranks(2, sharded_jobs.work, jobs) == [0, 0]
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("1", "2"))
     arm, other = one["arms"]["flipped"], two["arms"]["flipped"]
     assert 5 < arm["trials"] < 20  # else this tells nothing

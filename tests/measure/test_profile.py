@@ -1,14 +1,12 @@
 import json
 import math
-import os
-import subprocess
-import sys
 import tomllib
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
+import sharded_jobs
 import torch
 from texts import sentences
 
@@ -357,7 +355,8 @@ def test_four_processes_count_what_one_does(tiny_llama, tmp_path):
     argv = ["profile", str(tmp_path / "model"), "--data.source", str(tmp_path / "text.txt"), "--num-samples", "5"]
     argv += ["--training.seq_len", "32", "--training.local_batch_size", "2", "--bitflip.w_zero_out_t", "0.04"]
     argv += ["--bitflip.x_zero_out_t", "1.5", "--parallelism.timeout_minutes", "1.0"]
-    run_in_four(tmp_path, [[*argv, *more, "--to", f"{tmp_path}/{name}"] for name, more in STRATEGIES.items()])
+    argvs = {name: [*argv, *more, "--to", f"{tmp_path}/{name}"] for name, more in STRATEGIES.items()}
+    assert preloaded.run_ranks(4, sharded_jobs.work, sharded_jobs.write_jobs(tmp_path / "jobs", argvs)) == [0] * 4
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -368,18 +367,6 @@ def test_four_processes_count_what_one_does(tiny_llama, tmp_path):
     assert json.loads(expected)["all"]["weights"]["clipped"] > 0
     for name in STRATEGIES:
         assert (tmp_path / name / "profile.json").read_text() == expected, name
-
-
-def run_in_four(directory, argvs):
-    """Run command lines one after the other in four processes; see ``sharded_profile.py``."""
-    (directory / "jobs.json").write_text(json.dumps(argvs))
-    script = Path(__file__).parents[1] / "sharded_profile.py"
-    subprocess.run(
-        [sys.executable, str(script), "4", str(directory / "jobs.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys):

@@ -94,22 +94,14 @@ def finish(process, timeout=3000):
     return process.returncode, out, err
 
 
-def write_jobs(directory, argvs, patches=None):
-    """One job per name in ``argvs``; see ``sharded_jobs.py``. Returns their file."""
-    jobs = [{"name": name, "argv": argv, "patch": (patches or {}).get(name)} for name, argv in argvs.items()]
-    directory.mkdir()
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    return directory / "jobs.json"
-
-
 def start_job(directory, argv, patch):
     """Start torchrun with one job on two processes."""
-    return start(2, sharded_jobs.__file__, str(write_jobs(directory, {"run": argv}, {"run": patch})))
+    return start(2, sharded_jobs.__file__, str(sharded_jobs.write_jobs(directory, {"run": argv}, {"run": patch})))
 
 
 def run_jobs(directory, processes, argvs, patches=None, codes=None):
     """Run all of ``argvs`` in one launch. ``codes`` are what the ranks of some jobs end with in the place of 0."""
-    ended = preloaded.run_ranks(processes, sharded_jobs.work, write_jobs(directory, argvs, patches))
+    ended = preloaded.run_ranks(processes, sharded_jobs.work, sharded_jobs.write_jobs(directory, argvs, patches))
     unfinished = [name for name in argvs if len(exit_codes(directory, name)) < processes]
     said = "".join(f"{name}:\n{stderr(directory, name)}" for name in unfinished)
     assert ended == [0] * processes, said[-5000:]

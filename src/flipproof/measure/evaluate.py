@@ -196,18 +196,18 @@ def evaluate(
         seed = fault_seeds(config.bitflip.base_seed, 1)[0]
         replayed = []
         if flip_log or replay:
-            hook: FlipLog | Replay
+            flip_hook: FlipLog | Replay
             name, dtype = faulty_arm(names), flipped_dtype(config.training, model)
             if flip_log:
                 what = {"dtype": dtype, "seed": seed, "text": text.source, "arm": name, "eval": asdict(config.eval)}
                 flip_log.parent.mkdir(parents=True, exist_ok=True)
-                hook = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
+                flip_hook = stack.enter_context(FlipLog(flip_log, **what, bitflip=asdict(config.bitflip)))
             elif replay:
-                hook = Replay(replay, dtype)
-            with compute_context(config.training, model), arm_faults(model, name, seed), hooked(model, hook):
+                flip_hook = Replay(replay, dtype)
+            with compute_context(config.training, model), arm_faults(model, name, seed), hooked(model, flip_hook):
                 replayed = sequence_losses(model, text, config.eval.num_samples, config.training.local_batch_size)
-            if isinstance(hook, Replay):
-                hook.check_all_done()
+            if isinstance(flip_hook, Replay):
+                flip_hook.check_all_done()
         arms = measure_config_arms(config, names, model, text, world)
         if replay:
             arms["replayed"] = Arm.from_table(np.array([replayed]), arms["clean"].tokens)

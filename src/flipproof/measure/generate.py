@@ -145,9 +145,9 @@ def generate(
         with compute_context(config.training, model):
             for arm in arms:
                 shown.set_description(arm)
-                hook: FlipCount | Replay = FlipCount() if arm != last else replayed or log or FlipCount()
+                flip_hook: FlipCount | Replay = FlipCount() if arm != last else replayed or log or FlipCount()
                 tokens, passes = _continued(
-                    model, ids.to(world.device), arm, seed, sampling, tokenizer, hook, shown.update
+                    model, ids.to(world.device), arm, seed, sampling, tokenizer, flip_hook, shown.update
                 )
                 clean = tokens if arm == "clean" else clean
                 texts[arm] = Text(
@@ -157,8 +157,8 @@ def generate(
                     tokens=len(tokens),
                     parts_at=_parts_at(clean, tokens),
                     passes=passes,
-                    flipped_bits=dict(hook.flipped_bits),
-                    zeroed=dict(hook.zeroed),
+                    flipped_bits=dict(flip_hook.flipped_bits),
+                    zeroed=dict(flip_hook.zeroed),
                 )
         shown.close()
         if replayed:
@@ -195,7 +195,7 @@ def _continued(
     seed: int,
     sampling: Sampling,
     tokenizer: Any,
-    hook: Any,
+    flip_hook: Any,
     done: Callable[[], Any],
 ) -> tuple[list[int], int]:
     """(new tokens, forward passes) of one arm; ``done`` is called at each pass."""
@@ -218,10 +218,10 @@ def _continued(
         passes += 1
         done()
 
-    hook = model.register_forward_pre_hook(count)
+    counter = model.register_forward_pre_hook(count)
     devices = [ids.device] if ids.device.type == "cuda" else []
     with ExitStack() as stack:
-        stack.callback(hook.remove)
+        stack.callback(counter.remove)
         stack.enter_context(torch.random.fork_rng(devices))
         torch.manual_seed(sampling.seed)
         if is_faulty(model):
@@ -230,7 +230,7 @@ def _continued(
             stack.callback(setattr, state, "rank", rank)
             stack.enter_context(arm_faults(model, arm, seed))
             if ARMS[arm].guard:
-                stack.enter_context(hooked(model, hook))
+                stack.enter_context(hooked(model, flip_hook))
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return output[0, ids.shape[1] :].tolist(), passes
 
