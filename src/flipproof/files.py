@@ -180,6 +180,7 @@ def check_writable(path: Path, what: str) -> None:
     if not os.fspath(path):
         raise ConfigError([f"{what}: the path is empty"])
     try:
+        os.fsencode(path)
         for there in (path, *path.parents):
             if not (there.exists() or there.is_symlink()):
                 continue
@@ -192,6 +193,10 @@ def check_writable(path: Path, what: str) -> None:
                 if len(os.fsencode(name)) > longest:
                     raise ConfigError([f"{what} = {str(path)!r}: a name has at most {longest} bytes there"])
             return
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            [f"{what} = {str(path)!a}: file names are in {error.encoding} here; set LC_ALL=C.UTF-8"]
+        ) from error
     except OSError as error:  # a name too long to ask about, a directory that may not be looked into
         raise ConfigError([f"{what} = {str(path)!r}: {error.strerror}"]) from error
 

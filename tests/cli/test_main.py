@@ -366,3 +366,5 @@ def test_files_are_utf_8_in_any_locale(tmp_path):
     command = [sys.executable, "-m", "flipproof", "train", "--config", "a.toml"]
     run = subprocess.run([*command, "--dry-run"], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert tomllib.loads(run.stdout)["model"]["hf_model_path"] == "é", run.stderr
+    assert run.stderr.splitlines()[-1].startswith("flipproof train: error: ")
+    assert "Traceback" not in run.stderr

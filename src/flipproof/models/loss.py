@@ -13,6 +13,7 @@ changes logits after its head (a soft cap, a scale) is not given such a head: th
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ def _losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -> tupl
 
     Divided by n it might leave float16's range; backward does that, after a loss scale came in.
     """
-    run = _fused if logits.is_cuda else _eager_losses_and_gradient
+    run = _fused() if logits.is_cuda else _eager_losses_and_gradient
     return run(logits, target, counts)
 
 
@@ -188,5 +189,8 @@ def _eager_losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -
     return losses, (((wide - norm).exp() - hit.float()) * counts).to(logits.dtype)
 
 
-_fused = torch.compile(_eager_losses_and_gradient)
-"""As one pass over the logits for each result, where the kernel pays."""
+@cache
+def _fused() -> Any:
+    """As one pass over the logits for each result, where the kernel pays. Made when it is asked for: the compiler is
+    imported then, which takes a second and cannot be done in a locale without UTF-8."""
+    return torch.compile(_eager_losses_and_gradient)
