@@ -323,7 +323,7 @@ def test_a_logged_evaluation_replays(tiny_llama, tmp_path):
         "data": {"eval_source": str(tmp_path / "text.txt")},
         "training": {"seq_len": 64, "local_batch_size": 4},
         "eval": {"trials": 2, "num_samples": 8},
-        "bitflip": {"w_p_exp": 1e-3, "w_p_frac": 0.01, "w_zero_out_t": 2.0, "x_p_frac": 0.01, "kv_p_frac": 0.01},
+        "bitflip": {"w_p_exp": 1e-3, "w_p_frac": 0.005, "w_zero_out_t": 2.0, "x_p_frac": 0.005, "kv_p_frac": 0.005},
     }
     log = tmp_path / "flips.jsonl.gz"
     first = evaluate(load_config([], settings), flip_log=log)["flipped"].trial_losses[0]

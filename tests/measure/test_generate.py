@@ -12,7 +12,7 @@ from flipproof.measure.generate import Sampling, generate
 from flipproof.models.adapter import save_adapter
 from flipproof.models.load import byte_tokenizer
 
-FAULTS = {"w_p_exp": 1e-3, "w_p_frac": 0.01, "w_zero_out_t": 2.0, "x_p_frac": 0.02}
+FAULTS = {"w_p_exp": 1e-3, "w_p_frac": 0.005, "w_zero_out_t": 2.0, "x_p_frac": 0.005}
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_flips_are_counted(model_dir, tiny_llama):
     for name, layer in tiny_llama().named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
             for tick in range(texts["flipped"].passes):
-                y = flipproof.flip(layer.weight, p_exp=1e-3, p_frac=0.01, seed=1, site=f"{name}/w", tick=tick)
+                y = flipproof.flip(layer.weight, p_exp=1e-3, p_frac=0.005, seed=1, site=f"{name}/w", tick=tick)
                 mask = (y.view(torch.int32) ^ layer.weight.view(torch.int32)).long() & 0xFFFFFFFF
                 count += sum(v.bit_count() for v in mask.flatten().tolist())
     assert texts["flipped"].flipped_bits["w"] == count
