@@ -87,11 +87,8 @@ def svg(figure: Figure, name: str, title: str) -> str:
     points = figure.get_figwidth() * 72
     size = f'style="min-width: {1.1 * points:.0f}px; max-width: {1.8 * points:.0f}px" role="img"'
     drawn = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", drawn, count=2)
-    return (
-        re.sub(r"\s*\n\s*", "\n", drawn)
-        .replace("<svg", f'<svg {size} role="img" aria-label="{escape(title)}"', 1)
-        .strip()
-    )
+    drawn = re.sub(r"\s*\n\s*", "\n", drawn).strip()
+    return drawn.replace("<svg", f'<svg {size} aria-label="{escape(title)}"', 1)
 
 
 def _saved(figure: Figure, kind: str, **how: Any) -> bytes:
