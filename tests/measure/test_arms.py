@@ -43,6 +43,9 @@ def test_the_cost_is_paired_by_sequence():
     assert costs({"flipped": arms["flipped"]}) == {}
     broken = Arm.from_table(np.array([[1.0, 2.0], [1.0, math.inf]]), 20)
     assert costs({"clean": arms["clean"], "flipped": broken}) == {"flipped": Cost(math.inf, None)}
+    # an arm of another version, of which the table does not say whether anything flips: seeds, where it has several
+    unknown = costs({"clean": arms["clean"], "control": arms["flipped"], "control_clean": arms["guard"]})
+    assert unknown == {"control": found["flipped"], "control_clean": Cost(found["guard"].cost, None)}
 
 
 def test_gap_closed():

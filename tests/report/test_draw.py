@@ -70,6 +70,22 @@ def test_bars_are_the_costs_and_end_at_the_edges():
     assert [label.get_text() for label in axis.get_yticklabels()] == list(costs)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1.0])
+def test_every_tick_is_a_whole_number_by_itself(size):
+    """No factor, and nothing to add, in a corner of the axis."""
+    steps = [Logged(round(1e8 / size), 5 + size * loss, *[None] * 4) for loss in (1, 2, 3)]
+    for figure in (
+        draw.cost_bars({"a": Cost(-size, None), "b": Cost(size, None)}, 2.0),
+        draw.training_curves({"": steps}),
+    ):
+        axis = axis_of(figure)
+        for side in (axis.xaxis, axis.yaxis):
+            assert not side.get_offset_text().get_text()
+    ticks = {tick.get_position()[1]: tick.get_text() for tick in axis.get_yticklabels()}
+    assert [float(text.replace("−", "-")) for text in ticks.values()] == pytest.approx(list(ticks), rel=1e-9)
+    assert len(set(ticks.values())) == len(ticks) > 1
+
+
 def test_a_training_loss_is_not_below_zero_and_infinity_is_on_the_edge():
     rows = [Logged(step, loss, *[None] * 4) for step, loss in ((1, 0.01), (2, 8.0), (3, math.inf))]
     axis = axis_of(draw.training_curves({"run": rows}))
@@ -80,11 +96,12 @@ def test_a_training_loss_is_not_below_zero_and_infinity_is_on_the_edge():
 
 def test_an_svg_is_equal_for_equal_data_well_formed_and_escapes_names():
     costs = {"$x_1$ </svg> <script>": Cost(1.0, (0.5, 1.5)), "-- & -->": Cost(2.0, None)}
-    first, second = (draw.svg(draw.cost_bars(costs, 2.0), "figure-1") for _ in range(2))
+    first, second = (draw.svg(draw.cost_bars(costs, 2.0), "figure-1", 'Costs of "a" & <b>') for _ in range(2))
     assert first == second
     text = "{http://www.w3.org/2000/svg}text"
     assert set(costs) <= {element.text for element in xml.etree.ElementTree.fromstring(first).iter(text)}
-    other = draw.svg(draw.cost_bars(costs, 2.0), "figure-2")
+    assert xml.etree.ElementTree.fromstring(first).get("aria-label") == 'Costs of "a" & <b>'
+    other = draw.svg(draw.cost_bars(costs, 2.0), "figure-2", "Costs")
     ids = [
         {element.get("id") for element in xml.etree.ElementTree.fromstring(svg).iter()} - {None}
         for svg in (first, other)

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from flipproof.measure.arms import Arm, costs
 from flipproof.measure.points import Point, Setting
@@ -49,6 +50,14 @@ def test_training_is_worth_what_it_wins_over_its_control():
     assert "wins 0.25 nats per token (95% 0.25 to 0.25)" in second
     assert "over its control" in second
     assert "fine-tuning" not in second
+
+
+def test_one_seed_gives_the_gain_no_interval_and_the_text_alone_does_where_nothing_flips():
+    one = {"clean": CLEAN, "flipped": arm([2.5, 3.6]), "recovered": arm([2.2, 3.2]), "recovered_clean": arm([1.9, 2.7])}
+    _, second = sentences(finding.of_arms({"run": one}))
+    assert "wins 0.35 nats per token (one fault seed, so no interval) over" in second
+    low, high = stats.ttest_rel([2.0, 3.0], [1.9, 2.7]).confidence_interval(0.95)
+    assert f"without flips won 0.2 (95% {number(low)} to {number(high)})" in second
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,18 @@ def test_a_sweep_says_where_it_falls_off_and_what_moves_that():
     assert second.startswith(f"At the largest p measured, 10⁻³, they cost {1.5 * limit:.3g} nats per token (95%")
     protected = straight | {("all", "secded", 10 * p): cost for (_, _, p), cost in straight.items()}
     _, second = sentences(finding.of_sweep(*sweep(protected)))
-    assert "secded does most: there this is at p = 1.00e-03, 10 times that, for 12.5% more storage" in second
+    moved = "this is at p = 1.00e-03, 10 times that, for 12.5% more storage."
+    assert second == f"With secded, the one protection tried, {moved}"
+    worse = {("all", "parity", 0.5 * p): cost for (_, _, p), cost in straight.items()}
+    _, second = sentences(finding.of_sweep(*sweep(protected | worse)))
+    assert second == f"Of the 2 protections tried, secded does most: there {moved}"
+    _, second = sentences(finding.of_sweep(*sweep(straight | worse)))
+    assert second == "The one protection tried, parity, does not help: there this is at p = 5.00e-05, 0.5 times that."
+    worse |= {("all", "ecc", 0.9 * p): cost for (_, _, p), cost in straight.items()}
+    _, second = sentences(finding.of_sweep(*sweep(straight | worse)))
+    assert second == (
+        "None of the 2 protections tried helps: with ecc, the best of them, this is at p = 9.00e-05, 0.9 times that."
+    )
     layered = straight | {("a", "none", 1e-4): 0.1, ("b", "none", 1e-4): 0.2}
     _, second = sentences(finding.of_sweep(*sweep(layered)))
     assert "those in b (all bits) cost most at p = 10⁻⁴" in second
@@ -121,3 +141,5 @@ def test_a_training_alone_says_that_it_is_no_measure():
     first, second = sentences(finding.of_training({"run": rows}))
     assert first == "The training loss went from 4 at step 10 to infinite at step 20"
     assert "says nothing of held-out text" in second
+    first, _ = sentences(finding.of_training({"run": rows[:1]}))
+    assert first == "The training loss was 4 at step 10"

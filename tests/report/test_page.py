@@ -18,9 +18,11 @@ from flipproof.measure.arms import Arm, costs
 from flipproof.measure.intervals import t_interval
 from flipproof.measure.points import Setting
 from flipproof.report import page as page_module
+from flipproof.report.analyse import curves_of
+from flipproof.report.finding import of_sweep
 from flipproof.report.page import report
 from flipproof.report.read import read_sources
-from flipproof.report.sections import Table, sections_of
+from flipproof.report.sections import sections_of
 
 CLEAN = 2.0
 CLIFF = 3e-5
@@ -28,14 +30,6 @@ PS = [1e-6, 1e-5, 1e-4, 1e-3]
 SITES, LAYERS = ["w", "wx"], ["all", "model.layers.0.", "model.layers.1."]
 BITS, PROTECTIONS, SEEDS = ["all", "sign", "14"], ["none", "secded"], [1, 2, 3]
 VOLTAGES = [[0.9, 1e-6], [0.8, 1e-5], [0.7, 1e-4], [0.6, 1e-3]]
-
-
-def test_a_name_in_a_csv_is_no_formula():
-    rows = [["=1+1", -0.5], ["+a", 1e-9], ["-a", None], ["@a", True], ["\t=a", 1], ["a=b", 1]]
-    cells = list(csv.reader(Table("a.csv", ["run", "=p"], rows).to_csv().decode().splitlines()))
-    assert cells[0] == ["run", "'=p"]
-    assert [row[0] for row in cells[1:]] == ["'=1+1", "'+a", "'-a", "'@a", "'\t=a", "a=b"]
-    assert [row[1] for row in cells[1:]] == ["-0.5", "1e-09", "", "True", "1", "1"]
 
 
 def cost_at(p, setting):
@@ -193,6 +187,8 @@ def test_every_figure_is_drawn_once_as_svg_and_png_and_has_a_table(everything):
     ids = [id for figure in figures for element in figure.iter() if (id := element.get("id"))]
     assert len(set(Page(text).ids)) == len(Page(text).ids)
     assert len(ids) > len(figures)
+    titles = {section.title for section in sections_of(read_sources(directory))}
+    assert {figure.get("aria-label") for figure in figures} <= titles
     for figure in figures:
         own = {element.get("id") for element in figure.iter()}
         used = re.findall(r"(?:href=\"#|url\(#)([^\")]+)", xml.etree.ElementTree.tostring(figure, "unicode"))
@@ -278,6 +274,35 @@ def test_the_costs_of_arms_are_those_of_results(everything):
     assert rows["clean"]["cost"] == ""
 
 
+def test_arms_of_another_version_are_shown(no_pictures, tmp_path):
+    write_run(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    old = {"control": [2.6, 2.7, 2.8], "control_clean": [1.9], "of a later one": [2.2, 2.4]}
+    results["arms"] |= {name: {"trial_losses": losses, "tokens": 100} for name, losses in old.items()}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert main(["report", str(tmp_path)]) == 0
+    rows = {row["arm"]: row for row in table(tmp_path / "report" / "arms.csv")}
+    for name, losses in old.items():
+        assert float(rows[name]["cost"]) == pytest.approx(math.fsum(losses) / len(losses) - 2.0)
+        assert rows[name]["Bitflipped"] == rows[name]["cost low"] == ""
+    assert "over its control, trained alike without them" in (tmp_path / "report.html").read_text()
+
+
+def test_one_logged_step_is_a_number_and_no_curve(tmp_path):
+    write_run(tmp_path / "a")
+    path = tmp_path / "a" / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    (training,) = [section for section in sections_of(read_sources(tmp_path)) if section.id == "training"]
+    assert not training.drawings
+    assert "The training loss was 3 at step 1." in training.finding
+    assert "marker" not in training.caption
+    write_run(tmp_path / "b")
+    (training,) = [section for section in sections_of(read_sources(tmp_path)) if section.id == "training"]
+    (drawing,) = training.drawings
+    assert len(drawing.draw().axes[0].get_lines()) == 2  # b's losses, and their markers on the edge
+    assert {row[0] for row in training.tables[0].rows} == {"a", "b"}
+
+
 def test_settings_of_runs_and_what_training_took(tmp_path):
     for name, r in (("a", 8), ("b", 0)):
         write_run(tmp_path / name)
@@ -304,7 +329,31 @@ def test_an_unfinished_sweep_says_so(tmp_path):
     assert len(sources.sweeps[tmp_path.name].points) == len(rows) - 5
     assert sources.notes == [f"sweep.json: {len(rows) - 5} of {len(rows)} points are measured so far."]
     shutil.rmtree(tmp_path / "points")
-    assert sections_of(read_sources(tmp_path)) == []
+    (section,) = sections_of(read_sources(tmp_path))
+    assert section.finding.startswith("No point with flips is measured yet.")
+    assert section.tables == section.drawings == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "ids"),
+    [
+        (lambda row: row["p"] == 1e-4, ["sensitivity", "protection", "voltage"]),
+        (lambda row: row["p"] == 1e-4 and list(row.values())[3:7] == ["w", "all", "all", "none"], ["voltage"]),
+        (lambda row: row["voltage"] is None, ["sweep"]),
+    ],
+)
+def test_a_sweep_of_one_p_says_what_it_found_once(tmp_path, kept, ids):
+    rows = write_sweep(tmp_path)
+    rows[0] |= {"voltage": None}
+    for row in rows:
+        path = tmp_path / "points" / f"{row['id'].replace('/', '-')}.json"
+        path.write_text(json.dumps(row)) if kept(row) else path.unlink()
+    text = report(tmp_path).read_text()
+    assert Page(text).sections == ids
+    (sweep,) = read_sources(tmp_path).sweeps.values()
+    found = of_sweep(sweep, curves_of(sweep.points, CLEAN, sweep.axes))
+    assert text.count(found) == text.count(f'<p class="lead">{found}') == 1
+    assert all(table(tmp_path / "report" / f"{name}.csv") for name in ids)
 
 
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path):

@@ -162,21 +162,23 @@ class Cost:
     cost: float
     interval: tuple[float, float] | None
     """95% over fault seeds and text together, or over text alone for an arm without flips. None where there is one
-    seed or one sequence, or the model is broken beyond numbers."""
+    seed or one sequence, the model is broken beyond numbers, or an arm with one trial is not in ``ARMS``, which may be
+    one seed."""
 
 
 def costs(arms: dict[str, Arm]) -> dict[str, Cost]:
     """The cost of every arm that is compared with another (``ArmKind.against``); none where that is not there, or has
-    no finite loss itself."""
+    no finite loss itself. An arm of another version, which is not in ``ARMS``, is compared with ``clean``."""
     found = {}
     for name, arm in arms.items():
-        base = arms.get(ARMS[name].against or "")
+        kind = ARMS.get(name)
+        base = arms.get((kind.against or "") if kind else "clean")
         if base is None or not math.isfinite(base.loss):
             continue
         cost, interval = arm.loss - base.loss, None
         if len(arm.sequence_losses) == len(base.sequence_losses) and math.isfinite(cost):
             differences = np.subtract(arm.sequence_losses, base.sequence_losses).tolist()
-            if not ARMS[name].flips:
+            if kind and not kind.flips:
                 interval = t_interval(differences)
             elif arm.residual_variance is not None:
                 # a sequence's clean loss is the same under every seed: the residuals of differences are the arm's own

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -52,6 +53,8 @@ _STYLE: Any = {
     "axes.linewidth": 0.7,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,  # nothing to add to a tick's number, and no factor: both are easily missed
+    "axes.formatter.limits": (-99, 99),
     "grid.color": _GRID,
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.4,
@@ -68,8 +71,9 @@ def png(figure: Figure) -> bytes:
     return _saved(figure, "png", facecolor="white", metadata={"Software": None})
 
 
-def svg(figure: Figure, name: str) -> str:
-    """The figure as an element of an HTML page, in which ``name`` is no other figure's: ids begin with it."""
+def svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an element of an HTML page, in which ``name`` is no other figure's: ids begin with it. ``title`` is
+    what screen readers say of it."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         text = _saved(figure, "svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     drawn = text.decode()[text.index(b"<svg") :]
@@ -81,9 +85,10 @@ def svg(figure: Figure, name: str) -> str:
     for colour, of_page in _COLOURS.items():
         drawn = drawn.replace(colour, of_page)
     points = figure.get_figwidth() * 72
-    size = f'style="min-width: {1.1 * points:.0f}px; max-width: {1.8 * points:.0f}px" role="img" aria-label="{name}"'
+    size = f'style="min-width: {1.1 * points:.0f}px; max-width: {1.8 * points:.0f}px" role="img"'
     drawn = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", drawn, count=2)
-    return re.sub(r"\s*\n\s*", "\n", drawn).replace("<svg", f"<svg {size}", 1).strip()
+    drawn = re.sub(r"\s*\n\s*", "\n", drawn).strip()
+    return drawn.replace("<svg", f'<svg {size} aria-label="{escape(title)}"', 1)
 
 
 def _saved(figure: Figure, kind: str, **how: Any) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flipproof.measure.arms import Arm, Cost, costs
+from flipproof.measure.arms import ARMS, Arm, Cost, costs
 from flipproof.measure.intervals import t_interval, two_way_interval
 from flipproof.report.analyse import (
     CLIFF_THRESHOLD,
@@ -57,7 +57,7 @@ def _what_training_is_worth(found: Mapping[str, Mapping[str, Arm]]) -> str:
     if not trained:
         return "Nothing here was trained with flips, so what training is worth cannot be said."
     for control in ("control", "flipped"):
-        known = {run: _gain(arms[control], arms["recovered"]) for run, arms in trained.items() if control in arms}
+        known = {run: _gain(arms, control, "recovered") for run, arms in trained.items() if control in arms}
         finite = {run: gain for run, gain in known.items() if math.isfinite(gain.cost)}
         if not known:
             continue
@@ -80,13 +80,15 @@ def _clean_gain(trained: Mapping[str, Mapping[str, Arm]], part: str) -> str:
     arms = next(iter(trained.values()))
     if not part or len(trained) > 1 or not {"clean", "recovered_clean"} <= arms.keys():
         return ""
-    gain = _gain(arms["clean"], arms["recovered_clean"])
+    gain = _gain(arms, "clean", "recovered_clean")
     return f", which without flips won {_number(gain.cost)}{_interval(gain)}" if math.isfinite(gain.cost) else ""
 
 
-def _gain(before: Arm, after: Arm) -> Cost:
-    """By how much the loss fell, and its 95% interval, over fault seeds and text as far as both arms share them. What
-    the residuals of the differences are is not kept, so the interval takes them for nothing and is rather too wide."""
+def _gain(arms: Mapping[str, Arm], *names: str) -> Cost:
+    """By how much the loss is lower in the second of these arms, and its 95% interval, over fault seeds and text, or
+    over text where nothing flips. What the residuals of the differences are is not kept, so the interval takes them for
+    nothing and is rather too wide."""
+    before, after = (arms[name] for name in names)
     gain = before.loss - after.loss
     if not math.isfinite(gain):
         return Cost(math.nan, None)
@@ -94,7 +96,7 @@ def _gain(before: Arm, after: Arm) -> Cost:
         np.subtract(one, other).tolist() if len(one) == len(other) > 1 else []
         for one, other in ((before.trial_losses, after.trial_losses), (before.sequence_losses, after.sequence_losses))
     )
-    if before.trials == after.trials == 1:
+    if not any(name not in ARMS or ARMS[name].flips for name in names):
         return Cost(gain, t_interval(text))
     return Cost(gain, two_way_interval(seeds, text, 0.0) if seeds and text else None)
 
@@ -135,16 +137,25 @@ def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str |
         curve for curve in curves if curve.setting._replace(protection="") == worst.setting._replace(protection="")
     ]
     others = [curve for curve in alike if curve is not worst and curve.positive]
+    tried = len([curve for curve in alike if curve.positive and curve.setting.protection != "none"])
     if not others:
         return None
     best = max(others, key=lambda curve: curve.cliff.p or curve.cliff.above or 0.0)
     protection, cliff = best.setting.protection, best.cliff
     extra = sweep.overhead.get(protection)
     price = "" if extra is None else f", for {100 * extra:.3g}% more storage"
-    moved = f", {cliff.p / worst.cliff.p:.3g} times that" if cliff.p and worst.cliff.p else ""
+    gain = cliff.p / worst.cliff.p if cliff.p and worst.cliff.p else None
+    moved = "" if gain is None else f", {gain:.3g} times that"
     place = "at" if cliff.p is not None else "between" if cliff.above and cliff.up_to else ""
     where = f"{place} p = {cliff}".replace(" to ", " and ") if place else f"{cliff}".replace("above", "above p =")
-    return f"Of the {len(alike)} protections tried, {protection} does most: there this is {where}{moved}{price}."
+    there = f"this is {where}{moved}{price}."
+    if gain is not None and gain <= 1:
+        if tried == 1:
+            return f"The one protection tried, {protection}, does not help: there {there}"
+        return f"None of the {tried} protections tried helps: with {protection}, the best of them, {there}"
+    if tried == 1:
+        return f"With {protection}, the one protection tried, {there}"
+    return f"Of the {tried} protections tried, {protection} does most: there {there}"
 
 
 def _what_hurts(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str:
@@ -214,7 +225,7 @@ def of_training(runs: Mapping[str, Sequence[Logged]]) -> str:
     else:
         rows = next(iter(runs.values()))
         start, end = (f"{_loss(row.loss)} at step {row.step}" for row in (rows[0], rows[-1]))
-        first = f"The training loss went from {start} to {end}."
+        first = f"The training loss {f'went from {start} to {end}' if len(rows) > 1 else f'was {end}'}."
     return f"{first} It is of single batches, under flips where the run has them, and says nothing of held-out text."
 
 

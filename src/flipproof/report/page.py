@@ -60,7 +60,8 @@ def _files_of(sections: Iterable[Section], folder: str) -> dict[str, bytes]:
         for i, drawing in enumerate(section.drawings):
             name = free_name(f"{section.id}-{i + 1}.png" if len(section.drawings) > 1 else f"{section.id}.png", files)
             figure = drawing.draw()
-            drawing.svg, drawing.png = draw.svg(figure, f"figure-{len(files)}"), quote(f"{folder}/{name}")
+            drawing.svg = draw.svg(figure, f"figure-{len(files)}", section.title)
+            drawing.png = quote(f"{folder}/{name}")
             files[name] = draw.png(figure)
         section.tables = [replace(table, file=free_name(table.file, files)) for table in section.tables]
         files |= {table.file: table.to_csv() for table in section.tables}

@@ -83,7 +83,7 @@ class Sources:
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``profile.json``, as ``flipproof.measure.magnitudes`` writes it."""
-    settings: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    configs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """The tables of a run's config, by their names."""
     training: dict[str, list[Logged]] = field(default_factory=dict)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -227,7 +227,7 @@ def _read_results(sources: Sources, directory: Path, path: Path) -> None:
         if bitflip := values.get("bitflip"):
             config["bitflip"] = dict(bitflip)
     if config:
-        sources.settings[name] = config
+        sources.configs[name] = config
     if left := values.get("unfinished"):
         sources.notes.append(f"{path.relative_to(directory).as_posix()}: {', '.join(map(str, left))} was not measured.")
     if arms:
@@ -289,7 +289,7 @@ def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
     rows = _lines(sources, name, path, _logged)
     with _as_written(str(path.with_name(CONFIG))):
         if config := _config(path):
-            sources.settings.setdefault(_name(directory, path), config)
+            sources.configs.setdefault(_name(directory, path), config)
         steps = config.get("training", {}).get("steps")
         last = rows[-1].step if rows else 0
         if steps is not None and last < int(steps):

@@ -4,8 +4,6 @@ One function makes each section, and ``sections_of`` puts them in the page's ord
 section, and nothing is drawn twice: what a figure shows of a sweep, a later section only tabulates.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,13 +27,12 @@ from flipproof.report.analyse import (
     cost_maps,
     cost_of,
     curves_of,
-    is_power_of_two,
     labels_of,
-    p_text,
     protection_in_words,
     sites_in_words,
 )
 from flipproof.report.read import Logged, Sources, Sweep
+from flipproof.report.table import Table
 
 _LONGEST_SLUG = 50
 _MOST_FIGURES = 6
@@ -48,60 +45,7 @@ _OF_A_RUN = (
     ("training", "steps"), ("training", "seq_len"), ("training", "local_batch_size"),
     ("training", "gradient_accumulation_steps"), ("training", "dtype"), ("eval", "trials"), ("eval", "num_samples"),
 )  # fmt: skip
-"""Keys that the table of settings has beside those of ``[bitflip]`` that are not as they are by default."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text, numbers and None. ``file`` is its CSV, which has all columns; the page leaves out ``only_csv``."""
-
-    file: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    title: str = ""
-    shown: bool = True
-    only_csv: frozenset[str] = frozenset()
-
-    @property
-    def _places(self) -> list[tuple[int, bool]]:
-        """(place of a column on the page, whether it holds numbers)."""
-        return [
-            (i, any(isinstance(row[i], int | float) for row in self.rows))
-            for i, name in enumerate(self.columns)
-            if name not in self.only_csv
-        ]
-
-    @property
-    def head(self) -> list[tuple[str, bool]]:
-        return [(self.columns[i], numeric) for i, numeric in self._places]
-
-    @property
-    def body(self) -> list[list[tuple[str, bool]]]:
-        return [[(_shown(row[i]), numeric) for i, numeric in self._places] for row in self.rows]
-
-    def to_csv(self) -> bytes:
-        buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerows([_no_formula(cell) for cell in row] for row in (self.columns, *self.rows))
-        return buffer.getvalue().encode()
-
-
-def _no_formula(cell: Any) -> Any:
-    """A name that a spreadsheet would run, with an apostrophe before it, which spreadsheets take for "this is text"."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        if is_power_of_two(value) and value < 2**-6:
-            return p_text(value)
-        if math.isfinite(value) and 0 < abs(value) < 1e-3:
-            digits, exponent = f"{value:.3e}".split("e")
-            return f"{digits.rstrip('0').rstrip('.')}e{exponent}"
-        return "∞" if math.isinf(value) else f"{value:.5g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+"""Keys that the table of configs has beside those of ``[bitflip]`` that are not as they are by default."""
 
 
 @dataclass
@@ -131,16 +75,21 @@ class Section:
 
 def sections_of(sources: Sources) -> list[Section]:
     """What there is to show, in the page's order."""
-    sections = [_settings(sources.settings)] if sources.settings else []
+    sections = [_configs(sources.configs)] if sources.configs else []
     if sources.arms:
         sections.append(_arms(sources.arms))
     if sources.tasks:
         sections.append(_tasks(sources.tasks))
     curves = {name: curves_of(one.points, one.clean_loss, one.axes) for name, one in sources.sweeps.items()}
+    findings = {name: finding.of_sweep(one, curves[name]) for name, one in sources.sweeps.items()}
     for make in (_perplexity, _sensitivity, _protection, _voltage):
         for name, sweep in sources.sweeps.items():
             if section := make(sweep, curves[name]):
+                section.finding = findings.pop(name, "")  # the first section of a sweep has it
                 sections.append(_named(section, name, len(sources.sweeps), sections))
+    for name, found in findings.items():
+        section = _one_point(sources.sweeps[name], curves[name], found)
+        sections.append(_named(section, name, len(sources.sweeps), sections))
     for name, profile in sources.profiles.items():
         sections.append(_named(_magnitudes(profile), name, len(sources.profiles), sections))
     if sources.training:
@@ -171,7 +120,7 @@ def free_name(name: str, taken: Collection[str]) -> str:
     return next(one for one in numbered if one.casefold() not in folded)
 
 
-def _settings(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Section:
+def _configs(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Section:
     default = json.loads(json.dumps(asdict(BitFlipSpec())))
     keys = [("bitflip", key) for key in default]
     rows = []
@@ -182,11 +131,11 @@ def _settings(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Section:
             rows.append([f"{table}.{key}", *plain])
     return Section(
         "settings",
-        "Settings of each run",
-        "As the runs were configured. Of [bitflip], the keys that are not as they are by default: p_exp and p_frac are "
+        "How each run was configured",
+        "Of [bitflip], the keys that are not as they are by default: p_exp and p_frac are "
         "the flip probabilities of each exponent and mantissa bit of weights (w), inputs (x) and keys and values (kv), "
         "and zero_out_t the threshold of the guard. lora.r = 0 trains all weights.",
-        [Table("settings.csv", ["setting", *runs], rows)],
+        [Table("settings.csv", ["setting", *runs], rows, by_row=True)],
     )
 
 
@@ -257,15 +206,6 @@ def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         return None
     views, more = _views(measured)
     about = ", ".join(_constant(measured))
-    clean = sweep.clean_loss
-    points = [
-        [*curve.setting, p, curve.voltages.get(p), *_perplexity_cells(arm), arm.loss,
-         *(arm.loss_interval or (None, None)), *_cost_cells(cost_of(arm, clean) if math.isfinite(clean) else None),
-         arm.trials, arm.tokens]
-        for curve in curves
-        for p, arm in curve.arms.items()
-    ]  # fmt: skip
-    columns = [*_SETTING, "p", "voltage", *_PERPLEXITY, "loss", "loss low", "loss high", *_COST, "seeds", "tokens"]
     cliffs = [
         [*curve.setting, str(curve.cliff), curve.cliff.p, *(curve.cliff_interval or (None, None)), curve.cliff.above,
          curve.cliff.up_to]
@@ -288,14 +228,33 @@ def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
                 title=f"Cliffs (+{CLIFF_THRESHOLD:.0%} perplexity over {sweep.clean_perplexity:.5g})",
                 only_csv=frozenset({"cliff p"}),
             ),
-            Table("perplexity.csv", columns, points, shown=False),
+            replace(_points("perplexity.csv", sweep, curves), shown=False),
         ],
         [
             Drawing(partial(draw.perplexity_curves, group, labels, sweep.clean_perplexity, view))
             for view, (group, labels) in list(views.items())[:_MOST_FIGURES]
         ],
-        finding.of_sweep(sweep, curves),
     )
+
+
+def _points(file: str, sweep: Sweep, curves: Sequence[Curve]) -> Table:
+    """Everything measured in a sweep."""
+    clean = sweep.clean_loss
+    points = [
+        [*curve.setting, p, curve.voltages.get(p), *_perplexity_cells(arm), arm.loss,
+         *(arm.loss_interval or (None, None)), *_cost_cells(cost_of(arm, clean) if math.isfinite(clean) else None),
+         arm.trials, arm.tokens]
+        for curve in curves
+        for p, arm in curve.arms.items()
+    ]  # fmt: skip
+    columns = [*_SETTING, "p", "voltage", *_PERPLEXITY, "loss", "loss low", "loss high", *_COST, "seeds", "tokens"]
+    return Table(file, columns, points)
+
+
+def _one_point(sweep: Sweep, curves: Sequence[Curve], found: str) -> Section:
+    """Of a sweep that has nothing to compare: its finding, and the point that it has, if any."""
+    caption = "A curve takes two flip probabilities above 0, and a comparison two settings."
+    return Section("sweep", "Sweep", caption, [_points("sweep.csv", sweep, curves)] if curves else [], finding=found)
 
 
 def _views(curves: Sequence[Curve]) -> tuple[dict[str, tuple[list[Curve], list[str]]], str]:
@@ -456,18 +415,20 @@ def _training(runs: Mapping[str, Sequence[Logged]]) -> Section:
         for run, rows in runs.items()
     ]  # fmt: skip
     columns = ["run", "steps", "tokens", "tokens/s", "peak memory (GiB)", "MFU (%)", "last loss"]
-    more = f" The first {draw.SHOWN_CURVES} of {len(runs)} runs are drawn." if len(runs) > draw.SHOWN_CURVES else ""
+    drawn = {run: rows for run, rows in runs.items() if len(rows) > 1}
+    edge = f"; open markers at the top edge: infinite, or above {CEILING:g} nats" if drawn else ""
+    more = f" The first {draw.SHOWN_CURVES} of {len(drawn)} runs are drawn." if len(drawn) > draw.SHOWN_CURVES else ""
     return Section(
         "training",
         "Training",
-        "Training loss by optimizer step, as logged, with flips on where the run has them; open markers at the top "
-        f"edge: infinite, or above {CEILING:g} nats.{more} Tokens per second and model FLOPs utilisation are medians "
-        "over what was logged, and the memory is the largest that one device held.",
+        f"Training loss by optimizer step, as logged, with flips on where the run has them{edge}.{more} Tokens per "
+        "second and model FLOPs utilisation are medians over what was logged, and the memory is the largest that one "
+        "device held.",
         [
             Table("training-took.csv", columns, took, only_csv=_only_csv(runs)),
             Table("training.csv", ["run", *Logged._fields], steps, shown=False),
         ],
-        [Drawing(partial(draw.training_curves, runs))],
+        [Drawing(partial(draw.training_curves, drawn))] if drawn else [],
         finding.of_training(runs),
     )
 
