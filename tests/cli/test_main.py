@@ -89,6 +89,36 @@ def test_help_fits_a_screen_and_help_all_has_every_key_with_its_docstring(capsys
         assert "Probability that a sign or exponent bit of a weight is inverted" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_finds_every_key_by_its_full_and_its_bare_name(key, capsys):
+    for name in (key, key.replace("_", "-"), KEYS[key]):
+        assert main(["keys", name]) == 0
+        shown = re.findall(r"^  --([\w.]+) ", capsys.readouterr().out, re.MULTILINE)
+        assert key in shown
+        assert len(shown) == 1 or name == KEYS[key]
+
+
+def test_keys_shows_all_that_are_meant_below_their_tables(capsys):
+    shown = {}
+    for name in ("p_exp", "seed", "patterns"):
+        assert main(["keys", name]) == 0
+        shown[name] = re.findall(r"^(?:  --[\w.]+|\[\w+\])", capsys.readouterr().out, re.MULTILINE)
+    assert shown == {
+        "p_exp": ["[bitflip]", "  --bitflip.w_p_exp", "  --bitflip.x_p_exp", "  --bitflip.kv_p_exp"],
+        "seed": ["[training]", "  --training.seed", "[bitflip]", "  --bitflip.base_seed"],
+        "patterns": ["[bitflip]", "  --bitflip.include_patterns", "  --bitflip.skip_patterns"],
+    }
+
+
+def test_help_is_plain_words_without_runs_of_spaces(capsys):
+    for verb in VERBS:
+        text, _ = printed_by(capsys, verb, "--help-all")
+        keys = text.partition("\n[model] ")[2]
+        assert not [line for line in keys.splitlines() if re.search(r"\S  +\S", line)]
+        if verb not in CONFIG_VERBS:
+            assert re.search(r"^  -h, --help +Show this\.$", text, re.MULTILINE)
+
+
 EXAMPLES = {"model.init": "random", "p_bits": '{ "15" = 0.25 }', "layer_name_to_config": "{ a = { w_p_exp = 0.25 } }"}
 BY_TYPE = {int: "16", float: "0.25", bool: "true", str: "abc", tuple: "head"}
 

@@ -81,7 +81,29 @@ def test_a_damaged_config_of_a_run_is_told(run):
         config_of(str(run("model/a.safetensors", config=f"# blake2b 0123456789abcdef\n{BASE}")), [], {})
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere"])
+def test_a_run_that_went_on_since_its_result_is_told(run, caplog):
+    """Finished after 4 steps, begun again with 10, which its config says from then on, and stopped after 7."""
+    longer = BASE.replace("lr = 0.5", "lr = 0.5\nsteps = 10")
+    directory = run("adapter/adapter_model.safetensors", "checkpoints/step-4/a", "checkpoints/step-7/a", config=longer)
+    config_of(str(directory), [], {}, resume=True)
+    assert caplog.messages == []
+    config_of(str(directory), [], {})
+    (line,) = caplog.messages
+    assert f"{directory} has gone on since it wrote its result" in line
+    assert "its newest checkpoint is step-7 of 10" in line
+    caplog.clear()
+    config_of(str(run("checkpoints/step-10/a", config=longer)), [], {"training": {"steps": "20"}})
+    assert caplog.messages == []  # whatever another run is to be
+
+
+def test_an_empty_model_is_not_the_directory_here(run, monkeypatch, capsys):
+    monkeypatch.chdir(run("model/a.safetensors"))
+    assert main(["profile", ""]) == 2
+    assert capsys.readouterr().err == "flipproof profile: error: MODEL is empty\n"
+    assert config_of(".", [], {})[0].training.lr == 0.5
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere", "~nosuch/x"])
 def test_a_path_that_is_not_there_is_told_at_once(name):
     with pytest.raises(ConfigError) as error:
         config_of(name, [], {})

@@ -70,7 +70,9 @@ def test_keys_are_spelled_with_dashes_too_and_by_other_words():
 
 
 def test_a_truth_without_a_value_is_true():
-    overrides, _ = split_overrides(["--training.compile", "--logging.profile", "--parallelism.cpu_offload", "false"])
+    argv = ["--training.compile", "runs/x", "--logging.profile", "--parallelism.cpu_offload", "false"]
+    overrides, rest = split_overrides(argv)
+    assert rest == ["runs/x"]
     assert overrides == {
         "training": {"compile": "true"},
         "logging": {"profile": "true"},

@@ -55,6 +55,17 @@ def test_what_a_run_takes_is_said_without_weights_or_a_file(config, tiny_llama, 
     assert f"all of it is written into {tmp_path / 'run'}" in caplog.messages
 
 
+def test_adapters_that_train_without_any_fault_are_told(config, caplog):
+    check(parts(config, bitflip={"w_p_frac": None}))
+    line = "no faults are configured (bitflip.w_p_exp and more): the adapters train without any"
+    assert caplog.messages.count(line) == 1
+    caplog.clear()
+    check(config)
+    check(parts(config, bitflip={"w_p_frac": None, "w_zero_out_t": 8.0}))  # a guard is something
+    check(parts(config, bitflip={"w_p_frac": None}, lora={"r": 0}, training={"dtype": "float32"}))
+    assert line not in caplog.messages
+
+
 def test_of_a_short_text_the_passes_are_counted(config, caplog):
     caplog.set_level("INFO")
     check(parts(config, data={"max_tokens": 4800}))

@@ -85,8 +85,10 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "store", _Once)
         for argument in self.verb.arguments:
             self.add_argument(argument.name, help=argument.help.replace("%", "%%"), **argument.options)
-        more = "This; --help all has every key as well." if self.verb.keys else "This."
-        self.add_argument("-h", "--help", action=_Help, nargs="?", metavar="all", help=more)
+        more = {"nargs": "?", "metavar": "all", "help": "Show this; --help all shows every key as well."}
+        self.add_argument(
+            "-h", "--help", action=_Help, **(more if self.verb.keys else {"nargs": 0, "help": "Show this."})
+        )
         self.add_argument("--help-all", action=_Help, nargs=0, help=argparse.SUPPRESS)
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
@@ -183,6 +185,14 @@ def value_of(declared: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{seen}: {allowed} is allowed") from allowed
 
     return converted
+
+
+def checkpoint_of(text: str) -> str:
+    """What --resume takes, which may have swallowed the MODEL behind it."""
+    if not re.fullmatch(r"auto|step-[0-9]+", text):
+        seen = f"= {text!r}" if text else "is empty"
+        raise argparse.ArgumentTypeError(f"{seen}: auto or a checkpoint's name (step-N) is allowed; MODEL comes first")
+    return text
 
 
 def path_of(text: str) -> Path:

@@ -1,6 +1,8 @@
 """MODEL on a command line: a directory, a Hub name, or the directory of a run, which stands for what it trained."""
 
+import os
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,17 @@ def config_of(
     """
     if model is None:
         return load_config(files, overrides), None
-    if (run := Path(model).expanduser()) and (run / CONFIG).is_file():
+    if not model:  # as a path it would be the directory here; mostly it is an unset variable of the shell
+        raise ConfigError(["MODEL is empty"])
+    run = Path(os.path.expanduser(model))
+    if (run / CONFIG).is_file():
         check_toml(run / CONFIG)
         weights, adapter = ({}, None) if resume else _result(run)
         overrides = _under({"model": weights, "logging": {"run_dir": str(run)}}, overrides)
-        return load_config([run / CONFIG, *files], overrides), adapter
+        config = load_config([run / CONFIG, *files], overrides)
+        if not resume:
+            _say_if_it_went_on(run)
+        return config, adapter
     if re.match(r"~|\.{0,2}/", model) and not run.exists():  # what may be a name on the Hub is asked for there
         raise ConfigError([f"MODEL = {model!r}: there is no such directory"])
     if "hf_model_path" in overrides.get("model", {}):
@@ -53,6 +61,16 @@ def _result(run: Path) -> tuple[dict[str, Any], Path | None]:
     if any((run / "checkpoints").glob("step-*")):
         wrong += f", and flipproof export {run} --to DIR makes a model of its last checkpoint"
     raise ConfigError([wrong])
+
+
+def _say_if_it_went_on(run: Path) -> None:
+    """A finished run that is resumed with more steps has its old result until it is finished again."""
+    steps = tomllib.loads((run / CONFIG).read_text("utf-8-sig")).get("training", {}).get("steps")
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+    done = max((int(name) for name in names if re.fullmatch("[0-9]+", name)), default=None)
+    if done is not None and isinstance(steps, int) and done < steps:
+        logger.warning("%s has gone on since it wrote its result, which is what counts here: its newest checkpoint is "
+                       "step-%d of %d; flipproof train %s --resume finishes it", run, done, steps, run)  # fmt: skip
 
 
 def _under(overrides: Mapping[str, Mapping[str, Any]], over: Mapping[str, Mapping[str, Any]]) -> Overrides:

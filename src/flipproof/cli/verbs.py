@@ -6,9 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Literal
 
-from flipproof.cli.arguments import Argument, Verb, path_of, value_of
+from flipproof.cli.arguments import Argument, Verb, checkpoint_of, path_of, value_of
 from flipproof.config import SECTIONS, RunConfig, described_keys, preset_names, preset_text
-from flipproof.config.names import KEYS, keys_meant, nearest, plain
+from flipproof.config.names import keys_called, keys_meant, near_key, nearest, plain
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import field_names
@@ -115,12 +115,17 @@ def _keys(args: Namespace) -> None:
     if args.section in (None, *SECTIONS):
         print(described_keys([args.section] if args.section else SECTIONS))
         return
-    found = [args.section] if args.section in KEYS else keys_meant(args.section)
-    if not found or nearest(plain(args.section), SECTIONS):
-        near = nearest(plain(args.section), SECTIONS)
-        hint = f"did you mean {near}?" if near else f"known are {', '.join(SECTIONS)}"
-        raise ConfigError([f"{args.section}: no such section or key; {hint}"])
-    print("\n\n".join(described_keys([key.partition(".")[0]], only=KEYS[key]) for key in found))
+    word = plain(args.section)
+    table, dot, key = word.partition(".")
+    if not (found := keys_called(word)):
+        if dot and table in SECTIONS:
+            raise ConfigError([f"{args.section}: no such key{near_key(key, table)}"])
+        near = nearest(word, SECTIONS)
+        found = [] if near else keys_meant(word)
+        if not found:
+            hint = f"did you mean {near}?" if near else f"known are {', '.join(SECTIONS)}"
+            raise ConfigError([f"{args.section}: no such section or key; {hint}"])
+    print(described_keys(dict.fromkeys(key.partition(".")[0] for key in found), found))
 
 
 def _demo(args: Namespace) -> None:
@@ -156,18 +161,20 @@ def _short(name: str, key: str, metavar: str, what: str) -> Argument:
     return Argument(name, f"{what} (--{key}).", {"metavar": metavar}, key)
 
 
-_CONFIG = (
-    Argument(
-        "model",
-        "A directory, a Hub name, or a run's directory: its config and what it trained.",
-        {"metavar": "MODEL", "nargs": "?"},
-    ),
-    Argument(
-        "--config",
-        "A TOML or YAML file or a preset's name; repeat it, later ones count.",
-        {"metavar": "FILE", "action": "append"},
-    ),
-)
+def _config_of(run: str) -> tuple[Argument, Argument]:
+    """MODEL and --config, where the directory of a run stands for what ``run`` says."""
+    return (
+        Argument("model", f"A directory, a Hub name, or a run's directory: {run}.", {"metavar": "MODEL", "nargs": "?"}),
+        Argument(
+            "--config",
+            "A TOML or YAML file or a preset's name; repeat it, later ones count.",
+            {"metavar": "FILE", "action": "append"},
+        ),
+    )
+
+
+_CONFIG = _config_of("its config and what it trained")
+_WHOLE = _config_of("its config and the model that it trained (an adapter is exported first)")
 _MEASURED = ("model", "parallelism", "bitflip", "training.dtype", "training.mixed_precision_param")
 """The keys that all that measures a model reads."""
 _ON_TEXT = (*_MEASURED, "data", "eval.num_samples", "training.seq_len", "training.local_batch_size", "training.compile")
@@ -190,15 +197,13 @@ VERBS = {
         "Train with bit flips: LoRA adapters, the whole model, or from scratch.",
         _train,
         (
-            *_CONFIG,
+            *_config_of("its config and the model that it trained, or with --resume the run itself"),
             _short("--steps", "training.steps", "N", "Optimizer steps"),
-            _flag("--dry-run", "Check all but the weights, print the resolved config and stop."),
-            _flag(
+            _flag("--dry-run", "Check what needs no weights, print the resolved config and stop."),
+            Argument(
                 "--resume",
                 "Continue from the run directory's last checkpoint, if there is one, or from the one named.",
-                "auto|step-N",
-                nargs="?",
-                const="auto",
+                {"metavar": "auto|step-N", "type": checkpoint_of, "nargs": "?", "const": "auto"},
             ),
             Argument("--profile", "Write traces (--logging.profile).", {"action": "store_true"}, "logging.profile"),
         ),
@@ -266,7 +271,7 @@ VERBS = {
     "profile": Verb(
         "How large weights and activations are, and which guard thresholds clip none of them.",
         _profile,
-        (*_CONFIG, _SAMPLES, _flag("--to", "Directory to write profile.json into.", "DIR", Path)),
+        (*_WHOLE, _SAMPLES, _flag("--to", "Directory to write profile.json into.", "DIR", Path)),
         (
             "flipproof profile unsloth/Llama-3.2-1B --num-samples 64",
             "flipproof profile --config 70b --to profiles/70b",
@@ -277,7 +282,7 @@ VERBS = {
         "A grid of flip probabilities, sites, layers, bits and protections; resumable.",
         _sweep,
         (
-            *_CONFIG,
+            *_WHOLE,
             _flag("--to", "Directory to write, or of the same sweep, to go on.", "DIR", Path, required=True),
             *(
                 Argument(f"--{key.replace('_', '-')}", f"The same as --sweep.{key}.", {"metavar": "…"}, f"sweep.{key}")
@@ -286,7 +291,7 @@ VERBS = {
         ),
         (
             "flipproof sweep unsloth/Llama-3.2-1B --p 1e-9:1e-3:7 --sites w,x --to sweeps/1b",
-            "flipproof sweep runs/default --p 1e-6 --layers block --protection none,guard,secded --to sweeps/layers",
+            "flipproof sweep merged --p 1e-6 --layers block --protection none,guard,secded --to sweeps/layers",
         ),
         (*_ON_TEXT, "sweep"),
     ),

@@ -3,31 +3,31 @@
 import dataclasses
 import logging
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cache
 from typing import Any, get_args
 
 import docstring_parser
 
 from flipproof.config import aliases
-from flipproof.config.names import keys_meant, nearest, plain
+from flipproof.config.names import KEYS, keys_meant, nearest, plain
 from flipproof.config.schema import SECTIONS
-from flipproof.config.values import described, shown
+from flipproof.config.values import NULL, described, shown
 from flipproof.errors import ConfigError
 
 logger = logging.getLogger("flipproof")
 
 
-def described_keys(sections: Iterable[str] = tuple(SECTIONS), only: str = "") -> str:
-    """The keys of sections, or ``only`` one of them: each as a flag with its type, its meaning and its default."""
+def described_keys(sections: Iterable[str] = tuple(SECTIONS), only: Container[str] = KEYS) -> str:
+    """The keys of sections, or ``only`` some of them: each as a flag with its type, its meaning and its default."""
     lines = []
     for name in sections:
         lines += ["", f"[{name}] {_purpose(SECTIONS[name]).rstrip('.')}"]
         meanings = {param.arg_name: param.description for param in _documented(SECTIONS[name]).params}
         for field in dataclasses.fields(SECTIONS[name]):
-            if only in ("", field.name):
+            if f"{name}.{field.name}" in only:
                 default = "" if (value := _default(field)) in (None, (), {}) else f" [{value}]"
-                text = f"{meanings[field.name]}{default}".replace("`", "")
+                text = _plain_text(f"{meanings[field.name]}{default}")
                 lines.append(f"  --{name}.{field.name} {_values(field.type)}")
                 lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:])
@@ -40,7 +40,12 @@ def sections_help() -> str:
 
 
 def _purpose(section: type) -> str:
-    return str(_documented(section).short_description).replace("`", "")
+    return _plain_text(str(_documented(section).short_description))
+
+
+def _plain_text(docstring: str) -> str:
+    """Words of a docstring on one line."""
+    return " ".join(docstring.replace("`", "").split())
 
 
 @cache
@@ -57,11 +62,16 @@ def _values(declared: Any) -> str:
     return kinds.split(" of ")[0].split(", such")[0].replace("a ", "").replace(" | ", "|")
 
 
+_TRUTHS = ("", "true", "false", *map(str.lower, NULL), "yes", "no", "on", "off", "1", "0")
+"""What stands behind a switch as its value and not as MODEL; those that are not allowed are told so."""
+
+
 def split_overrides(
     argv: list[str], words: Mapping[str, str] | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """(section -> key -> text, the other arguments) of a command line, where ``--section.key`` names a config key, and
-    so does each of the ``words``, which are spelled as ``plain`` has them. A truth value without a value is true.
+    so does each of the ``words``, which are spelled as ``plain`` has them. A truth value without a value is true; what
+    comes after it is its value only where it looks like one.
 
     Raises:
         ConfigError: for flags of no section, or without a value.
@@ -79,9 +89,10 @@ def split_overrides(
         if not (flag.startswith("--") and dot):
             rest.append(argument)
             continue
-        if not equals and waiting and not waiting[0].startswith("--"):
+        truth, following = _is_truth(section, key), waiting[0] if waiting else "--"
+        if not equals and (following.lower() in _TRUTHS if truth else not following.startswith("--")):
             value = waiting.pop(0)
-        elif not equals and _is_truth(section, key):
+        elif not equals and truth:
             value = "true"
         if section not in SECTIONS:
             problems.append(f"{flag}: unknown flag{_near_section(section, key)}")

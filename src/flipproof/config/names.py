@@ -18,17 +18,21 @@ def plain(word: str) -> str:
     return word.lstrip("-").replace("-", "_").lower()
 
 
-def keys_meant(word: str) -> list[str]:
-    """The keys, as section.key, that a word without its section stands for; the nearest one where none is called so."""
+def keys_called(word: str) -> list[str]:
+    """The keys, as section.key, that are called so, here or in other tools, with or without their section; those whose
+    names end so where none is."""
     word = plain(word)
-    exact = [key for key, name in KEYS.items() if word in (name, key.replace(".", "_"))]
+    exact = [key for key, name in KEYS.items() if word in (name, key, key.replace(".", "_"))]
     exact += [key for key in _answered(word) if key not in exact]
-    if exact:
-        return exact
-    if word in MEANT:
-        return [MEANT[word]]
-    near = nearest(word, KEYS.values())
-    return [key for key, name in KEYS.items() if name == near][:1]
+    if exact or word in MEANT:
+        return exact or [MEANT[word]]
+    return [key for key in KEYS if key.endswith(f"_{word}")]
+
+
+def keys_meant(word: str) -> list[str]:
+    """The keys that a word stands for; the nearest one where none is called so."""
+    near = nearest(plain(word), KEYS.values())
+    return keys_called(word) or [key for key, name in KEYS.items() if name == near][:1]
 
 
 def _answered(word: str) -> list[str]:

@@ -101,6 +101,8 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%s parameters, of which %s train (%.3g%%)", f"{total:,}", f"{trained:,}", 100 * trained / total)
+    if config.lora.r and not config.bitflip.any_fault:
+        logger.warning("no faults are configured (bitflip.w_p_exp and more): the adapters train without any")
     a_step = sequences_per_step(config, processes)
     needed = a_step * training.steps
     if sequences is None:
@@ -122,8 +124,9 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
 
 
 def check(config: RunConfig, resume: str | None = None) -> None:
-    """Say what a run takes, and look for all that would keep it from beginning but the weights. Nothing is written,
-    other than what the Hub's client keeps of a model's config, its tokenizer and a data set's description.
+    """Say what a run takes, and look for what would keep it from beginning. Nothing is written, other than what the
+    Hub's client keeps of a model's config, its tokenizer and a data set's description. The weights, the text behind its
+    beginning and the ids of its tokens, the directory's lock and the number of GPUs are looked at by the run itself.
 
     Args:
         resume: as for ``train``.
