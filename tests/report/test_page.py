@@ -431,8 +431,8 @@ def test_tasks_have_a_table(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Where their names are the subject: rendering takes most of a report's time."""
-    monkeypatch.setattr(page_module.draw, "png", lambda _: b"a picture")
-    monkeypatch.setattr(page_module.draw, "svg", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(page_module.figures, "png", lambda _: b"a picture")
+    monkeypatch.setattr(page_module.figures, "svg", lambda *_: "<svg></svg>")
 
 
 def links(page):

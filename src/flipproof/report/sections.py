@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.measure.arms import ARMS, Arm, Cost, costs
 from flipproof.measure.points import Setting
-from flipproof.report import draw, finding
+from flipproof.report import figures, finding
 from flipproof.report.analyse import (
     CEILING,
     CLIFF_THRESHOLD,
@@ -153,7 +153,7 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
         drawn |= {f"{run}: {name}" if len(found) > 1 else name: cost for name, cost in of_run.items()}
     columns = ["run", "arm", "Bitflipped", "Fine-tuned", *_PERPLEXITY, *_COST, "loss", "seeds", "tokens"]
     clean = max((arms["clean"].loss for arms in found.values() if "clean" in arms), default=0.0)
-    more = f" The first {draw.SHOWN_BARS} are drawn." if len(drawn) > draw.SHOWN_BARS else ""
+    more = f" The first {figures.SHOWN_BARS} are drawn." if len(drawn) > figures.SHOWN_BARS else ""
     return Section(
         "arms",
         "Arms side by side",
@@ -162,7 +162,7 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
         "over fault seeds. The cost is the loss less that of the clean arm in nats per token, its interval over fault "
         f"seeds and text together, or over text where nothing flips.{more}",
         [Table("arms.csv", columns, rows, only_csv=_only_csv(found) | {"tokens"})],
-        [Drawing(partial(draw.cost_bars, drawn, clean))] if drawn else [],
+        [Drawing(partial(figures.cost_bars, drawn, clean))] if drawn else [],
         finding.of_arms(found),
     )
 
@@ -231,7 +231,7 @@ def _perplexity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
             replace(_points("perplexity.csv", sweep, curves), shown=False),
         ],
         [
-            Drawing(partial(draw.perplexity_curves, group, labels, sweep.clean_perplexity, view))
+            Drawing(partial(figures.perplexity_curves, group, labels, sweep.clean_perplexity, view))
             for view, (group, labels) in list(views.items())[:_MOST_FIGURES]
         ],
     )
@@ -263,16 +263,16 @@ def _views(curves: Sequence[Curve]) -> tuple[dict[str, tuple[list[Curve], list[s
     best ones first."""
     chosen = _widest(curves)
     settings = {curve.setting._replace(protection="") for curve in chosen}
-    split = len(chosen) > draw.SHOWN_CURVES and len(settings) < len(chosen)
+    split = len(chosen) > figures.SHOWN_CURVES and len(settings) < len(chosen)
     names = labels_of([curve.setting._replace(protection="") for curve in chosen])
     groups: dict[str, list[Curve]] = {}
     for curve in chosen:
         groups.setdefault(names[curve.setting._replace(protection="")] if split else "", []).append(curve)
     views = {}
     for name, group in groups.items():
-        if len(group) > draw.SHOWN_CURVES:  # those that fall off first
+        if len(group) > figures.SHOWN_CURVES:  # those that fall off first
             group.sort(key=lambda curve: curve.cliff.p or curve.cliff.up_to or math.inf)
-        drawn = group[: draw.SHOWN_CURVES]
+        drawn = group[: figures.SHOWN_CURVES]
         labels = labels_of([curve.setting for curve in drawn])
         views[name] = (drawn, [labels[curve.setting] for curve in drawn])
     shown = sum(len(drawn) for drawn, _ in list(views.values())[:_MOST_FIGURES])
@@ -314,8 +314,8 @@ def _sensitivity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         "sensitivity",
         "Sensitivity by layer and bit",
         "Mean loss less the clean loss, in nats per token, where flips hit only these layers and bits, at the same p; "
-        f"95% intervals over fault seeds. A map's colour is logarithmic from {draw.COST_FLOOR:g} nats; ∞, or a hatched "
-        "bar, is a model without finite loss, blank was not measured. Bit 0 is the lowest of the mantissa."
+        f"95% intervals over fault seeds. A map's colour is logarithmic from {figures.COST_FLOOR:g} nats; ∞, or a "
+        "hatched bar, is a model without finite loss, blank was not measured. Bit 0 is the lowest of the mantissa."
         f"{more}",
         [Table("sensitivity.csv", columns, rows, title="The worst first, in the order of the views")],
         [Drawing(partial(_draw_costs, of)) for of in maps[:_MOST_FIGURES]],
@@ -325,9 +325,9 @@ def _sensitivity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
 def _draw_costs(of: CostMap) -> Figure:
     """A map where layers and bits both vary, else bars, which have room for intervals."""
     if len(of.layers) > 1 and len(of.bits) > 1:
-        return draw.cost_heat_map(of)
+        return figures.cost_heat_map(of)
     names = {(layers, bits): layers if len(of.layers) > 1 else bits_in_words(bits) for layers, bits in of.arms}
-    return draw.cost_bars({names[cell]: cost for cell, cost in of.costs.items()}, of.clean_loss, of.label)
+    return figures.cost_bars({names[cell]: cost for cell, cost in of.costs.items()}, of.clean_loss, of.label)
 
 
 def _protection(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
@@ -402,7 +402,7 @@ def _magnitudes(profile: Mapping[str, Any]) -> Section:
             Table("magnitudes-histogram.csv", ["layer", "operand", "binary exponent", "values"], histogram_rows,
                   shown=False),
         ],
-        [Drawing(partial(draw.magnitude_panels, histograms, thresholds))],
+        [Drawing(partial(figures.magnitude_panels, histograms, thresholds))],
         finding.of_profile(profile),
     )  # fmt: skip
 
@@ -417,7 +417,11 @@ def _training(runs: Mapping[str, Sequence[Logged]]) -> Section:
     columns = ["run", "steps", "tokens", "tokens/s", "peak memory (GiB)", "MFU (%)", "last loss"]
     drawn = {run: rows for run, rows in runs.items() if len(rows) > 1}
     edge = f"; open markers at the top edge: infinite, or above {CEILING:g} nats" if drawn else ""
-    more = f" The first {draw.SHOWN_CURVES} of {len(drawn)} runs are drawn." if len(drawn) > draw.SHOWN_CURVES else ""
+    more = (
+        f" The first {figures.SHOWN_CURVES} of {len(drawn)} runs are drawn."
+        if len(drawn) > figures.SHOWN_CURVES
+        else ""
+    )
     return Section(
         "training",
         "Training",
@@ -428,7 +432,7 @@ def _training(runs: Mapping[str, Sequence[Logged]]) -> Section:
             Table("training-took.csv", columns, took, only_csv=_only_csv(runs)),
             Table("training.csv", ["run", *Logged._fields], steps, shown=False),
         ],
-        [Drawing(partial(draw.training_curves, drawn))] if drawn else [],
+        [Drawing(partial(figures.training_curves, drawn))] if drawn else [],
         finding.of_training(runs),
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from flipproof.measure.arms import Arm, Cost
 from flipproof.measure.points import Setting
-from flipproof.report import draw
+from flipproof.report import figures
 from flipproof.report.analyse import CEILING, Curve, find_cliff
 from flipproof.report.read import Logged
 
@@ -25,7 +25,7 @@ def axis_of(figure):
 
 def test_a_curve_goes_through_its_perplexities_and_what_is_broken_is_on_the_edge():
     losses = {1e-6: [2.0, 2.2], 1e-5: [2.5, 2.9], 1e-4: [30.0, 40.0], 1e-3: [2.0, math.inf]}
-    axis = axis_of(draw.perplexity_curves([curve(losses)], ["weights"], math.exp(2.0)))
+    axis = axis_of(figures.perplexity_curves([curve(losses)], ["weights"], math.exp(2.0)))
     line, *others = axis.get_lines()
     assert line.get_xdata().tolist() == list(losses)
     np.testing.assert_allclose(np.array(line.get_ydata(), float), [math.exp(2.1), math.exp(2.7), math.nan, math.nan])
@@ -43,7 +43,7 @@ def test_a_curve_goes_through_its_perplexities_and_what_is_broken_is_on_the_edge
     ],
 )
 def test_no_axis_goes_where_perplexity_cannot(losses):
-    axis = axis_of(draw.perplexity_curves([curve(losses)], ["weights"], math.exp(2.0)))
+    axis = axis_of(figures.perplexity_curves([curve(losses)], ["weights"], math.exp(2.0)))
     low, high = axis.get_ylim()
     assert 1 <= low < math.exp(2.0) < high < math.exp(2 * CEILING)
     assert high < math.exp(CEILING) or max(map(max, losses.values())) >= 9
@@ -52,7 +52,7 @@ def test_no_axis_goes_where_perplexity_cannot(losses):
 @pytest.mark.parametrize(("low", "high"), [(7.8, 8.6), (4.65, 4.66), (4, 30), (4, 3000), (1, 1.2e6)])
 def test_a_perplexity_axis_has_numbers(low, high):
     losses = {1e-6: [math.log(low)], 1e-5: [math.log(high)]}
-    axis = axis_of(draw.perplexity_curves([curve(losses)], ["weights"], math.inf))
+    axis = axis_of(figures.perplexity_curves([curve(losses)], ["weights"], math.inf))
     bottom, top = axis.get_ylim()
     shown = [label.get_text() for label in axis.get_yticklabels() if bottom <= label.get_position()[1] <= top]
     assert len(shown) == len(set(shown)) >= 2
@@ -61,7 +61,7 @@ def test_a_perplexity_axis_has_numbers(low, high):
 
 def test_bars_are_the_costs_and_end_at_the_edges():
     costs = {"a": Cost(-0.5, (-0.7, -0.3)), "b": Cost(1.0, (-30.0, 32.0)), "c": Cost(math.inf, None)}
-    axis = axis_of(draw.cost_bars(costs, 2.0))
+    axis = axis_of(figures.cost_bars(costs, 2.0))
     assert [bar.get_width() for bar in axis.patches[:2]] == [-0.5, 1.0]
     low, high = axis.get_xlim()
     assert -2 * 1.5 < low < -0.7
@@ -75,8 +75,8 @@ def test_every_tick_is_a_whole_number_by_itself(size):
     """No factor, and nothing to add, in a corner of the axis."""
     steps = [Logged(round(1e8 / size), 5 + size * loss, *[None] * 4) for loss in (1, 2, 3)]
     for figure in (
-        draw.cost_bars({"a": Cost(-size, None), "b": Cost(size, None)}, 2.0),
-        draw.training_curves({"": steps}),
+        figures.cost_bars({"a": Cost(-size, None), "b": Cost(size, None)}, 2.0),
+        figures.training_curves({"": steps}),
     ):
         axis = axis_of(figure)
         for side in (axis.xaxis, axis.yaxis):
@@ -88,7 +88,7 @@ def test_every_tick_is_a_whole_number_by_itself(size):
 
 def test_a_training_loss_is_not_below_zero_and_infinity_is_on_the_edge():
     rows = [Logged(step, loss, *[None] * 4) for step, loss in ((1, 0.01), (2, 8.0), (3, math.inf))]
-    axis = axis_of(draw.training_curves({"run": rows}))
+    axis = axis_of(figures.training_curves({"run": rows}))
     assert axis.get_ylim()[0] == 0
     assert axis.get_ylim()[1] < CEILING
     assert list(axis.get_lines()[1].get_xdata()) == [3]
@@ -96,16 +96,16 @@ def test_a_training_loss_is_not_below_zero_and_infinity_is_on_the_edge():
 
 def test_an_svg_is_equal_for_equal_data_well_formed_and_escapes_names():
     costs = {"$x_1$ </svg> <script>": Cost(1.0, (0.5, 1.5)), "-- & -->": Cost(2.0, None)}
-    first, second = (draw.svg(draw.cost_bars(costs, 2.0), "figure-1", 'Costs of "a" & <b>') for _ in range(2))
+    first, second = (figures.svg(figures.cost_bars(costs, 2.0), "figure-1", 'Costs of "a" & <b>') for _ in range(2))
     assert first == second
     text = "{http://www.w3.org/2000/svg}text"
     assert set(costs) <= {element.text for element in xml.etree.ElementTree.fromstring(first).iter(text)}
     assert xml.etree.ElementTree.fromstring(first).get("aria-label") == 'Costs of "a" & <b>'
-    other = draw.svg(draw.cost_bars(costs, 2.0), "figure-2", "Costs")
+    other = figures.svg(figures.cost_bars(costs, 2.0), "figure-2", "Costs")
     ids = [
         {element.get("id") for element in xml.etree.ElementTree.fromstring(svg).iter()} - {None}
         for svg in (first, other)
     ]
     assert ids[0]
     assert not ids[0] & ids[1]
-    assert not [colour for colour in draw._COLOURS if colour in first]  # all are the page's
+    assert not [colour for colour in figures._COLOURS if colour in first]  # all are the page's
