@@ -136,6 +136,7 @@ def redirect(stem):
 def run_forked(job, rank, directory):
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # see ``preloaded.py``: a pool of threads does not outlive a fork
         redirect(directory / f"{job['name']}.{rank}")
         sys.exit(run(job, rank, directory))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
