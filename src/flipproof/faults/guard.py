@@ -1,7 +1,7 @@
 """The guard: after flipping, every value for which ``|v| < t`` is not true, NaN and infinity included, becomes 0.
 
-It is done on bit patterns, so that every backend zeroes the same values: here on a CPU, in ``triton_kernels.py`` on a
-GPU, in both with ``guard_bits`` as the limit.
+It is done on bit patterns, so that every backend zeroes the same values, those that are not below ``guard_bits``: here,
+in ``cpu.py`` where only flipped values can be out of range, in ``memory.py``, and on a GPU in ``triton_kernels.py``.
 """
 
 from functools import lru_cache
