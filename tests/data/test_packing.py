@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from flipproof import files
 from flipproof.config import DataConfig
 from flipproof.data import packing
 from flipproof.data.document import TextFile
@@ -358,6 +357,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(source, cache, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     bad(["No space left on device", str(cache), "HF_DATASETS_CACHE"], source=source)
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
