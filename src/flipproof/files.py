@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 from flipproof.errors import ConfigError
 
+OTHER_LETTERS = "not in this locale's letters; set PYTHONUTF8=1"
+"""What is wrong with a path that has no name in bytes."""
 _OLD_S = 60.0
 """What is temporary and younger than this may belong to somebody who has not claimed it yet."""
 
@@ -194,9 +196,7 @@ def check_writable(path: Path, what: str) -> None:
                     raise ConfigError([f"{what} = {str(path)!r}: a name has at most {longest} bytes there"])
             return
     except UnicodeEncodeError as error:
-        raise ConfigError(
-            [f"{what} = {str(path)!a}: file names are in {error.encoding} here; set LC_ALL=C.UTF-8"]
-        ) from error
+        raise ConfigError([f"{what} = {str(path)!a}: {OTHER_LETTERS}"]) from error
     except OSError as error:  # a name too long to ask about, a directory that may not be looked into
         raise ConfigError([f"{what} = {str(path)!r}: {error.strerror}"]) from error
 

@@ -76,8 +76,8 @@ class RunLog(logging.Handler):
 
 
 def bar(total: int, unit: str, first: bool = True, **more: Any) -> Any:
-    """tqdm's bar on stderr, where that is a terminal and this is the ``first`` process; it is gone when it is closed,
-    and what it was about is printed."""
+    """tqdm's bar on stderr, where that is a terminal and this is the ``first`` process. It is gone when it is closed,
+    since what it was about is printed then, unless ``more`` (tqdm's options) says that it stays."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, disable=None if first else True, leave=False, **more)
+    return tqdm(total=total, unit=unit, disable=None if first else True, **{"leave": False, **more})

@@ -18,6 +18,7 @@ from flipproof.config.schema import SECTIONS
 from flipproof.config.values import convert
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import field_names
+from flipproof.files import OTHER_LETTERS
 
 
 class Argument(NamedTuple):
@@ -202,5 +203,5 @@ def path_of(text: str) -> Path:
     try:
         os.fsencode(path := Path(os.path.expanduser(text)))
     except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"= {text!a}: not in this locale's letters; set PYTHONUTF8=1") from error
+        raise argparse.ArgumentTypeError(f"= {text!a}: {OTHER_LETTERS}") from error
     return path

@@ -191,7 +191,7 @@ VERBS = {
         "The whole story on a small model made here: minutes on two cores, no network.",
         _demo,
         (_flag("--run-dir", "Directory to write, which must not exist.", "DIR", Path, default=Path("runs/demo")),),
-        ("flipproof demo", "flipproof demo --run-dir /tmp/demo"),
+        ("flipproof demo", "flipproof demo --run-dir runs/another-demo"),
     ),
     "train": Verb(
         "Train with bit flips: LoRA adapters, the whole model, or from scratch.",
@@ -306,7 +306,7 @@ VERBS = {
             ),
             _flag("--to", "The page; default: report.html in DIR.", "FILE", Path),
         ),
-        ("flipproof report runs/default", "flipproof report sweeps --to /tmp/sweeps.html"),
+        ("flipproof report runs/default", "flipproof report sweeps --to sweeps.html"),
     ),
     "export": Verb(
         "Write a run's result as a Hugging Face model or a PEFT adapter.",

@@ -266,6 +266,10 @@ class RunConfig:
         """Whether the run's model has faulty layers: flips, a guard, or the adapters that live in such layers."""
         return bool(self.lora.r) or self.bitflip.any_fault
 
+    def sequences_per_step(self, processes: int) -> int:
+        """The effective batch: sequences of an optimizer step, of all processes and micro-batches."""
+        return processes * self.training.local_batch_size * self.training.gradient_accumulation_steps
+
     def to_toml(self) -> str:
         """The resolved config as TOML, which reads back as the same config. Keys that are None are left out."""
         tree = dataclasses.asdict(self)

@@ -39,6 +39,15 @@ class Draw(NamedTuple):
         return tuple.__new__(cls, (*fault, stored))  # what NamedTuple's own way adds to each call is microseconds
 
     @property
+    def active(self) -> bool:
+        """Whether it may change anything."""
+        return self.p_exp > 0 or self.p_frac > 0 or self.stored is not None or self.zero_out_t is not None
+
+    def of_nothing(self) -> "Draw":
+        """Without flips, guard and protection: for operators that do something else besides."""
+        return self._replace(p_exp=0.0, p_frac=0.0, zero_out_t=None, stored=None)
+
+    @property
     def zeroes(self) -> bool:
         """Whether values may become 0, which stops their gradient."""
         return self.zero_out_t is not None or self.decoder

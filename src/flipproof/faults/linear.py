@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flipproof.dtensor import assign_, local, whole
-from flipproof.faults.draw import Draw, draw_of, key_of_run, run_name
+from flipproof.faults.draw import Draw, run_name
 from flipproof.faults.philox import derive_key
 from flipproof.faults.spec import BitFlipSpec, Fault, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
@@ -160,24 +160,16 @@ class FaultyLinear(FaultSite, nn.Linear):
         w_draw = self._draw(w_fault, self.w_key, x, 0, run)
         if state.flip_hook is not None:
             if lora_A is not None:
-                clean = self._draw(Fault(), self.w_key, x, 0, 0)
-                weight = ops.merge(weight, lora_A, lora_B, self.lora.scaling, *clean.arguments)
-            if x_fault.active:
+                weight = ops.merge(weight, lora_A, lora_B, self.lora.scaling, *w_draw.of_nothing().arguments)
+            if x_draw.active:
                 x = state.flip_hook(self.draw_name("x", run), x, x_draw)
-            if w_fault.active:
+            if w_draw.active:
                 weight = state.flip_hook(self.draw_name("w", run), weight, w_draw)
             return F.linear(x, weight, bias)
-        product = _Product(
-            self.lora.scaling, x_fault.active, w_fault.active, state.exact_gradient,
-            self.checkpointed and torch.is_grad_enabled(),
-        )  # fmt: skip
+        checkpointed = self.checkpointed and torch.is_grad_enabled()
+        product = _Product(self.lora.scaling, state.exact_gradient, checkpointed)
         y: Tensor = _FaultyMatmul.apply(x, weight, bias, lora_A, lora_B, x_draw, w_draw, product)
         return y
-
-    def _draw(self, fault: Fault, key: Tensor, x: Tensor, offset: int, run: int) -> Draw:
-        """Key and tick are on x's device already, unless parameters are offloaded."""
-        key, tick = key_of_run(key, fault, run).to(x.device), self.state.tick.to(x.device)
-        return draw_of(fault, key, tick, offset, x.dtype)
 
     def extra_repr(self) -> str:
         lora = f", r={self.lora.r}, lora_alpha={self.lora.lora_alpha}" if self.lora.r else ""
@@ -204,8 +196,6 @@ class _Product(NamedTuple):
 
     scaling: float
     """Of the adapters."""
-    flips_x: bool
-    flips_w: bool
     exact: bool
     """Whether the adapters' gradients leave out the weights that the guard zeroed."""
     checkpointed: bool
@@ -231,7 +221,7 @@ class _FaultyMatmul(torch.autograd.Function):
         ctx.corrects = w_draw.zeroes and product.exact and (need_A or need_B) and not need_w
         ctx.x_draw, ctx.w_draw, ctx.product = x_draw, w_draw, product
         flipped_x, flipped_w, merged, zeroed = x, weight, None, None
-        if product.flips_x:
+        if x_draw.active:
             flipped_x = ops.flip(x, *x_draw.arguments)
         if lora_A is not None and product.checkpointed and not need_w:
             flipped_w, zeroed = ops.merge_grad(
@@ -240,7 +230,7 @@ class _FaultyMatmul(torch.autograd.Function):
             merged = flipped_w
         elif lora_A is not None:
             flipped_w = ops.merge(weight, lora_A, lora_B, product.scaling, *w_draw.arguments)
-        elif product.flips_w:
+        elif w_draw.active:
             flipped_w = ops.flip(weight, *w_draw.arguments)
         keys = (x_draw.key, w_draw.key, w_draw.tick)
         ctx.save_for_backward(x, weight, lora_A, lora_B, *keys, merged, zeroed)
@@ -250,7 +240,7 @@ class _FaultyMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed = ctx.saved_tensors
         x_draw, w_draw = ctx.x_draw._replace(key=x_key, tick=tick), ctx.w_draw._replace(key=w_key, tick=tick)
-        scaling, flips_x, flips_w, *_ = ctx.product
+        scaling = ctx.product.scaling
         need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
         grad_x = grad_w = grad_bias = grad_A = grad_B = None
@@ -258,22 +248,21 @@ class _FaultyMatmul(torch.autograd.Function):
         flipped_w, kept = weight, None
         if need_w:
             if lora_A is not None:
-                clean = Draw(0.0, 0.0, None, w_key, tick, 0)
-                flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *clean.arguments)
+                flipped_w = ops.merge(weight, lora_A, lora_B, scaling, *w_draw.of_nothing().arguments)
             if w_draw.zeroes:
                 kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-            if flips_w:
+            if w_draw.active:
                 flipped_w = _flip_again(flipped_w, kept, grad_y, w_draw)
         elif merged is not None:
             flipped_w = merged
         elif lora_A is not None:
             flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, ctx.corrects, *w_draw.arguments)
-        elif flips_w:
+        elif w_draw.active:
             flipped_w = _flip_again(weight, None, grad_y, w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
         flipped_x = x
-        if flips_x:
+        if x_draw.active:
             flipped_x = _flip_again(x, grad_x, grad_y, x_draw)
         flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:

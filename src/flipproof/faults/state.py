@@ -221,6 +221,11 @@ class FaultSite:
         """What names the draws of an operand, and the operand in a log."""
         return f"{self.site}{run_name(run)}/{operand}"
 
+    def _draw(self, fault: Fault, key: Tensor, x: Tensor, offset: int, run: int) -> Draw:
+        """Key and tick are on x's device already, unless parameters are offloaded."""
+        key, tick = key_of_run(key, fault, run).to(x.device), self.state.tick.to(x.device)
+        return draw_of(fault, key, tick, offset, x.dtype)
+
     def _flipped(self, operand: str, x: Tensor, fault: Fault, key: Tensor, offset: int, run: int) -> Tensor:
         """``x`` after flip and guard, with its gradient; under autocast in the dtype that is computed with."""
         fault = self.state.effective(fault)
@@ -229,8 +234,7 @@ class FaultSite:
         computed = x
         if torch.is_autocast_enabled(x.device.type):
             computed = x.to(torch.get_autocast_dtype(x.device.type))
-        key, tick = key_of_run(key, fault, run).to(x.device), self.state.tick.to(x.device)
-        draw = draw_of(fault, key, tick, offset, computed.dtype)
+        draw = self._draw(fault, key, computed, offset, run)
         # a name is asked for only here: a compiled block must not depend on its own
         if self.state.flip_hook is None:
             return apply_draw(computed, draw).to(x.dtype)

@@ -72,9 +72,7 @@ def build_model(
     if keys := unguarded(config.bitflip):
         logger.warning("flips without a guard (%s): a flipped exponent bit makes up to 1e38 of a small number; "
                        "flipproof profile proposes thresholds", keys)  # fmt: skip
-    if computed := cast_to(config.training, model):
-        _check_computed(computed, model)
-        check_bits(config.bitflip, [computed])
+    check_computed_bits(config, model)
     if lora or config.bitflip.any_fault:
         logger.info("%s", inject(model, config.bitflip, lora))
     fuse_loss(model)
@@ -88,6 +86,14 @@ def build_model(
     spread = f" in each of {world.size} processes" if world.size > 1 else ""
     logger.info("the model runs on %s%s; its bits are flipped by: %s", name, spread, BACKENDS[world.device.type])
     return model
+
+
+def check_computed_bits(config: RunConfig, model: nn.Module) -> None:
+    """Raises ConfigError where the model cannot be computed with in the config's dtype, or faults name bits that this
+    dtype does not have."""
+    if computed := cast_to(config.training, model):
+        _check_computed(computed, model)
+        check_bits(config.bitflip, [computed])
 
 
 def _check_computed(dtype: torch.dtype, model: nn.Module) -> None:

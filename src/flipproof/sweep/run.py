@@ -20,15 +20,14 @@ from torch import nn
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
-from flipproof.faults.inject import check_bits, faults, inject, set_faults
+from flipproof.faults.inject import faults, inject, set_faults
 from flipproof.faults.spec import OPERANDS
 from flipproof.log import bar, logger
 from flipproof.measure.arms import Arm, arm_names, guard_warning
 from flipproof.measure.evaluate import mean_loss, measure_arms
-from flipproof.models.build import build_model, check_length, flipped_dtype
+from flipproof.models.build import build_model, check_computed_bits, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
-from flipproof.models.parallelize import cast_to
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
 from flipproof.sweep.store import SweepDirectory
 from flipproof.sweep.table import Grid, all_that_flips, rates_of, resolved
@@ -83,8 +82,7 @@ def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
     """Raises ConfigError for layers that the model does not have, or bits that its dtype lacks: on its skeleton, before
     weights and text are read."""
     skeleton = model_on_meta(config.model, tokenizer, config.training.dtype)
-    if computed := cast_to(config.training, skeleton):
-        check_bits(config.bitflip, [computed])
+    check_computed_bits(config, skeleton)
     inject(skeleton, all_that_flips(config))
     Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))
 

@@ -44,7 +44,7 @@ from flipproof.train.metrics import StepLog, check_trackers, log_in, logged_befo
 from flipproof.train.optimizer import learning_rate
 from flipproof.train.resume import begun_with, compare, examine_model, text_fingerprint, text_segments
 from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held
-from flipproof.train.start import check_trainable, planned, say_size, sequences_per_step
+from flipproof.train.start import check_trainable, planned, say_size
 from flipproof.train.step import Training
 from flipproof.world import World, join_world
 
@@ -129,7 +129,7 @@ class _Run:
         """(training text of at least so many sequences, held-out text)."""
         training = self.config.training
         assert training.steps is not None
-        needed, tokenizer = training.steps * sequences_per_step(self.config, self.world.size), self.tokenizer
+        needed, tokenizer = training.steps * self.config.sequences_per_step(self.world.size), self.tokenizer
         text, held_out = load_text(self.config.data, tokenizer, training.seq_len, needed)
         if len(text) < at_least:  # the run was begun with more steps, hence with more text in another order
             text, held_out = load_text(self.config.data, tokenizer, training.seq_len, at_least)

@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from flipproof.config import LoggingConfig, RunConfig
 from flipproof.errors import ConfigError
 from flipproof.files import named, sync, write_atomically
-from flipproof.log import logger
+from flipproof.log import bar, logger
 from flipproof.records import METRICS, append_line, lines
 from flipproof.train.checkpoint import logged_lines, step_of
 from flipproof.train.throughput import communication_share, flops_per_token, peak_flops
@@ -61,9 +60,7 @@ class StepLog:
         self.run_dir, self.world, self.first_step, self.steps = (
             Path(config.logging.run_dir), world, first_step, training.steps
         )  # fmt: skip
-        self.tokens_per_step = (
-            training.gradient_accumulation_steps * training.local_batch_size * world.size * training.seq_len
-        )
+        self.tokens_per_step = config.sequences_per_step(world.size) * training.seq_len
         self._trackers: Trackers | None = None
 
         def start() -> None:
@@ -82,8 +79,7 @@ class StepLog:
 
     def __enter__(self) -> "StepLog":
         """Training begins now."""
-        hidden = None if self.world.first else True  # None: on a terminal only
-        self._bar = tqdm(total=self.steps, initial=self.first_step, unit="step", disable=hidden)
+        self._bar = bar(self.steps, "step", self.world.first, initial=self.first_step, leave=True)
         if self._profile:
             self._profiler = StepProfiler(self.run_dir, self.world.rank, self.first_step)
         self._timed_from, self._since = self.first_step, time.perf_counter()

@@ -18,12 +18,11 @@ from flipproof.data.source import HubData, check_apart, open_source
 from flipproof.data.tables import reason
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
-from flipproof.faults.inject import check_bits, inject
+from flipproof.faults.inject import inject
 from flipproof.files import check_writable
 from flipproof.log import logger
-from flipproof.models.build import check_length, with_trainable_weights
+from flipproof.models.build import check_computed_bits, check_length, with_trainable_weights
 from flipproof.models.load import load_tokenizer, model_config, skeleton
-from flipproof.models.parallelize import cast_to
 from flipproof.train.checkpoint import find_checkpoint
 from flipproof.train.metrics import check_trackers, log_in
 from flipproof.train.resume import begun_with
@@ -38,7 +37,7 @@ def resolve_steps(config: RunConfig, parameters: int, processes: int) -> RunConf
     """``config`` with its number of steps, which may follow from a budget of tokens per parameter."""
     training, steps = config.training, config.training.steps
     if steps is None and training.tokens_per_parameter is not None:
-        tokens_per_step = sequences_per_step(config, processes) * training.seq_len
+        tokens_per_step = config.sequences_per_step(processes) * training.seq_len
         steps = math.ceil(training.tokens_per_parameter * parameters / tokens_per_step)
     return replace(config, training=replace(training, steps=steps or DEFAULT_STEPS))
 
@@ -50,11 +49,6 @@ def counted_parameters(model: nn.Module, of: str | int) -> int:
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     left_out = embedding.numel() if of == "non-embedding" else 0
     return sum(parameter.numel() for parameter in model.parameters()) - left_out
-
-
-def sequences_per_step(config: RunConfig, processes: int) -> int:
-    """The effective batch: sequences of an optimizer step, of all processes and micro-batches."""
-    return processes * config.training.local_batch_size * config.training.gradient_accumulation_steps
 
 
 def check_trainable(config: RunConfig) -> None:
@@ -103,7 +97,7 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
     logger.info("%s parameters, of which %s train (%.3g%%)", f"{total:,}", f"{trained:,}", 100 * trained / total)
     if config.lora.r and not config.bitflip.any_fault:
         logger.warning("no faults are configured (bitflip.w_p_exp and more): the adapters train without any")
-    a_step = sequences_per_step(config, processes)
+    a_step = config.sequences_per_step(processes)
     needed = a_step * training.steps
     if sequences is None:
         passes = "passes over the text are known once it is tokenised"
@@ -175,8 +169,7 @@ def _without_weights(config: RunConfig, tokenizer: Any) -> nn.Module:
         named = getattr(model_config(config.model, tokenizer), "dtype", None)
         held = None if named is None else dtype_name(named)
     model = skeleton(config.model, tokenizer, held)
-    if computed := cast_to(config.training, model):
-        check_bits(config.bitflip, [computed])
+    check_computed_bits(config, model)
     if config.faulty:
         logger.info("%s", inject(model, config.bitflip, config.lora))
     return model
