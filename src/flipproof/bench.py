@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
+from flipproof.faults.draw import FaultData
+from flipproof.faults.guard import guard_of, limits_of
 from flipproof.faults.inject import inject
 from flipproof.faults.op import BACKENDS
 from flipproof.faults.spec import BitFlipSpec, LoraSpec
@@ -126,8 +128,12 @@ def rows_of(table: str, times: dict[str, float], held: dict[str, float] | None =
 # -- the operation ----------------------------------------------------------------------------------------------------
 
 
-def _draw(p: float, t: float | None, device: str) -> tuple[Any, ...]:
-    return p, p, t, torch.tensor(7, device=device), torch.tensor(3, device=device), 0
+def _draw(p: float, t: float | Tensor | None, device: str) -> tuple[Any, ...]:
+    rates = torch.tensor([p, p], dtype=torch.float64)
+    limits = None if t is None else limits_of(guard_of(t), torch.bfloat16)
+    if limits is not None and limits.dim():
+        limits = limits.to(device)
+    return rates, limits, torch.tensor(7, device=device), torch.tensor(3, device=device), 0
 
 
 def _operations(device: str) -> list[Row]:
@@ -138,7 +144,7 @@ def _operations(device: str) -> list[Row]:
     b = torch.randn(shape[0], _RANK, device=device) * 0.01
     ops = torch.ops.flipproof
 
-    def out_of_place(p: float, t: float | None = 100.0) -> Callable[[], Any]:
+    def out_of_place(p: float, t: float | Tensor | None = 100.0) -> Callable[[], Any]:
         draw = _draw(p, t, device)
         return lambda: ops.flip(x, *draw)
 
@@ -146,13 +152,17 @@ def _operations(device: str) -> list[Row]:
         draw = _draw(p, None, device)
         return lambda: ops.flip_(y, *draw)
 
-    merge_draw = _draw(2**-16, 256.0, device)
+    features, rows = torch.full((shape[1],), 100.0), torch.full((shape[0], 1), 256.0)
+    merge_draw, by_row = _draw(2**-16, 256.0, device), _draw(2**-16, rows, device)
     functions: dict[str, Callable[[], Any]] = {"clone()": x.clone}
     functions |= {f"flip, guard, p = 2^-{n}": out_of_place(2.0**-n) for n in (24, 16, 14, 12, 11, 10, 8, 7)}
     functions |= {f"flip, guard, p = {p}": out_of_place(p) for p in (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.49, 0.4999, 0.5)}
     functions["flip, no guard, p = 2^-16"] = out_of_place(2**-16, None)
+    functions["flip, guard by feature, p = 2^-16"] = out_of_place(2**-16, features)
+    functions["flip, guard by row, p = 2^-16"] = out_of_place(2**-16, rows)
     functions |= {f"in place, p = 2^-{n}": in_place(2.0**-n) for n in (24, 16, 12)}
     functions["merge, flip, guard, r = 32, p = 2^-16"] = lambda: ops.merge(x, a, b, 1.0, *merge_draw)
+    functions["merge, flip, guard by row, r = 32, p = 2^-16"] = lambda: ops.merge(x, a, b, 1.0, *by_row)
     functions |= _mase(x, device)
     return rows_of(f"the operation, bfloat16, {shape[0]} x {shape[1]}, p in both fields", medians(functions, device))
 
@@ -204,7 +214,9 @@ def _clean(columns: int, rows: int, device: str) -> nn.Module:
     return _Root(columns, rows, device).linear
 
 
-def _faulty(columns: int, rows: int, device: str, exact: bool = True, faults: bool = True) -> nn.Module:
+def _faulty(
+    columns: int, rows: int, device: str, exact: bool = True, faults: bool = True, by_channel: bool = False
+) -> nn.Module:
     root = _Root(columns, rows, device)
     p = 2**-16
     spec = BitFlipSpec(
@@ -213,6 +225,10 @@ def _faulty(columns: int, rows: int, device: str, exact: bool = True, faults: bo
         exact_gradient=exact,
     )
     inject(root, spec if faults else BitFlipSpec(), LoraSpec(r=_RANK, lora_alpha=_RANK))
+    if by_channel:
+        layer: Any = root.linear
+        layer.x_fault = FaultData(spec.x, torch.full((columns,), 8192.0, device=device))
+        layer.w_fault = FaultData(spec.w, torch.full((rows, 1), 256.0, device=device))
     return root.linear
 
 
@@ -232,6 +248,7 @@ def _layers(device: str) -> list[Row]:
         layers = _with_peft(shape)
         layers["clean nn.Linear, frozen"] = _clean(*shape)
         layers["faulty LoRA"] = _faulty(*shape)
+        layers["faulty LoRA, guards by channel"] = _faulty(*shape, by_channel=True)
         layers["faulty LoRA, exact_gradient = false"] = _faulty(*shape, exact=False)
         layers["our LoRA without faults"] = _faulty(*shape, faults=False)
         x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16, requires_grad=True)

@@ -25,7 +25,11 @@ KEY = derive_key(0, "test/x")
 def masks(dtype, p_exp, p_frac, n, key=KEY, tick=0, offset=0):
     """Which bits flip: unsigned integers of shape (n,)."""
     zeros = torch.zeros(n, dtype=dtype)
-    cpu.flip_(zeros, None, Draw(p_exp, p_frac, None, torch.tensor(key), torch.tensor(tick), offset))
+    cpu.flip_(
+        zeros,
+        None,
+        Draw(torch.tensor([p_exp, p_frac], dtype=torch.float64), None, torch.tensor(key), torch.tensor(tick), offset),
+    )
     return zeros.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy().view(f"uint{LAYOUT[dtype][0]}")
 
 
@@ -276,7 +280,7 @@ def test_guard_zeroes_in_place_across_chunks(monkeypatch):
     x = torch.linspace(-3, 3, 50)
     x[::11] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan"), 9.0])
     expected = torch.where(x.abs() < 2, x, torch.zeros(()))
-    guard.guard_(x, 2.0)
+    guard.guard_(x, guard.limits_of(torch.tensor(2.0), x.dtype))
     assert torch.equal(x, expected)
 
 

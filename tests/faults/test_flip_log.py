@@ -7,7 +7,7 @@ import torch
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
-from flipproof.faults.draw import draw_of
+from flipproof.faults.draw import FaultData
 from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state
 from flipproof.records import sealed, unsealed
@@ -102,7 +102,7 @@ def test_the_log_says_what_flipped(model, token_ids, tmp_path):
 def test_words_that_a_decoder_zeroes_are_not_counted_as_flips():
     x = torch.ones(4000, dtype=torch.bfloat16)
     fault = flipproof.Fault(0.005, 0.005, pattern=flipproof.Pattern(protection="secded"))
-    draw = draw_of(fault, torch.tensor(1), torch.tensor(0), 0, x.dtype)
+    draw = FaultData(fault).draw(torch.tensor(1), torch.tensor(0), 0, x)
     count = FlipCount()
     y = count("a/w", x, draw)
     assert count.zeroed["w"] == int((y == 0).sum()) > 0

@@ -76,7 +76,7 @@ def draws_of(model, token_ids):
     found = []
 
     def tap(name, x, draw):
-        found.append((name, int(draw[3]), int(draw[4]), draw[5]))
+        found.append((name, int(draw.key), int(draw.tick), draw.offset))
         return x
 
     fault_state(model).flip_hook = tap

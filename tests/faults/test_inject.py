@@ -61,10 +61,10 @@ def test_patterns_overrides_and_skips(tiny_llama):
     attention = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "o_proj")]
     assert set(coverage.covered) == {*attention, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
     layers = flipproof.faulty_layers(model)
-    assert layers[attention[0]].w_fault.p_exp == 0.25
-    assert layers[attention[0]].x_fault.zero_out_t is None
-    assert layers[attention[1]].w_fault.p_exp == 0.01
-    assert layers[attention[1]].x_fault.zero_out_t == 4.0
+    assert layers[attention[0]].w_fault.fault.p_exp == 0.25
+    assert layers[attention[0]].x_fault.fault.zero_out_t is None
+    assert layers[attention[1]].w_fault.fault.p_exp == 0.01
+    assert layers[attention[1]].x_fault.fault.zero_out_t == 4.0
 
 
 def test_nothing_matched_is_an_error_that_echoes_the_patterns(tiny_llama):
@@ -340,7 +340,7 @@ def test_the_embedding_obeys_patterns_and_overrides(tiny_llama):
     model = tiny_llama()
     own = {"model.embed_tokens": {"w_p_frac": 0.25}}
     flipproof.inject(model, BitFlipSpec(sites=("embedding",), layer_name_to_config=own))
-    assert model.model.embed_tokens.fault.p_frac == 0.25
+    assert model.model.embed_tokens.fault.fault.p_frac == 0.25
 
 
 def test_keys_and_values_of_one_layer_by_override(tiny_llama):

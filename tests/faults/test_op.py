@@ -5,6 +5,7 @@ import torch
 import flipproof
 from flipproof.faults import cpu
 from flipproof.faults.draw import Draw
+from flipproof.faults.guard import limits_of
 from flipproof.faults.philox import derive_key
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -24,8 +25,8 @@ def bits_of(x):
 def test_flip_is_the_reference_then_the_guard(dtype, shape):
     x = sample(shape, dtype)
     y = flipproof.flip(x, p_exp=0.02, p_frac=0.01, zero_out_t=1.5, **WHERE)
-    expected = x.clone()
-    cpu.flip_(expected, None, Draw(0.02, 0.01, None, torch.tensor(derive_key(3, "a/x")), torch.tensor(9), 0))
+    expected, rates = x.clone(), torch.tensor([0.02, 0.01], dtype=torch.float64)
+    cpu.flip_(expected, None, Draw(rates, None, torch.tensor(derive_key(3, "a/x")), torch.tensor(9), 0))
     expected = torch.where(expected.double().abs() < 1.5, expected, torch.zeros((), dtype=dtype))
     assert torch.equal(bits_of(y), bits_of(expected))
     assert y.dtype == dtype
@@ -78,7 +79,8 @@ def test_the_guard_zeroes_exactly_what_is_out_of_range_after_the_flip(dtype, t, 
     out = ~(unguarded.double().abs() < t)
     for grad in (torch.ones(len(x), dtype=torch.bool), torch.arange(1.0, len(x) + 1).to(torch.bfloat16)):
         expected_grad = grad.masked_fill(out, 0)
-        y = torch.ops.flipproof.flip_grad_(x, grad, x, p, p, t, key, tick, 0)
+        rates = torch.tensor([p, p], dtype=torch.float64)
+        y = torch.ops.flipproof.flip_grad_(x, grad, x, rates, limits_of(torch.tensor(t), dtype), key, tick, 0)
         assert torch.equal(grad, expected_grad)
     assert torch.equal(bits_of(y), bits_of(unguarded.masked_fill(out, 0)))
     assert torch.equal(bits_of(y), bits_of(flipproof.flip(x, p_exp=p, p_frac=p, zero_out_t=t, **WHERE)))
@@ -133,16 +135,21 @@ def test_the_operators_pass_torchs_own_checks():
     where = (torch.tensor(5), torch.tensor(2), 7)
     x, grad = sample((30, 40), torch.bfloat16), torch.ones(30, 40)
     a, b = sample((4, 40), torch.float32), sample((30, 4), torch.float32)
-    check(ops.flip.default, (x, 0.01, 0.3, 1.5, *where))
+    rates, mantissa = torch.tensor([0.01, 0.3]).double(), torch.tensor([0.0, 0.01]).double()
+    one, rows, features = (
+        limits_of(sample(shape, torch.float32).abs(), torch.bfloat16) for shape in ((), (30, 1), (40,))
+    )
+    check(ops.flip.default, (x, rates, features, *where))
     # without a guard only mantissa bits: NaN would equal nothing
-    check(ops.flip_.default, (x, 0.0, 0.01, None, *where))
-    check(ops.flip_grad_.default, (x, grad, x, 0.01, 0.01, 1.0, *where))
-    check(ops.flip_again.default, (x, x, 0.0, 0.01, None, *where))
-    check(ops.merge.default, (x, a, b, 0.5, 0.01, 0.01, 1.0, *where))
-    check(ops.merge_grad.default, (x, a, b, 0.5, x, True, 0.0, 0.01, None, *where))
-    check(ops.merge_grad.default, (x, a, b, 0.5, x, True, 0.01, 0.01, 1.0, *where))
-    _, zeroed = ops.merge_grad(x, a, b, 0.5, x, True, 0.01, 0.01, 1.0, *where)
-    check(ops.zeroed_correction.default, (zeroed, sample((9, 30), x.dtype), sample((9, 40), x.dtype), a, b, 0.5))
+    check(ops.flip_.default, (x, mantissa, None, *where))
+    check(ops.flip_grad_.default, (x, grad, x, rates, one, *where))
+    check(ops.flip_again.default, (x, x, mantissa, None, *where))
+    check(ops.merge.default, (x, a, b, 0.5, rates, one, *where))
+    check(ops.merge_grad.default, (x, a, b, 0.5, x, True, mantissa, None, *where))
+    check(ops.merge_grad.default, (x, a, b, 0.5, x, True, rates, rows, *where))
+    _, zeroed = ops.merge_grad(x, a, b, 0.5, x, True, rates, rows, *where)
+    factors = (sample((9, 30), x.dtype), sample((9, 40), x.dtype), a, b, 0.5)
+    check(ops.zeroed_correction.default, (zeroed, rates, *factors))
 
 
 def test_meta_tensors_give_meta_tensors():

@@ -220,7 +220,8 @@ class Twice(nn.Module):
 def flipped_by_hand(x, p, key):
     """``flip`` with a key of its own: what a further run draws."""
     y = x.clone()
-    torch.ops.flipproof.flip_(y, 0.0, p, None, torch.tensor(key), torch.tensor(3), 0)
+    rates = torch.tensor([0.0, p], dtype=torch.float64)
+    torch.ops.flipproof.flip_(y, rates, None, torch.tensor(key), torch.tensor(3), 0)
     return y
 
 

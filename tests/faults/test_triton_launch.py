@@ -11,12 +11,14 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from flipproof.faults import cpu, triton_launch
 from flipproof.faults.draw import Draw
+from flipproof.faults.guard import guard_of, limits_of
 from flipproof.faults.philox import derive_key
 from flipproof.faults.poisson import BLOCK, flip_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KEY = derive_key(3, "a/x")
+RATES = torch.tensor([2**-16, 2**-16], dtype=torch.float64)
 
 # both fields sparse; one dense; dense with digits of different length; coins alone, with digits and with balls; off
 PROBABILITIES = [
@@ -43,8 +45,10 @@ def equal(x, y):
     return torch.equal(bits_of(x), bits_of(y))
 
 
-def draw(p_exp, p_frac, t, tick=7, offset=0, device="cpu"):
-    return Draw(p_exp, p_frac, t, torch.tensor(KEY, device=device), torch.tensor(tick, device=device), offset)
+def draw(p_exp, p_frac, t, tick=7, offset=0, device="cpu", dtype=torch.bfloat16):
+    limit = None if t is None else limits_of(guard_of(t), dtype)
+    key, now = torch.tensor(KEY, device=device), torch.tensor(tick, device=device)
+    return Draw(torch.tensor([p_exp, p_frac], dtype=torch.float64), limit, key, now, offset)
 
 
 def expected_flip(x, draw):
@@ -70,13 +74,13 @@ def test_equal_to_the_reference(dtype, p_exp, p_frac, t):
     """Parts of two blocks, and a whole one."""
     for n, offset, tick in ((130, 2 * BLOCK - 65, 2**32 - 1), (BLOCK, 5 * BLOCK, 2**40 + 5)):
         x = sample(n, dtype)
-        expected, kept = expected_flip(x, draw(p_exp, p_frac, t, tick, offset))
+        expected, kept = expected_flip(x, draw(p_exp, p_frac, t, tick, offset, dtype=dtype))
         grad = torch.ones(n, device=DEVICE)
-        y = triton_launch.flip(x.to(DEVICE), grad, draw(p_exp, p_frac, t, tick, offset, DEVICE))
+        y = triton_launch.flip(x.to(DEVICE), grad, draw(p_exp, p_frac, t, tick, offset, DEVICE, dtype))
         assert equal(y, expected)
         assert torch.equal(grad.cpu(), kept.float())
         # in place; key and tick in CPU memory
-        triton_launch.flip_(same := x.to(DEVICE), None, draw(p_exp, p_frac, t, tick, offset))
+        triton_launch.flip_(same := x.to(DEVICE), None, draw(p_exp, p_frac, t, tick, offset, dtype=dtype))
         assert equal(same, expected)
 
 
@@ -117,8 +121,9 @@ def test_infinity_and_nan_and_signed_zero(dtype):
     x = sample(BLOCK, dtype)
     x[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 5e-45])
     for t in (None, 5.0):
-        expected, _ = expected_flip(x, draw(2**-9, 2**-9, t))
-        assert equal(triton_launch.flip(x.to(DEVICE), None, draw(2**-9, 2**-9, t)), expected)
+        arguments = draw(2**-9, 2**-9, t, dtype=dtype)
+        expected, _ = expected_flip(x, arguments)
+        assert equal(triton_launch.flip(x.to(DEVICE), None, arguments), expected)
 
 
 @pytest.mark.parametrize("p", [2**-9, 0.3])
@@ -190,17 +195,20 @@ def test_flips_and_guard_of_the_merged_weight(rows, columns, r, p, t):
     expected, kept = expected_flip(clean.cpu(), draw(p, p, t))
     assert equal(triton_launch.merge(weight, a, b, 0.7, None, draw(p, p, t, device=DEVICE)), expected)
     if t is not None:
-        zeroed = triton_launch.new_zeroed(weight, p, p)
+        zeroed = triton_launch.new_zeroed(weight)
         y = triton_launch.merge(weight, a, b, 0.7, zeroed, draw(p, p, t, device=DEVICE))
         assert equal(y, expected)
-        assert torch.equal(listed(zeroed, kept.shape), ~kept)
+        assert torch.equal(found(zeroed, kept.shape, p), ~kept)
         assert (~kept).any() or (p, t) == (0.0, 100.0)
+
+
+def found(zeroed, shape, p):
+    """What the guard zeroed, as a mask."""
+    return triton_launch._unpacked(zeroed, shape).cpu() if 16 * p > 2**-8 else listed(zeroed, shape)
 
 
 def listed(zeroed, shape):
     """The list, each entry of which must be there once, as a mask."""
-    if zeroed.dtype == torch.bool:
-        return zeroed.cpu()
     indices = zeroed[1 : 1 + int(zeroed[0])].cpu()
     assert len(indices.unique()) == len(indices)
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -215,7 +223,7 @@ def test_a_shard_of_a_merged_weight_draws_its_part_of_the_whole(offset):
     a, b = (x.to(DEVICE) for x in adapters(70, 130, 3))
     clean = triton_launch.merge(weight, a, b, 0.7, None, draw(0.0, 0.0, None))
     expected, kept = expected_flip(clean.cpu(), draw(2**-13, 2**-13, 20.0, offset=offset))
-    zeroed = triton_launch.new_zeroed(weight, 2**-13, 2**-13)
+    zeroed = triton_launch.new_zeroed(weight)
     y = triton_launch.merge(weight, a, b, 0.7, zeroed, draw(2**-13, 2**-13, 20.0, offset=offset, device=DEVICE))
     assert equal(y, expected)
     assert torch.equal(listed(zeroed, kept.shape), ~kept)
@@ -228,7 +236,7 @@ def test_adapters_of_another_dtype_and_strides(rank):
     a, b = (x.bfloat16().to(DEVICE) for x in adapters(100, 70, rank))
     wide = [x.float() for x in (a, b)]
     arguments = draw(2**-13, 2**-13, 3.0, device=DEVICE)
-    zeroed = [triton_launch.new_zeroed(weight, 2**-13, 2**-13) for _ in range(2)]
+    zeroed = [triton_launch.new_zeroed(weight) for _ in range(2)]
     y = triton_launch.merge(weight, a.T.contiguous().T, b, 0.7, zeroed[0], arguments)
     expected = triton_launch.merge(weight.contiguous(), *wide, 0.7, zeroed[1], arguments)
     assert equal(y, expected)
@@ -239,11 +247,11 @@ def test_adapters_of_another_dtype_and_strides(rank):
 def test_a_list_that_overflows_takes_nothing_back():
     weight = sample(100 * 100, torch.bfloat16).view(100, 100).to(DEVICE)
     a, b = (x.to(DEVICE) for x in adapters(100, 100, 4))
-    zeroed = triton_launch.new_zeroed(weight, 2**-16, 2**-16)
+    zeroed = triton_launch.new_zeroed(weight)
     triton_launch.merge(weight, a, b, 0.7, zeroed, draw(2**-16, 2**-16, 0.1, device=DEVICE))
     assert int(zeroed[0]) > zeroed.numel() - 1
     ones = torch.ones(10, 100, device=DEVICE)
-    assert not any(more.any() for more in triton_launch.zeroed_correction(zeroed, ones, ones, a, b, 0.7))
+    assert not any(more.any() for more in triton_launch.zeroed_correction(zeroed, RATES, ones, ones, a, b, 0.7))
 
 
 @pytest.mark.parametrize("share", [0.001, 0.2])
@@ -255,18 +263,21 @@ def test_taking_back_equals_the_masked_gradient_in_float64(backend, share):
     zero = torch.rand(rows, columns, generator=generator) < share
     grad_y, x = (torch.randn(n, size, generator=generator) for size in (rows, columns))
     a, b = adapters(rows, columns, r)
-    zeroed = zero.clone()
-    if backend is triton_launch and share < 0.01:
-        zeroed = triton_launch.new_zeroed(zero.float(), 0.0, 0.0)
+    zeroed, rates = zero.clone(), RATES
+    if backend is triton_launch:
+        zeroed = triton_launch.new_zeroed(zero.float())
         index = zero.view(-1).nonzero()[:, 0]
         zeroed[0] = len(index)
         zeroed[1 : 1 + len(index)] = index
+    if backend is triton_launch and share > 0.01:
+        triton_launch._pack(zero, zeroed)
+        rates = torch.tensor([0.25, 0.0], dtype=torch.float64)
 
     def exact():
         wide = -0.7 * (grad_y.double().T @ x.double()) * zero
         return b.double().T @ wide, wide @ a.double().T
 
-    more = backend.zeroed_correction(*(t.to(device) for t in (zeroed, grad_y, x, a, b)), 0.7)
+    more = backend.zeroed_correction(zeroed.to(device), rates, *(t.to(device) for t in (grad_y, x, a, b)), 0.7)
     assert zero.any()
     assert all(each.any() for each in more)
     assert_same_function(tuple(each.cpu() for each in more), exact, (grad_y, x, a, b))

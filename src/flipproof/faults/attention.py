@@ -30,15 +30,19 @@ class FaultyKeysValues(FaultSite, nn.Module):
 
     def __init__(self, site: str, fault: Fault, state: FaultState) -> None:
         super().__init__()
-        self.site, self.fault, self.state = site, fault, state
+        self.site, self.state = site, state
         self._device = torch.device("cpu")
+        self.faults = tuple(self.data_of(operand, fault) for operand in "kv")
         self.refresh_keys()
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
-        self.fault = spec.kv if spec else Fault()
+        fault = spec.kv if spec else Fault()
+        self.faults = tuple(self.data_of(operand, fault) for operand in "kv")
 
     def refresh_keys(self) -> None:
         self.keys = tuple(self._key(self.draw_name(operand), self._device) for operand in "kv")
+        for fault in self.faults:
+            fault.move_to(self._device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FaultyKeysValues":
         super()._apply(fn, recurse)
@@ -51,15 +55,16 @@ class FaultyKeysValues(FaultSite, nn.Module):
 
     def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as attention reads them, both (batch, heads, positions, components)."""
-        if not self.state.effective(self.fault).active:
+        if not self.state.active(self.faults[0]):
             return key, value
         run = self.next_run()
-        return self._read("k", key, self.keys[0], run), self._read("v", value, self.keys[1], run)
+        return self._read(0, key, run), self._read(1, value, run)
 
-    def _read(self, operand: str, x: Tensor, philox_key: Tensor, run: int) -> Tensor:
+    def _read(self, which: int, x: Tensor, run: int) -> Tensor:
+        operand, fault, philox_key = "kv"[which], self.faults[which], self.keys[which]
         first_row = self.state.slice * len(x)
         rows = [
-            self._flipped(operand, row, self.fault, philox_key, (first_row + i) * _ROW, run)
+            self._flipped(operand, row, fault, philox_key, (first_row + i) * _ROW, run)
             for i, row in enumerate(x.transpose(1, 2))  # (positions, heads, components)
         ]
         return torch.stack(rows).transpose(1, 2)

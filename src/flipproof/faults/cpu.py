@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flipproof.faults.draw import Draw
-from flipproof.faults.guard import guard_, guard_bits
+from flipproof.faults.guard import channels_of, guard_, magnitude_bits
 from flipproof.faults.philox import BALLS, COINS, COUNTS, DIGITS, MAX_BLOCK, Words, check_tick, counter, philox
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan
 
@@ -33,32 +33,34 @@ def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
 
     ``grad``, where given, is a contiguous tensor of the same shape that becomes 0 where the guard zeroed the value.
     """
-    zero_out_t, offset = draw.zero_out_t, draw.offset
+    limits, offset = draw.limits, draw.offset
     key_number, tick_number = int(draw.key), int(draw.tick)
     check_tick(tick_number)
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
     if x.numel() == 0:
         return
-    plan = flip_plan(x.dtype, draw.p_exp, draw.p_frac)
+    p_exp, p_frac, _ = draw.drawn()
+    plan = flip_plan(x.dtype, p_exp, p_frac)
     flat = x.detach().view(-1)
     bits = flat.view(torch.int32 if plan.element_bits == 32 else torch.int16).numpy().view(plan.unsigned)
-    in_range = zero_out_t is not None and _all_below(flat, zero_out_t)
+    in_range = limits is not None and not plan.dense and _all_below(x.detach(), limits)
     flipped = flip_bits_(bits, plan, key_number, tick_number, offset)
-    if zero_out_t is None:
+    if limits is None:
         return
-    flat_grad = None if grad is None else grad.view(-1)
-    if not in_range or plan.dense:
-        guard_(flat, zero_out_t, flat_grad)
+    if not in_range:
+        guard_(x.detach(), limits, grad)
         return
     # Nothing was out of range before, so only what was flipped can be now.
-    limit = guard_bits(x.dtype, zero_out_t)
+    channels, inner = channels_of(limits, x.shape)
+    limit = limits.reshape(-1).numpy()
     magnitude = plan.unsigned(2 ** (plan.element_bits - 1) - 1)
     for index in flipped:
-        out = index[(bits[index] & magnitude) >= limit]
+        its_limit = limit[0] if channels == 1 else limit[index // inner % channels]
+        out = index[(bits[index] & magnitude) >= its_limit]
         bits[out] = 0
-        if flat_grad is not None:
-            flat_grad.index_fill_(0, torch.from_numpy(out), 0)
+        if grad is not None:
+            grad.view(-1).index_fill_(0, torch.from_numpy(out), 0)
 
 
 def merge(
@@ -98,13 +100,14 @@ def merge_by(
     return y
 
 
-def new_zeroed(weight: torch.Tensor, _p_exp: float, _p_frac: float) -> torch.Tensor:
+def new_zeroed(weight: torch.Tensor) -> torch.Tensor:
     """Room for which elements of a weight the guard zeroed: here a mask."""
     return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
 
 
 def zeroed_correction(
     zeroed: torch.Tensor,
+    _rates: torch.Tensor,
     grad_y: torch.Tensor,
     x: torch.Tensor,
     lora_A: torch.Tensor,
@@ -139,8 +142,11 @@ def zeroed_correction_dense(
     return (lora_B.T @ full).double() * -scaling, (full @ lora_A.T).double() * -scaling
 
 
-def _all_below(x: torch.Tensor, t: float) -> bool:
+def _all_below(x: torch.Tensor, limits: torch.Tensor) -> bool:
+    if limits.dim():
+        return bool((magnitude_bits(x) < limits).all())
     low, high = torch.aminmax(x)  # NaN makes both NaN, which is below nothing
+    t = float(limits.view(x.dtype))
     return -float(low) < t and float(high) < t
 
 

@@ -1,74 +1,156 @@
-"""A draw: what is to happen to a tensor, and the key, tick and offset that say which random numbers decide it."""
+"""A draw: what is to happen to a tensor, and the key, tick and offset that say which random numbers decide it.
 
+Rates and thresholds are tensors, like key and tick, so that a compiled graph or a CUDA graph does not hold them: layers
+that differ in nothing else compile as one, and other rates compile nothing.
+"""
+
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flipproof.faults.dtypes import dtype_name
-from flipproof.faults.spec import Fault, Stored
+from flipproof.faults.dtypes import DTYPES, dtype_name
+from flipproof.faults.guard import guard_of, limits_of
+from flipproof.faults.spec import PROTECTIONS, Fault, Stored
 
 _NEXT_RUN = 0x9E3779B97F4A7C15
+
+
+class Rates(NamedTuple):
+    """How often bits are inverted."""
+
+    p_exp: float
+    p_frac: float
+    stored: Stored | None
+    """None: flips are independent, and new at each tick."""
 
 
 class Draw(NamedTuple):
     """All that a flip needs beside its tensor."""
 
-    p_exp: float
-    p_frac: float
-    zero_out_t: float | None
+    rates: Tensor
+    """float64 in CPU memory, as ``rates_of`` makes them."""
+    limits: Tensor | None
+    """Of the guard (``guard.py``); one for all in CPU memory, others on the device of what is guarded. None: no
+    guard."""
     key: Tensor
     """() int64, of ``philox.derive_key``."""
     tick: Tensor
     """() int64."""
     offset: int
     """Index of the tensor's first element in the whole tensor."""
-    stored: Stored | None = None
-    """None: flips are independent, and new at each tick."""
+    flips: bool = True
+    """Whether any rate is not 0."""
+    decoder: bool = False
+    """Whether a protection has a decoder, which zeroes what it cannot mend."""
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """As the operators take them, whose last ones are left out where flips are independent."""
-        return (*self[:6], *(self.stored or ()))
-
-    @classmethod
-    def of(cls, arguments: tuple[Any, ...]) -> "Draw":
-        """What ``arguments`` were of. The dispatcher leaves out last ones that are the default."""
-        fault, given = arguments[:6], arguments[6:]
-        stored = Stored(tuple(given[0]), *given[1:]) if given and given[0] else None
-        return tuple.__new__(cls, (*fault, stored))  # what NamedTuple's own way adds to each call is microseconds
+        """As the operators take them."""
+        return self[:5]
 
     @property
     def active(self) -> bool:
         """Whether it may change anything."""
-        return self.p_exp > 0 or self.p_frac > 0 or self.stored is not None or self.zero_out_t is not None
-
-    def of_nothing(self) -> "Draw":
-        """Without flips, guard and protection: for operators that do something else besides."""
-        return self._replace(p_exp=0.0, p_frac=0.0, zero_out_t=None, stored=None)
+        return self.flips or self.limits is not None
 
     @property
     def zeroes(self) -> bool:
         """Whether values may become 0, which stops their gradient."""
-        return self.zero_out_t is not None or self.decoder
+        return self.limits is not None or self.decoder
 
     @property
-    def decoder(self) -> bool:
-        """Whether a protection has a decoder, which zeroes what it cannot mend."""
-        return self.stored is not None and self.stored.protection != "none"
+    def patterned(self) -> bool:
+        """Whether flips are other than independent and new at each tick."""
+        return self.rates.shape[0] > 2
+
+    def of_nothing(self) -> "Draw":
+        """Without flips, guard and protection: for operators that do something else besides."""
+        return self._replace(rates=NO_RATES, limits=None, flips=False, decoder=False)
+
+    def drawn(self) -> Rates:
+        """The rates as numbers."""
+        return _rates(*self.rates.tolist())
 
 
-def draw_of(fault: Fault, key: Tensor, tick: Tensor, offset: int, dtype: torch.dtype) -> Draw:
-    """The draw of a fault for a tensor of ``dtype``."""
+def rates_of(fault: Fault, dtype: torch.dtype) -> Tensor:
+    """(2,) float64: p_exp and p_frac; where flips are not independent, the fields of ``Stored`` follow."""
     stored = fault.stored(dtype_name(dtype)) if fault.pattern else None
-    return Draw(fault.p_exp, fault.p_frac, fault.zero_out_t, key, tick, offset, stored)
+    numbers = [fault.p_exp, fault.p_frac]
+    if stored is not None:
+        protection = PROTECTIONS.index(stored.protection)
+        numbers += [stored.persistent, stored.burst, stored.p_row, stored.row_bytes, protection, *stored.p_bits]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def key_of_run(key: Tensor, fault: Fault, run: int) -> Tensor:
-    """The key of a module's ``run``-th run in a pass, counted from 0."""
-    if run == 0 or fault.persistent:
-        return key
-    return key + ((run * _NEXT_RUN + 2**63) % 2**64 - 2**63)  # as a signed integer; the sum wraps around
+@lru_cache(maxsize=1024)
+def _rates(p_exp: float, p_frac: float, *more: float) -> Rates:
+    if not more:
+        return Rates(p_exp, p_frac, None)
+    persistent, burst, p_row, row_bytes, protection, *p_bits = more
+    name = PROTECTIONS[int(protection)]
+    return Rates(p_exp, p_frac, Stored(tuple(p_bits), bool(persistent), int(burst), p_row, int(row_bytes), name))
+
+
+NO_RATES = rates_of(Fault(), torch.float32)
+
+
+class FaultData:
+    """A fault as data: what is known of one operand of one layer before there is a key."""
+
+    def __init__(self, fault: Fault, guard: Tensor | None = None) -> None:
+        """``guard``: thresholds that were fitted, in the place of the fault's own."""
+        self.fault = fault
+        self.flips = fault.flips
+        self.persistent = fault.persistent
+        self.decoder = fault.pattern is not None and fault.pattern.protection != "none"
+        if guard is None and fault.zero_out_t is not None:
+            guard = guard_of(fault.zero_out_t)
+        self.guarded = guard is not None
+        self.thresholds = 0 if guard is None else guard.numel()
+        self._limits: dict[torch.dtype, Tensor] = {}
+        self._rates: dict[torch.dtype, Tensor] = {}
+        for dtype in DTYPES:  # all of them now, since what is compiled cannot make more
+            if guard is not None:
+                limits = limits_of(guard, dtype)
+                self._limits[dtype] = limits if self.thresholds > 1 else limits.reshape(()).cpu()
+            with suppress(ValueError):  # a dtype without the bits that the fault names
+                self._rates[dtype] = rates_of(fault, dtype)
+
+    @property
+    def active(self) -> bool:
+        return self.flips or self.guarded
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep limits by channel where they are needed."""
+        if self.thresholds > 1:
+            self._limits = {dtype: limits.to(device) for dtype, limits in self._limits.items()}
+
+    def draw(self, key: Tensor, tick: Tensor, offset: int, x: Tensor, flips: bool = True, guard: bool = True) -> Draw:
+        """The draw of a tensor, with ``flips`` and ``guard`` on or off."""
+        limits = self._limits.get(x.dtype) if guard else None
+        if limits is not None and self.thresholds > 1:
+            limits = limits.to(x.device)
+        if not (flips and self.flips):
+            return Draw(NO_RATES, limits, key, tick, offset, flips=False)
+        rates = self._rates[x.dtype] if x.dtype in self._rates else rates_of(self.fault, x.dtype)
+        return Draw(rates, limits, key, tick, offset, True, self.decoder)
+
+    def key_of_run(self, key: Tensor, run: int) -> Tensor:
+        """The key of a module's ``run``-th run in a pass, counted from 0."""
+        if run == 0 or self.persistent:
+            return key
+        return key + ((run * _NEXT_RUN + 2**63) % 2**64 - 2**63)  # as a signed integer; the sum wraps around
+
+    def __repr__(self) -> str:
+        if not self.active:
+            return "clean"
+        fault = self.fault
+        pattern = f", {fault.pattern}" if fault.pattern else ""
+        t = f"{self.thresholds:,} thresholds" if self.thresholds > 1 else fault.zero_out_t
+        return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={t}{pattern})"
 
 
 def run_name(run: int) -> str:

@@ -28,7 +28,8 @@ class FaultyEmbedding(FaultSite):
         """Make an embedding faulty, in place; ``unmake`` undoes it."""
         faulty: Any = embedding
         faulty.__class__ = _faulty_embedding(faulty.__class__)
-        faulty.site, faulty.fault, faulty.state = site, fault, state
+        faulty.site, faulty.state = site, state
+        faulty.fault = faulty.data_of("w", fault)
         faulty.refresh_keys()
 
     def unmake(self) -> None:
@@ -40,11 +41,12 @@ class FaultyEmbedding(FaultSite):
         return _new_faulty_embedding, (self.plain,), self.__dict__
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
-        self.fault = spec.w if spec else Fault()
+        self.fault = self.data_of("w", spec.w if spec else Fault())
 
     def refresh_keys(self) -> None:
         device = key_device(self.weight)
         self.key = self._key(self.draw_name("w"), device)
+        self.fault.move_to(device)
         self.state.move_to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

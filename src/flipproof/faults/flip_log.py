@@ -75,7 +75,7 @@ class FlipCount:
     def __call__(self, name: str, x: Tensor, draw: Draw) -> Tensor:
         """Flip, and look."""
         y = apply_draw(x, draw)
-        unguarded = y if draw.zero_out_t is None else apply_draw(x, draw._replace(zero_out_t=None))
+        unguarded = y if draw.limits is None else apply_draw(x, draw._replace(limits=None))
         before, after, between = _bits(x), _bits(y), _bits(unguarded)
         index = ((before != after) | (before != between)).nonzero()[:, 0]
         before, after, between = before[index], after[index], between[index]

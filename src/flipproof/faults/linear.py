@@ -81,9 +81,10 @@ class FaultyLinear(FaultSite, nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
         keep_hooks(self, linear)
-        self.site, self.kind, self.x_fault, self.w_fault = site, kind, x_fault, w_fault
+        self.site, self.kind = site, kind
         self.w_site = w_site or site
         self.lora, self.state = lora, state
+        self.x_fault, self.w_fault = self.data_of("x", x_fault), self.data_of("w", w_fault)
         if lora.r:
             # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
             device = self.weight.device
@@ -111,11 +112,14 @@ class FaultyLinear(FaultSite, nn.Linear):
         return f"{self.w_site if operand == 'w' else self.site}{run_name(run)}/{operand}"
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
-        self.x_fault, self.w_fault = (spec.x, spec.w) if spec else (Fault(), Fault())
+        x_fault, w_fault = (spec.x, spec.w) if spec else (Fault(), Fault())
+        self.x_fault, self.w_fault = self.data_of("x", x_fault), self.data_of("w", w_fault)
 
     def refresh_keys(self) -> None:
         device = key_device(self.weight)
         self.x_key, self.w_key = (self._key(self.draw_name(operand), device) for operand in "xw")
+        for fault in (self.x_fault, self.w_fault):
+            fault.move_to(device)
         self.state.move_to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FaultyLinear":
@@ -144,7 +148,6 @@ class FaultyLinear(FaultSite, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
-        x_fault, w_fault = state.effective(self.x_fault), state.effective(self.w_fault)
         lora_A, lora_B = (self.lora_A, self.lora_B) if state.adapters else (None, None)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -153,11 +156,11 @@ class FaultyLinear(FaultSite, nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        if not (x_fault.active or w_fault.active or lora_A is not None):
+        if not (state.active(self.x_fault) or state.active(self.w_fault) or lora_A is not None):
             return F.linear(x, weight, bias)
         run, x_offset = self.next_run(), state.slice * x.numel()
-        x_draw = self._draw(x_fault, self.x_key, x, x_offset, run)
-        w_draw = self._draw(w_fault, self.w_key, x, 0, run)
+        x_draw = self._draw(self.x_fault, self.x_key, x, x_offset, run)
+        w_draw = self._draw(self.w_fault, self.w_key, x, 0, run)
         if state.flip_hook is not None:
             if lora_A is not None:
                 weight = ops.merge(weight, lora_A, lora_B, self.lora.scaling, *w_draw.of_nothing().arguments)
@@ -173,14 +176,7 @@ class FaultyLinear(FaultSite, nn.Linear):
 
     def extra_repr(self) -> str:
         lora = f", r={self.lora.r}, lora_alpha={self.lora.lora_alpha}" if self.lora.r else ""
-        return f"{super().extra_repr()}, x={_fault_repr(self.x_fault)}, w={_fault_repr(self.w_fault)}{lora}"
-
-
-def _fault_repr(fault: Fault) -> str:
-    if not fault.active:
-        return "clean"
-    pattern = f", {fault.pattern}" if fault.pattern else ""
-    return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={fault.zero_out_t}{pattern})"
+        return f"{super().extra_repr()}, x={self.x_fault}, w={self.w_fault}{lora}"
 
 
 def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: Draw) -> Tensor:
@@ -232,14 +228,15 @@ class _FaultyMatmul(torch.autograd.Function):
             flipped_w = ops.merge(weight, lora_A, lora_B, product.scaling, *w_draw.arguments)
         elif w_draw.active:
             flipped_w = ops.flip(weight, *w_draw.arguments)
-        keys = (x_draw.key, w_draw.key, w_draw.tick)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, *keys, merged, zeroed)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, *x_draw[:4], *w_draw[:3], merged, zeroed)
         return F.linear(flipped_x, flipped_w, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, x_key, w_key, tick, merged, zeroed = ctx.saved_tensors
-        x_draw, w_draw = ctx.x_draw._replace(key=x_key, tick=tick), ctx.w_draw._replace(key=w_key, tick=tick)
+        x, weight, lora_A, lora_B, *drawn, merged, zeroed = ctx.saved_tensors
+        x_rates, x_limits, x_key, tick, w_rates, w_limits, w_key = drawn
+        x_draw = ctx.x_draw._replace(rates=x_rates, limits=x_limits, key=x_key, tick=tick)
+        w_draw = ctx.w_draw._replace(rates=w_rates, limits=w_limits, key=w_key, tick=tick)
         scaling = ctx.product.scaling
         need_x, need_w, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad_y = grads[0].reshape(-1, weight.shape[0])  # (n, out)
@@ -280,6 +277,6 @@ class _FaultyMatmul(torch.autograd.Function):
             grad_A = ((grad_y @ b).T @ flipped_x).to(lora_A.dtype) * scaling
             grad_B = (grad_y.T @ (flipped_x @ a.T)).to(lora_B.dtype) * scaling
             if ctx.corrects:
-                more_A, more_B = ops.zeroed_correction(zeroed, grad_y, flipped_x, lora_A, lora_B, scaling)
+                more_A, more_B = ops.zeroed_correction(zeroed, w_draw.rates, grad_y, flipped_x, lora_A, lora_B, scaling)
                 grad_A, grad_B = (grad_A + more_A).to(lora_A.dtype), (grad_B + more_B).to(lora_B.dtype)
         return grad_x, grad_w, grad_bias, grad_A, grad_B, None, None, None

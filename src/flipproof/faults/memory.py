@@ -44,7 +44,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flipproof.faults.cpu import merge_by, new_zeroed
 from flipproof.faults.draw import Draw
-from flipproof.faults.guard import guard_bits, magnitude_bits
+from flipproof.faults.guard import guard_
 from flipproof.faults.philox import (
     CHECK_COUNTS,
     CHECK_LEVELS,
@@ -135,7 +135,7 @@ def flip_(x: Tensor, grad: Tensor | None, draw: Draw) -> None:
     """
     if x.numel() == 0:
         return
-    stored, key, offset, zero_out_t = draw.stored, draw.key, draw.offset, draw.zero_out_t
+    stored, key, offset = draw.drawn().stored, draw.key, draw.offset
     assert stored is not None
     tick = 0 if stored.persistent else check_tick(int(draw.tick))
     if offset < 0 or (offset + x.numel()) >> BLOCK_LOG2 >= MAX_BLOCK - 1:
@@ -153,11 +153,8 @@ def flip_(x: Tensor, grad: Tensor | None, draw: Draw) -> None:
     flips.apply(flat.view(_INTEGERS[x.dtype.itemsize * 8]))
     if flat_grad is not None:
         flat_grad[flips.zeroed] = 0
-    if zero_out_t is not None:
-        out = magnitude_bits(flat) >= guard_bits(x.dtype, zero_out_t)
-        flat.masked_fill_(out, 0)
-        if flat_grad is not None:
-            flat_grad.masked_fill_(out, 0)
+    if draw.limits is not None:
+        guard_(x.detach(), draw.limits, grad)
 
 
 def merge(weight: Tensor, *rest: Any) -> Tensor:

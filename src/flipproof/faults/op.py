@@ -1,8 +1,8 @@
 """The flip as PyTorch operators: dispatch, fake tensors, autograd; and the two functions that users import.
 
 They live in the ``flipproof`` library namespace and run on the backend of their tensors: NumPy on a CPU, Triton on a
-GPU. What is not new, independent flips (``draw.stored``) is torch on both (``memory.py``). Schemas know no ``Draw``, so
-an operator takes its ``arguments``.
+GPU. What is not new, independent flips (``Draw.patterned``) is torch on both (``memory.py``). Schemas know no ``Draw``,
+so an operator takes its ``arguments``.
 
 ``flip``        a new tensor
 ``flip_``       in place
@@ -13,8 +13,8 @@ an operator takes its ``arguments``.
                 the guard zeroed, as the backend likes to keep it
 ``zeroed_correction``  what to add to the adapters' gradients so that those weights contribute nothing
 
-Key and tick are int64 tensors, not numbers, so a compiled graph or a CUDA graph neither specialises on them nor waits
-for the device. Those for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
+Rates, limits, key and tick are tensors, not numbers, so a compiled graph neither specialises on them nor waits for
+the device. Those for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
 neither merge them with their like in forward nor run them there and keep the result.
 """
 
@@ -26,16 +26,13 @@ from torch import Tensor
 
 from flipproof.errors import ConfigError
 from flipproof.faults import cpu, memory
-from flipproof.faults.draw import Draw, draw_of
+from flipproof.faults.draw import Draw, rates_of
 from flipproof.faults.dtypes import DTYPES, dtype_name
+from flipproof.faults.guard import channels_of, guard_of, limits_of
 from flipproof.faults.philox import derive_key, tick_problem
 from flipproof.faults.spec import Fault, Pattern, check_seed, probability_problem, threshold_problem
 
-_STORED = "float[] p_bits=[], bool persistent=False, int burst=1, float p_row=0., int row_bytes=1024"
-_DRAW = (
-    "float p_exp, float p_frac, float? zero_out_t, Tensor key, Tensor tick, SymInt offset, "
-    f"{_STORED}, str protection='none'"
-)
+_DRAW = "Tensor rates, Tensor? limits, Tensor key, Tensor tick, SymInt offset"
 _MERGE = "Tensor weight, Tensor lora_A, Tensor lora_B, float scaling"
 _LIBRARY = torch.library.Library("flipproof", "DEF")
 _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
@@ -45,8 +42,8 @@ _LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!) grad, Tensor after, {_DRAW}) -
 _LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool list_zeroed, {_DRAW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "zeroed_correction(Tensor zeroed, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) "
-    "-> (Tensor, Tensor)"
+    "zeroed_correction(Tensor zeroed, Tensor rates, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, "
+    "float scaling) -> (Tensor, Tensor)"
 )
 
 _INDEPENDENT = Pattern()
@@ -59,7 +56,7 @@ def _backend(x: Tensor, draw: Draw | None = None) -> Any:
     if x.dtype not in DTYPES:
         allowed = ", ".join(map(dtype_name, DTYPES))
         raise TypeError(f"cannot flip bits of a {dtype_name(x.dtype)} tensor; allowed are {allowed}")
-    if draw is not None and draw.stored is not None:
+    if draw is not None and draw.patterned:
         return memory
     if x.device.type != "cuda":
         return cpu
@@ -79,7 +76,7 @@ def _implement(name: str) -> Any:
 
 @_implement("flip_")
 def _flip_in_place(x: Tensor, *arguments: Any) -> None:
-    draw = Draw.of(arguments)
+    draw = Draw(*arguments)
     target = x.contiguous()
     _backend(x, draw).flip_(target, None, draw)
     if target is not x:
@@ -88,7 +85,7 @@ def _flip_in_place(x: Tensor, *arguments: Any) -> None:
 
 @_implement("flip")
 def _flip(x: Tensor, *arguments: Any) -> Tensor:
-    draw = Draw.of(arguments)
+    draw = Draw(*arguments)
     y: Tensor = _backend(x, draw).flip(x, None, draw)
     return y
 
@@ -100,7 +97,7 @@ def _flip_again(x: Tensor, _after: Tensor, *arguments: Any) -> Tensor:
 
 @_implement("flip_grad_")
 def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *arguments: Any) -> Tensor:
-    draw = Draw.of(arguments)
+    draw = Draw(*arguments)
     target = grad.contiguous()
     y: Tensor = _backend(x, draw).flip(x, target, draw)
     if target is not grad:
@@ -110,7 +107,7 @@ def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *arguments: Any
 
 @_implement("merge")
 def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *arguments: Any) -> Tensor:
-    draw = Draw.of(arguments)
+    draw = Draw(*arguments)
     y: Tensor = _backend(weight, draw).merge(weight, lora_A, lora_B, scaling, None, draw)
     return y
 
@@ -119,22 +116,22 @@ def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *argu
 def _merge_grad(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, _after: Tensor, list_zeroed: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    draw = Draw.of(arguments)
+    draw = Draw(*arguments)
     zeroed = _new_zeroed(weight, list_zeroed, draw)
     room = zeroed if zeroed.numel() else None
     return _backend(weight, draw).merge(weight, lora_A, lora_B, scaling, room, draw), zeroed
 
 
 def _new_zeroed(weight: Tensor, list_zeroed: bool, draw: Draw) -> Tensor:
-    if not list_zeroed or not (draw.zero_out_t is not None or draw.stored):
+    if not list_zeroed or not (draw.limits is not None or draw.patterned):
         return torch.empty(0, device=weight.device)
-    zeroed: Tensor = _backend(weight, draw).new_zeroed(weight, draw.p_exp, draw.p_frac)
+    zeroed: Tensor = _backend(weight, draw).new_zeroed(weight)
     return zeroed
 
 
 @_implement("zeroed_correction")
-def _zeroed_correction(zeroed: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> tuple[Tensor, Tensor]:
-    more: tuple[Tensor, Tensor] = _backend(x).zeroed_correction(zeroed, grad_y, x, *lora)
+def _zeroed_correction(zeroed: Tensor, rates: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> tuple[Tensor, Tensor]:
+    more: tuple[Tensor, Tensor] = _backend(x).zeroed_correction(zeroed, rates, grad_y, x, *lora)
     return more
 
 
@@ -168,12 +165,12 @@ def _merge_fake(weight: Tensor, *_rest: Any) -> Tensor:
 def _merge_grad_fake(
     weight: Tensor, _lora_A: Tensor, _lora_B: Tensor, _scaling: float, _after: Tensor, list_zeroed: bool, *draw: Any
 ) -> tuple[Tensor, Tensor]:
-    return _flip_fake(weight), _new_zeroed(weight, list_zeroed, Draw.of(draw))
+    return _flip_fake(weight), _new_zeroed(weight, list_zeroed, Draw(*draw))
 
 
 @torch.library.register_fake("flipproof::zeroed_correction")
 def _zeroed_correction_fake(
-    _zeroed: Tensor, _grad_y: Tensor, _x: Tensor, lora_A: Tensor, lora_B: Tensor, _scaling: float
+    _zeroed: Tensor, _rates: Tensor, _grad_y: Tensor, _x: Tensor, lora_A: Tensor, lora_B: Tensor, _scaling: float
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(lora_A, dtype=torch.float64), torch.empty_like(lora_B, dtype=torch.float64)
 
@@ -184,7 +181,7 @@ class _Flip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, draw: Draw) -> Tensor:
         # Where nothing is zeroed the gradient passes as it is, and nothing need be kept.
-        ctx.save_for_backward(*((x, draw.key, draw.tick) if draw.zeroes else ()))
+        ctx.save_for_backward(*((x, *draw[:4]) if draw.zeroes else ()))
         ctx.draw = draw
         y: Tensor = torch.ops.flipproof.flip.default(x, *draw.arguments)
         return y
@@ -193,8 +190,8 @@ class _Flip(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if saved := ctx.saved_tensors:  # asked for once: under activation checkpointing that recomputes
-            x, key, tick = saved
-            draw = ctx.draw._replace(key=key, tick=tick)
+            x, rates, limits, key, tick = saved
+            draw = ctx.draw._replace(rates=rates, limits=limits, key=key, tick=tick)
             grad = grad.clone(memory_format=torch.contiguous_format)
             torch.ops.flipproof.flip_grad_.default(x, grad, grad, *draw.arguments)
         return grad, None
@@ -219,7 +216,7 @@ def _draw(
     x: Tensor,
     p_exp: float | None,
     p_frac: float | None,
-    zero_out_t: float | None,
+    zero_out_t: float | Tensor | None,
     seed: int,
     site: str,
     tick: int,
@@ -231,7 +228,7 @@ def _draw(
     problems = [
         probability_problem("p_exp", p_exp),
         probability_problem("p_frac", p_frac),
-        threshold_problem("zero_out_t", zero_out_t),
+        _guard_problem(x, zero_out_t),
         tick_problem(tick),
     ]
     if not isinstance(site, str):
@@ -240,18 +237,26 @@ def _draw(
         problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
     if found := [problem for problem in problems if problem]:
         raise ConfigError(found)
-    fault = Fault(
-        float(p_exp or 0),
-        float(p_frac or 0),
-        None if zero_out_t is None else float(zero_out_t),
-        None if pattern.independent else pattern,
-    )
+    fault = Fault(float(p_exp or 0), float(p_frac or 0), None, None if pattern.independent else pattern)
+    limits = None if zero_out_t is None else limits_of(guard_of(zero_out_t), x.dtype)
+    if limits is not None:
+        limits = limits.to(x.device) if limits.numel() > 1 else limits.reshape(()).cpu()
     pattern.bit_probabilities(0, 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
     key = torch.tensor(derive_key(check_seed(seed), site))
     if pattern.persistent:
         key.owner = _chip(seed, site)  # type: ignore[attr-defined]
-    return draw_of(fault, key, torch.tensor(tick), offset, x.dtype)
+    flips, decoder = fault.flips, pattern.protection != "none"
+    return Draw(rates_of(fault, x.dtype), limits, key, torch.tensor(tick), offset, flips, decoder)
+
+
+def _guard_problem(x: Tensor, zero_out_t: Any) -> str | None:
+    if not isinstance(zero_out_t, Tensor):
+        return threshold_problem("zero_out_t", zero_out_t)
+    if not zero_out_t.is_floating_point() or not bool((zero_out_t >= 0).all()):
+        return "zero_out_t: thresholds are floating-point numbers of at least 0"
+    channels_of(zero_out_t, x.shape)
+    return None
 
 
 def flip(
@@ -259,7 +264,7 @@ def flip(
     *,
     p_exp: float | None = None,
     p_frac: float | None = None,
-    zero_out_t: float | None = None,
+    zero_out_t: float | Tensor | None = None,
     seed: int,
     site: str,
     tick: int,
@@ -275,7 +280,9 @@ def flip(
         x: bfloat16, float16 or float32, any shape and strides; elements are counted in row-major order.
         p_exp: probability that a sign or exponent bit is inverted, 0 to 0.5; None is 0.
         p_frac: the same for mantissa bits.
-        zero_out_t: after the flip, each v for which ``|v| < zero_out_t`` is not true becomes 0. None is no guard.
+        zero_out_t: after the flip, each v for which ``|v| < zero_out_t`` is not true becomes 0. None is no guard. A
+            tensor has a threshold for each channel: of the shape of the last dimensions of ``x`` (its features), or of
+            its first ones with ones behind (its rows).
         seed: 0 to 2^63 - 1.
         site: names the layer and the operand, such as "layers.0.q_proj/x".
         tick: the number of the forward pass, below 2^48.
@@ -297,7 +304,7 @@ def flip_(
     *,
     p_exp: float | None = None,
     p_frac: float | None = None,
-    zero_out_t: float | None = None,
+    zero_out_t: float | Tensor | None = None,
     seed: int,
     site: str,
     tick: int,

@@ -16,7 +16,10 @@ from flipproof.errors import ConfigError
 
 Persistence = Literal["transient", "persistent"]
 Protection = Literal["none", "secded", "parity"]
+PROTECTIONS: tuple[Protection, ...] = get_args(Protection)
 Site = Literal["linear", "head", "embedding"]
+Granularity = Literal["tensor", "layer", "channel"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 Operand = Literal["w", "x", "kv"]
 
 OPERANDS: tuple[Operand, ...] = ("w", "x", "kv")
@@ -109,6 +112,14 @@ class Stored(NamedTuple):
     protection: str = "none"
 
 
+class Fitted(NamedTuple):
+    """How thresholds are made of the maxima that ``profile`` has found (``fitted.py``)."""
+
+    by: Granularity | None
+    """None: as finely as they were fitted."""
+    margin: float
+
+
 class Fault(NamedTuple):
     """What happens to one operand of one layer: the argument of a flip, less its key."""
 
@@ -120,6 +131,8 @@ class Fault(NamedTuple):
     """Guard threshold: after the flip, whatever is not of magnitude below it becomes 0. None: no guard."""
     pattern: Pattern | None = None
     """None where flips are independent and new in each pass, or where there are none."""
+    fitted: Fitted | None = None
+    """Where given, thresholds that were fitted take the place of ``zero_out_t``."""
 
     @property
     def persistent(self) -> bool:
@@ -139,10 +152,11 @@ class Fault(NamedTuple):
 
     @property
     def active(self) -> bool:
-        return self.flips or self.zero_out_t is not None
+        return self.flips or self.guarded
 
-    def guard_only(self) -> "Fault":
-        return Fault(zero_out_t=self.zero_out_t)
+    @property
+    def guarded(self) -> bool:
+        return self.zero_out_t is not None or self.fitted is not None
 
 
 def _is_whole(value: Any) -> bool:

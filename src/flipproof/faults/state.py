@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from flipproof.dtensor import whole
-from flipproof.faults.draw import Draw, draw_of, key_of_run, run_name
+from flipproof.faults.draw import Draw, FaultData, run_name
 from flipproof.faults.op import apply_draw
 from flipproof.faults.philox import MAX_TICK, derive_key
 from flipproof.faults.spec import BitFlipSpec, Fault
@@ -151,11 +151,9 @@ class FaultState:
             half = MAX_TICK // 2
             self.resumed_at = half + int.from_bytes(now, "little") % (half // 2)
 
-    def effective(self, fault: Fault) -> Fault:
-        """``fault`` as far as it is on."""
-        if not self.flips:
-            fault = fault.guard_only()
-        return fault if self.guard else fault._replace(zero_out_t=None)
+    def active(self, fault: FaultData) -> bool:
+        """Whether a fault, as far as it is on, may change anything."""
+        return (self.flips and fault.flips) or (self.guard and fault.guarded)
 
 
 @torch.no_grad()
@@ -187,6 +185,10 @@ class FaultSite:
     state: FaultState
     runs: int = 0
     """How often it has run in the root module's present or last pass."""
+
+    def data_of(self, operand: str, fault: Fault) -> FaultData:
+        """The fault of an operand as data, with its thresholds where they were fitted."""
+        return FaultData(fault)
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
         """Take the faults of a spec for this very site; None is none."""
@@ -221,15 +223,14 @@ class FaultSite:
         """What names the draws of an operand, and the operand in a log."""
         return f"{self.site}{run_name(run)}/{operand}"
 
-    def _draw(self, fault: Fault, key: Tensor, x: Tensor, offset: int, run: int) -> Draw:
+    def _draw(self, fault: FaultData, key: Tensor, x: Tensor, offset: int, run: int) -> Draw:
         """Key and tick are on x's device already, unless parameters are offloaded."""
-        key, tick = key_of_run(key, fault, run).to(x.device), self.state.tick.to(x.device)
-        return draw_of(fault, key, tick, offset, x.dtype)
+        key, tick = fault.key_of_run(key, run).to(x.device), self.state.tick.to(x.device)
+        return fault.draw(key, tick, offset, x, self.state.flips, self.state.guard)
 
-    def _flipped(self, operand: str, x: Tensor, fault: Fault, key: Tensor, offset: int, run: int) -> Tensor:
+    def _flipped(self, operand: str, x: Tensor, fault: FaultData, key: Tensor, offset: int, run: int) -> Tensor:
         """``x`` after flip and guard, with its gradient; under autocast in the dtype that is computed with."""
-        fault = self.state.effective(fault)
-        if not fault.active:
+        if not self.state.active(fault):
             return x
         computed = x
         if torch.is_autocast_enabled(x.device.type):

@@ -85,6 +85,48 @@ def _counts(table_ptr, n_exp, n_frac, steps, block, tick, key):
     return _count(table_ptr, n_exp, steps, w0, w1), _count(table_ptr + n_exp, n_frac, steps, w2, w3)
 
 
+# -- limits of the guard ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _phase(start, period):
+    """(start // period, start % period), rounded down, where an element before the tensor's first one has its place."""
+    whole = start // period
+    rest = start - whole * period
+    whole = tl.where(rest < 0, whole - 1, whole)
+    return whole, tl.where(rest < 0, rest + period, rest).to(tl.int32)
+
+
+@triton.jit
+def _limits(limit, start, position, there, period, n, BY: tl.constexpr, LONG: tl.constexpr, EVEN: tl.constexpr):
+    """The limits of the elements ``position`` after ``start``, which magnitudes must be below.
+
+    BY "": ``limit`` is that of all. Else it points to limits: BY "feature" the i-th is that of elements i, i + period,
+    i + 2·period, …; BY "row" that of ``period`` elements from i·period on. ``position`` is below 8192. LONG: the period
+    is not. EVEN: start and period are multiples of 8.
+    """
+    if BY == "":
+        return limit
+    else:
+        whole, rest = _phase(start, period)
+        place = rest + position
+        if LONG:
+            turns = (place >= period).to(tl.int32)
+        else:  # exact, since place + 1/2 is further from a multiple of the period than float32 rounds
+            turns = ((place.to(tl.float32) + 0.5) * (1.0 / period)).to(tl.int32)
+        if BY == "feature":
+            channel = place - turns * period
+            if EVEN:
+                channel = tl.max_contiguous(tl.multiple_of(channel, 8), 8)
+            return tl.load(limit + channel, eviction_policy="evict_last").to(tl.int32)
+        elif LONG:  # two at most
+            first = tl.load(limit + whole, mask=(whole >= 0) & (whole * period < n), other=0).to(tl.int32)
+            second = tl.load(limit + whole + 1, mask=(whole + 1) * period < n, other=0).to(tl.int32)
+            return tl.where(turns > 0, second, first)
+        else:
+            return tl.load(limit + whole + turns, mask=there, other=0).to(tl.int32)
+
+
 # -- balls --------------------------------------------------------------------------------------------------------
 
 
@@ -233,11 +275,13 @@ def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN
 # -- a program for each block: copy, dense digits, guard ------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "digits", "limit", "key", "tick"])
+@triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "digits", "limit", "period", "key", "tick"])
 def flip_block(
-    x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, odd, n, offset, first_block,
+    x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, period, odd, n, offset,
+    first_block,
     MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr, SPARSE: tl.constexpr,
     COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr,
+    BY: tl.constexpr, LONG: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """y <- guard(flip(x)) for one block; x and y may be the same (not COPY)."""
     BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
@@ -251,8 +295,10 @@ def flip_block(
         index = start + tl.arange(0, _BLOCK)
         inside = (index >= 0) & (index < n)
         x = tl.load(x_ptr + index, mask=inside, other=0.0)
-        if GUARD and not (SPARSE or DENSE):
-            x = _guarded(x, grad_ptr, index, inside, limit, GRAD)
+        if GUARD and not DENSE:
+            own_limit = _limits(limit, start, tl.arange(0, _BLOCK), inside, period, n, BY, LONG, EVEN)
+            if not SPARSE:
+                x = _guarded(x, grad_ptr, index, inside, own_limit, GRAD)
 
     if SPARSE:  # drawn while x is under way
         k_exp, k_frac = _counts(table_ptr, n_exp, n_frac, steps, block, tick, key)
@@ -260,25 +306,32 @@ def flip_block(
         e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
             lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
         )
+        e_limit, f_limit = limit, limit
+        if GUARD and not DENSE:
+            e_limit = _limits(limit, start, (e_index - start).to(tl.int32), e_hit, period, n, BY, LONG, False)
+            f_limit = _limits(limit, start, (f_index - start).to(tl.int32), f_hit, period, n, BY, LONG, False)
 
     again = 0  # whether the whole block has to be looked at after the balls
     if not DENSE or (COPY and SPARSE):
         if COPY or not SPARSE:
             tl.store(y_ptr + index, x, mask=inside)
         if GUARD and SPARSE and not DENSE:
-            again = (tl.max(_magnitude(x).to(tl.int32)) >= limit).to(tl.int32)
+            if BY == "":
+                again = (tl.max(_magnitude(x).to(tl.int32)) >= limit).to(tl.int32)
+            else:
+                again = tl.max((_magnitude(x).to(tl.int32) >= own_limit).to(tl.int32))
 
     if SPARSE:
         tl.debug_barrier()
         LOOK: tl.constexpr = GUARD and not DENSE
-        e_far = _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, LOOK)
-        f_far = _invert(y_ptr, odd, f_index, f_flips, f_hit, limit, LOOK)
+        e_far = _invert(y_ptr, odd, e_index, e_flips, e_hit, e_limit, LOOK)
+        f_far = _invert(y_ptr, odd, f_index, f_flips, f_hit, f_limit, LOOK)
         for first in range(LANES, tl.maximum(k_exp, k_frac), LANES):
             e_more, e_flips, e_hit, f_more, f_flips, f_hit = _balls(
                 first + lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
             )
-            _invert(y_ptr, odd, e_more, e_flips, e_hit, limit, False)
-            _invert(y_ptr, odd, f_more, f_flips, f_hit, limit, False)
+            _invert(y_ptr, odd, e_more, e_flips, e_hit, 0, False)
+            _invert(y_ptr, odd, f_more, f_flips, f_hit, 0, False)
 
     if DENSE:
         m0, m1, m2, m3 = _digits(table_ptr + n_exp + n_frac, digits, coins, block, tick, key, BITS, COIN)
@@ -290,29 +343,36 @@ def flip_block(
             mask = (m0, m1, m2, m3)[c]
             if BITS == 16:
                 mask = tl.interleave(mask.to(tl.uint16), (mask >> 16).to(tl.uint16))
-            part = start + c * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)
+            position = c * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)
+            part = start + position
             there = (part >= 0) & (part < n)
             # .cg: the atomics wrote to L2, so a line of L1 may be old
             v = tl.load(from_ptr + part, mask=there, other=0.0, cache_modifier=".cg")
             v = (v.to(mask.dtype, bitcast=True) ^ mask).to(v.dtype, bitcast=True)
             if GUARD:
-                v = _guarded(v, grad_ptr, part, there, limit, GRAD)
+                part_limit = _limits(limit, start, position, there, period, n, BY, LONG, EVEN)
+                v = _guarded(v, grad_ptr, part, there, part_limit, GRAD)
             tl.store(y_ptr + part, v, mask=there)
     elif GUARD and SPARSE:
         tl.debug_barrier()
         if again != 0:
             for chunk in range(0, _BLOCK, 2048):
-                whole = start + chunk + tl.arange(0, 2048)
-                _guard(y_ptr, grad_ptr, whole, (whole >= 0) & (whole < n), limit, GRAD)
+                position = chunk + tl.arange(0, 2048)
+                whole = start + position
+                there = (whole >= 0) & (whole < n)
+                whole_limit = _limits(limit, start, position, there, period, n, BY, LONG, EVEN)
+                _guard(y_ptr, grad_ptr, whole, there, whole_limit, GRAD)
         else:
-            _guard(y_ptr, grad_ptr, e_index, e_far, limit, GRAD)
-            _guard(y_ptr, grad_ptr, f_index, f_far, limit, GRAD)
+            _guard(y_ptr, grad_ptr, e_index, e_far, e_limit, GRAD)
+            _guard(y_ptr, grad_ptr, f_index, f_far, f_limit, GRAD)
             for first in range(LANES, tl.maximum(k_exp, k_frac), LANES):
                 e_more, e_flips, e_hit, f_more, f_flips, f_hit = _balls(
                     first + lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
                 )
-                _guard(y_ptr, grad_ptr, e_more, e_hit, limit, GRAD)
-                _guard(y_ptr, grad_ptr, f_more, f_hit, limit, GRAD)
+                e_limit = _limits(limit, start, (e_more - start).to(tl.int32), e_hit, period, n, BY, LONG, False)
+                f_limit = _limits(limit, start, (f_more - start).to(tl.int32), f_hit, period, n, BY, LONG, False)
+                _guard(y_ptr, grad_ptr, e_more, e_hit, e_limit, GRAD)
+                _guard(y_ptr, grad_ptr, f_more, f_hit, f_limit, GRAD)
 
 
 # -- a few lanes for each block: balls in place ---------------------------------------------------------------
@@ -323,11 +383,11 @@ def flip_sparse_(
     y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
     far_ptr, columns, tile_columns, list_ptr, room,
     MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, STRIP_ROWS: tl.constexpr,
-    LIST: tl.constexpr,
+    LIST: tl.constexpr, BY: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """y <- flip(y) for GROUP blocks, no dense digits. With GUARD, also guard what was hit, and every element where
     ``far_ptr``, one byte for each program of the merge, says that its STRIP_ROWS rows hold a clean value out of range.
-    With LIST, list what the guard zeroed."""
+    With LIST, list what the guard zeroed. A guard is one for all or by row."""
     BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
     group = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
     block = first_block + group
@@ -343,8 +403,8 @@ def flip_sparse_(
         e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
             first + lane, block[:, None], tick, key, k_exp, k_frac, start, n, 0, BITS, MANTISSA, False
         )
-        _invert(y_ptr, odd, e_index, e_flips, e_hit, limit, False)
-        _invert(y_ptr, odd, f_index, f_flips, f_hit, limit, False)
+        _invert(y_ptr, odd, e_index, e_flips, e_hit, 0, False)
+        _invert(y_ptr, odd, f_index, f_flips, f_hit, 0, False)
     if GUARD:
         first_element = (first_block + tl.program_id(0).to(tl.int64) * GROUP) * _BLOCK - offset
         last_element = tl.minimum(first_element + GROUP * _BLOCK, n) - 1
@@ -359,21 +419,25 @@ def flip_sparse_(
         if far != 0:
             for element in range(first_element, last_element + 1, 1024):
                 index = element + tl.arange(0, 1024)
+                there = index <= last_element
+                own_limit = _limits(limit, element, tl.arange(0, 1024), there, columns, n, BY, LONG, False)
                 if LIST:
-                    _guard_and_list(y_ptr, odd, list_ptr, room, index, index <= last_element, limit)
+                    _guard_and_list(y_ptr, odd, list_ptr, room, index, there, own_limit)
                 else:
-                    _guard(y_ptr, y_ptr, index, index <= last_element, limit, False)
+                    _guard(y_ptr, y_ptr, index, there, own_limit, False)
         else:
             for first in range(0, most, LANES):
                 e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
                     first + lane, block[:, None], tick, key, k_exp, k_frac, start, n, 0, BITS, MANTISSA, False
                 )
+                e_limit = _limits(limit, start, (e_index - start).to(tl.int32), e_hit, columns, n, BY, LONG, False)
+                f_limit = _limits(limit, start, (f_index - start).to(tl.int32), f_hit, columns, n, BY, LONG, False)
                 if LIST:
-                    _guard_and_list(y_ptr, odd, list_ptr, room, e_index, e_hit, limit)
-                    _guard_and_list(y_ptr, odd, list_ptr, room, f_index, f_hit, limit)
+                    _guard_and_list(y_ptr, odd, list_ptr, room, e_index, e_hit, e_limit)
+                    _guard_and_list(y_ptr, odd, list_ptr, room, f_index, f_hit, f_limit)
                 else:
-                    _guard(y_ptr, y_ptr, e_index, e_hit, limit, False)
-                    _guard(y_ptr, y_ptr, f_index, f_hit, limit, False)
+                    _guard(y_ptr, y_ptr, e_index, e_hit, e_limit, False)
+                    _guard(y_ptr, y_ptr, f_index, f_hit, f_limit, False)
 
 
 # -- the merged weight ----------------------------------------------------------------------------------------------
@@ -390,7 +454,7 @@ def _halves(x):
 def merge_tiles(
     w_ptr, a_ptr, b_ptr, y_ptr, far_ptr, list_ptr, scaling, limit, rows, columns, r,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    FAR: tl.constexpr, GUARD: tl.constexpr, LIST: tl.constexpr, HALVES: tl.constexpr,
+    FAR: tl.constexpr, GUARD: tl.constexpr, LIST: tl.constexpr, HALVES: tl.constexpr, BY: tl.constexpr,
 ):  # fmt: skip
     """y <- w + scaling · b · a for TILES tiles one below the other; the loads of the next tiles run ahead.
 
@@ -426,12 +490,21 @@ def merge_tiles(
         else:
             product = tl.dot(b, a, input_precision="ieee")
         y = (w.to(tl.float32) + product).to(w.dtype)
-        if GUARD:
+        if BY == "row":
+            row_limit = tl.load(limit + row, mask=row < rows, other=1).to(tl.int32)
+            if GUARD:
+                y = _guarded(y, y_ptr, index, inside, row_limit[:, None], False)
+        elif GUARD:
             y = _guarded(y, y_ptr, index, inside, limit, False)
         tl.store(y_ptr + index, y, mask=inside)
         if FAR:  # what is not inside is zero
-            largest = tl.maximum(largest, tl.max(_magnitude(y).to(tl.int32), axis=1))
+            high = tl.max(_magnitude(y).to(tl.int32), axis=1)
+            if BY == "row":
+                high = (high >= row_limit).to(tl.int32)
+            largest = tl.maximum(largest, high)
     if FAR:
+        if BY == "row":
+            limit = 1
         tl.store(far_ptr + tl.program_id(0), (tl.max(largest) >= limit).to(tl.int8))
 
 

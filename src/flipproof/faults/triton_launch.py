@@ -5,14 +5,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from flipproof.faults import triton_kernels as kernels
 from flipproof.faults.cpu import zeroed_correction_dense
 from flipproof.faults.draw import Draw
-from flipproof.faults.guard import guard_bits
-from flipproof.faults.poisson import BLOCK_LOG2, flip_plan
+from flipproof.faults.guard import channels_of
+from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, flip_plan
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -91,6 +92,32 @@ def _device_plan(dtype: torch.dtype, p_exp: float, p_frac: float, device: torch.
     )
 
 
+def _plan_of(draw: Draw, y: Tensor) -> _DevicePlan:
+    p_exp, p_frac, _ = draw.drawn()
+    return _device_plan(y.dtype, p_exp, p_frac, y.device)
+
+
+class _Guard(NamedTuple):
+    """A guard as the kernels take it."""
+
+    limit: Tensor | int
+    """That of all, or those of the channels."""
+    period: int = 1
+    by: str = ""
+    """"", "feature" or "row"."""
+
+
+def _guard_of(draw: Draw, y: Tensor) -> _Guard:
+    """The guard of a draw for a tensor of y's shape and dtype; without one the limit is 0."""
+    if draw.limits is None:
+        return _Guard(0)
+    if draw.limits.dim() == 0:
+        return _Guard(int(draw.limits))
+    channels, inner = channels_of(draw.limits, y.shape)
+    by_row = draw.limits.shape[-1] == 1
+    return _Guard(draw.limits.contiguous(), inner if by_row else channels, "row" if by_row else "feature")
+
+
 def _value(number: Tensor) -> Tensor | int:
     """A number that is in CPU memory goes along with the launch; the interpreter takes it from where it is, since it
     does not get numbers from 2^31 to 2^32 right."""
@@ -133,18 +160,18 @@ def flip_into(
     lanes: int | None = None,
 ) -> None:
     """y <- guard(flip(x)), both contiguous, or one tensor. Tests choose the blocks and the number of lanes."""
-    p_exp, p_frac, zero_out_t, key, tick, offset, _ = draw
+    key, tick, offset = draw.key, draw.tick, draw.offset
     n = y.numel()
     if n == 0:
         return
-    plan = _device_plan(y.dtype, p_exp, p_frac, y.device)
+    plan = _plan_of(draw, y)
     blocks = blocks or _blocks(n, offset)
-    guard = zero_out_t is not None
-    if y is x and not (guard or plan.dense):
+    if y is x and not (draw.limits is not None or plan.dense):
         if plan.sparse:
             flip_sparse_(y, plan, None, draw, blocks)
         return
-    grad = grad if guard else None
+    guard = _guard_of(draw, y)
+    grad = None if draw.limits is None else grad
     if grad is not None and grad.dtype == torch.bool:
         grad = grad.view(torch.uint8)
     _launch(
@@ -162,7 +189,8 @@ def flip_into(
             plan.n_frac,
             plan.steps,
             plan.digits,
-            0 if zero_out_t is None else guard_bits(y.dtype, zero_out_t),
+            guard.limit,
+            guard.period,
             _odd(y),
             n,
             offset,
@@ -175,18 +203,21 @@ def flip_into(
             plan.coin,
             plan.sparse,
             y is not x,  # COPY
-            guard,
+            draw.limits is not None,
             grad is not None,
+            guard.by,
+            guard.period >= BLOCK,
+            guard.period % 8 == 0 and offset % 8 == 0,
         ),
         # so few registers that enough blocks share a multiprocessor for one's memory to hide another's arithmetic
-        **({"maxnreg": 80 if plan.dense else 48} if y.dtype.itemsize == 2 else {}),
+        **({"maxnreg": 80 if plan.dense or guard.by else 48} if y.dtype.itemsize == 2 else {}),
     )
 
 
 class _Far(NamedTuple):
     """Where the merged weight holds values out of the guard's range, by program of the merge."""
 
-    limit: int
+    guard: "_Guard"
     programs: Tensor
     columns: int
     tile_columns: int
@@ -218,7 +249,7 @@ def flip_sparse_(
             plan.n_exp,
             plan.n_frac,
             plan.steps,
-            far.limit if far else 0,
+            far.guard.limit if far else 0,
             _odd(y),
             y.numel(),
             draw.offset,
@@ -230,7 +261,11 @@ def flip_sparse_(
             plan.table if zeroed is None else zeroed,
             0 if zeroed is None else zeroed.numel() - 1,
         ),
-        (plan.mantissa, group, lanes, far is not None, _TILES * _TILE_ROWS, zeroed is not None),
+        (
+            *(plan.mantissa, group, lanes, far is not None, _TILES * _TILE_ROWS, zeroed is not None),
+            far.guard.by if far else "",
+            far is not None and far.columns >= BLOCK,
+        ),
     )
 
 
@@ -267,20 +302,18 @@ def merge(
         if zeroed is not None:
             zeroed.zero_()
         return y
-    plan = _device_plan(y.dtype, draw.p_exp, draw.p_frac, y.device)
-    guard = draw.zero_out_t is not None
-    limit = 0 if draw.zero_out_t is None else guard_bits(y.dtype, draw.zero_out_t)
-    masked = zeroed is not None and zeroed.dtype == torch.bool
+    plan, guard, guarded = _plan_of(draw, y), _guard_of(draw, y), draw.limits is not None
+    masked = zeroed is not None and _as_mask(weight.dtype, draw.rates)
     whole = plan.dense or masked  # every element is looked at again
     tile_columns = triton.cdiv(columns, _TILE_COLUMNS)
     programs = triton.cdiv(rows, _TILE_ROWS * _TILES) * tile_columns
     r_tile = max(16, triton.next_power_of_2(lora_A.shape[0]))
     tiled = r_tile <= _MAX_RANK
     far = None
-    if guard and not whole and (plan.sparse or zeroed is not None or not tiled):
+    if guarded and not whole and (plan.sparse or zeroed is not None or not tiled):
         # of a product that torch makes nobody says what it holds, so all of it counts as out of range
         programs_far = (torch.empty if tiled else torch.ones)(programs, dtype=torch.int8, device=y.device)
-        far = _Far(limit, programs_far, columns, tile_columns, zeroed)
+        far = _Far(guard, programs_far, columns, tile_columns, zeroed)
     listed = far is not None and zeroed is not None
     if tiled:
         _launch(
@@ -295,7 +328,7 @@ def merge(
                 far.programs if far else y,
                 zeroed if listed else plan.table,
                 scaling,
-                limit,
+                guard.limit,
                 rows,
                 columns,
                 lora_A.shape[0],
@@ -307,9 +340,10 @@ def merge(
                 _TILES,
                 _STAGES if r_tile <= 64 else 1,  # shared memory holds them
                 far is not None,
-                guard and not (plan.sparse or whole or far),
+                guarded and not (plan.sparse or whole or far),
                 listed,
                 weight.dtype != torch.float32 and not _INTERPRETED,  # the interpreter cannot multiply bfloat16
+                guard.by,
             ),
         )
     else:
@@ -317,40 +351,59 @@ def merge(
         if zeroed is not None and listed:
             zeroed[:1].zero_()
     if whole:
-        kept = None if zeroed is None else torch.ones_like(zeroed)
+        kept = torch.ones_like(y, dtype=torch.bool) if masked else None
         flip_(y, kept, draw)
-        if kept is not None:
-            torch.logical_not(kept, out=zeroed)
+        if zeroed is not None and kept is not None:
+            _pack(kept.logical_not_(), zeroed)
     elif far or plan.sparse:
         flip_sparse_(y, plan, far, draw)
     return y
 
 
-def new_zeroed(weight: Tensor, p_exp: float, p_frac: float) -> Tensor:
-    """Room for which elements of a weight the guard zeroed: a list (its length first) where flips are few, else a mask.
+def new_zeroed(weight: Tensor) -> Tensor:
+    """Room for which elements of a weight the guard zeroed, int64: a list (its length first) where flips are few, else
+    a bit for each element. Its size does not depend on the rates, which a compiled graph does not know.
 
     The list has room for every element that flips can send out of range, and then some. If a threshold lies so deep in
-    the clean weights' range that it overflows (4096 and 1/256 of all), the gradient passes straight through.
+    the clean weights' range that it overflows (4096 and 1/64 of all), the gradient passes straight through.
     """
-    bits = weight.dtype.itemsize * 8
-    if bits * max(p_exp, p_frac) > _MAX_LISTED:
-        return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    room = 4096 + int(weight.numel() * _MAX_LISTED)
-    return torch.empty(1 + room, dtype=torch.int64, device=weight.device)
+    return torch.empty(1 + 4096 + triton.cdiv(weight.numel(), 64), dtype=torch.int64, device=weight.device)
+
+
+def _as_mask(dtype: torch.dtype, rates: Tensor) -> bool:
+    """Whether flips are so many that what the guard zeroes is not listed."""
+    return dtype.itemsize * 8 * float(rates[:2].max()) > _MAX_LISTED
+
+
+def _pack(mask: Tensor, zeroed: Tensor) -> None:
+    """Write a mask into what ``new_zeroed`` made, a bit for each element."""
+    flat = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    packed = (flat.to(torch.uint8) << places).sum(1, dtype=torch.uint8)
+    zeroed.view(torch.uint8)[: len(packed)] = packed
+
+
+def _unpacked(zeroed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask again."""
+    rows, columns = shape
+    packed = zeroed.view(torch.uint8)[: triton.cdiv(rows * columns, 8), None]
+    places = torch.arange(8, dtype=torch.uint8, device=zeroed.device)
+    return (packed >> places & 1).bool().view(-1)[: rows * columns].view(shape)
 
 
 _ENTRIES, _CHUNK, _CHUNKS = 16, 32, 8
 
 
 def zeroed_correction(
-    zeroed: Tensor, grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    zeroed: Tensor, rates: Tensor, grad_y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """What to add to dA = scaling·Bᵀ·dW and dB = scaling·dW·Aᵀ, dW = dYᵀ·X, to make dW 0 at the ``zeroed`` positions.
 
     grad_y (n, out), x (n, in), lora_A (r, in) and lora_B (out, r); returns float64 of the adapters' shapes.
     """
-    if zeroed.dtype == torch.bool:
-        return zeroed_correction_dense(zeroed, grad_y, x, lora_A, lora_B, scaling)
+    if zeroed.dtype == torch.bool or _as_mask(x.dtype, rates):
+        mask = zeroed if zeroed.dtype == torch.bool else _unpacked(zeroed, (lora_B.shape[0], lora_A.shape[1]))
+        return zeroed_correction_dense(mask, grad_y, x, lora_A, lora_B, scaling)
     grad_y, x = grad_y.contiguous(), x.contiguous()
     more = torch.zeros(lora_A.numel() + lora_B.numel(), dtype=torch.float64, device=x.device)
     more_A, more_B = more[: lora_A.numel()].view(lora_A.shape), more[lora_A.numel() :].view(lora_B.shape)

@@ -1,0 +1,162 @@
+"""Thresholds by channel: what is zeroed against |v| < t of each value by itself, in exact arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+import flipproof
+from flipproof import Pattern
+from flipproof.faults import cpu, memory, op
+from flipproof.faults.dtypes import DTYPES
+from flipproof.faults.guard import channels_of, guard_of, limits_of, magnitude_bits
+
+GPU = torch.cuda.is_available()
+WHERE = {"seed": 3, "site": "a/x", "tick": 9}
+SHAPES = [(3, 7, 200), (130, 65), (2, 8300), (2800, 3), (40, 64)]
+
+
+@pytest.fixture(params=["reference", "triton"])
+def device(request, monkeypatch):
+    """Where flips run on each backend; Triton's kernels in their interpreter where there is no GPU."""
+    if request.param == "triton":
+        triton_launch = pytest.importorskip("flipproof.faults.triton_launch", reason="Triton has no build here")
+        if not GPU:
+            monkeypatch.setattr(
+                op, "_backend", lambda _, draw=None: memory if draw and draw.patterned else triton_launch
+            )
+    return "cuda" if GPU and request.param == "triton" else "cpu"
+
+
+def sample(shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_bits(x, y):
+    kind = torch.int32 if x.dtype == torch.float32 else torch.int16
+    return torch.equal(x.cpu().view(kind), y.cpu().view(kind))
+
+
+def thresholds(shape, by, lowest):
+    """Some that catch clean values, some that catch flipped ones alone, zero and infinity; from ``lowest`` up."""
+    own = shape[-1:] if by == "feature" else (shape[0], *(1 for _ in shape[1:]))
+    t = lowest * 2 ** (4 * torch.rand(own, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    flat = t.view(-1)
+    flat[0], flat[-1] = (math.inf, 0.0) if lowest < 1 else (math.inf, lowest)
+    return t
+
+
+@pytest.mark.parametrize("by", ["feature", "row"])
+@pytest.mark.parametrize(("shape", "dtype", "p", "lowest"), [
+    (shape, dtype, p, lowest)
+    for i, shape in enumerate(SHAPES) for j, dtype in enumerate(DTYPES)
+    for k, p in enumerate([2**-9, 0.1, 0.0]) for n, lowest in enumerate([0.5, 8.0])
+    if (i + j + k + n) % (1 if GPU else 7) == 0
+])  # fmt: skip
+def test_each_channel_has_its_threshold(device, shape, dtype, p, lowest, by):
+    x, t = sample(shape, dtype), thresholds(shape, by, lowest)
+    flipped = flipproof.flip(x, p_exp=p, p_frac=p, **WHERE)
+    kept = flipped.double().abs() < t
+    expected = flipped.masked_fill(~kept, 0)
+    arguments = {"p_exp": p, "p_frac": p, "zero_out_t": t.to(device), **WHERE}
+    leaf = x.clone().to(device).requires_grad_()
+    y = flipproof.flip(leaf, **arguments)
+    assert same_bits(y.detach(), expected)
+    assert same_bits(flipproof.flip_(x.clone().to(device), **arguments), expected)
+    weights = sample(shape, dtype, seed=2)
+    y.backward(weights.to(device))
+    assert same_bits(leaf.grad, weights.masked_fill(~kept, 0))
+    assert kept.any()
+    assert not kept.all() or (p, lowest) == (0.0, 8.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shard_takes_its_rows_and_their_thresholds(device, dtype):
+    x, t = sample((50, 401), dtype), thresholds((50, 401), "row", 1.5)
+    arguments = {"p_exp": 2**-8, "p_frac": 2**-8, **WHERE}
+    whole = flipproof.flip(x, zero_out_t=t, **arguments)
+    for first, last in ((0, 13), (13, 14), (14, 50)):
+        part = flipproof.flip(
+            x[first:last].to(device), zero_out_t=t[first:last].to(device), offset=first * 401, **arguments
+        )
+        assert same_bits(part, whole[first:last])
+    features = thresholds((50, 401), "feature", 1.5)
+    whole = flipproof.flip(x, zero_out_t=features, **arguments)
+    part = flipproof.flip(x[7:9].to(device), zero_out_t=features.to(device), offset=7 * 401, **arguments)
+    assert same_bits(part, whole[7:9])
+
+
+@pytest.mark.parametrize("pattern", [Pattern(persistent=True), Pattern(protection="secded")])
+def test_other_faults_meet_the_same_guard(pattern):
+    x, t = sample((60, 100), torch.bfloat16), thresholds((60, 100), "feature", 1.0)
+    arguments = {"p_exp": 0.01, "p_frac": 0.01, "pattern": pattern, **WHERE}
+    flipped = flipproof.flip(x, **arguments)
+    kept = flipped.double().abs() < t
+    assert same_bits(flipproof.flip(x, zero_out_t=t, **arguments), flipped.masked_fill(~kept, 0))
+    assert 0 < int(kept.sum()) < x.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_limit_is_the_first_pattern_not_below_its_threshold(dtype):
+    generator = torch.Generator().manual_seed(4)
+    t = 2.0 ** (60 * torch.rand(500, generator=generator, dtype=torch.float64) - 30)
+    values = t.to(dtype)
+    t = torch.cat([t, values.double(), torch.tensor([0.0, 1e-300, 5e-324, 6.0e-8, 65504.0, 65519.0, 1e300, math.inf])])
+    found = limits_of(guard_of(t), dtype)
+    infinity = int(magnitude_bits(torch.tensor([math.inf], dtype=dtype)))
+    for threshold, limit in zip(t.tolist(), found.tolist(), strict=True):
+        here, below = (
+            torch.tensor([bits], dtype=found.dtype).view(dtype).item() for bits in (limit, max(limit - 1, 0))
+        )
+        assert here >= threshold
+        assert limit == 0 or below < threshold
+        assert limit <= infinity
+
+
+def test_shapes_that_fit_no_channel_are_refused():
+    x = sample((4, 6), torch.float32)
+    for shape in ((4,), (6, 1), (2, 6), (4, 6, 1), (5,)):
+        with pytest.raises(ValueError, match=r"zero_out_t of shape .* for a tensor of shape \(4, 6\)"):
+            flipproof.flip(x, zero_out_t=torch.ones(shape), **WHERE)
+    for wrong in (torch.tensor([1.0, -1.0] * 3), torch.tensor([math.nan] * 6), torch.ones(6, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="zero_out_t: thresholds are floating-point numbers of at least 0"):
+            flipproof.flip(x, zero_out_t=wrong, **WHERE)
+    assert channels_of(torch.ones(6), x.shape) == (6, 1)
+    assert channels_of(torch.ones(4, 1), x.shape) == (4, 6)
+    assert channels_of(torch.ones(4, 6), x.shape) == (24, 1)
+    assert channels_of(torch.ones(()), x.shape)[0] == 1
+
+
+@pytest.mark.parametrize(("p", "t"), [(2**-13, 4.0), (2**-8, 4.0), (2**-13, 1.0), (0.3, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("rows", "columns", "r"), [(130, 201, 3), (2, 9000, 17), (70, 66, 200)])
+def test_the_merged_weight_by_row(device, rows, columns, r, p, t):
+    generator = torch.Generator().manual_seed(1)
+    weight = sample((rows, columns), torch.bfloat16).to(device)
+    a = (torch.randn(r, columns, generator=generator) * 0.1).to(device)
+    b = (torch.randn(rows, r, generator=generator) * 0.1).to(device)
+    guard = guard_of(t * (1 + torch.rand(rows, 1, generator=generator, dtype=torch.float64))).to(device)
+    limits = limits_of(guard, torch.bfloat16)
+    where = (torch.tensor(5), torch.tensor(7), 3)
+    ops, rates = torch.ops.flipproof, torch.tensor([p, p], dtype=torch.float64)
+    unguarded = ops.merge(weight, a, b, 0.7, rates, None, *where)
+    out = ~(unguarded.abs().double() < guard.double())
+    assert same_bits(ops.merge(weight, a, b, 0.7, rates, limits, *where), unguarded.masked_fill(out, 0))
+    y, zeroed = ops.merge_grad(weight, a, b, 0.7, weight, True, rates, limits, *where)
+    assert same_bits(y, unguarded.masked_fill(out, 0))
+    grad_y, x = sample((30, rows), torch.float32, 5).to(device), sample((30, columns), torch.float32, 6).to(device)
+    more_a, more_b = ops.zeroed_correction(zeroed, rates, grad_y, x, a, b, 0.7)
+    wide = -0.7 * (grad_y.double().T @ x.double()) * out
+    if int(out.sum()) < 4096:  # else a list is full, and the gradient passes
+        torch.testing.assert_close(more_a, b.double().T @ wide, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(more_b, wide @ a.double().T, rtol=1e-4, atol=1e-4)
+    assert out.any() or p == 2**-13
+
+
+def test_cpu_looks_only_at_what_was_flipped_where_it_may(monkeypatch):
+    """The fast way and the way by all elements agree, by channel too."""
+    x, t = sample((60, 100), torch.float32), guard_of(torch.full((60, 1), 9.0))
+    arguments = {"p_exp": 2**-9, "p_frac": 2**-9, "zero_out_t": t, **WHERE}
+    fast = flipproof.flip(x, **arguments)
+    monkeypatch.setattr(cpu, "_all_below", lambda *_: False)
+    assert same_bits(flipproof.flip(x, **arguments), fast)
+    assert not same_bits(fast, flipproof.flip(x, p_exp=2**-9, p_frac=2**-9, **WHERE))
