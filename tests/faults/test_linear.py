@@ -330,6 +330,63 @@ def test_training_compiles_without_graph_breaks_and_without_recompiling_for_tick
     torch._dynamo.reset()
 
 
+class Stack(nn.Module):
+    """Layers that are compiled one by one and share their code, as a model's blocks do."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(Root(48, 48) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_layers_that_differ_in_every_value_compile_as_one(r):
+    """Also where values change afterwards, and bitwise what is computed uncompiled."""
+    x = torch.randn(8, 48)
+
+    def spec(factor):
+        own = {
+            rf"layers\.{i}\.linear": {
+                "w_p_exp": factor * 2.0 ** -(6 + i / 3), "w_p_frac": factor * 2.0 ** -(7 + i / 4),
+                "x_p_exp": factor * 2.0 ** -(8 + i / 5), "w_zero_out_t": 1 + i / 7, "x_zero_out_t": 3 + i / 9,
+                "x_p_bits": {"0": factor * 2.0 ** -(2 + i)},
+            }
+            for i in range(12)
+        }  # fmt: skip
+        uniform = {"w_p_exp": 0.01, "x_p_bits": {"0": 0.1}, "w_zero_out_t": 1.0, "x_zero_out_t": 3.0}
+        return BitFlipSpec(**uniform, layer_name_to_config=own if factor else {})
+
+    def frames(first, then, compiled=True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        torch.manual_seed(0)
+        stack = Stack(12)
+        flipproof.inject(stack, first, LoraSpec(r=r, lora_alpha=1))
+        if compiled:
+            for layer in stack.layers:
+                layer.compile(backend=counter, fullgraph=True)
+        out = []
+        for each in (first, then):
+            flipproof.set_faults(stack, each)
+            leaf = x.clone().requires_grad_()
+            y = stack(leaf)
+            y.sum().backward()
+            out += [y.detach(), leaf.grad]
+        return counter.frame_count, out
+
+    count, got = frames(spec(1.0), spec(0.5))
+    _, expected = frames(spec(1.0), spec(0.5), compiled=False)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert not torch.equal(got[0], got[2])
+    uniform, _ = frames(spec(0), spec(0))
+    assert count == uniform == 1
+    torch._dynamo.reset()
+
+
 def test_a_compiled_layer_keeps_its_inputs_between_forward_and_backward_and_nothing_of_their_size_beside_them():
     device = "cuda" if GPU else "cpu"
     root, layer = make(GUARDED, r=4, features=96, out=80, bias=False)
