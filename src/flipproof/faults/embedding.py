@@ -29,7 +29,7 @@ class FaultyEmbedding(FaultSite):
         faulty: Any = embedding
         faulty.__class__ = _faulty_embedding(faulty.__class__)
         faulty.site, faulty.state = site, state
-        faulty.fault = faulty.data_of("w", fault)
+        faulty.fault = faulty.data_of("w", fault, (embedding.num_embeddings, 1))
         faulty.refresh_keys()
 
     def unmake(self) -> None:
@@ -41,7 +41,7 @@ class FaultyEmbedding(FaultSite):
         return _new_faulty_embedding, (self.plain,), self.__dict__
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
-        self.fault = self.data_of("w", spec.w if spec else Fault())
+        self.fault = self.data_of("w", spec.w if spec else Fault(), (len(self.weight), 1))
 
     def refresh_keys(self) -> None:
         device = key_device(self.weight)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flipproof.errors import ConfigError, first_of
 from flipproof.faults.guard import guard_of
-from flipproof.faults.spec import GRANULARITIES, Fitted, Granularity
+from flipproof.faults.spec import GRANULARITIES, Fault, Fitted, Granularity
 from flipproof.files import named, replace_file
 from flipproof.records import sealed, unsealed
 
@@ -86,6 +86,12 @@ class Guards:
             maxima = self._of_all[_operand(name)] if by == "tensor" else maxima.max()
         t = guard_of(maxima.double() * fitted.margin).nextafter(torch.tensor(torch.inf))
         return t if bool(maxima.any()) else torch.full_like(t, torch.inf)
+
+    def check(self, names: Iterable[str], fault: Fault) -> None:
+        """Raises ConfigError where a fault wants thresholds that are missing, or finer than they were fitted."""
+        if fault.fitted:
+            for name in names:
+                self.thresholds(name, fault.fitted)
 
     def merged(self, other: "Guards") -> "Guards":
         """The larger of both maxima. Raises ConfigError where they are not of one model."""
@@ -156,9 +162,3 @@ def _read(path: str, _changed: int, _size: int) -> Guards:
         raise ValueError("the thresholds are not those that were written")
     texts = tuple(about["texts"])
     return Guards(maxima, about["by"], about["model"], about["dtype"], about["basis"], texts, path)
-
-
-def check_fitted(guards: Guards, names: Iterable[str], fitted: Fitted) -> None:
-    """Raises ConfigError where thresholds of any of ``names`` are missing or too coarse."""
-    for name in names:
-        guards.thresholds(name, fitted)

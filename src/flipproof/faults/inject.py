@@ -19,13 +19,15 @@ from flipproof.errors import ConfigError, first_of
 from flipproof.faults import attention
 from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.embedding import FaultyEmbedding
+from flipproof.faults.fitted import read_guards
 from flipproof.faults.linear import FaultyLinear, keep_hooks
 from flipproof.faults.matching import unmatched_patterns
 from flipproof.faults.philox import check_tick
-from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec, check_seed
+from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
 from flipproof.faults.ties import merge_adapters
 from flipproof.log import logger
+from flipproof.values import Seed, checked
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _SPREADS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
@@ -127,6 +129,12 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         raise ConfigError([_nothing_matched(spec, skipped)])
     _check_layers(model, names)
     state = FaultState(spec.base_seed, spec.exact_gradient)
+    if spec.guards:
+        state.guards = read_guards(spec.guards)
+        for name, fault in kv_faults.items():
+            state.guards.check([f"{name}/k", f"{name}/v"], fault)
+        if table_spec:
+            state.guards.check([f"{_site(table_name)}/w"], table_spec.w)
     swapped: dict[int, FaultyLinear] = {}
     for name, which in names.items():
         if which in swapped:
@@ -352,7 +360,7 @@ def set_tick(model: nn.Module, tick: int) -> None:
 
 def set_seed(model: nn.Module, seed: int) -> None:
     """Draw with another fault seed from now on, starting again at tick 0."""
-    fault_state(model).seed = check_seed(seed)
+    fault_state(model).seed = checked("seed", seed, Seed)
     for site in fault_sites(model).values():
         site.refresh_keys()
     set_tick(model, 0)
@@ -363,6 +371,7 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
 
     The seed is ``spec.base_seed``, from tick 0.
     """
+    fault_state(model).guards = read_guards(spec.guards) if spec.guards else None
     for site in fault_sites(model).values():
         site.set_faults(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None)
     fault_state(model).exact_gradient = spec.exact_gradient

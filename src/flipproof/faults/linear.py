@@ -84,7 +84,7 @@ class FaultyLinear(FaultSite, nn.Linear):
         self.site, self.kind = site, kind
         self.w_site = w_site or site
         self.lora, self.state = lora, state
-        self.x_fault, self.w_fault = self.data_of("x", x_fault), self.data_of("w", w_fault)
+        self.take_faults(x_fault, w_fault)
         if lora.r:
             # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
             device = self.weight.device
@@ -112,8 +112,12 @@ class FaultyLinear(FaultSite, nn.Linear):
         return f"{self.w_site if operand == 'w' else self.site}{run_name(run)}/{operand}"
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
-        x_fault, w_fault = (spec.x, spec.w) if spec else (Fault(), Fault())
-        self.x_fault, self.w_fault = self.data_of("x", x_fault), self.data_of("w", w_fault)
+        self.take_faults(*((spec.x, spec.w) if spec else (Fault(), Fault())))
+
+    def take_faults(self, x_fault: Fault, w_fault: Fault) -> None:
+        """Have these faults, with thresholds as fitted for this very layer."""
+        self.x_fault = self.data_of("x", x_fault, (self.in_features,))
+        self.w_fault = self.data_of("w", w_fault, (self.out_features, 1))
 
     def refresh_keys(self) -> None:
         device = key_device(self.weight)

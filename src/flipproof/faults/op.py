@@ -19,7 +19,7 @@ neither merge them with their like in forward nor run them there and keep the re
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ from flipproof.faults.draw import Draw, rates_of
 from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.guard import channels_of, guard_of, limits_of
 from flipproof.faults.philox import derive_key, tick_problem
-from flipproof.faults.spec import Fault, Pattern, check_seed, probability_problem, threshold_problem
+from flipproof.faults.spec import Fault, Pattern, Probability, Threshold
+from flipproof.values import Between, Seed, check_all
 
 _DRAW = "Tensor rates, Tensor? limits, Tensor key, Tensor tick, SymInt offset"
 _MERGE = "Tensor weight, Tensor lora_A, Tensor lora_B, float scaling"
@@ -212,6 +213,15 @@ def _chip(_seed: int, _site: str) -> _Chip:
     return _Chip()
 
 
+_ARGUMENTS = {
+    "p_exp": Probability | None,
+    "p_frac": Probability | None,
+    "zero_out_t": Threshold | None,
+    "seed": Seed,
+    "offset": Annotated[int, Between(0, 2**61 - 1), "an element's index"],
+}
+
+
 def _draw(
     x: Tensor,
     p_exp: float | None,
@@ -225,38 +235,30 @@ def _draw(
 ) -> Draw:
     """The arguments as a draw, checked."""
     _backend(x)
-    problems = [
-        probability_problem("p_exp", p_exp),
-        probability_problem("p_frac", p_frac),
-        _guard_problem(x, zero_out_t),
-        tick_problem(tick),
-    ]
+    one = None if isinstance(zero_out_t, Tensor) else zero_out_t
+    given = {"p_exp": p_exp, "p_frac": p_frac, "zero_out_t": one, "seed": seed, "offset": offset}
+    good, problems = check_all({name: (name, value, _ARGUMENTS[name]) for name, value in given.items()})
+    if tick_wrong := tick_problem(tick):
+        problems.append(tick_wrong)
     if not isinstance(site, str):
         problems.append(f"site = {site!r}: a text is allowed")
-    if not isinstance(offset, int) or not 0 <= offset < 2**61:
-        problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
-    if found := [problem for problem in problems if problem]:
-        raise ConfigError(found)
-    fault = Fault(float(p_exp or 0), float(p_frac or 0), None, None if pattern.independent else pattern)
+    if isinstance(zero_out_t, Tensor):
+        if not zero_out_t.is_floating_point() or not bool((zero_out_t >= 0).all()):
+            problems.append("zero_out_t: thresholds are floating-point numbers of at least 0")
+        channels_of(zero_out_t, x.shape)
+    if problems:
+        raise ConfigError(problems)
+    fault = Fault(good["p_exp"] or 0.0, good["p_frac"] or 0.0, None, None if pattern.independent else pattern)
     limits = None if zero_out_t is None else limits_of(guard_of(zero_out_t), x.dtype)
     if limits is not None:
         limits = limits.to(x.device) if limits.numel() > 1 else limits.reshape(()).cpu()
     pattern.bit_probabilities(0, 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
-    key = torch.tensor(derive_key(check_seed(seed), site))
+    key = torch.tensor(derive_key(seed, site))
     if pattern.persistent:
         key.owner = _chip(seed, site)  # type: ignore[attr-defined]
     flips, decoder = fault.flips, pattern.protection != "none"
     return Draw(rates_of(fault, x.dtype), limits, key, torch.tensor(tick), offset, flips, decoder)
-
-
-def _guard_problem(x: Tensor, zero_out_t: Any) -> str | None:
-    if not isinstance(zero_out_t, Tensor):
-        return threshold_problem("zero_out_t", zero_out_t)
-    if not zero_out_t.is_floating_point() or not bool((zero_out_t >= 0).all()):
-        return "zero_out_t: thresholds are floating-point numbers of at least 0"
-    channels_of(zero_out_t, x.shape)
-    return None
 
 
 def flip(

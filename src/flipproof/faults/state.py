@@ -35,6 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flipproof.dtensor import whole
 from flipproof.faults.draw import Draw, FaultData, run_name
+from flipproof.faults.fitted import Guards
 from flipproof.faults.op import apply_draw
 from flipproof.faults.philox import MAX_TICK, derive_key
 from flipproof.faults.spec import BitFlipSpec, Fault
@@ -62,6 +63,8 @@ class FaultState:
         self.flips = True
         """Whether bits flip; False leaves the guard."""
         self.guard = True
+        self.guards: Guards | None = None
+        """Fitted ones, where faults have them."""
         self.adapters = True
         """Whether LoRA adapters are part of the weight."""
         self.flip_hook: FlipHook | None = None
@@ -186,9 +189,16 @@ class FaultSite:
     runs: int = 0
     """How often it has run in the root module's present or last pass."""
 
-    def data_of(self, operand: str, fault: Fault) -> FaultData:
-        """The fault of an operand as data, with its thresholds where they were fitted."""
-        return FaultData(fault)
+    def data_of(self, operand: str, fault: Fault, shape: tuple[int, ...] | None = None) -> FaultData:
+        """The fault of an operand as data, with its thresholds where they were fitted.
+
+        Raises:
+            ConfigError: where fitted guards are not for this operand of this layer.
+        """
+        if fault.fitted is None:
+            return FaultData(fault)
+        assert self.state.guards is not None
+        return FaultData(fault, self.state.guards.thresholds(self.draw_name(operand), fault.fitted, shape))
 
     def set_faults(self, spec: BitFlipSpec | None) -> None:
         """Take the faults of a spec for this very site; None is none."""

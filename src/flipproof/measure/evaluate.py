@@ -45,7 +45,7 @@ def arms_of(model: nn.Module, spec: BitFlipSpec, trained: bool) -> tuple[str, ..
     for site in fault_sites(model).values():
         if (own := spec.for_layer(site.site)) is not None:
             found += {"kv": [own.kv], "embedding": [own.w]}.get(site.kind, [own.w, own.x])
-    flips, guard = any(fault.flips for fault in found), any(fault.zero_out_t is not None for fault in found)
+    flips, guard = any(fault.flips for fault in found), any(fault.guarded for fault in found)
     return arm_names(flips, guard, trained)
 
 

@@ -125,7 +125,7 @@ def unguarded(spec: BitFlipSpec) -> str:
     for variant in spec.variants():
         for operand in OPERANDS:
             t, of = f"{operand}_zero_out_t", vars(variant)
-            if of[t] is None:
+            if of[t] is None and not spec.guards:
                 bits = {name: p for name, p in of[f"{operand}_p_bits"].items() if p and name not in ("sign", "frac")}
                 keys = {f"{operand}_p_exp": of[f"{operand}_p_exp"], f"{operand}_p_row": of[f"{operand}_p_row"]}
                 keys[f"{operand}_p_bits"] = bits
