@@ -1,0 +1,194 @@
+"""Fitting guards: the largest clean magnitudes of each channel, while a model runs over calibration text.
+
+All that faults may reach is looked at: weights and inputs of linear layers, the head, the embedding, keys and values.
+The text is the part that training reads, so that held-out text stays unseen by the thresholds, too.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flipproof.config import RunConfig
+from flipproof.data.sequences import PackedText, load_text
+from flipproof.errors import ConfigError
+from flipproof.faults.draw import Draw
+from flipproof.faults.fitted import GUARDS, Guards, read_guards
+from flipproof.faults.flip_log import hooked
+from flipproof.faults.spec import BitFlipSpec, Granularity
+from flipproof.files import check_new
+from flipproof.log import bar
+from flipproof.measure.evaluate import evaluating, passes_of
+from flipproof.models.build import build_model, check_length, flipped_dtype
+from flipproof.models.limits import check_ids
+from flipproof.models.load import basis_of, compute_context, load_tokenizer
+from flipproof.models.loss import next_token_loss
+from flipproof.world import World, join_world
+
+_LEAST_TOKENS = 4096
+"""Of calibration text: in less, most features have not come near their largest values."""
+
+
+class Maxima:
+    """A flip hook that changes nothing and keeps the largest finite magnitude of each channel."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+        """"SITE/OPERAND" -> float32, in the shape of thresholds by channel."""
+
+    @torch.no_grad()
+    def __call__(self, name: str, x: Tensor, _draw: Draw) -> Tensor:
+        name = re.sub(r"#\d+(?=/)", "", name)  # a module that runs twice in a pass is one
+        operand = name.rpartition("/")[2]
+        if operand == "w" and name in self.found:
+            return x
+        sizes = x.detach().abs().float().nan_to_num(0.0, posinf=0.0)
+        kept = {"w": 0, "x": -1}.get(operand, -2)  # rows, features, or heads and components
+        largest = sizes.amax(-1, keepdim=True) if operand == "w" else sizes.flatten(0, kept - 1).amax(0)
+        self.found[name] = torch.maximum(largest, self.found[name]) if name in self.found else largest
+        return x
+
+    def of_all(self, world: World) -> dict[str, Tensor]:
+        """What all processes found, in CPU memory; all must call."""
+        found = {name: self.found[name].cpu() for name in sorted(self.found)}
+        if world.size > 1:
+            for largest in found.values():
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=world.cpu_group)
+        return found
+
+
+@torch.no_grad()
+def largest_magnitudes(
+    model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World
+) -> tuple[dict[str, Tensor], int]:
+    """(the maxima of a model that ``fitting_spec`` made faulty, tokens that it has run over)."""
+    passes = passes_of(text, num_samples, batch_size, world)
+    maxima = Maxima()
+    with evaluating(model), hooked(model, maxima), bar(len(passes), "batch", world.first) as shown:
+        for _, here in passes:
+            # a sharded model needs all processes in every pass
+            next_token_loss(model, text.batch(here if len(here) else np.array([0])).to(world.device))
+            shown.update()
+    return maxima.of_all(world), min(num_samples, len(text)) * text.sequences.shape[1]
+
+
+def fitting_spec(spec: BitFlipSpec, keys_and_values: bool = True) -> BitFlipSpec:
+    """A guard that is never on, wherever faults may be; ``spec`` says what is left alone."""
+    return BitFlipSpec(
+        w_zero_out_t=torch.inf,
+        x_zero_out_t=torch.inf,
+        kv_zero_out_t=torch.inf if keys_and_values else None,
+        sites=("linear", "head", "embedding"),
+        skip_patterns=spec.skip_patterns,
+    )
+
+
+def coarser(maxima: dict[str, Tensor], by: Granularity) -> dict[str, Tensor]:
+    """Maxima by channel as those of layers, or of all layers' operands."""
+    if by == "channel":
+        return maxima
+    of_layers = {name: largest.max() for name, largest in maxima.items()}
+    if by == "layer":
+        return of_layers
+    return {
+        name: torch.stack([other for its, other in of_layers.items() if its[-2:] == name[-2:]]).max()
+        for name in of_layers
+    }
+
+
+def fit_guards(
+    config: RunConfig,
+    by: Granularity,
+    to: Path,
+    merge: Sequence[str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Guards:
+    """Fit guards to the text that ``data.source`` trains on, and write them.
+
+    Args:
+        config: model, text, and how many samples (``eval.num_samples``).
+        by: how fine.
+        to: directory to write ``guards.safetensors`` into; it must not hold one.
+        merge: guards of the same model that were fitted on other text; the larger maxima count.
+        tell: called by the first process with what was found.
+
+    Raises:
+        ConfigError: where model, text, directory or other guards are at fault, before anything is measured.
+    """
+    check_new(to / GUARDS, "--to")
+    others = [read_guards(path) for path in merge]
+    training = replace(config.training, compile=False, activation_checkpointing="none")
+    config = replace(config, training=training)
+    with join_world(config.parallelism) as world:
+        tokenizer = load_tokenizer(config.model)
+        check_length(config, tokenizer)
+        samples = config.eval.num_samples
+        text, _ = load_text(config.data, tokenizer, training.seq_len)
+        if (tokens := min(samples, len(text)) * training.seq_len) < _LEAST_TOKENS:
+            raise ConfigError(
+                [
+                    f"{len(text):,} sequences of {text.source}, {samples:,} samples (eval.num_samples) of "
+                    f"{training.seq_len:,} tokens: guards are fitted to {tokens:,} tokens; at least {_LEAST_TOKENS:,} "
+                    "are allowed"
+                ]
+            )
+        model = _guarded_everywhere(config, tokenizer, world)
+        check_ids(model, tokenizer, text.sequences)
+        with compute_context(training, model):
+            maxima, tokens = largest_magnitudes(model, text, samples, training.local_batch_size, world)
+        found = Guards(
+            maxima=coarser(maxima, by),
+            by=by,
+            model=str(config.model.hf_model_path or config.model.flavor),
+            dtype=flipped_dtype(training, model),
+            basis=basis_of(model.config),
+            texts=({"source": text.source, "tokens": tokens},),
+        )
+        for other in others:
+            found = found.merged(other)
+        if world.first:
+            check_new(to / GUARDS, "--to")
+            try:
+                found.write(to)
+            except OSError as error:
+                raise ConfigError([f"--to: {to / GUARDS} could not be written ({error.strerror})"]) from error
+            if tell:
+                tell(guards_table(found, to))
+    return found
+
+
+def _guarded_everywhere(config: RunConfig, tokenizer: Any, world: World) -> nn.Module:
+    """The model with guards that are never on; without those of keys and values where attention is out of reach."""
+    try:
+        return build_model(replace(config, bitflip=fitting_spec(config.bitflip)), tokenizer, world)
+    except ConfigError as error:
+        if not any("bitflip.kv_*" in problem for problem in error.problems):
+            raise
+    spec = fitting_spec(config.bitflip, keys_and_values=False)
+    return build_model(replace(config, bitflip=spec), tokenizer, world)
+
+
+_KINDS = {"w": "weights", "x": "inputs", "k": "keys", "v": "values"}
+
+
+def guards_table(guards: Guards, where: Path) -> str:
+    """For each operand how many thresholds there are, and the quartiles of its layers' largest values."""
+    texts = " and ".join(f"{text['tokens']:,} tokens of {text['source']}" for text in guards.texts)
+    lines = [
+        f"guards by {guards.by}, fitted to {texts}, {guards.dtype}",
+        f"{'':<10}{'layers':>8}{'thresholds':>12}{'lowest':>10}{'25%':>10}{'median':>10}{'75%':>10}{'highest':>10}",
+    ]
+    for operand, kind in _KINDS.items():
+        own = [maxima for name, maxima in guards.maxima.items() if name.endswith(f"/{operand}")]
+        if own:
+            largest = torch.stack([maxima.max() for maxima in own])
+            quartiles = torch.quantile(largest, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])).tolist()
+            count = sum(maxima.numel() for maxima in own)
+            lines.append(f"{kind:<10}{len(own):>8}{count:>12,}" + "".join(f"{value:>10.4g}" for value in quartiles))
+    return "\n".join([*lines, "", f"bitflip.guards = {str(where)!r} uses them"])
