@@ -120,7 +120,16 @@ def attach(model: nn.Module) -> None:
         raise ConfigError([f"config.json: {ENTRY} lists {strange[0]!r}, which is no linear layer of this model"])
     for name in entry["online"]:
         linear[name].register_forward_pre_hook(hook)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        parent.__class__ = _rotating(type(parent), hook.seed)
     model.config.__class__ = _marked(type(model.config))  # type: ignore[assignment]
+
+
+@cache
+def _rotating(parent: type[nn.Module], _seed: int) -> type[nn.Module]:
+    """The same class once more. What torch.compile made of one model it uses for another of the same types, whatever
+    hooks that has; so what holds a layer with a hook is of a type of its own."""
+    return type(parent.__name__, (parent,), {})
 
 
 @cache

@@ -220,6 +220,11 @@ class _Steps:
 def _stream_trouble(model: Any, stream: Stream) -> dict[str, str]:
     """Why the basis of the residual stream cannot change: name -> reason; {} where it can."""
     trouble = dict(stream.trouble)
+    for name in stream.norms:
+        if gain_of(model.get_submodule(name)) is None:
+            trouble.setdefault(name, "is no RMSNorm: it does more than scale a vector as a whole and by a gain")
+    if trouble:
+        return trouble
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     holders: dict[int, list[str]] = {}
@@ -233,9 +238,6 @@ def _stream_trouble(model: Any, stream: Stream) -> dict[str, str]:
             held = set(holders[id(parameter)])
             if len(held) > 1 and not (held == pair and names[head] in stream.readers):
                 trouble.setdefault(name, "shares its weight with another layer")
-    for name in stream.norms:
-        if gain_of(model.get_submodule(name)) is None:
-            trouble.setdefault(name, "is no RMSNorm: it does more than scale a vector as a whole and by a gain")
     return trouble
 
 

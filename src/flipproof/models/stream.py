@@ -207,6 +207,7 @@ class _Follow(TorchDispatchMode):
             self._set(output, written)
         elif func in _SUMS and any(isinstance(tag, _Written) for tag in tags):
             self._stranger(tagged, others)
+            self._set(output, next(tag for tag in tags if isinstance(tag, _Written)))  # so that what comes after is named as well
         else:
             self._trouble += [(tag, self._here(), f"has {func.__name__.split('.')[0]} of it") for tag in tags]
         return output
