@@ -30,13 +30,19 @@ def merge_adapters(model: nn.Module) -> None:
         else:
             weight.copy_(merged)
     if merging_cuts(model):
-        for name in declared_ties(model):
-            holder, attribute, tensor = _find(model, name)
-            own = tensor.detach().clone()
-            setattr(holder, attribute, nn.Parameter(own, tensor.requires_grad) if _is_parameter(tensor) else own)
-        for part in _transformers_models(model).values():
-            _say_untied(part.config)
-            part.all_tied_weights_keys = {}
+        cut_ties(model)
+
+
+@torch.no_grad()
+def cut_ties(model: nn.Module) -> None:
+    """Give each module that shares a weight by a config one of its own, of the same values; the config says so."""
+    for name in declared_ties(model):
+        holder, attribute, tensor = _find(model, name)
+        own = tensor.detach().clone()
+        setattr(holder, attribute, nn.Parameter(own, tensor.requires_grad) if _is_parameter(tensor) else own)
+    for part in _transformers_models(model).values():
+        _say_untied(part.config)
+        part.all_tied_weights_keys = {}
 
 
 def declared_ties(model: nn.Module) -> dict[str, str]:

@@ -20,6 +20,7 @@ from flipproof.faults.philox import derive_key
 from flipproof.log import logger
 from flipproof.models.flavors import FLAVORS
 from flipproof.models.hub import from_hub, reason
+from flipproof.models.online import attach, read_config
 from flipproof.models.parallelize import cast_to
 from flipproof.models.save import save_model
 from flipproof.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -45,7 +46,7 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
     Raises:
         ConfigError: for an unknown flavor, one that contradicts the checkpoint, or a config that cannot be read.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     shape = None
     if config.flavor is not None:
@@ -54,7 +55,7 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
         shape = FLAVORS[config.flavor]
     # from scratch a flavor is all there is to know: neither network nor weights are needed
     if config.hf_model_path is not None and (shape is None or config.init == "pretrained"):
-        hf_config = from_hub(AutoConfig.from_pretrained, config.hf_model_path, KEY, "a model")
+        hf_config = from_hub(read_config, config.hf_model_path, KEY, "a model")
         _check_flavor(config, hf_config, shape)
     else:
         hf_config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # type: ignore[arg-type]
@@ -76,6 +77,7 @@ def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Modul
             model: nn.Module = AutoModelForCausalLM.from_config(hf_config, **how)
     except ValueError as error:
         raise ConfigError([f"{KEY} = {config.hf_model_path!r}: {reason(error, str(config.hf_model_path))}"]) from error
+    attach(model)
     return model
 
 

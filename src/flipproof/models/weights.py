@@ -20,6 +20,7 @@ from flipproof.dtensor import held, local
 from flipproof.errors import ConfigError, first_of
 from flipproof.log import logger
 from flipproof.models.hub import damaged_safetensors, expand, from_hub
+from flipproof.models.online import attach, read_config
 from flipproof.sums import check_sums
 
 KEY = "model.hf_model_path"
@@ -51,6 +52,7 @@ def read_model(name: str, dtype: str | None) -> nn.Module:
     with _quiet():
         model, seen = _from_pretrained(name, dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_fit(model, name, seen["missing_keys"], seen["mismatched_keys"], seen["unexpected_keys"])
+    attach(model)
     return model
 
 
@@ -79,6 +81,7 @@ def unread_model(name: str, dtype: str | None) -> nn.Module:
         )
     _keep_wide(found.model, found.wide)
     _find_tensors(found, name)
+    attach(found.model)
     return found.model
 
 
@@ -178,6 +181,7 @@ def _from_pretrained(name: str, dtype: str | None, **kwargs: Any) -> Any:
         # with PEFT installed, transformers would mix it in
         for module in ("models.auto.auto_factory", "integrations.peft"):
             stack.enter_context(mock.patch(f"transformers.{module}.find_adapter_config_file", return_value=None))
+        kwargs["config"] = from_hub(read_config, name, KEY, "a model")
         return from_hub(AutoModelForCausalLM.from_pretrained, name, KEY, "a model", dtype=dtype or "auto", **kwargs)
 
 

@@ -1,0 +1,110 @@
+"""Orthogonal bases that spread whatever is large in one channel over all of them, and weights written in such a basis.
+
+A basis of n = m · 2^k dimensions is Q = D · (L ⊗ R): D a diagonal of random signs, L ⊗ R all that is needed of
+Hadamard's matrix and, for the odd m, of Hartley's, whose entries cos + sin are at most √2 times as large as they would
+be if they were all equal. A unit vector has entries of about 1/√n in it, as in the randomised Hadamard transform of
+QuaRot (Ashkboos et al., 2024). L and R are small, so n values take n·(a + b) products, not n², and nothing is drawn but
+signs: by the package's own counter RNG, so a basis is a function of (seed, name, n) on any machine.
+
+With hidden states h (row vectors) written as h' = h·Q, a layer W (out, in) that reads h becomes W·Q, one that writes it
+Qᵀ·W and its bias b·Q, and rows of an embedding E·Q.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from scipy.linalg import hadamard
+from torch import Tensor
+
+from flipproof.faults.philox import derive_key, philox
+
+_ELEMENTS = 2**20
+"""Values that are worked on at a time: 8 MiB in float64, which a cache may hold."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Q = diag(signs) · (left ⊗ right), float64. Orthogonal, unless it was made of other factors than ``of`` makes."""
+
+    signs: Tensor
+    """(n,), each 1 or -1."""
+    left: Tensor
+    """(a, a) with a · b = n."""
+    right: Tensor
+    """(b, b)."""
+
+    @classmethod
+    def of(cls, n: int, seed: int, name: str) -> "Basis":
+        """The basis of n dimensions that belongs to a seed (0 to 2^63 - 1) and a name."""
+        a, b = split(n)
+        return cls(signs(n, seed, name), spread(a), spread(b))
+
+    def to(self, device: torch.device) -> "Basis":
+        return Basis(self.signs.to(device), self.left.to(device), self.right.to(device))
+
+    @property
+    def size(self) -> int:
+        return len(self.signs)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x·Q of rows x (…, n) in float64."""
+        return kronecker(x * self.signs, self.left, self.right)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """x·Qᵀ of rows x (…, n) in float64."""
+        return kronecker(x, self.left.T, self.right.T) * self.signs
+
+
+def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x·(left ⊗ right) of rows x (…, a · b), left (a, a) and right (b, b), all of one dtype."""
+    y = (x.reshape(-1, len(left), len(right)) @ right).transpose(1, 2) @ left
+    return y.transpose(1, 2).reshape(x.shape)
+
+
+def fold(weight: Tensor, gain: Tensor) -> Tensor:
+    """W·diag(gain) in float64: a layer (out, in) that takes over the gain (in,) of the norm before it."""
+    return weight.double() * gain.double()
+
+
+def rotate_in(weight: Tensor, basis: Basis) -> Tensor:
+    """W·Q in float64: a layer (out, in), or the rows of an embedding, whose in-dimension is written in ``basis``."""
+    result = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
+    rows = max(1, _ELEMENTS // weight.shape[1])
+    for part, into in zip(weight.split(rows), result.split(rows), strict=True):
+        into.copy_(basis.apply(part.double()))
+    return result
+
+
+def rotate_out(weight: Tensor, basis: Basis) -> Tensor:
+    """Qᵀ·W in float64: a layer (out, in) whose out-dimension is written in ``basis``; a bias as (out, 1)."""
+    result = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
+    columns = max(1, _ELEMENTS // weight.shape[0])
+    for part, into in zip(weight.split(columns, 1), result.split(columns, 1), strict=True):
+        into.copy_(basis.apply(part.double().T).T)
+    return result
+
+
+def split(n: int, even: bool = False) -> tuple[int, int]:
+    """(a, b) with a · b = n and b a power of 2, or with ``even`` of 4, that take the fewest products a + b."""
+    powers = [2**k for k in range(0, n.bit_length(), 2 if even else 1) if n % 2**k == 0]
+    b = min(powers, key=lambda b: n // b + b)
+    return n // b, b
+
+
+@cache
+def spread(n: int) -> Tensor:
+    """The (n, n) orthogonal matrix of Hartley ⊗ Hadamard, float64: no entry is above √(2/n)."""
+    power = n & -n
+    m = n // power
+    angle = (torch.arange(m).outer(torch.arange(m)) % m).double() * (2 * torch.pi / m)
+    hartley = (angle.cos() + angle.sin()) / m**0.5
+    return torch.kron(hartley, torch.from_numpy(hadamard(power).astype(np.float64)) / power**0.5)
+
+
+def signs(n: int, seed: int, name: str) -> Tensor:
+    """(n,) random signs in float64, a function of their arguments."""
+    zero = np.zeros(1, dtype=np.uint64)
+    words = philox(np.arange(n, dtype=np.uint64), zero, zero, zero, derive_key(seed, name))[0]
+    return torch.from_numpy((words & np.uint64(1)).astype(np.float64) * 2 - 1)
