@@ -32,14 +32,15 @@ def test_the_demo_leaves_what_it_says(short, tmp_path, capsys):
     demo(run)
     out = capsys.readouterr().out
     arms = json.loads((run / "results.json").read_text())["arms"]
-    assert list(arms) == ["clean", "guard", "flipped", "recovered", "recovered_clean"]
+    assert list(arms) == ["clean", "guard", "flipped", "control", "control_clean", "recovered", "recovered_clean"]
+    assert "control − recovered" in out
     for arm in arms.values():
         assert f"{arm['perplexity']:.4g}" in out
     image = matplotlib.image.imread(run / "perplexity_vs_p.png")
     assert image.shape[0] > 400
     assert len({tuple(pixel) for row in image[::10] for pixel in row[::10]}) > 3
     samples = (run / "samples.txt").read_text()
-    assert all(f"[{name}]" in samples for name in ("clean", "flipped", "recovered"))
+    assert all(f"[{name}]" in samples for name in ("clean", "flipped", "control", "recovered"))
     for name in ("adapter/adapter_model.safetensors", "model/model.safetensors", "base/model/model.safetensors"):
         assert (run / name).exists()
     with pytest.raises(ConfigError, match="holds a run already"):

@@ -1,12 +1,13 @@
 """The whole story on a small model made here: damage it with bit flips, train it to survive, show it.
 
 Everything goes through the public path that a user's own model takes: ``train`` makes a small Llama from the standard
-library's source, ``train`` again gives it adapters that learn under faults, ``export`` writes what other tools open.
+library's source, ``train`` again gives it adapters that learn under faults, and others that learn without, its control,
+``export`` writes what other tools open.
 Around that, a table, a plot of perplexity against the flip probability, and a sample of text.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,13 @@ from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.faults.inject import set_faults
 from flipproof.files import check_new, check_writable
 from flipproof.log import logger
-from flipproof.measure.arms import ARMS, Arm, arms_table, gap_closed
-from flipproof.measure.evaluate import arm_faults, arms_of, fault_seeds, measure_arms
-from flipproof.models.adapter import load_adapter
+from flipproof.measure.arms import ARMS, Arm, arms_table
+from flipproof.measure.evaluate import adapters_by_arm, arm_faults, arms_of, fault_seeds, measure_arms, wear
 from flipproof.models.build import build_model
 from flipproof.models.load import load_tokenizer
 from flipproof.records import RESULTS, read_record
 from flipproof.train.export import export
-from flipproof.train.loop import train
+from flipproof.train.loop import CONTROL, train
 from flipproof.train.rundir import check_run_dir
 from flipproof.world import join_world
 
@@ -49,7 +49,7 @@ def demo(run_dir: Path) -> None:
     logger.info("1. A small Llama from scratch on the Python standard library's source, without faults")
     train(load_config(["demo-base"], {"logging": {"run_dir": str(run_dir / "base")}}))
 
-    logger.info("2. The same model under bit flips; then adapters that train with them")
+    logger.info("2. The same model under bit flips; then adapters that train with them, and without")
     base = str(run_dir / "base" / "model")
     config = load_config(["demo"], {"logging": {"run_dir": str(run_dir)}, "model": {"hf_model_path": base}})
     train(config)
@@ -60,29 +60,31 @@ def demo(run_dir: Path) -> None:
     text = load_held_out(config.data, tokenizer, config.training.seq_len)
     with join_world(config.parallelism) as world:
         model = build_model(config, tokenizer, world, config.lora)
-    load_adapter(model, run_dir / "adapter")
-    points = sweep_p(config, model, text)
+    adapters = adapters_by_arm(run_dir / "adapter", run_dir / CONTROL / "adapter")
+    points = sweep_p(config, model, text, adapters)
     arms = {name: Arm.from_dict(arm) for name, arm in read_record(run_dir / RESULTS)["arms"].items()}
     plot_sweep(points, arms, config, run_dir / "perplexity_vs_p.png")
     seed = fault_seeds(config.bitflip.base_seed, 1)[0]
     names = [name for name in arms if name == "clean" or ARMS[name].flips]
-    samples = sample_texts(model, tokenizer, names, seed, config.training.seq_len)
+    samples = sample_texts(model, tokenizer, names, seed, config.training.seq_len, adapters)
     (run_dir / "samples.txt").write_text("\n\n".join(f"[{name}]\n{sample}" for name, sample in samples.items()) + "\n")
 
     print(f"\n{arms_table(arms)}\n")
-    closed = gap_closed(arms)
-    if closed is not None:
-        print(f"Training with flips won back {closed:.0%} of the log-perplexity that they cost.\n")
     for name, sample in samples.items():
         print(f"--- {name} ---\n{sample}\n")
-    print(f"{run_dir}: results.json, perplexity_vs_p.png, samples.txt, adapter/ (PEFT), model/ (Hugging Face)")
+    written = "results.json, perplexity_vs_p.png, samples.txt, adapter/ and control/adapter/ (PEFT)"
+    print(f"{run_dir}: {written}, model/ (Hugging Face)")
     print(f"{time.perf_counter() - started:.0f} s")
 
 
-def sweep_p(config: RunConfig, model: nn.Module, text: PackedText) -> dict[float, dict[str, Arm]]:
-    """The arms that flip, at multiples of the config's flip probabilities, by the largest of these; all else equal."""
-    names = [name for name in arms_of(model, config.bitflip, trained=True) if ARMS[name].flips]
-    points = {}
+def sweep_p(
+    config: RunConfig, model: nn.Module, text: PackedText, adapters: Mapping[str, Path] | None = None
+) -> dict[float, dict[str, Arm]]:
+    """The arms that flip, at multiples of the config's flip probabilities, by the largest of these; all else equal.
+    ``adapters``: those of ``adapters_by_arm``."""
+    found = arms_of(model, config.bitflip, trained=True, control=bool(adapters))
+    names = [name for name in found if ARMS[name].flips]
+    points: dict[float, dict[str, Arm]] = {}
     for factor in _SWEEP_FACTORS:
         scaled = {
             name: p * factor
@@ -90,14 +92,17 @@ def sweep_p(config: RunConfig, model: nn.Module, text: PackedText) -> dict[float
             if (p := getattr(config.bitflip, name)) is not None
         }
         set_faults(model, replace(config.bitflip, **scaled))
-        points[max(scaled.values())] = measure_arms(
-            model,
-            names,
-            text,
-            seeds=fault_seeds(config.bitflip.base_seed, _SWEEP_TRIALS),
-            num_samples=_SWEEP_SAMPLES,
-            batch_size=config.training.local_batch_size,
-        )
+        here = points[max(scaled.values())] = {}
+        for name in names:
+            wear(model, name, adapters or {})
+            here |= measure_arms(
+                model,
+                [name],
+                text,
+                seeds=fault_seeds(config.bitflip.base_seed, _SWEEP_TRIALS),
+                num_samples=_SWEEP_SAMPLES,
+                batch_size=config.training.local_batch_size,
+            )
     set_faults(model, config.bitflip)
     return points
 
@@ -110,7 +115,7 @@ def plot_sweep(points: dict[float, dict[str, Arm]], arms: dict[str, Arm], config
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
-    for name, colour in zip(next(iter(points.values())), ("#c0392b", "#2471a3", "#7d8a2e"), strict=False):
+    for name, colour in zip(next(iter(points.values())), ("#c0392b", "#7d8a2e", "#2471a3"), strict=False):
         measured = [arms_at_p[name] for arms_at_p in points.values()]
         middle = np.array([arm.perplexity for arm in measured])
         bounds = np.array([arm.perplexity_interval or (arm.perplexity,) * 2 for arm in measured])
@@ -134,12 +139,15 @@ def plot_sweep(points: dict[float, dict[str, Arm]], arms: dict[str, Arm], config
 
 
 @torch.no_grad()
-def sample_texts(model: Any, tokenizer: Any, names: Sequence[str], seed: int, length: int) -> dict[str, str]:
+def sample_texts(
+    model: Any, tokenizer: Any, names: Sequence[str], seed: int, length: int, adapters: Mapping[str, Path]
+) -> dict[str, str]:
     """One line for each prompt, up to ``length`` tokens, sampled with the same random numbers in each of the arms."""
     model.eval()
     samples = {}
     for name in names:
         lines = []
+        wear(model, name, adapters)
         with arm_faults(model, name, seed), torch.random.fork_rng():
             torch.manual_seed(0)
             for prompt in _PROMPTS:

@@ -40,8 +40,10 @@ def test_every_preset_loads_and_begins_by_saying_what_it_is(name):
 
 
 def test_70b_is_the_tutorial_with_its_scripts_schedule():
-    """Which the TOML does not name: the script has linear warm-up and a cosine to 0, whatever the config says."""
+    """Which the TOML does not name: the script has linear warm-up and a cosine to 0, whatever the config says. And with
+    a control, which the tutorial has none of."""
     preset = tomllib.loads(preset_text("70b"))
+    assert preset["training"].pop("control") is True
     assert preset["training"].pop("lr_scheduler") == "cosine"
     assert preset == tomllib.loads(TUTORIAL_70B)
     training = replace(load_config(["70b"]).training, steps=21000)

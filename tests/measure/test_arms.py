@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from flipproof import BitFlipSpec
-from flipproof.measure.arms import ARMS, Arm, Cost, arm_names, arms_table, costs, gap_closed, guard_warning
+from flipproof.measure.arms import ARMS, Arm, Cost, arm_names, arms_table, costs, gap_closed, guard_warning, worth
 
 
 def test_the_cost_is_paired_by_sequence():
@@ -44,15 +44,45 @@ def test_the_cost_is_paired_by_sequence():
     broken = Arm.from_table(np.array([[1.0, 2.0], [1.0, math.inf]]), 20)
     assert costs({"clean": arms["clean"], "flipped": broken}) == {"flipped": Cost(math.inf, None)}
     # an arm of another version, of which the table does not say whether anything flips: seeds, where it has several
-    unknown = costs({"clean": arms["clean"], "control": arms["flipped"], "control_clean": arms["guard"]})
-    assert unknown == {"control": found["flipped"], "control_clean": Cost(found["guard"].cost, None)}
+    unknown = costs({"clean": arms["clean"], "older": arms["flipped"], "older_clean": arms["guard"]})
+    assert unknown == {"older": found["flipped"], "older_clean": Cost(found["guard"].cost, None)}
 
 
-def test_gap_closed():
-    arms = {name: Arm.from_losses([loss], 1) for name, loss in (("clean", 1.0), ("flipped", 3.0), ("recovered", 1.5))}
-    assert gap_closed(arms) == 0.75
-    assert gap_closed({"clean": arms["clean"]}) is None
-    assert "flipped" in arms_table(arms)
+def of_losses(**losses):
+    return {name: Arm.from_losses([loss], 1) for name, loss in losses.items()}
+
+
+def test_the_share_is_of_what_flips_cost_the_control():
+    trained = of_losses(clean=1.0, flipped=3.0, recovered=1.75, recovered_clean=1.25)
+    assert gap_closed(trained) is None
+    assert worth(trained) is None
+    assert "No control was measured" in arms_table(trained).splitlines()[-1]
+    arms = trained | of_losses(control=2.0, control_clean=1.0)
+    assert gap_closed(arms) == 0.25
+    assert worth(arms) == Cost(0.25, None)
+    last = (
+        "Training with faults is worth +0.2500 nats per token, control − recovered, 25% of what flips cost the control."
+    )
+    assert arms_table(arms).splitlines()[-1] == last
+    assert gap_closed(arms | of_losses(control=1.0)) is None  # flips cost it nothing
+    assert worth(arms | of_losses(recovered=2.5)).cost == -0.5
+    assert math.isnan(worth(arms | of_losses(control=math.inf)).cost)
+    assert "a loss is infinite" in arms_table(arms | of_losses(control=math.inf)).splitlines()[-1]
+    assert arms_table(of_losses(clean=1.0, flipped=3.0)).splitlines()[-1].startswith("flipped")
+
+
+def test_what_training_is_worth_is_paired_over_seeds_and_text():
+    """Seeds and sequences that are hard for both, by much more than what is between the two, drop out."""
+    rng = np.random.default_rng(1)
+    hard, rows, columns = 3 + rng.normal(0, 1, 6) + rng.normal(0, 1, (4, 1)), rng.normal(0, 0.01, (4, 1)), [0.02, 0] * 3
+    arms = {"control": Arm.from_table(hard, 60), "recovered": Arm.from_table(hard - 0.1 - rows - columns, 60)}
+    found = worth(arms)
+    assert found.cost == pytest.approx(0.11 + rows.mean())
+    # two factors that add up, and nothing left of the differences: Satterthwaite's degrees of freedom of both
+    of_seeds, of_text = rows.var(ddof=1) / 4, np.var(columns, ddof=1) / 6
+    freedom = (of_seeds + of_text) ** 2 / (of_seeds**2 / 3 + of_text**2 / 5)
+    expected = stats.t.interval(0.95, freedom, loc=found.cost, scale=math.sqrt(of_seeds + of_text))
+    assert found.interval == pytest.approx(expected)
 
 
 def test_a_broken_model_has_infinite_perplexity():
@@ -80,6 +110,8 @@ def test_a_broken_model_has_infinite_perplexity():
 def test_the_arms_are_those_that_differ(flips, guard, trained, names):
     assert list(arm_names(flips, guard, trained)) == names
     assert set(names) <= ARMS.keys()
+    more = [name for name in ARMS if name in names or (flips and name in ("control", "control_clean"))]
+    assert list(arm_names(flips, guard, trained, control=True)) == more
 
 
 def guarded(clean, guard):

@@ -50,6 +50,9 @@ def test_training_is_worth_what_it_wins_over_its_control():
     assert "wins 0.25 nats per token (95% 0.25 to 0.25)" in second
     assert "over its control" in second
     assert "fine-tuning" not in second
+    assert "% of what flips cost that" not in second
+    _, second = sentences(finding.of_arms({"run": arms | {"control_clean": arm([2.0, 2.8])}}))
+    assert "trained alike without them, 50% of what flips cost that" in second  # 0.25 of 0.5
 
 
 def test_one_seed_gives_the_gain_no_interval_and_the_text_alone_does_where_nothing_flips():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from flipproof import __version__
 from flipproof.cli.arguments import Parser
-from flipproof.cli.model import config_of
+from flipproof.cli.model import config_of, control_of
 from flipproof.cli.verbs import VERBS
 from flipproof.config import aliases
 from flipproof.config.names import nearest, plain
@@ -86,6 +86,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         problem = f"{args.model} holds an adapter, and {verb} takes whole models"
         raise ConfigError([f"{problem}; flipproof export {args.model} --to DIR makes one of it"])
     if adapter is not None:
+        if not args.adapter and getattr(args, "tasks", None) is None and "control" in args:
+            args.control = args.control or control_of(adapter)
         args.adapter = args.adapter or adapter
     return chosen.run(args, config) or 0
 

@@ -63,6 +63,12 @@ def _result(run: Path) -> tuple[dict[str, Any], Path | None]:
     raise ConfigError([wrong])
 
 
+def control_of(adapter: Path) -> Path | None:
+    """The adapter of the control of the run whose adapter this is; None where it has trained none to the end."""
+    control = adapter.parent / "control" / "adapter"
+    return control if any(control.glob("*.safetensors")) else None
+
+
 def _say_if_it_went_on(run: Path) -> None:
     """A finished run that is resumed with more steps has its old result until it is finished again."""
     steps = tomllib.loads((run / CONFIG).read_text("utf-8-sig")).get("training", {}).get("steps")

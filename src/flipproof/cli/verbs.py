@@ -58,8 +58,11 @@ def _eval(args: Namespace, config: RunConfig) -> None:
             raise ConfigError([f"--{flag}: belongs to --tasks, which is missing" for flag in alone])
         from flipproof.measure.evaluate import evaluate
 
-        evaluate(config, args.adapter, args.to, flip_log=args.flip_log, replay=args.replay, tell=_say)
+        logs = {"flip_log": args.flip_log, "replay": args.replay}
+        evaluate(config, args.adapter, args.to, control=args.control, **logs, tell=_say)
         return
+    if args.control:
+        raise ConfigError(["--control is about held-out text; leave out --tasks, or give tasks its adapter: --adapter"])
     if args.flip_log or args.replay:
         raise ConfigError(["--flip-log and --replay are about held-out text; leave out --tasks"])
     from flipproof.measure.tasks import TaskRequest, evaluate_tasks
@@ -73,7 +76,7 @@ def _generate(args: Namespace, config: RunConfig) -> None:
 
     sampling = Sampling(args.max_new_tokens, args.do_sample, args.temperature, args.top_k, args.top_p, args.seed)
     logs = {"flip_log": args.flip_log, "replay": args.replay}
-    generate(config, args.prompt, sampling, adapter=args.adapter, to=args.to, **logs, tell=_say)
+    generate(config, args.prompt, sampling, adapter=args.adapter, control=args.control, to=args.to, **logs, tell=_say)
 
 
 def _profile(args: Namespace, config: RunConfig) -> None:
@@ -180,6 +183,7 @@ _MEASURED = ("model", "parallelism", "bitflip", "training.dtype", "training.mixe
 _ON_TEXT = (*_MEASURED, "data", "eval.num_samples", "training.seq_len", "training.local_batch_size", "training.compile")
 _TRUTH = {"nargs": "?", "const": True}
 _ADAPTER = _flag("--adapter", "A PEFT adapter: adds arms of the model with it.", "DIR", Path)
+_CONTROL = _flag("--control", "Another, trained alike without faults: adds its arms.", "DIR", Path)
 _SAMPLES = _short("--num-samples", "eval.num_samples", "N", "Held-out sequences")
 _LOGS = (
     _flag("--flip-log", "Every flip of the last faulty arm: JSON lines, .gz compressed.", "FILE", Path),
@@ -219,6 +223,7 @@ VERBS = {
         (
             *_CONFIG,
             _ADAPTER,
+            _CONTROL,
             _SAMPLES,
             _short("--trials", "eval.trials", "N", "Fault seeds"),
             _short("--until-ci", "eval.until_ci", "H", "Add fault seeds until sure"),
@@ -259,6 +264,7 @@ VERBS = {
             _flag("--top-p", "Draw from the likeliest that together are so probable.", "P", float, default=1.0),
             _flag("--seed", "Of the draws of tokens, the same for all texts.", "N", int, default=0),
             _ADAPTER,
+            _CONTROL,
             _flag("--to", "Directory to write generate.json into.", "DIR", Path),
             *_LOGS,
         ),

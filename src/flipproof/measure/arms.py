@@ -4,12 +4,15 @@
 that differ (``arm_names``): without flips there is no ``flipped``, without thresholds no ``guard``, and one that was
 trained under a guard alone has ``recovered_guard``.
 
+What training with faults is worth is not what ``recovered`` wins over ``flipped``, most of which may be fine-tuning on
+the text: it is what it wins over its ``control``, trained without faults and else exactly as it (``worth``).
+
 Loss is in nats per token; perplexity is exp of it. What the three intervals of an arm are about is said in
 ``intervals.py``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +41,7 @@ class ArmKind:
     guard: bool = False
     """Whether the guard stands. Without flips: only in a model that has thresholds."""
     weights: str | None = "base"
-    """Whose: "base", or "trained", in which adapters are on. None: of no model by itself."""
+    """Whose: "base", or "trained" or "control", in which adapters are on. None: of no model by itself."""
     only_without_flips: bool = False
     """Whether an arm with flips takes its place where something flips."""
     against: str | None = "clean"
@@ -53,6 +56,8 @@ ARMS = {
     "clean": ArmKind("✘", "✘", "without faults", against=None),
     "guard": ArmKind("guard only", "✘", "behind the guard alone", guard=True),
     "flipped": ArmKind("✔", "✘", "flipped, not trained", flips=True, guard=True),
+    "control": ArmKind("✔", "no faults", "flipped, trained without flips", flips=True, guard=True, weights="control"),
+    "control_clean": ArmKind("✘", "no faults", "trained without flips, without faults", weights="control"),
     "recovered": ArmKind("✔", "✔", "flipped, trained with flips", flips=True, guard=True, weights="trained"),
     "recovered_guard": ArmKind(
         "guard only", "✔", "trained, behind the guard alone", guard=True, weights="trained", only_without_flips=True
@@ -63,15 +68,16 @@ ARMS = {
 """In the order of tables: the last of a model's arms that has faults is the one that a log of flips is of."""
 
 
-def arm_names(flips: bool, guard: bool, trained: bool) -> tuple[str, ...]:
+def arm_names(flips: bool, guard: bool, trained: bool, control: bool = False) -> tuple[str, ...]:
     """The arms of a model, in the order of the table, so that no two are the same by definition.
 
     Args:
         flips: whether anything flips bits.
         guard: whether any operand has a threshold.
         trained: whether there are adapters, or weights that were trained.
+        control: whether there are others, trained without faults. Where nothing flips they would be the same.
     """
-    weights = ("base", "trained") if trained else ("base",)
+    weights = ["base"] + ["trained"] * trained + ["control"] * (control and flips)
     return tuple(
         name
         for name, kind in ARMS.items()
@@ -214,13 +220,42 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf  # a float holds no larger exponential
 
 
-def gap_closed(arms: dict[str, Arm]) -> float | None:
-    """Share of the log-perplexity that flips cost which training won back: (flipped − recovered) / (flipped −
-    clean)."""
-    if not {"clean", "flipped", "recovered"} <= arms.keys():
+def gain(arms: Mapping[str, Arm], before: str, after: str) -> Cost:
+    """By how much the loss is lower in the arm ``after`` than in ``before``, and its 95% interval: paired over fault
+    seeds and text, or over text alone where nothing flips. What is left of the single differences without the effects
+    of seed and sequence is not kept, so the interval takes it for nothing and is rather too wide. NaN where a loss is
+    infinite."""
+    one, other = arms[before], arms[after]
+    lower = one.loss - other.loss
+    if not math.isfinite(lower):
+        return Cost(math.nan, None)
+    seeds, text = (
+        np.subtract(mine, theirs).tolist() if len(mine) == len(theirs) > 1 else []
+        for mine, theirs in ((one.trial_losses, other.trial_losses), (one.sequence_losses, other.sequence_losses))
+    )
+    if not any(name not in ARMS or ARMS[name].flips for name in (before, after)):
+        return Cost(lower, t_interval(text))
+    return Cost(lower, two_way_interval(seeds, text, 0.0) if seeds and text else None)
+
+
+def worth(arms: Mapping[str, Arm]) -> Cost | None:
+    """What training with faults is worth in nats per token: control − recovered. None without a control."""
+    return gain(arms, "control", "recovered") if {"control", "recovered"} <= arms.keys() else None
+
+
+def gap_closed(arms: Mapping[str, Arm]) -> float | None:
+    """Share of what flips cost the control which training with them won back: (control − recovered) / (control −
+    control_clean). None without a control, or where flips cost it nothing."""
+    if not {"control", "control_clean", "recovered"} <= arms.keys():
         return None
-    cost = arms["flipped"].loss - arms["clean"].loss
-    return (arms["flipped"].loss - arms["recovered"].loss) / cost if cost > 0 else None
+    cost = arms["control"].loss - arms["control_clean"].loss
+    won = arms["control"].loss - arms["recovered"].loss
+    return won / cost if 0 < cost < math.inf and math.isfinite(won) else None
+
+
+def in_order(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """The arms in the order of tables."""
+    return {name: arms[name] for name in ARMS if name in arms}
 
 
 def arms_table(arms: dict[str, Arm]) -> str:
@@ -242,4 +277,21 @@ def arms_table(arms: dict[str, Arm]) -> str:
             f"{name:<16} {ARMS[name].bitflipped:<11} {ARMS[name].tuned:<11} {arm.perplexity:>10.4g}  {interval:<20} "
             f"{arm.loss:>8.4f}  {arm.trials:<6}  {cost}".rstrip()
         )
+    if "recovered" in arms:
+        lines += ["", _worth_in_words(arms)]
     return "\n".join(lines)
+
+
+def _worth_in_words(arms: Mapping[str, Arm]) -> str:
+    """What training with faults won over its control, in a line; or that this cannot be told."""
+    won, share = worth(arms), gap_closed(arms)
+    if won is None:
+        return (
+            "No control was measured (training.control, eval --control): what training with faults is worth beyond "
+            "fine-tuning on the text cannot be told."
+        )
+    if not math.isfinite(won.cost):
+        return "What training with faults is worth (control − recovered) is no number: a loss is infinite."
+    between = f" (95% {won.interval[0]:+.4f} to {won.interval[1]:+.4f})" if won.interval else ""
+    of_cost = "" if share is None else f", {share:.0%} of what flips cost the control"
+    return f"Training with faults is worth {won.cost:+.4f} nats per token{between}, control − recovered{of_cost}."

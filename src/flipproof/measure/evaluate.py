@@ -7,7 +7,7 @@ Which arms there are is said in ``arms.py``, and how sure they are in ``interval
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from flipproof.faults.inject import fault_sites, faults, is_faulty
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
-from flipproof.measure.arms import ARMS, Arm, arm_names, arms_table, costs, gap_closed, guard_warning
+from flipproof.measure.arms import ARMS, Arm, arm_names, arms_table, costs, gap_closed, guard_warning, worth
 from flipproof.measure.intervals import MIN_TRIALS, sure_enough
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, check_length, flipped_dtype
@@ -39,14 +39,14 @@ from flipproof.world import World, join_world
 _NO_FAULTS = "no faults are configured (bitflip.*), so there is nothing to log or to replay"
 
 
-def arms_of(model: nn.Module, spec: BitFlipSpec, trained: bool) -> tuple[str, ...]:
+def arms_of(model: nn.Module, spec: BitFlipSpec, trained: bool, control: bool = False) -> tuple[str, ...]:
     """``arm_names`` of a model that has the faults of ``spec`` wherever something in it is faulty."""
     found = []
     for site in fault_sites(model).values():
         if (own := spec.for_layer(site.site)) is not None:
             found += {"kv": [own.kv], "embedding": [own.w]}.get(site.kind, [own.w, own.x])
     flips, guard = any(fault.flips for fault in found), any(fault.guarded for fault in found)
-    return arm_names(flips, guard, trained)
+    return arm_names(flips, guard, trained, control)
 
 
 def fault_seeds(base_seed: int, trials: int) -> list[int]:
@@ -164,6 +164,7 @@ def evaluate(
     adapter: Path | None = None,
     to: Path | None = None,
     *,
+    control: Path | None = None,
     flip_log: Path | None = None,
     replay: Path | None = None,
     tell: Callable[[str], None] | None = None,
@@ -174,6 +175,7 @@ def evaluate(
         config: model, text, faults and trials. ``lora`` counts for nothing here: an adapter brings its own.
         adapter: directory of a PEFT adapter; adds the trained arms of ``arm_names``.
         to: directory to write ``results.json`` into; it must not hold one.
+        control: directory of another one, trained without faults and else as ``adapter``; adds the arms of the control.
         flip_log: file for every flip of the first trial of the last arm with faults (``faulty_arm``).
         replay: such a file; adds the arm ``replayed``, that arm with the file's flips in the place of draws.
         tell: called by the first process with the table, before anything is written to ``to``.
@@ -191,7 +193,7 @@ def evaluate(
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
-        model, names = open_model(config, tokenizer, world, adapter)
+        model, names = open_model(config, tokenizer, world, adapter, control)
         check_ids(model, tokenizer, text.sequences)
         seed = fault_seeds(config.bitflip.base_seed, 1)[0]
         replayed = []
@@ -208,7 +210,7 @@ def evaluate(
                 replayed = sequence_losses(model, text, config.eval.num_samples, config.training.local_batch_size)
             if isinstance(flip_hook, Replay):
                 flip_hook.check_all_done()
-        arms = measure_config_arms(config, names, model, text, world)
+        arms = measure_config_arms(config, names, model, text, world, adapters_by_arm(adapter, control))
         if replay:
             arms["replayed"] = Arm.from_table(np.array([replayed]), arms["clean"].tokens)
         if tell and world.first:
@@ -242,33 +244,63 @@ def check_free(to: Path | None) -> None:
         check_new(to / RESULTS, "--to")
 
 
+def adapters_by_arm(adapter: Path | None, control: Path | None) -> dict[str, Path]:
+    """``ArmKind.weights`` -> the adapter that the arm has, where there are two and they take turns in one model."""
+    return {} if adapter is None or control is None else {"trained": adapter, "control": control}
+
+
+def check_alike(adapter: Path | None, control: Path) -> None:
+    """Raises ConfigError where a control is not one of this adapter: not of the same layers, ranks and scalings."""
+    if adapter is None:
+        raise ConfigError(
+            [f"--control {control}: is compared with the adapter trained with faults; name it: --adapter"]
+        )
+    own, other = adapter_spec(adapter), adapter_spec(control)
+    for layer in sorted(own.keys() | other.keys()):
+        one, two = own.get(layer), other.get(layer)
+        if one != two:
+            has, wants = (f"r = {it.r}, lora_alpha = {it.lora_alpha:g}" if it else "no adapter" for it in (two, one))
+            raise ConfigError(
+                [f"--control {control}: {layer} has {has} there and {wants} in {adapter}; a control is trained alike"]
+            )
+
+
 def open_model(
-    config: RunConfig, tokenizer: Any, world: World, adapter: Path | None
+    config: RunConfig, tokenizer: Any, world: World, adapter: Path | None, control: Path | None = None
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """(a config's model with its adapter, ready to be measured; the arms that it has).
+    """(a config's model with its adapter, ready to be measured; the arms that it has, with a ``control`` more).
 
     Raises:
-        ConfigError: where model or adapter are at fault.
+        ConfigError: where model or adapters are at fault.
     """
+    if control:
+        check_alike(adapter, control)
     # what is kept for a backward pass does not matter here
     config = replace(config, training=replace(config.training, activation_checkpointing="none"))
     model = build_model(config, tokenizer, world, adapter_spec(adapter) if adapter else None)
     if not config.bitflip.any_fault:
         logger.info("no faults are configured (bitflip.*): the model is measured without")
-    if adapter:
-        load_adapter(model, adapter)
-    return model, arms_of(model, config.bitflip, trained=adapter is not None)
+    for each in (control, adapter):  # the last stays
+        if each:
+            load_adapter(model, each)
+    return model, arms_of(model, config.bitflip, adapter is not None, control is not None)
 
 
 def measure_config_arms(
-    config: RunConfig, names: Sequence[str], model: nn.Module, text: PackedText, world: World
+    config: RunConfig,
+    names: Sequence[str],
+    model: nn.Module,
+    text: PackedText,
+    world: World,
+    adapters: Mapping[str, Path] | None = None,
 ) -> dict[str, Arm]:
     """``measure_arms`` with the config's seeds, samples, batch and compute dtype; and a warning where the guard alone
-    costs much."""
+    costs much. ``adapters``: those of ``adapters_by_arm``."""
     trials, until_ci = config.eval.trials, config.eval.until_ci
     arms: dict[str, Arm] = {}
     with compute_context(config.training, model):
         for name in names:
+            wear(model, name, adapters or {})
             arms |= measure_arms(
                 model,
                 (name,),
@@ -290,6 +322,12 @@ def measure_config_arms(
     return arms
 
 
+def wear(model: nn.Module, name: str, adapters: Mapping[str, Path]) -> None:
+    """Load the adapter that the named arm has, of those of ``adapters_by_arm``."""
+    if adapter := adapters.get(ARMS[name].weights or ""):
+        load_adapter(model, adapter)
+
+
 def results(
     config: RunConfig,
     arms: dict[str, Arm],
@@ -307,7 +345,7 @@ def results(
     return {
         "arms": {name: asdict(arm) for name, arm in arms.items()},
         "costs": {name: asdict(cost) for name, cost in costs(arms).items()},
-        "gap_closed": gap_closed(arms),
+        **({} if (won := worth(arms)) is None else {"worth": asdict(won), "gap_closed": gap_closed(arms)}),
         **({} if tasks is None else {"tasks": tasks}),
         "fault_seeds": fault_seeds(config.bitflip.base_seed, max(trials, default=0)),
         "bitflip": asdict(config.bitflip),

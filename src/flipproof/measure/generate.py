@@ -21,7 +21,16 @@ from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
 from flipproof.measure.arms import ARMS, thresholds_in_words
-from flipproof.measure.evaluate import arm_faults, arms_of, check_log, fault_seeds, faulty_arm
+from flipproof.measure.evaluate import (
+    adapters_by_arm,
+    arm_faults,
+    arms_of,
+    check_alike,
+    check_log,
+    fault_seeds,
+    faulty_arm,
+    wear,
+)
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, flipped_dtype
 from flipproof.models.limits import positions
@@ -90,6 +99,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     adapter: Path | None = None,
+    control: Path | None = None,
     to: Path | None = None,
     flip_log: Path | None = None,
     replay: Path | None = None,
@@ -102,6 +112,7 @@ def generate(
         prompt: what to continue.
         sampling: how.
         adapter: directory of a PEFT adapter; adds a trained arm.
+        control: directory of another one, trained without faults and else alike; adds its arm.
         to: directory to write ``generate.json`` into; it must not hold one.
         flip_log: file for all flips of the last arm with faults.
         replay: such a file; its flips take the place of that arm's draws.
@@ -122,15 +133,18 @@ def generate(
         raise ConfigError(["--prompt is empty; give at least a character"])
     if flip_log or replay:
         check_log(config, flip_log, replay)
+    if control:
+        check_alike(adapter, control)
     config = replace(config, training=replace(config.training, activation_checkpointing="none", compile=False))
     with join_world(config.parallelism) as world, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model)
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         model = build_model(config, tokenizer, world, adapter_spec(adapter) if adapter else None)
         _check_length(model, ids.shape[1], sampling)
-        if adapter:
-            load_adapter(model, adapter)
-        arms = text_arms(arms_of(model, config.bitflip, adapter is not None))
+        for each in (control, adapter):  # before anything is written
+            if each:
+                load_adapter(model, each)
+        arms = text_arms(arms_of(model, config.bitflip, adapter is not None, control is not None))
         seed, dtype = fault_seeds(config.bitflip.base_seed, 1)[0], flipped_dtype(config.training, model)
         last = faulty_arm(arms) if flip_log or replay else None
         replayed = Replay(replay, dtype) if replay else None
@@ -145,6 +159,7 @@ def generate(
         with compute_context(config.training, model):
             for arm in arms:
                 shown.set_description(arm)
+                wear(model, arm, adapters_by_arm(adapter, control))
                 flip_hook: FlipCount | Replay = FlipCount() if arm != last else replayed or log or FlipCount()
                 tokens, passes = _continued(
                     model, ids.to(world.device), arm, seed, sampling, tokenizer, flip_hook, shown.update

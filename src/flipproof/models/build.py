@@ -14,11 +14,12 @@ from flipproof.faults.inject import check_bits, fault_sites, inject
 from flipproof.faults.op import BACKENDS
 from flipproof.faults.spec import OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.log import logger
+from flipproof.models.gguf import plain_directory
 from flipproof.models.limits import check_positions, watch_ids
 from flipproof.models.load import load_model, materialise, model_config, model_on_meta
 from flipproof.models.loss import fuse_loss
 from flipproof.models.parallelize import cast_to, parallelize
-from flipproof.models.weights import own_dtype
+from flipproof.models.weights import KEY, own_dtype
 from flipproof.world import World
 
 
@@ -34,7 +35,7 @@ def with_trainable_weights(config: RunConfig) -> RunConfig:
     training, path = config.training, config.model.hf_model_path
     if config.lora.r or training.dtype is not None or path is None or config.model.init == "random":
         return config
-    own = dtype_name(own_dtype(path))
+    own = dtype_name(own_dtype(plain_directory(path, KEY)))
     if own not in ("bfloat16", "float16"):
         return config
     computed: Any = training.mixed_precision_param or own

@@ -32,7 +32,9 @@ def from_hub(load: Any, name: str, key: str, what: str, **kwargs: Any) -> Any:
     """
     path = Path(expand(name))
     if path.is_file():
-        raise ConfigError([f"{key} = {name!r}: is a file; name the directory that it is in"])
+        raise ConfigError(
+            [f"{key} = {name!r}: is a file; name the directory that it is in (by itself only a .gguf file is read)"]
+        )
     try:
         return load(str(path) if path.is_dir() else expand(name), trust_remote_code=False, **kwargs)
     except ConfigError:
@@ -149,11 +151,6 @@ def _without(directory: Path, wanted: str) -> str:
         except (ValueError, LookupError, TypeError):
             base = "its adapter_config.json may say which"
         return f"it is a PEFT adapter; name its base model here ({base}), and it with --adapter"
-    if found := [name for name in files if name.endswith(".gguf")]:
-        return (
-            f"{found[0]} is in llama.cpp's format; take the model that it was made of, or convert it: "
-            "AutoModelForCausalLM.from_pretrained(…, gguf_file=…).save_pretrained(…)"
-        )
     if found := [name for name in files if name.endswith((".pth", ".pt", ".ckpt"))]:
         return f"{found[0]} is Meta's own format, or another that transformers does not read; convert it to safetensors"
     return f"no {wanted}"

@@ -19,6 +19,7 @@ from flipproof.faults.inject import iter_faulty
 from flipproof.faults.philox import derive_key
 from flipproof.log import logger
 from flipproof.models.flavors import FLAVORS
+from flipproof.models.gguf import plain_directory
 from flipproof.models.hub import from_hub, reason
 from flipproof.models.online import attach, read_config
 from flipproof.models.parallelize import cast_to
@@ -40,6 +41,11 @@ __all__ = [
 ]
 
 
+def _path(config: ModelConfig) -> str:
+    """The directory or Hub name that holds the weights of ``config.hf_model_path``."""
+    return plain_directory(str(config.hf_model_path), KEY)
+
+
 def model_config(config: ModelConfig, tokenizer: Any) -> Any:
     """The ``transformers`` config of the model that the run names.
 
@@ -55,7 +61,7 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
         shape = FLAVORS[config.flavor]
     # from scratch a flavor is all there is to know: neither network nor weights are needed
     if config.hf_model_path is not None and (shape is None or config.init == "pretrained"):
-        hf_config = from_hub(read_config, config.hf_model_path, KEY, "a model")
+        hf_config = from_hub(read_config, _path(config), KEY, "a model")
         _check_flavor(config, hf_config, shape)
     else:
         hf_config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # type: ignore[arg-type]
@@ -90,7 +96,7 @@ def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.
     if config.init == "random":
         return skeleton(config, tokenizer, dtype)
     model_config(config, tokenizer)
-    return unread_model(str(config.hf_model_path), dtype)
+    return unread_model(_path(config), dtype)
 
 
 def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int) -> nn.Module:
@@ -107,7 +113,7 @@ def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int
         materialise(model, config, seed, torch.device("cpu"))
         return model
     quantised = getattr(model_config(config, tokenizer), "quantization_config", None)
-    model = read_model(str(config.hf_model_path), dtype)
+    model = read_model(_path(config), dtype)
     if quantised is not None and not getattr(model, "is_quantized", False):
         name = dtype_name(model.dtype)  # type: ignore[arg-type]
         logger.info("%s = %r: its weights are quantised, and read as %s", KEY, config.hf_model_path, name)
@@ -144,7 +150,7 @@ def materialise(model: nn.Module, config: ModelConfig, seed: int, device: torch.
     if config.init == "random":
         _initialise(model, seed)
     else:
-        read_weights(model, str(config.hf_model_path))
+        read_weights(model, _path(config))
         for module in model.modules():
             if module._non_persistent_buffers_set:
                 for parameter in module.parameters(recurse=False):

@@ -6,6 +6,7 @@ from typing import Any
 from flipproof.config import ModelConfig
 from flipproof.errors import ConfigError
 from flipproof.log import logger
+from flipproof.models.gguf import plain_directory
 from flipproof.models.hub import expand, from_hub
 from flipproof.sums import check_sums
 
@@ -46,10 +47,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if name is None or name == "bytes":
         return byte_tokenizer()
     key = "model.tokenizer" if config.tokenizer else "model.hf_model_path"
-    if (directory := Path(expand(name))).is_dir():
-        check_sums(directory, f"{key} = {name!r}", weights=False)
-    tokenizer = from_hub(_tried, name, key, "a tokenizer")
+    none = ConfigError([f"{key} = {name!r}: holds no tokenizer; set model.tokenizer to one, or to 'bytes'"])
+    path = plain_directory(name, key)
+    if (directory := Path(expand(path))).is_dir():
+        check_sums(directory, f"{key} = {path!r}", weights=False)
+    if path != name and not (directory / "tokenizer.json").exists():
+        raise none
+    tokenizer = from_hub(_tried, path, key, "a tokenizer")
     # without tokenizer files transformers makes one that knows its special tokens alone
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-        raise ConfigError([f"{key} = {name!r}: holds no tokenizer; set model.tokenizer to one, or to 'bytes'"])
+        raise none
     return tokenizer

@@ -49,9 +49,9 @@ def read_model(name: str, dtype: str | None) -> nn.Module:
         ConfigError: where tensors are missing or of another shape, or the files cannot be read.
     """
     _check_sums(name)
-    with _quiet():
+    with quiet():
         model, seen = _from_pretrained(name, dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    _check_fit(model, name, seen["missing_keys"], seen["mismatched_keys"], seen["unexpected_keys"])
+    check_fit(model, f"{KEY} = {name!r}", seen["missing_keys"], seen["mismatched_keys"], seen["unexpected_keys"])
     attach(model)
     return model
 
@@ -186,7 +186,7 @@ def _from_pretrained(name: str, dtype: str | None, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the report of what was missing, which is said in one line here."""
     from transformers.utils import logging
 
@@ -268,30 +268,27 @@ def _find_tensors(found: _Found, name: str) -> None:
     for tied in different:
         model.all_tied_weights_keys.pop(tied, None)
     shapes = [(key, at.shape, tuple(wanted[key].shape)) for key, at in stored.items()]
-    _check_fit(model, name, missing, [entry for entry in shapes if entry[1] != entry[2]], unexpected)
+    check_fit(model, f"{KEY} = {name!r}", missing, [entry for entry in shapes if entry[1] != entry[2]], unexpected)
     model.stored = stored
 
 
-def _check_fit(
+def check_fit(
     model: Any,
-    name: str,
+    what: str,
     missing: Iterable[str],
     misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]],
     unexpected: Iterable[str],
 ) -> None:
-    """Raises ConfigError where the tensors are not those of the model; a warning where there are more."""
+    """Raises ConfigError where the tensors are not those of the model; a warning where there are more. ``what`` is what
+    a message calls them: the key and its value."""
     problems = [f"{key} is missing" for key in missing]
     problems += [f"{key} has shape {tuple(has)}, the model's has {tuple(wants)}" for key, has, wants in misshapen]
     if problems:
-        raise ConfigError(
-            [f"{KEY} = {name!r}: these are not the weights of a {type(model).__name__}: {first_of(problems)}"]
-        )
+        raise ConfigError([f"{what}: these are not the weights of a {type(model).__name__}: {first_of(problems)}"])
     # buffers that older versions of a model wrote
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
     if more := [key for key in unexpected if not any(re.search(pattern, key) for pattern in ignored)]:
-        logger.warning(
-            "%s = %r: %s does not have %s, and leaves it out", KEY, name, type(model).__name__, first_of(more)
-        )
+        logger.warning("%s: %s does not have %s, and leaves it out", what, type(model).__name__, first_of(more))
 
 
 def _same(one: Stored, other: Stored) -> bool:

@@ -9,10 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from flipproof.measure.arms import ARMS, Arm, Cost, costs
-from flipproof.measure.intervals import t_interval, two_way_interval
+from flipproof.measure.arms import Arm, Cost, costs, gain, gap_closed
 from flipproof.report.analyse import (
     CLIFF_THRESHOLD,
     Curve,
@@ -57,8 +54,8 @@ def _what_training_is_worth(found: Mapping[str, Mapping[str, Arm]]) -> str:
     if not trained:
         return "Nothing here was trained with flips, so what training is worth cannot be said."
     for control in ("control", "flipped"):
-        known = {run: _gain(arms, control, "recovered") for run, arms in trained.items() if control in arms}
-        finite = {run: gain for run, gain in known.items() if math.isfinite(gain.cost)}
+        known = {run: gain(arms, control, "recovered") for run, arms in trained.items() if control in arms}
+        finite = {run: won for run, won in known.items() if math.isfinite(won.cost)}
         if not known:
             continue
         over = "its control, trained alike without them" if control == "control" else "the model before training"
@@ -68,7 +65,11 @@ def _what_training_is_worth(found: Mapping[str, Mapping[str, Arm]]) -> str:
         gains = _spread(finite) if len(finite) > 1 else _told(finite[only], trained[only]["recovered"])
         some = f" (in {len(finite)} of {len(trained)} trained runs)" if len(finite) < len(trained) else ""
         part = "; without a control, plain fine-tuning on the text is part of that" if control == "flipped" else ""
-        return f"Under flips, training with them wins {gains} over {over}{some}{part}{_clean_gain(trained, part)}."
+        share = gap_closed(trained[only]) if control == "control" and len(trained) == 1 else None
+        back = "" if share is None else f", {share:.0%} of what flips cost that"
+        return (
+            f"Under flips, training with them wins {gains} over {over}{some}{back}{part}{_clean_gain(trained, part)}."
+        )
     return (
         "What training with flips is worth cannot be said: neither the model before it nor a control, trained alike "
         "without them, was measured."
@@ -80,25 +81,8 @@ def _clean_gain(trained: Mapping[str, Mapping[str, Arm]], part: str) -> str:
     arms = next(iter(trained.values()))
     if not part or len(trained) > 1 or not {"clean", "recovered_clean"} <= arms.keys():
         return ""
-    gain = _gain(arms, "clean", "recovered_clean")
-    return f", which without flips won {_number(gain.cost)}{_interval(gain)}" if math.isfinite(gain.cost) else ""
-
-
-def _gain(arms: Mapping[str, Arm], *names: str) -> Cost:
-    """By how much the loss is lower in the second of these arms, and its 95% interval, over fault seeds and text, or
-    over text where nothing flips. What the residuals of the differences are is not kept, so the interval takes them for
-    nothing and is rather too wide."""
-    before, after = (arms[name] for name in names)
-    gain = before.loss - after.loss
-    if not math.isfinite(gain):
-        return Cost(math.nan, None)
-    seeds, text = (
-        np.subtract(one, other).tolist() if len(one) == len(other) > 1 else []
-        for one, other in ((before.trial_losses, after.trial_losses), (before.sequence_losses, after.sequence_losses))
-    )
-    if not any(name not in ARMS or ARMS[name].flips for name in names):
-        return Cost(gain, t_interval(text))
-    return Cost(gain, two_way_interval(seeds, text, 0.0) if seeds and text else None)
+    won = gain(arms, "clean", "recovered_clean")
+    return f", which without flips won {_number(won.cost)}{_interval(won)}" if math.isfinite(won.cost) else ""
 
 
 def of_sweep(sweep: Sweep, curves: Sequence[Curve]) -> str:

@@ -27,7 +27,7 @@ from flipproof.train.checkpoint import list_checkpoints, planted
 PROFILE, GENERATED, SAMPLES = "profile.json", "generate.json", "samples.txt"
 _KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES)
 _LEVELS = 2
-_ARMS = ("clean", "flipped", "recovered")
+_ARMS = ("clean", "flipped", "control", "recovered")
 T = TypeVar("T")
 
 

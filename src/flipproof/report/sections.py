@@ -158,9 +158,10 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
         "arms",
         "Arms side by side",
         "Perplexity on the same held-out text without faults (clean), with the range guard alone (guard), with bit "
-        "flips (flipped), and after training with flips on (recovered) and off (recovered_clean); its intervals are "
-        "over fault seeds. The cost is the loss less that of the clean arm in nats per token, its interval over fault "
-        f"seeds and text together, or over text where nothing flips.{more}",
+        "flips (flipped), after training without faults (control, control_clean), and after the same training with "
+        "them: flips on (recovered) and off (recovered_clean). Its intervals are over fault seeds. The cost is the "
+        "loss less that of the clean arm in nats per token, its interval over fault seeds and text together, or over "
+        f"text where nothing flips.{more}",
         [Table("arms.csv", columns, rows, only_csv=_only_csv(found) | {"tokens"})],
         [Drawing(partial(figures.cost_bars, drawn, clean))] if drawn else [],
         finding.of_arms(found),

@@ -5,25 +5,36 @@ A run writes its directory as the README lists it. Everything that a step does i
 number (data order, learning rate, fault ticks), so a checkpoint holds only what training changes, and a run that was
 killed and resumed ends with the bits of one that never was. ``start`` says what is known before, ``step`` what one step
 is; here is the run around them.
+
+After the run its **control** (``training.control``), in ``control/`` of its directory: the same model built again, and
+trained with flips and guard switched off, else exactly as the run. What the run wins over it is what training with
+faults is worth. Text, model and settings are the run's, so it has metrics and checkpoints of its own, and no record.
 """
 
+import gc
 import hashlib
 import json
 import os
 import shlex
 import signal
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
+import torch
+from torch import nn
+
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError, first_of
-from flipproof.files import check_writable
+from flipproof.faults.inject import faults, is_faulty
+from flipproof.faults.spec import BitFlipSpec
+from flipproof.files import check_writable, discard
 from flipproof.log import RunLog, logger
-from flipproof.measure.arms import ARMS, Arm, arms_table
+from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
 from flipproof.measure.evaluate import arms_of, measure_config_arms, write_results
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model, with_trainable_weights
@@ -50,6 +61,9 @@ from flipproof.world import World, join_world
 
 LOG = "run.log"
 """What was logged of all starts of a run, each line with its time."""
+CONTROL = "control"
+"""Directory in the run's: the control's metrics and checkpoints, and its adapter or model."""
+_OF_CONTROL = tuple(name for name, kind in ARMS.items() if kind.weights == "control")
 HANGS = "hangs"
 """Where in the run's directory NCCL's flight recorder writes, where a collective times out."""
 
@@ -122,8 +136,12 @@ class _Run:
             )
             self.measured_before = not self.differences.measured
         say_size(config, self.model, world.size, len(self.text))
+        self.course = self._course(config, self.model, checkpoint, self.logged)
+
+    def _course(self, config: RunConfig, model: nn.Module, checkpoint: Path | None, logged: int) -> "_Course":
         segments = [count for count, _ in self.record.text]
-        self.training = Training(config, self.model, world, self.text, segments)
+        training = Training(config, model, self.world, self.text, segments)
+        return _Course(config, self.world, training, checkpoint, logged)
 
     def _load_text(self, at_least: int) -> tuple[PackedText, PackedText]:
         """(training text of at least so many sequences, held-out text)."""
@@ -166,24 +184,74 @@ class _Run:
         if scratch and not config.faulty:
             trained_arms = ("clean",)  # made without faults, it is what others are measured against
         arms = _saved_arms(run_dir) if self.measured_before else None
+        if arms is not None and self.first_step != config.training.steps:  # else they are of these very weights
+            arms = {name: arm for name, arm in arms.items() if name in base_arms}
         if arms is None or set(base_arms) - set(arms):
             arms = self._measure(base_arms)
-        if arms:
-            logger.info("before training:\n%s", arms_table(arms))
-        if self.checkpoint is not None:
-            load_checkpoint(self.checkpoint, self.model, self.training.optimizer, self.training.progress)
-            logger.info("resumed from %s", self.checkpoint)
+        if base_arms:
+            logger.info("before training:\n%s", arms_table({name: arms[name] for name in base_arms}))
+        self.course.load()
         self._begin(arms)
-        self._train(StepLog(config, self.model, self.world, self.first_step))
-        with new_directory(run_dir / ("adapter" if config.lora.r else "model"), self.world, replace=True) as new:
-            if config.lora.r:
-                save_adapter(self.model, new, config.model.hf_model_path, writes=self.world.first)
-            else:
-                save_model(self.model, new, self.tokenizer, self.world)
-        arms |= self._measure(trained_arms)
-        self.world.once(lambda: self._write_results(arms))
-        logger.info("after training:\n%s", arms_table(arms))
+        self._finish(self.course, run_dir, trained_arms, arms)
+        if config.training.control and "recovered" not in names:
+            logger.info("training.control: nothing flips here, so that the run would be its own control")
+        elif config.training.control:
+            self._train_control(arms)
+        logger.info("after training:\n%s", arms_table(in_order(arms)))
         return run_dir
+
+    def _finish(self, course: "_Course", directory: Path, names: Iterable[str], arms: dict[str, Arm]) -> None:
+        """Train to the end, write adapter or model into the directory, and add those of the named arms that are not
+        measured yet."""
+        config, model = self.config, course.model
+        course.train(self._goes_on())
+        with new_directory(directory / ("adapter" if config.lora.r else "model"), self.world, replace=True) as new:
+            if config.lora.r:
+                save_adapter(model, new, config.model.hf_model_path, writes=self.world.first)
+            else:
+                save_model(model, new, self.tokenizer, self.world)
+        if missing := tuple(name for name in names if name not in arms):
+            arms |= self._measure(missing)
+            self.world.once(lambda: self._write_results(arms))
+
+    def _train_control(self, arms: dict[str, Arm]) -> None:
+        """Train the control, or go on with it, and add its arms; nothing where they are there already."""
+        config, directory = self.config, self.run_dir / CONTROL
+        if set(_OF_CONTROL) <= arms.keys():
+            return
+        del self.model, self.course  # its memory is needed
+        gc.collect()
+        if self.world.device.type == "cuda" or config.training.compile:
+            torch.compiler.reset()  # what was compiled holds the model
+            torch.cuda.empty_cache()
+        logger.info("the control: the same training without faults, into %s", directory)
+        self.model = build_model(config, self.tokenizer, self.world, config.lora)
+        # its settings as a step, the log and the trackers see them
+        logging = replace(config.logging, run_dir=str(directory))
+        without = replace(config, bitflip=BitFlipSpec(), logging=logging)
+        checkpoint, logged = self._control_checkpoint(directory), 0
+        if checkpoint is not None:
+            logged, _ = self.world.once(lambda: logged_before(directory, checkpoint, 0))
+        course = self._course(without, self.model, checkpoint, logged)
+        course.load()
+        with faults(self.model, flips=False, guard=False) if is_faulty(self.model) else nullcontext():
+            self._finish(course, directory, (), arms)
+        arms |= self._measure(_OF_CONTROL)
+        self.world.once(lambda: self._write_results(arms))
+
+    def _control_checkpoint(self, directory: Path) -> Path | None:
+        """The last whole checkpoint of the control that the run has as many steps as."""
+        checkpoints, steps = directory / "checkpoints", self.config.training.steps
+        assert steps is not None
+
+        def look() -> Path | None:
+            directory.mkdir(exist_ok=True)
+            clear_unfinished(checkpoints)
+            _forget_after(checkpoints, steps)
+            return find_checkpoint(checkpoints, "auto")
+
+        last = self.world.once(look)
+        return None if last is None else whole_checkpoint(last, fall_back=True, world=self.world)
 
     def _begin(self, arms: dict[str, Arm]) -> None:
         """Make what this start has decided durable, before its first step: from which checkpoint, with what."""
@@ -197,6 +265,12 @@ class _Run:
             abandoned = tuple(path.name for path in there if step_of(path) > self.first_step)
             replace(self.record, measured=None, abandoned=abandoned).write(self.run_dir)
             forget_abandoned(self.run_dir)
+            control = self.run_dir / CONTROL
+            if self.checkpoint is None or (self.differences and self.differences.said):
+                _forget_after(control / "checkpoints", self.first_step)  # it trained otherwise
+            if self.first_step != self.config.training.steps:  # else it is of as many steps
+                for result in ("adapter", "model"):
+                    discard(control / result)
             self._write_results(arms)
             write_toml(self.run_dir / CONFIG, self.config.to_toml())
             self.record.write(self.run_dir)
@@ -210,12 +284,42 @@ class _Run:
         return measure_config_arms(self.config, names, self.model, self.held_out, self.world)
 
     def _write_results(self, arms: dict[str, Arm]) -> None:
-        write_results(self.run_dir, self.config, arms, self.model, self.held_out)
+        write_results(self.run_dir, self.config, in_order(arms), self.model, self.held_out)
 
-    def _train(self, log: StepLog) -> None:
+    def _goes_on(self) -> str:
+        start = "flipproof" if self.world.size == 1 else "torchrun … -m flipproof"
+        return f"{start} train --config {shlex.quote(str(self.run_dir / CONFIG))} --resume goes on from there"
+
+
+class _Course:
+    """One training to its last step, of the run or of its control, in one of its processes."""
+
+    def __init__(
+        self, config: RunConfig, world: World, training: Training, checkpoint: Path | None, logged: int
+    ) -> None:
+        """
+        Args:
+            config: ``logging.run_dir`` is where metrics and checkpoints go.
+            checkpoint: what ``load`` goes on from.
+            logged: lines of metrics that there are until then.
+        """
+        self.config, self.world, self.training, self.checkpoint, self.logged = (
+            config, world, training, checkpoint, logged
+        )  # fmt: skip
+        self.model = training.model
+        self.first_step = 0 if checkpoint is None else step_of(checkpoint)
+
+    def load(self) -> None:
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint, self.model, self.training.optimizer, self.training.progress)
+            logger.info("resumed from %s", self.checkpoint)
+
+    def train(self, goes_on: str) -> None:
+        """``goes_on``: what an interrupted one says at last."""
         config, run, world = self.config.training, self.training, self.world
         assert config.steps is not None
-        checkpoints = Checkpointer(self.run_dir / "checkpoints", self.config.checkpoint, world)
+        log = StepLog(self.config, self.model, world, self.first_step)
+        checkpoints = Checkpointer(Path(self.config.logging.run_dir) / "checkpoints", self.config.checkpoint, world)
         self.model.train()
         run.fit_memory()
         done = self.first_step
@@ -243,11 +347,7 @@ class _Run:
                     break
             checkpoints.wait()
             if by := int(world.largest(stop.came)):
-                raise Interrupted(f"stopped by {_SAID[by]} after step {done}; {self._goes_on()}")
-
-    def _goes_on(self) -> str:
-        start = "flipproof" if self.world.size == 1 else "torchrun … -m flipproof"
-        return f"{start} train --config {shlex.quote(str(self.run_dir / CONFIG))} --resume goes on from there"
+                raise Interrupted(f"stopped by {_SAID[by]} after step {done}; {goes_on}")
 
 
 _SAID = {int(signal.SIGTERM): "SIGTERM", int(signal.SIGINT): "Ctrl-C"}
@@ -278,11 +378,18 @@ class _StopRequest:
             signal.signal(number, handler)
 
 
+def _forget_after(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for path in list_checkpoints(checkpoints):
+        if step_of(path) > step:
+            discard(path)
+
+
 def _saved_arms(run_dir: Path) -> dict[str, Arm] | None:
-    """The arms that an interrupted run measured before it trained; None where they cannot be read."""
+    """The arms that stand in the results of an interrupted run; None where they cannot be read."""
     try:
         arms = read_record(run_dir / RESULTS)["arms"]
-        return {name: Arm.from_dict(arm) for name, arm in arms.items() if not ARMS[name].trained}
+        return {name: Arm.from_dict(arm) for name, arm in arms.items() if name in ARMS}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         logger.warning("%s cannot be read (%s): the arms before training are measured anew",
                        run_dir / RESULTS, error)  # fmt: skip

@@ -62,6 +62,7 @@ RULES = {
             "save_freq",
             "activation_checkpointing",
             "compile",
+            "control",
         )
     },
     "parallelism": Rule.FREE,

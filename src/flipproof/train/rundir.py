@@ -79,7 +79,7 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError([f"logging.run_dir = {str(run_dir)!r} is not a directory"])
     metrics = run_dir / METRICS
-    kept = [name for name in ("checkpoints", "adapter", "model") if any(_visible(run_dir / name))]
+    kept = [name for name in ("checkpoints", "adapter", "model", "control") if any(_visible(run_dir / name))]
     kept += [METRICS] if metrics.exists() and metrics.stat().st_size else []
     if kept or not (run_dir / RECORD).exists():
         kept += [name for name in (CONFIG, RESULTS) if (run_dir / name).exists()]

@@ -111,6 +111,8 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
         a_step, training.seq_len, training.local_batch_size, processes, training.gradient_accumulation_steps,
         training.steps, f"{needed * training.seq_len:,}", passes,
     )  # fmt: skip
+    if training.control and config.bitflip.any_fault:
+        logger.info("its control, trained without faults, takes as much again (training.control)")
     logger.info("all of it is written into %s", config.logging.run_dir)
 
 
