@@ -11,8 +11,8 @@ except ImportError:  # it has no build for this platform
 def few_programs(monkeypatch):
     """In Triton's interpreter 16 programs share a list of zeroed weights, in the place of 1024.
 
-    Each goes on with the item that lies as many further as there are programs, so the result is the same. Of 1024 nearly
-    all find none here, and each takes milliseconds to do so.
+    Each goes on with the item that lies as many further as there are programs, so the result is the same. Of 1024
+    nearly all find none here, and each takes milliseconds to do so.
     """
     launch, shared = triton_launch._launch, triton_launch.kernels.zeroed_correction
 
