@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama():
     """Makes a Llama of a few thousand parameters, the same weights each time."""
 

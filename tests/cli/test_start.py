@@ -66,9 +66,10 @@ ORDERS = [
 
 def test_faults_is_the_function_in_whichever_order_things_are_imported():
     """The subpackage has its name, and would become the attribute where it is imported. A process for each order; all
-    are forks of one, so that torch is imported once."""
+    are forks of one, so that torch, and what flipproof needs of it, is imported once."""
     code = f"""
 import os, sys
+import torch.distributed.fsdp, torch.distributed.tensor
 from torch import nn
 assert not any(name.startswith("flipproof") for name in sys.modules)
 for order in {ORDERS}:

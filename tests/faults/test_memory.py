@@ -200,7 +200,7 @@ def test_bad_rows():
 
 
 def test_a_lower_rate_flips_a_subset():
-    n = 2**18
+    n = 2**16
     before = torch.zeros(n, dtype=torch.int64)
     for p in (1e-5, 1e-4, 1.1e-4, 0.003, 0.1, 0.3, 0.5):
         now = masks(p, Pattern(persistent=True), n)

@@ -234,7 +234,7 @@ def test_a_guard_that_cuts_clean_values_is_warned_of(learned_llama_dir, caplog):
 )
 def test_the_dtype_is_that_of_the_bits_that_flip(model_dir, tmp_path, training, dtype):
     """In results.json as in the log of what flipped, whose bits say it themselves."""
-    config = settings(model_dir, w_p_frac=0.2)
+    config = settings(model_dir, w_p_frac=0.01)
     config = replace(config, training=replace(config.training, **training))
     evaluate(config, to=tmp_path, flip_log=tmp_path / "new" / "flips.jsonl")
     header, *entries = map(json.loads, (tmp_path / "new" / "flips.jsonl").read_text().splitlines())
@@ -321,8 +321,8 @@ def test_a_logged_evaluation_replays(tiny_llama, tmp_path):
     settings = {
         "model": {"hf_model_path": str(tmp_path / "model"), "tokenizer": "bytes"},
         "data": {"eval_source": str(tmp_path / "text.txt")},
-        "training": {"seq_len": 64, "local_batch_size": 4},
-        "eval": {"trials": 2, "num_samples": 8},
+        "training": {"seq_len": 32, "local_batch_size": 2},
+        "eval": {"trials": 2, "num_samples": 4},
         "bitflip": {"w_p_exp": 1e-3, "w_p_frac": 0.005, "w_zero_out_t": 2.0, "x_p_frac": 0.005, "kv_p_frac": 0.005},
     }
     log = tmp_path / "flips.jsonl.gz"
@@ -338,6 +338,6 @@ def test_a_logged_evaluation_replays(tiny_llama, tmp_path):
     (tmp_path / "other.txt").write_text("Other text. " * 400)
     different = evaluate(load_config([], settings), replay=log)["replayed"].trial_losses
     assert different != (first,)  # the log's flips on other text
-    settings["eval"] |= {"num_samples": 4}
+    settings["eval"] |= {"num_samples": 2}
     with pytest.raises(ConfigError, match=r"in pass 1 was not reached.* same model, faulty sites, text and batch"):
         evaluate(load_config([], settings), replay=log)

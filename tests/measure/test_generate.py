@@ -42,11 +42,11 @@ SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9}
 
 @pytest.mark.parametrize("sampled", [{}, SAMPLED])
 def test_texts_are_those_of_transformers(model_dir, tiny_llama, sampled):
-    texts = generate(config_of(model_dir), "def f(", Sampling(max_new_tokens=30, seed=3, **sampled))
+    texts = generate(config_of(model_dir), "def f(", Sampling(max_new_tokens=16, seed=3, **sampled))
     model = tiny_llama().eval()
-    clean = by_transformers(model, "def f(", max_new_tokens=30, **sampled)
+    clean = by_transformers(model, "def f(", max_new_tokens=16, **sampled)
     flipproof.inject(model, flipproof.BitFlipSpec(**FAULTS, base_seed=1))  # evaluation's first seed
-    flipped = by_transformers(model, "def f(", max_new_tokens=30, **sampled)
+    flipped = by_transformers(model, "def f(", max_new_tokens=16, **sampled)
     assert clean != flipped
     for arm, tokens in (("clean", clean), ("flipped", flipped)):
         assert texts[arm].text == byte_tokenizer().decode(tokens, skip_special_tokens=True)
@@ -71,7 +71,7 @@ def test_flips_are_counted(model_dir, tiny_llama):
 
 
 def test_a_logged_text_replays(model_dir, tmp_path):
-    sampling = Sampling(max_new_tokens=20, seed=5, **SAMPLED)
+    sampling = Sampling(max_new_tokens=8, seed=5, **SAMPLED)
     config = config_of(model_dir)
     logged = generate(config, "x = ", sampling, to=tmp_path / "out", flip_log=tmp_path / "flips.jsonl")
     other = config_of(model_dir, **FAULTS, base_seed=50)

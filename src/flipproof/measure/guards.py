@@ -27,8 +27,9 @@ from flipproof.log import bar
 from flipproof.measure.evaluate import evaluating, passes_of
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
-from flipproof.models.load import basis_of, compute_context, load_tokenizer
+from flipproof.models.load import compute_context, load_tokenizer
 from flipproof.models.loss import next_token_loss
+from flipproof.models.online import ENTRY
 from flipproof.world import World, join_world
 
 _LEAST_TOKENS = 4096
@@ -147,7 +148,7 @@ def fit_guards(
             by=by,
             model=str(config.model.hf_model_path or config.model.flavor),
             dtype=flipped_dtype(training, model),
-            basis=basis_of(model.config),
+            basis=getattr(model.config, ENTRY, None),
             texts=({"source": text.source, "tokens": tokens},),
         )
         for other in others:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import check_seed
 from flipproof.models.basis import Basis, kronecker, signs, split, spread
+from flipproof.values import Seed, checked
 
 ENTRY = "flipproof_rotation"
 """What the config of a rotated model calls the record of it: {"how", "seed", "online": [names of layers]}."""
@@ -114,7 +114,7 @@ def attach(model: nn.Module) -> None:
     entry: Any = getattr(model.config, ENTRY, None)
     if not isinstance(entry, dict) or not entry.get("online"):
         return
-    hook = RotateInput(check_seed(entry.get("seed")))  # type: ignore[arg-type]
+    hook = RotateInput(checked("seed", entry.get("seed"), Seed))  # type: ignore[arg-type]
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if strange := [name for name in entry["online"] if name not in linear or not can_rotate(linear[name].in_features)]:
         raise ConfigError([f"config.json: {ENTRY} lists {strange[0]!r}, which is no linear layer of this model"])

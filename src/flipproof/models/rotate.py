@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from flipproof.errors import ConfigError
 from flipproof.faults.attention import attention_modules
 from flipproof.faults.inject import is_faulty
-from flipproof.faults.spec import check_seed
 from flipproof.faults.ties import cut_ties
 from flipproof.models import online
 from flipproof.models.basis import Basis, fold, rotate_in, rotate_out
 from flipproof.models.stream import Stream, quiet, trace
+from flipproof.values import Seed, checked
 
 How = Literal["none", "residual", "full"]
 HOW = ("none", "residual", "full")
@@ -108,7 +108,7 @@ def rotate(model: Any, how: How, seed: int) -> Rotation:
     """
     if how not in HOW:
         raise ConfigError([f"rotate = {how!r}: allowed are {', '.join(HOW)}"])
-    check_seed(seed)
+    checked("seed", seed, Seed)
     if how == "none":
         return Rotation(how, seed)
     _check_model(model)
