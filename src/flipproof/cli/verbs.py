@@ -11,7 +11,7 @@ from flipproof.config import SECTIONS, RunConfig, described_keys, preset_names, 
 from flipproof.config.names import keys_called, keys_meant, near_key, nearest, plain
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import field_names
+from flipproof.faults.spec import GRANULARITIES, field_names
 from flipproof.launch import tell_launcher
 from flipproof.log import logger
 from flipproof.records import CONFIG
@@ -80,6 +80,15 @@ def _generate(args: Namespace, config: RunConfig) -> None:
 
 
 def _profile(args: Namespace, config: RunConfig) -> None:
+    if args.guards:
+        from flipproof.measure.guards import fit_guards
+
+        if args.to is None:
+            raise ConfigError(["--guards: name a directory to write them into with --to"])
+        fit_guards(config, args.guards, args.to, args.merge, tell=_say)
+        return
+    if args.merge:
+        raise ConfigError(["--merge is about guards: say --guards, too"])
     from flipproof.measure.profile import profile
 
     profile(config, args.to, tell=_say)
@@ -277,10 +286,21 @@ VERBS = {
     "profile": Verb(
         "How large weights and activations are, and which guard thresholds clip none of them.",
         _profile,
-        (*_WHOLE, _SAMPLES, _flag("--to", "Directory to write profile.json into.", "DIR", Path)),
+        (
+            *_WHOLE,
+            _SAMPLES,
+            _flag("--to", "Directory to write profile.json, or guards.safetensors, into.", "DIR", Path),
+            _flag(
+                "--guards",
+                "Fit guards to training text instead: a threshold for each channel, each layer, or for all (tensor).",
+                "|".join(reversed(GRANULARITIES)),
+                choices=GRANULARITIES,
+            ),
+            _flag("--merge", "Guards of the model that were fitted to other text.", "DIR", nargs="+", default=()),
+        ),
         (
             "flipproof profile unsloth/Llama-3.2-1B --num-samples 64",
-            "flipproof profile --config 70b --to profiles/70b",
+            "flipproof profile unsloth/Llama-3.2-1B --data.source code.txt --guards channel --to guards/1b",
         ),
         _ON_TEXT,
     ),

@@ -77,6 +77,8 @@ class ProtectionParts(NamedTuple):
     """What a protection of the grid, such as "tmr-sign+exp+guard", is made of."""
 
     guard: bool
+    by: Granularity | None
+    """Of fitted guards; None where the guard is the one that is configured."""
     code: str
     """"none", "secded" or "parity"."""
     tripled: tuple[str, ...]
@@ -85,18 +87,19 @@ class ProtectionParts(NamedTuple):
 
 def parse_protection(name: str) -> ProtectionParts:
     """Raises ValueError for what is no protection."""
-    guard, code = False, "none"
+    guard, by, code = False, None, "none"
+    fitted = {f"guard-{granularity}": granularity for granularity in GRANULARITIES}
     tripled: list[str] = []
     for part in [] if name == "none" else name.split("+"):
-        if part == "guard" and not guard:
-            guard = True
+        if part in ("guard", *fitted) and not guard:
+            guard, by = True, fitted.get(part)
         elif part in ("secded", "parity") and code == "none":
             code = part
-        elif part.startswith("tmr-") or (tripled and part not in ("guard", "secded", "parity")):
+        elif part.startswith("tmr-") or (tripled and part not in ("guard", *fitted, "secded", "parity")):
             tripled.append(checked("tmr", part.removeprefix("tmr-"), Bits))
         else:
             raise ValueError
-    return ProtectionParts(guard, code, tuple(tripled))
+    return ProtectionParts(guard, by, code, tuple(tripled))
 
 
 Trials = Annotated[int, Between(1, 1_000_000)]
@@ -112,7 +115,8 @@ BitNames = Annotated[Axis, _each(_bit_name), "'all', 'each', 'sign', 'exp', 'fra
 Protections = Annotated[
     Axis,
     _each(parse_protection),
-    "none, guard, secded, parity, tmr-BITS (tmr-sign+exp) or several with + between them (secded+guard)",
+    "none, guard, guard-layer, guard-channel, guard-tensor, secded, parity, tmr-BITS (tmr-sign+exp) or several with + "
+    "between them (secded+guard)",
 ]
 
 
