@@ -41,10 +41,10 @@ def said(capsys, *argv):
         ("generate m", "--prompt is missing"),
         ("export run --formt adapter", "--formt: unknown flag; did you mean --format?"),
         ("export run --to", "--to: a value is missing"),
-        ("export run --to x --format zip", "--format = 'zip': 'model' | 'adapter' is allowed"),
+        ("export run --to x --format zip", "--format = 'zip': 'model' or 'adapter' is allowed"),
         ("export --to x", "RUN is missing"),
-        ("generate m --prompt a --seed 1e3", "--seed = '1e3': int is allowed"),
-        ("generate m --prompt a --do_sample yes", "--do-sample = 'yes': bool is allowed"),
+        ("generate m --prompt a --seed 1e3", "--seed = '1e3': a whole number is allowed"),
+        ("generate m --prompt a --do_sample yes", "--do-sample = 'yes': true or false is allowed"),
         ("train m n", "n: not expected here"),
         ("export m n --to x", "n: not expected here"),
         ("train --batch_size 1", "--batch_size: unknown flag; sequences per process and micro-batch are "
@@ -55,7 +55,7 @@ def said(capsys, *argv):
         ("train --resume runs/x", "--resume = 'runs/x': auto or a checkpoint's name (step-N) is allowed; MODEL comes "
          "first"),
         ("train m --profile maybe", "maybe: not expected here"),
-        ("train m --training.compile yes", "training.compile = 'yes': bool | None is allowed"),
+        ("train m --training.compile yes", "training.compile = 'yes': true, false or None is allowed"),
         ("keys training.lrr", "training.lrr: no such key; did you mean lr?"),
         ("keys trainin", "trainin: no such section or key; did you mean training?"),
     ],

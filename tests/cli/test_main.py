@@ -23,6 +23,7 @@ from flipproof.config import SECTIONS
 from flipproof.config.names import KEYS
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
+from flipproof.values import bare
 
 
 @pytest.fixture
@@ -130,8 +131,8 @@ def example(flag):
     for name, value in EXAMPLES.items():
         if flag.endswith(name):
             return value
-    kinds = [kind for kind in (get_args(field.type) or (field.type,)) if kind is not type(None)]
-    if get_origin(field.type) is tuple:
+    kinds = bare(field.type)
+    if get_origin(kinds[0]) is tuple:
         return "sign" if key.endswith("_bits") else BY_TYPE[tuple]
     choices = [value for kind in kinds for value in (get_args(kind) or (kind,)) if isinstance(value, str)]
     if choices:
@@ -283,7 +284,7 @@ def test_bad_input_is_one_clear_line_each(capsys, tmp_path, model_dir, monkeypat
     fails(capsys, ["train", "--config", "70b", "--training.lr"], "--training.lr: a value is missing")
     fails(capsys, ["train", "--model.hf_model_path", model_dir, "--resume", "step-3"],
           "--resume step-3: runs/default/checkpoints holds no complete checkpoint")  # fmt: skip
-    fails(capsys, ["eval", model_dir, "--bitflip.x_zero_out_t", "nan", *SMALL], "x_zero_out_t = nan")
+    fails(capsys, ["eval", model_dir, "--bitflip.x_zero_out_t", "nan", *SMALL], "x_zero_out_t = 'nan'")
     fails(capsys, ["eval", "no/model", *SMALL], "no local directory, and the Hub did not give")
     fails(capsys, ["eval", model_dir, "--bitflip.w_p_exp", "0.1", "--bitflip.include_patterns", '["q_prj"]', *SMALL],
           "no layer matched include_patterns = ['q_prj']")  # fmt: skip

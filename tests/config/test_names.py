@@ -5,8 +5,9 @@ import pytest
 
 from flipproof.config import SECTIONS, aliases
 from flipproof.config.names import KEYS, keys_meant, near_key, near_table
-from flipproof.config.values import convert
+from flipproof.config.texts import readings
 from flipproof.faults.spec import field_names
+from flipproof.values import checked
 
 
 @pytest.mark.parametrize(
@@ -52,9 +53,9 @@ def test_answers_name_keys_verbs_and_values_that_exist():
         section, name = key.split(".")
         (field,) = (field for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
         for theirs, ours in values.items():
-            assert convert(ours, field.type) == ours
+            assert checked("key", ours, field.type, readings) == ours
             with pytest.raises(ValueError, match=ours):
-                convert(theirs, field.type)
+                checked("key", theirs, field.type, readings)
 
 
 @pytest.mark.parametrize(

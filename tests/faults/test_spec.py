@@ -4,7 +4,8 @@ import pytest
 
 from flipproof import BitFlipSpec, Fault, LoraSpec
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import Pattern, check_seed
+from flipproof.faults.spec import Pattern
+from flipproof.values import Seed, checked
 
 
 def test_fields_become_the_two_faults():
@@ -21,28 +22,28 @@ def test_fields_become_the_two_faults():
         ({"w_p_exp": 0.6}, "w_p_exp = 0.6"),
         ({"x_p_frac": float("nan")}, "x_p_frac = nan"),
         ({"x_zero_out_t": -1}, "x_zero_out_t = -1"),
-        ({"w_faults": "sometimes"}, "w_faults = 'sometimes'.*'transient' and 'persistent'"),
+        ({"w_faults": "sometimes"}, "w_faults = 'sometimes': 'transient' or 'persistent' is allowed"),
         ({"base_seed": -1}, "base_seed = -1"),
-        ({"layer_name_to_config": {"(": {}}}, "regular expression"),
-        ({"layer_name_to_config": {"a": {"w_p": 0.1}}}, "'a'.w_p: no such key"),
+        ({"layer_name_to_config": {"(": {}}}, r"config key = '\(': a regular expression is allowed \(missing \)"),
+        ({"layer_name_to_config": {"a": {"w_p": 0.1}}}, "'a'.w_p: unknown key; known are w_p_exp, w_p_frac"),
         ({"layer_name_to_config": {"a": {"w_p_exp": 9}}}, "'a'.w_p_exp = 9"),
-        ({"layer_name_to_config": {"a": True}}, "'a' = true"),
+        ({"layer_name_to_config": {"a": True}}, "'a' = True: a table of keys, or false, is allowed"),
         ({"w_p_exp": 0.6, "x_p_exp": -2}, "w_p_exp = 0.6.*\nx_p_exp = -2"),
         ({"w_p_exp": "1e-5"}, "w_p_exp = '1e-5'"),
         ({"include_patterns": "q_proj"}, r"include_patterns = 'q_proj': a list .* such as \['q_proj'\]"),
-        ({"skip_patterns": ["a", ""]}, r"skip_patterns = \('a', ''\): a list of texts, none of them empty"),
-        ({"skip_patterns": [1]}, "skip_patterns = "),
-        ({"skip_patterns": None}, "skip_patterns = None"),
+        ({"skip_patterns": ["a", ""]}, r"skip_patterns\[1\] is empty: a text is allowed"),
+        ({"skip_patterns": [1]}, r"skip_patterns\[0\] = 1: a text is allowed"),
+        ({"skip_patterns": None}, "skip_patterns = None: a list of texts is allowed"),
         ({"sites": "head"}, r"sites = 'head': a list .* such as \['head'\]"),
-        ({"sites": ["heads"]}, "sites = 'heads': allowed are 'linear', 'head' and 'embedding'"),
-        ({"sites": []}, "sites = ''"),
+        ({"sites": ["heads"]}, r"sites\[0\] = 'heads': 'linear', 'head' or 'embedding' is allowed"),
+        ({"sites": []}, r"sites = \[\]: a list of one or more of 'linear', 'head' and 'embedding' is allowed"),
         ({"w_protected_bits": "sign"}, "w_protected_bits = 'sign': a list"),
         ({"layer_name_to_config": {"a": {"w_protected_bits": "sign"}}}, "'a'.w_protected_bits = 'sign': a list"),
         ({"layer_name_to_config": {"a": 1}}, "'a' = 1: a table of keys, or false"),
         ({"layer_name_to_config": ["a"]}, r"layer_name_to_config = \['a'\]: a table"),
         ({"row_bytes": "1024"}, "row_bytes = '1024': a multiple of 8"),
         ({"row_bytes": 1024.0}, "row_bytes = 1024.0"),
-        ({"exact_gradient": "no"}, "exact_gradient = 'no': True or False"),
+        ({"exact_gradient": "no"}, "exact_gradient = 'no': true or false"),
         ({"base_seed": 2**63}, "base_seed = 9223372036854775808"),
         ({"w_burst": 2.0}, "w_burst = 2.0"),
     ],
@@ -78,7 +79,7 @@ def test_lora_scaling_and_its_limits():
 
 
 def test_seeds():
-    assert check_seed(2**63 - 1) == 2**63 - 1
+    assert checked("seed", 2**63 - 1, Seed) == 2**63 - 1
     for seed in (-1, 2**63, 1.5, True):
-        with pytest.raises(ValueError, match="seed"):
-            check_seed(seed)
+        with pytest.raises(ValueError, match=rf"^seed = {seed!r}: a seed from 0 to 2\^63 - 1 is allowed$"):
+            checked("seed", seed, Seed)

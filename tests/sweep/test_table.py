@@ -155,7 +155,7 @@ def test_voltages(tmp_path):
             [
                 "line 3: ber = 'many': a number is allowed",
                 "line 4: ber = None: a number is allowed",
-                "line 5: ber = 0.9: a flip probability is a number from 0 to 0.5",
+                "line 5: ber = 0.9: a flip probability from 0 to 0.5 is allowed",
                 "line 6: voltage = nan: a number of volts",
                 "line 7: voltage = 0.7 is that of line 2, too",
                 "line 8: ber = 1e-06 is that of line 2, too",

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 from flipproof.config import aliases, described_keys, sections_help, split_overrides, warn_of_two
 from flipproof.config.names import KEYS, MEANT, is_named, keys_meant, nearest, plain
 from flipproof.config.schema import SECTIONS
-from flipproof.config.values import convert
+from flipproof.config.texts import readings
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import field_names
 from flipproof.files import OTHER_LETTERS
+from flipproof.values import checked
 
 
 class Argument(NamedTuple):
@@ -176,14 +177,13 @@ class _Help(argparse.Action):
 
 
 def value_of(declared: Any) -> Callable[[str], Any]:
-    """What turns a flag's text into the declared type; see ``config.values.convert``."""
+    """What turns a flag's text into what is declared; see ``config/texts.py``."""
 
     def converted(text: str) -> Any:
         try:
-            return convert(text, declared)
-        except ValueError as allowed:
-            seen = f"= {text!r}" if text else "is empty"
-            raise argparse.ArgumentTypeError(f"{seen}: {allowed} is allowed") from allowed
+            return checked("", text, declared, readings)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.problems[0].strip()) from error
 
     return converted
 

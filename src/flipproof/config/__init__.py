@@ -1,4 +1,4 @@
-"""One run's configuration: its keys (``schema.py``), what a value may be (``values.py``), how files (``read.py``)
+"""One run's configuration: its keys (``schema.py``), what a text may stand for (``texts.py``), how files (``read.py``)
 and flags (``flags.py``) become it, and what was meant by a name that nobody knows (``names.py``),
 which other tools may (``aliases.py``)."""
 

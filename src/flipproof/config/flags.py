@@ -5,15 +5,16 @@ import logging
 import textwrap
 from collections.abc import Container, Iterable, Mapping
 from functools import cache
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import docstring_parser
 
 from flipproof.config import aliases
 from flipproof.config.names import KEYS, keys_meant, nearest, plain
 from flipproof.config.schema import SECTIONS
-from flipproof.config.values import NULL, described, shown
+from flipproof.config.texts import NULL
 from flipproof.errors import ConfigError
+from flipproof.values import bare, shown
 
 logger = logging.getLogger("flipproof")
 
@@ -23,7 +24,8 @@ def described_keys(sections: Iterable[str] = tuple(SECTIONS), only: Container[st
     lines = []
     for name in sections:
         lines += ["", f"[{name}] {_purpose(SECTIONS[name]).rstrip('.')}"]
-        meanings = {param.arg_name: param.description for param in _documented(SECTIONS[name]).params}
+        documented = [param for part in SECTIONS[name].__mro__[:-1] for param in _documented(part).params]
+        meanings = {param.arg_name: param.description for param in documented}
         for field in dataclasses.fields(SECTIONS[name]):
             if f"{name}.{field.name}" in only:
                 default = "" if (value := _default(field)) in (None, (), {}) else f" [{value}]"
@@ -58,10 +60,14 @@ def _default(field: Any) -> Any:
 
 
 def _values(declared: Any) -> str:
-    kinds = described(declared).replace(" | None", "").replace("'", "")
-    return kinds.split(" of ")[0].split(", such")[0].replace("a ", "").replace(" | ", "|")
+    words: list[str] = []
+    for kind in bare(declared):
+        origin = get_origin(kind) or kind
+        words += get_args(kind) if origin is Literal else [_CALLED.get(origin) or origin.__name__]
+    return "|".join(words)
 
 
+_CALLED = {tuple: "list", Mapping: "table"}
 _TRUTHS = ("", "true", "false", *map(str.lower, NULL), "yes", "no", "on", "off", "1", "0")
 """What stands behind a switch as its value and not as MODEL; those that are not allowed are told so."""
 
@@ -110,7 +116,7 @@ def split_overrides(
 def _is_truth(section: str, key: str) -> bool:
     """Whether a key is true or false, so that its flag may be a switch."""
     fields = dataclasses.fields(SECTIONS[section]) if section in SECTIONS else ()
-    return any(field.name == key and bool in (field.type, *get_args(field.type)) for field in fields)
+    return any(field.name == key and bool in bare(field.type) for field in fields)
 
 
 def warn_of_two(flag: str, first: object, last: object) -> None:

@@ -22,10 +22,11 @@ import yaml
 from flipproof.config.aliases import VALUES
 from flipproof.config.names import near_key, near_table, nearest
 from flipproof.config.schema import SECTIONS, RunConfig
-from flipproof.config.values import convert, parse_yaml, shown
+from flipproof.config.texts import parse_yaml, readings
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import LAYER_KEYS, BitFlipSpec, LoraSpec, field_names
+from flipproof.faults.spec import LAYER_KEYS, BitFlipSpec, LoraSpec
 from flipproof.records import check_toml
+from flipproof.values import Table, shown
 
 
 def load_config(
@@ -61,8 +62,9 @@ def load_config(
             found = built.problems()
         except ConfigError as error:
             found = error.problems
-        said = tuple(f"{key} " for key in tree[name] if key not in values)
-        problems += [f"{name}.{problem}" for problem in found if not problem.startswith(said)]
+        # nothing more is said of keys whose own values are wrong
+        wrong = (section.declared().keys() & tree[name].keys()) - values.keys()
+        problems += [f"{name}.{line}" for line in found if wrong.isdisjoint(re.findall(r"\w+", line))]
         sections[name] = built if not found else None
     if wants_lora and sections["lora"] is not None and not sections["lora"].r:
         problems.append(f"{wants_lora}: use_lora = true: lora.r is not set; the rank of the adapters is needed")
@@ -172,22 +174,13 @@ def _seedless(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not re.fullmatch(r"[wx]_seed_(exp|frac)", str(k))}
 
 
-def _checked_values(name: str, section: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values of one table as their declared types, and one problem per unknown or ill-typed key."""
-    known = field_names(section)
-    types = {f.name: f.type for f in dataclasses.fields(section)}
-    good, problems = {}, []
+def _checked_values(name: str, section: type[Table], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values of one table as their keys declare them, and what is wrong with the others and with unknown keys."""
+    given = dict(values)
     for key, value in values.items():
-        if key not in known:
-            problems.append(f"{name}.{key}: unknown key{near_key(key, name)}")
-            continue
-        try:
-            same = VALUES.get(f"{name}.{key}", {})
-            good[key] = convert(same.get(value, value) if isinstance(value, str) else value, types[key])
-        except ValueError as allowed:
-            seen = "is empty" if value == "" else f"= {shown(value)}"
-            problems.append(f"{name}.{key} {seen}: {allowed} is allowed")
-    return good, problems
+        if isinstance(value, str):
+            given[key] = VALUES.get(f"{name}.{key}", {}).get(value, value)
+    return section.checked_keys(given, f"{name}.", readings, lambda key: near_key(key, name))
 
 
 def preset_names() -> list[str]:

@@ -5,42 +5,23 @@ command line.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 
-from flipproof.config.sweep import MAX_SEEDS, SweepConfig
+from flipproof.config.sweep import SweepConfig, Trials
 from flipproof.faults.spec import BitFlipSpec, LoraSpec
+from flipproof.values import Between, Count, Positive, Seed, Table, Whole
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-
-
-def _at_least(config: object, minimum: float, *names: str, most: int = 2**63 - 1) -> list[str]:
-    return [
-        f"{name} = {value!r}: {_most(most) if value > most else f'at least {minimum}'} is allowed"
-        for name in names
-        if (value := getattr(config, name)) is not None and not minimum <= value <= most
-    ]
-
-
-def _most(most: int) -> str:
-    return "less than 2^63" if most == 2**63 - 1 else f"at most {most:,}"
-
-
-def _positive(config: object, *names: str) -> list[str]:
-    return [
-        f"{name} = {value!r}: a positive number is allowed"
-        for name in names
-        if (value := getattr(config, name)) is not None and not 0 < value < math.inf
-    ]
+Magnitude = Annotated[float, lambda value: 0 <= value < 2**63, "a number of at least 0, below 2^63,"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Table):
     """Which model."""
 
     flavor: str | None = None
@@ -64,7 +45,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Table):
     """How to train."""
 
     dtype: Dtype | None = None
@@ -75,62 +56,52 @@ class TrainingConfig:
     checkpoint's weights train the checkpoint's."""
     mixed_precision_reduce: Dtype = "float32"
     """Dtype of gradient reductions between processes."""
-    seq_len: int = 2048
+    seq_len: Annotated[int, Between(2)] = 2048
     """Tokens per sequence."""
-    local_batch_size: int = 1
+    local_batch_size: Count = 1
     """Sequences per process and micro-batch; the global micro-batch is those of all processes."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps. Default: what tokens_per_parameter gives, or 1000."""
-    tokens_per_parameter: float | None = None
+    tokens_per_parameter: Positive | None = None
     """Length of the run where steps is not given, in training tokens per parameter of the model: 0.01 is 1%. The steps
     follow from it with batch, accumulation and number of processes."""
-    tokens_per_parameter_of: Literal["all", "non-embedding"] | int = "all"
+    tokens_per_parameter_of: Literal["all", "non-embedding"] | Count = "all"
     """Which parameters tokens_per_parameter counts: all; non-embedding, without the input embedding but with the output
     head, as AICrossSim-CLM counts its 22 tokens per parameter; or a number, such as 8000000000 for an "8B"."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Peak learning rate of AdamW (betas 0.9 and 0.95)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
-    weight_decay: float = 0.01
+    weight_decay: Magnitude = 0.01
     """AdamW's weight decay, on matrices only."""
-    warmup_steps: int = 0
+    warmup_steps: Whole = 0
     """Steps over which the learning rate rises linearly to its peak."""
-    max_norm: float = 1.0
+    max_norm: Magnitude = 1.0
     """Gradients are clipped to this norm; 0 is no clipping."""
-    log_freq: int = 10
+    log_freq: Count = 10
     """Steps between lines of metrics.jsonl."""
-    save_freq: int = 500
+    save_freq: Whole = 500
     """Steps between checkpoints; 0 saves at the end only."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of the order of the data."""
-    activation_checkpointing: Literal["none", "full", "selective", "auto"] | int = "auto"
+    activation_checkpointing: Literal["none", "full", "selective", "auto"] | Count = "auto"
     """What backward computes anew instead of keeping: nothing, every block (full), every n-th block (a number), or in
     every block all but matrix products and attention (selective). auto keeps as much as the GPU's memory allows; on a
     CPU it is none."""
     compile: bool | None = None
     """Compile the model's blocks with torch.compile. Default: on a GPU."""
 
-    def problems(self) -> list[str]:
-        problems = _at_least(self, 0, "weight_decay", "warmup_steps", "max_norm", "save_freq", "seed")
-        if isinstance(self.activation_checkpointing, int):
-            problems += _at_least(self, 1, "activation_checkpointing")
-        if isinstance(self.tokens_per_parameter_of, int):
-            problems += _at_least(self, 1, "tokens_per_parameter_of")
-        problems += _at_least(self, 1, "local_batch_size", "gradient_accumulation_steps", "steps", "log_freq")
-        problems += _at_least(self, 2, "seq_len")
-        return problems + _positive(self, "lr", "tokens_per_parameter")
-
 
 @dataclass(frozen=True)
-class ParallelismConfig:
+class ParallelismConfig(Table):
     """How the model is spread over processes."""
 
-    fsdp_degree: int | None = None
+    fsdp_degree: Count | None = None
     """Processes over which parameters, gradients and optimizer state are sharded. Default: all of them; with
     hybrid_shard those of one node."""
-    replicas: int | None = None
+    replicas: Count | None = None
     """Copies of the sharded model, each with data of its own. The processes are fsdp_degree x replicas. Default: 1;
     with hybrid_shard as many as the processes give."""
     sharding_strategy: Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"] = "full_shard"
@@ -139,20 +110,18 @@ class ParallelismConfig:
     (DDP) gives every process the whole model."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the CPU's memory between uses."""
-    forward_prefetch: int = 1
+    forward_prefetch: Whole = 1
     """Blocks whose parameters are gathered ahead of their turn in forward; 0 leaves it to FSDP."""
-    backward_prefetch: int = 1
+    backward_prefetch: Whole = 1
     """The same in backward."""
     keep_gathered: bool = False
     """Keep parameters gathered between the micro-batches of a step: less communication, the memory of the whole
     model."""
-    timeout_minutes: float = 10.0
+    timeout_minutes: Positive = 10.0
     """A collective that takes longer ends the run, and says which process waited in which."""
 
     def problems(self) -> list[str]:
-        problems = _at_least(self, 1, "fsdp_degree", "replicas")
-        problems += _at_least(self, 0, "forward_prefetch", "backward_prefetch")
-        problems += _positive(self, "timeout_minutes")
+        problems = []
         if self.sharding_strategy == "no_shard":
             if (self.fsdp_degree or 1) != 1:
                 problems.append(f"fsdp_degree = {self.fsdp_degree!r}: no_shard allows 1")
@@ -162,7 +131,7 @@ class ParallelismConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Table):
     """What text to train and evaluate on."""
 
     source: str = "Cheng98/fineweb-edu-1.25B"
@@ -170,46 +139,40 @@ class DataConfig:
     eval_source: str | None = None
     """Text to evaluate on, all of it, given as source is. Default: the held-out part of source, about a tenth of its
     documents, which is never trained on."""
-    held_out_tokens: int = 262144
+    held_out_tokens: Count = 262144
     """How many tokens of the held-out part of source are used, at most; never more than a tenth of max_tokens."""
     text_column: str = "text"
     """The column of jsonl, parquet and Hub data that holds the text."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Use this many tokens of source at most."""
     bos: bool | None = None
     """Begin each document and each sequence with the tokenizer's beginning-of-text token. Default: where the tokenizer
     begins a text with one."""
 
-    def problems(self) -> list[str]:
-        empty = [f"{name} is empty" for name in ("source", "eval_source") if getattr(self, name) == ""]
-        return empty + _at_least(self, 1, "max_tokens", "held_out_tokens")
-
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Table):
     """How to evaluate."""
 
-    trials: int = 5
+    trials: Trials = 5
     """Fault seeds per faulty arm; none of them is used in training."""
-    until_ci: float | None = None
+    until_ci: Annotated[Positive, "a positive number, such as 0.01 for ±1% of perplexity,"] | None = None
     """Keep adding fault seeds, from 5 or trials on, until the 95% interval over them is at most this wide to either
     side, relative to perplexity: 0.01 is ±1%. Default: trials and no more."""
-    max_trials: int = 100
+    max_trials: Trials = 100
     """Where until_ci stops at the latest."""
-    num_samples: int = 64
+    num_samples: Count = 64
     """Held-out sequences."""
 
     def problems(self) -> list[str]:
-        problems = _at_least(self, 1, "trials", most=MAX_SEEDS) + _at_least(self, 1, "num_samples")
-        if self.until_ci is not None and not 0 < self.until_ci < math.inf:
-            problems.append(f"until_ci = {self.until_ci!r}: a positive number is allowed (0.01 is ±1% of perplexity)")
-        if self.until_ci is not None:
-            problems += _at_least(self, max(5, self.trials), "max_trials", most=MAX_SEEDS)
-        return problems
+        least = max(5, self.trials)
+        if self.until_ci is None or self.max_trials >= least:
+            return []
+        return [f"max_trials = {self.max_trials}: with until_ci at least {least} (5, and trials) is allowed"]
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Table):
     """Where the run writes."""
 
     run_dir: str = "runs/default"
@@ -226,24 +189,18 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "run_dir", os.path.expanduser(self.run_dir))
 
-    def problems(self) -> list[str]:
-        return []
-
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Table):
     """Checkpoints."""
 
-    keep_last: int = 2
+    keep_last: Count = 2
     """How many checkpoints are kept; older ones are deleted after a newer one is complete."""
     asynchronous: bool = True
     """Write while training goes on; False waits for the disk."""
     state_dict_type: Literal["sharded", "full"] = "sharded"
     """sharded: every process writes what it holds. full: process 0 gathers everything and writes one file. Either is
     read by any number of processes."""
-
-    def problems(self) -> list[str]:
-        return _at_least(self, 1, "keep_last")
 
 
 @dataclass(frozen=True)
@@ -278,7 +235,7 @@ class RunConfig:
         return tomli_w.dumps(_without_none(tree))
 
 
-SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}  # type: ignore[misc]
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
 
 
 def _without_none(value: Any) -> Any:

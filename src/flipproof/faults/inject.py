@@ -22,10 +22,11 @@ from flipproof.faults.embedding import FaultyEmbedding
 from flipproof.faults.linear import FaultyLinear, keep_hooks
 from flipproof.faults.matching import unmatched_patterns
 from flipproof.faults.philox import check_tick
-from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec, check_seed
+from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
 from flipproof.faults.ties import merge_adapters
 from flipproof.log import logger
+from flipproof.values import Seed, checked
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _SPREADS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
@@ -352,7 +353,7 @@ def set_tick(model: nn.Module, tick: int) -> None:
 
 def set_seed(model: nn.Module, seed: int) -> None:
     """Draw with another fault seed from now on, starting again at tick 0."""
-    fault_state(model).seed = check_seed(seed)
+    fault_state(model).seed = checked("seed", seed, Seed)
     for site in fault_sites(model).values():
         site.refresh_keys()
     set_tick(model, 0)

@@ -19,7 +19,7 @@ neither merge them with their like in forward nor run them there and keep the re
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from flipproof.faults import cpu, memory
 from flipproof.faults.draw import Draw, draw_of
 from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.philox import derive_key, tick_problem
-from flipproof.faults.spec import Fault, Pattern, check_seed, probability_problem, threshold_problem
+from flipproof.faults.spec import Fault, Pattern, Probability, Threshold
+from flipproof.values import Between, Seed, check_all
 
 _STORED = "float[] p_bits=[], bool persistent=False, int burst=1, float p_row=0., int row_bytes=1024"
 _DRAW = (
@@ -215,6 +216,15 @@ def _chip(_seed: int, _site: str) -> _Chip:
     return _Chip()
 
 
+_ARGUMENTS = {
+    "p_exp": Probability | None,
+    "p_frac": Probability | None,
+    "zero_out_t": Threshold | None,
+    "seed": Seed,
+    "offset": Annotated[int, Between(0, 2**61 - 1), "an element's index"],
+}
+
+
 def _draw(
     x: Tensor,
     p_exp: float | None,
@@ -228,27 +238,19 @@ def _draw(
 ) -> Draw:
     """The arguments as a draw, checked."""
     _backend(x)
-    problems = [
-        probability_problem("p_exp", p_exp),
-        probability_problem("p_frac", p_frac),
-        threshold_problem("zero_out_t", zero_out_t),
-        tick_problem(tick),
-    ]
+    given = {"p_exp": p_exp, "p_frac": p_frac, "zero_out_t": zero_out_t, "seed": seed, "offset": offset}
+    good, problems = check_all({name: (name, value, _ARGUMENTS[name]) for name, value in given.items()})
+    if tick_wrong := tick_problem(tick):
+        problems.append(tick_wrong)
     if not isinstance(site, str):
         problems.append(f"site = {site!r}: a text is allowed")
-    if not isinstance(offset, int) or not 0 <= offset < 2**61:
-        problems.append(f"offset = {offset!r}: an element's index runs from 0 to 2^61 - 1")
-    if found := [problem for problem in problems if problem]:
-        raise ConfigError(found)
-    fault = Fault(
-        float(p_exp or 0),
-        float(p_frac or 0),
-        None if zero_out_t is None else float(zero_out_t),
-        None if pattern.independent else pattern,
-    )
+    if problems:
+        raise ConfigError(problems)
+    p_exp, p_frac = good["p_exp"] or 0.0, good["p_frac"] or 0.0
+    fault = Fault(p_exp, p_frac, good["zero_out_t"], None if pattern.independent else pattern)
     pattern.bit_probabilities(0, 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
-    key = torch.tensor(derive_key(check_seed(seed), site))
+    key = torch.tensor(derive_key(seed, site))
     if pattern.persistent:
         key.owner = _chip(seed, site)  # type: ignore[attr-defined]
     return draw_of(fault, key, torch.tensor(tick), offset, x.dtype)

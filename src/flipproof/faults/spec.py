@@ -5,14 +5,13 @@ Python code and the papers' tables say the same words. A key of a fault begins w
 ``x_`` the inputs of linear layers, ``kv_`` the keys and values that attention reads.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 from flipproof import regexes
-from flipproof.errors import ConfigError
+from flipproof.values import Between, Seed, Table, Texts
 
 Persistence = Literal["transient", "persistent"]
 Protection = Literal["none", "secded", "parity"]
@@ -42,11 +41,28 @@ def bits_named(name: str, dtype: str) -> range:
     return range(int(low), int(high or low) + 1)
 
 
-def _bit_name_problem(name: str) -> str | None:
+def is_bits(name: str) -> bool:
+    """Whether some dtype has bits that are called so."""
     low, _, high = name.partition("-")
-    if name in ("sign", "exp", "frac") or (re.fullmatch(r"\d+(-\d+)?", name) and int(low) <= int(high or low) < 32):
-        return None
-    return f"{name!r}: bits are called 'sign', 'exp', 'frac', by number ('15') or by range ('7-14')"
+    return name in ("sign", "exp", "frac") or (
+        bool(re.fullmatch(r"\d+(-\d+)?", name)) and int(low) <= int(high or low) < 32
+    )
+
+
+def _is_regular(expression: str) -> bool:
+    regexes.check(expression)
+    return True
+
+
+Probability = Annotated[float, Between(0, 0.5), "a flip probability"]
+Threshold = Annotated[float, lambda t: t >= 0, "a threshold of at least 0"]
+Burst = Annotated[int, Between(1, 4096), "a length in bits"]
+"""A burst ends in the block of 8192 elements that it begins in, or in the next."""
+Bits = Annotated[str, is_bits, "'sign', 'exp', 'frac', a bit ('15') or a range of bits ('7-14')"]
+BitProbabilities = Annotated[Mapping[Bits, Probability], 'a table, such as { exp = 1e-5, "15" = 0 },']
+BitNames = Annotated[tuple[Bits, ...], "a list of 'sign', 'exp', 'frac', bits ('15') and ranges of bits ('7-14')"]
+Sites = Annotated[tuple[Site, ...], bool, "a list of one or more of 'linear', 'head' and 'embedding'"]
+Regex = Annotated[str, _is_regular, "a regular expression"]
 
 
 @dataclass(frozen=True)
@@ -145,77 +161,6 @@ class Fault(NamedTuple):
         return Fault(zero_out_t=self.zero_out_t)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_whole(value)
-
-
-def probability_problem(name: str, p: Any) -> str | None:
-    """One line naming what is wrong with a flip probability, or None where it is fine."""
-    if p is None:
-        return None
-    if not _is_number(p) or not 0 <= p <= 0.5:
-        return f"{name} = {p!r}: a flip probability is a number from 0 to 0.5 (None or 0 is off)"
-    return None
-
-
-def threshold_problem(name: str, t: Any) -> str | None:
-    """One line naming what is wrong with a guard threshold, or None where it is fine."""
-    if t is None:
-        return None
-    if not _is_number(t) or math.isnan(t) or t < 0:
-        return f"{name} = {t!r}: a zero_out threshold is a number of at least 0 (None is no guard)"
-    return None
-
-
-_FAULT_KEYS = ("p_exp", "p_frac", "zero_out_t", "faults", "p_bits", "burst", "p_row", "protection", "protected_bits")
-LAYER_KEYS = tuple(f"{operand}_{key}" for operand in OPERANDS for key in _FAULT_KEYS)
-"""The keys of ``BitFlipSpec`` that a single layer may override."""
-
-
-def _key_problems(name: str, value: Any) -> list[str | None]:
-    """What is wrong with the value of one key of a fault; ``name`` is for the message."""
-    key = re.split(r"(?:^|\.)(?:w|x|kv)_", name)[-1]
-    if key in ("p_exp", "p_frac", "p_row"):
-        return [probability_problem(name, value)]
-    if key == "zero_out_t":
-        return [threshold_problem(name, value)]
-    if key == "faults":
-        return [_choice_problem(name, value, "transient", "persistent")]
-    if key == "protection":
-        return [_choice_problem(name, value, "none", "secded", "parity")]
-    if key == "burst":
-        fine = _is_whole(value) and 1 <= value <= MAX_BURST
-        return [None if fine else f"{name} = {value!r}: a length in bits from 1 to {MAX_BURST} is allowed"]
-    if key == "p_bits":
-        if not isinstance(value, Mapping):
-            return [f"{name} = {value!r}: a table of bits and probabilities is allowed, such as {{'7-14' = 1e-5}}"]
-        named = [f"{name} {problem}" for bits in value if (problem := _bit_name_problem(str(bits)))]
-        return [*named, *(probability_problem(f"{name} {bits!r}", p) for bits, p in value.items())]
-    if problem := _list_problem(name, value):
-        return [problem]
-    return [f"{name} {problem}" for bits in value if (problem := _bit_name_problem(str(bits)))]
-
-
-def _list_problem(name: str, value: Any) -> str | None:
-    """A text is no list: its letters would be the items."""
-    if isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value):
-        return None
-    example = f"['{value}']" if value and isinstance(value, str) else "['q_proj', 'k_proj']"
-    return f"{name} = {value!r}: a list of texts, none of them empty, is allowed, such as {example}"
-
-
-MAX_BURST = 4096
-"""A burst ends in the block of 8192 elements that it begins in, or in the next."""
-
-
-def _choice_problem(name: str, value: Any, *allowed: str) -> str | None:
-    return None if value in allowed else f"{name} = {value!r}: allowed are {' and '.join(map(repr, allowed))}"
-
-
 def _burst_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
     return [
         f"{prefix}{operand}_burst = {values[f'{operand}_burst']!r}: runs of bits need one probability for all, so "
@@ -230,48 +175,27 @@ def _burst_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
     ]
 
 
-def _layer_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
-    problems: list[str | None] = []
-    for name, value in values.items():
-        if name in LAYER_KEYS:
-            problems += _key_problems(prefix + name, value)
-        else:
-            problems.append(f"{prefix}{name}: no such key; a layer's keys are {', '.join(LAYER_KEYS)}")
-    return [problem for problem in problems if problem]
-
-
-_LISTS = ("include_patterns", "skip_patterns", "sites", *(f"{operand}_protected_bits" for operand in OPERANDS))
-
-
-def _false_as_none(value: Any) -> Any:
-    return None if value is False else value
-
-
 @dataclass(frozen=True)
-class BitFlipSpec:
-    """Which bits flip, how often, and in which layers (the ``[bitflip]`` table).
+class LayerFaults(Table):
+    """What happens to a layer: the keys of ``BitFlipSpec`` that a single layer may override."""
 
-    Raises:
-        ConfigError: naming every bad field with its value and what is allowed.
-    """
-
-    w_p_exp: float | None = None
+    w_p_exp: Probability | None = None
     """Probability that a sign or exponent bit of a weight is inverted, 0 to 0.5."""
-    w_p_frac: float | None = None
+    w_p_frac: Probability | None = None
     """Probability that a mantissa bit of a weight is inverted, 0 to 0.5."""
-    w_zero_out_t: float | None = None
+    w_zero_out_t: Threshold | None = None
     """Guard on weights: after the flip, every value whose magnitude is not below this becomes 0."""
-    x_p_exp: float | None = None
+    x_p_exp: Probability | None = None
     """Probability that a sign or exponent bit of an input activation is inverted, 0 to 0.5."""
-    x_p_frac: float | None = None
+    x_p_frac: Probability | None = None
     """Probability that a mantissa bit of an input activation is inverted, 0 to 0.5."""
-    x_zero_out_t: float | None = None
+    x_zero_out_t: Threshold | None = None
     """Guard on input activations: after the flip, every value whose magnitude is not below this becomes 0."""
-    kv_p_exp: float | None = None
+    kv_p_exp: Probability | None = None
     """Probability that a sign or exponent bit of a key or value is inverted when attention reads it, 0 to 0.5."""
-    kv_p_frac: float | None = None
+    kv_p_frac: Probability | None = None
     """Probability that a mantissa bit of a key or value is inverted when attention reads it, 0 to 0.5."""
-    kv_zero_out_t: float | None = None
+    kv_zero_out_t: Threshold | None = None
     """Guard on keys and values: after the flip, every value whose magnitude is not below this becomes 0."""
     w_faults: Persistence = "transient"
     """transient: weights flip anew at every forward pass. persistent: one draw per seed (a defective memory), nested:
@@ -280,25 +204,25 @@ class BitFlipSpec:
     """The same for input activations."""
     kv_faults: Persistence = "transient"
     """The same for keys and values; a persistent fault belongs to a place in the cache."""
-    w_p_bits: Mapping[str, float] = field(default_factory=dict)
+    w_p_bits: BitProbabilities = field(default_factory=dict)
     """Own probabilities of bits of a weight, over w_p_exp and w_p_frac. Bits are "sign", "exp" (the exponent alone),
     "frac", a number ("15") or a range ("7-14"), 0 being the lowest of the mantissa: {exp: 1e-5, "15": 0}."""
-    x_p_bits: Mapping[str, float] = field(default_factory=dict)
+    x_p_bits: BitProbabilities = field(default_factory=dict)
     """The same for input activations."""
-    kv_p_bits: Mapping[str, float] = field(default_factory=dict)
+    kv_p_bits: BitProbabilities = field(default_factory=dict)
     """The same for keys and values."""
-    w_burst: int = 1
+    w_burst: Burst = 1
     """Flips of weights come in runs of so many neighbouring bits in memory; each bit's probability stays what it is,
     and must be the same for all bits."""
-    x_burst: int = 1
+    x_burst: Burst = 1
     """The same for input activations."""
-    kv_burst: int = 1
+    kv_burst: Burst = 1
     """The same for keys and values."""
-    w_p_row: float | None = None
+    w_p_row: Probability | None = None
     """Probability that a memory row (row_bytes) of a weight is bad: its every bit is inverted with probability 1/2."""
-    x_p_row: float | None = None
+    x_p_row: Probability | None = None
     """The same for input activations."""
-    kv_p_row: float | None = None
+    kv_p_row: Probability | None = None
     """The same for keys and values."""
     w_protection: Protection = "none"
     """secded: each 64 bits of weights have 8 check bits, which flip too; one wrong bit is corrected, two are found and
@@ -307,74 +231,52 @@ class BitFlipSpec:
     """The same for input activations."""
     kv_protection: Protection = "none"
     """The same for keys and values."""
-    w_protected_bits: tuple[str, ...] = ()
+    w_protected_bits: BitNames = ()
     """Bits of a weight (named as in w_p_bits) that are stored three times, with a vote: p becomes 3p² - 2p³."""
-    x_protected_bits: tuple[str, ...] = ()
+    x_protected_bits: BitNames = ()
     """The same for input activations."""
-    kv_protected_bits: tuple[str, ...] = ()
+    kv_protected_bits: BitNames = ()
     """The same for keys and values."""
-    row_bytes: int = 1024
+
+
+LAYER_KEYS = tuple(LayerFaults.declared())
+Override = Annotated[Annotated[Mapping[str, Any], LayerFaults] | Literal[False] | None, "a table of keys, or false,"]
+Layers = Annotated[Mapping[Regex, Override], "a table of regular expressions and the keys to change"]
+
+
+@dataclass(frozen=True)
+class BitFlipSpec(LayerFaults):
+    """Which bits flip, how often, and in which layers (the ``[bitflip]`` table).
+
+    Raises:
+        ConfigError: naming every bad field with its value and what is allowed.
+    """
+
+    row_bytes: Annotated[int, lambda n: n >= 8 and n % 8 == 0, "a multiple of 8"] = 1024
     """Length of a memory row."""
-    sites: tuple[Site, ...] = ("linear",)
+    sites: Sites = ("linear",)
     """Whose weights and inputs are faulty: linear (every linear layer but the output head), head, embedding."""
-    base_seed: int = 0
+    base_seed: Seed = 0
     """Seed of the draws. Evaluation uses seeds of its own, never this one."""
     exact_gradient: bool = True
     """Whether the gradients of LoRA adapters leave out the weights that the guard zeroed, as they should. false lets
     them pass straight through there, which saves a few per cent of a training step on a GPU."""
-    include_patterns: tuple[str, ...] = ()
+    include_patterns: Texts = ()
     """Substrings of module names: where given, only layers that contain one of them are touched."""
-    skip_patterns: tuple[str, ...] = ()
+    skip_patterns: Texts = ()
     """Substrings of module names to leave alone, on top of the output head."""
-    layer_name_to_config: Mapping[str, Mapping[str, Any] | bool | None] = field(default_factory=dict)
+    layer_name_to_config: Layers = field(default_factory=dict)
     """Per-layer overrides: regular expression for the whole module name -> the keys to change, or null (in TOML: false)
     to leave the layer alone. The first expression that matches counts."""
 
     def __post_init__(self) -> None:
-        # TOML and the command line bring lists; a frozen value wants tuples. Others are told of below.
-        for name in _LISTS:
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-        if isinstance(self.layer_name_to_config, Mapping):
-            layers = {
-                pattern: {key: _false_as_none(value) for key, value in override.items()}
-                if isinstance(override, Mapping)
-                else _false_as_none(override)
-                for pattern, override in self.layer_name_to_config.items()
-            }
-            object.__setattr__(self, "layer_name_to_config", layers)
-        if problems := self.problems():
-            raise ConfigError(problems)
+        self.check()
 
     def problems(self) -> list[str]:
-        problems = _layer_problems({name: getattr(self, name) for name in LAYER_KEYS}, "")
-        problems += [] if problems else _burst_problems(vars(self), "")
-        problems += [
-            problem for name in _LISTS[:3] if (problem := _list_problem(name, getattr(self, name))) is not None
-        ]
-        if seed_problem := _seed_problem("base_seed", self.base_seed):
-            problems.append(seed_problem)
-        if not _is_whole(self.row_bytes) or self.row_bytes < 8 or self.row_bytes % 8:
-            problems.append(f"row_bytes = {self.row_bytes!r}: a multiple of 8 is allowed")
-        if not isinstance(self.exact_gradient, bool):
-            problems.append(f"exact_gradient = {self.exact_gradient!r}: True or False is allowed")
-        if isinstance(self.sites, tuple) and (unknown := set(self.sites or [""]) - set(get_args(Site))):
-            problems.append(f"sites = {min(unknown, key=str)!r}: allowed are 'linear', 'head' and 'embedding'")
-        if not isinstance(self.layer_name_to_config, Mapping):
-            allowed = "a table of regular expressions and the keys to change is allowed"
-            return [*problems, f"layer_name_to_config = {self.layer_name_to_config!r}: {allowed}"]
+        problems = _burst_problems(vars(self), "")
         for pattern, override in self.layer_name_to_config.items():
-            where = f"layer_name_to_config {pattern!r}"
-            try:
-                regexes.check(pattern)
-            except ValueError as error:
-                problems.append(f"{where}: not a regular expression ({error})")
-            if isinstance(override, Mapping):
-                wrong = _layer_problems(override, f"{where}.")
-                problems += wrong or problems or _burst_problems({**vars(self), **override}, f"{where}.")
-            elif override is not None:
-                seen = "true" if override is True else repr(override)
-                problems.append(f"{where} = {seen}: a table of keys, or false, is allowed")
+            if isinstance(override, Mapping) and not problems:
+                problems = _burst_problems({**vars(self), **override}, f"layer_name_to_config {pattern!r}.")
         return problems
 
     def for_layer(self, name: str) -> "BitFlipSpec | None":
@@ -385,13 +287,17 @@ class BitFlipSpec:
             return None
         for pattern, override in self.layer_name_to_config.items():
             if regexes.fullmatch(pattern, name):
-                return replace(self, **override) if isinstance(override, Mapping) else None
+                return self._overridden(override) if isinstance(override, Mapping) else None
         return self
 
     def variants(self) -> list["BitFlipSpec"]:
         """Itself, and what each override of single layers makes of it."""
         overrides = self.layer_name_to_config.values()
-        return [self, *(replace(self, **override) for override in overrides if isinstance(override, Mapping))]
+        return [self, *(self._overridden(override) for override in overrides if isinstance(override, Mapping))]
+
+    def _overridden(self, override: Mapping[str, Any]) -> "BitFlipSpec":
+        # without the overrides, which every new spec would check again: of n layers n times
+        return replace(self, layer_name_to_config={}, **override)
 
     @property
     def any_kv_fault(self) -> bool:
@@ -431,7 +337,7 @@ class BitFlipSpec:
         """How the faults of one operand come, apart from how often."""
         return Pattern(
             persistent=self._of(operand, "faults") == "persistent",
-            p_bits=tuple((str(bits), float(p)) for bits, p in self._of(operand, "p_bits").items()),
+            p_bits=tuple(self._of(operand, "p_bits").items()),
             burst=self._of(operand, "burst"),
             p_row=self._of(operand, "p_row") or 0.0,
             row_bytes=self.row_bytes,
@@ -449,50 +355,28 @@ def storage_overhead(spec: BitFlipSpec, dtype: str) -> dict[Operand, float]:
 
 
 @dataclass(frozen=True)
-class LoraSpec:
+class LoraSpec(Table):
     """Low-rank adapters on every faulty layer (the ``[lora]`` table): W + (lora_alpha / r) · B · A.
 
     Raises:
         ConfigError: for a rank that is no whole number of at least 0, or a ``lora_alpha`` that is not positive.
     """
 
-    r: int = 0
+    r: Annotated[int, Between(0, 2**31 - 1)] = 0
     """Rank of the adapters; 0 is none, and then training changes the weights themselves."""
-    lora_alpha: float = 32.0
+    lora_alpha: Annotated[float, lambda alpha: 0 < alpha < 2**127, "a positive number below 2^127"] = 32.0
     """Scaling: the adapters' product is multiplied by lora_alpha / r."""
 
     def __post_init__(self) -> None:
-        if problems := self.problems():
-            raise ConfigError(problems)
+        self.check()
 
     def __bool__(self) -> bool:
         """Whether there are adapters."""
         return self.r > 0
 
-    def problems(self) -> list[str]:
-        problems = []
-        if not _is_whole(self.r) or not 0 <= self.r < 2**31:
-            problems.append(f"r = {self.r!r}: a LoRA rank is a whole number from 0 (no adapter) to 2^31 - 1")
-        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < 2**127:  # which float32 and bfloat16 have
-            problems.append(f"lora_alpha = {self.lora_alpha!r}: a positive number below 2^127 is allowed")
-        return problems
-
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.r if self.r else 0.0
-
-
-def _seed_problem(name: str, seed: int) -> str | None:
-    if not _is_whole(seed) or not 0 <= seed < 2**63:
-        return f"{name} = {seed!r}: a seed is an integer from 0 to 2^63 - 1"
-    return None
-
-
-def check_seed(seed: int, name: str = "seed") -> int:
-    """``seed`` itself, or a ValueError that says what a seed is."""
-    if problem := _seed_problem(name, seed):
-        raise ValueError(problem)
-    return seed
 
 
 def field_names(spec: type) -> list[str]:

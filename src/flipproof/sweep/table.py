@@ -25,13 +25,14 @@ from flipproof.faults.spec import (
     OPERANDS,
     BitFlipSpec,
     Operand,
+    Probability,
     Site,
     bits_named,
-    probability_problem,
     storage_overhead,
 )
 from flipproof.measure.evaluate import fault_seeds
 from flipproof.sweep.order import Cell, Plan, Rate
+from flipproof.values import check_all
 
 _SET_BY_A_SWEEP = {"p_bits": "bits", "protection": "protection", "protected_bits": "protection"}
 """Keys of an operand in [bitflip] -> the key of [sweep] that takes their place."""
@@ -130,7 +131,7 @@ def read_voltages(path: Path) -> list[Rate]:
             except ValueError:
                 found.append(f"{name} = {row[name]!r}: a number is allowed")
         if not found:
-            found = [problem for name in wanted[1:] if (problem := probability_problem(name, values[name]))]
+            found = check_all({name: (name, values[name], Probability) for name in wanted[1:]})[1]
         problems += [f"{path} line {number}: {problem}" for problem in found]
         if found:
             continue
