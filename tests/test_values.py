@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 
 from flipproof.config.texts import parse_yaml
@@ -98,6 +99,8 @@ def test_values_are_what_is_declared(declared, value, expected):
         (tuple[str, ...], "a"),
         (tuple[str, ...], {"a": 1}),
         (Mapping[str, Any], [("a", 1)]),
+        (Literal["a"] | None, np.array(["a", "b"])),
+        (float | str | tuple[int, ...], np.zeros(2)),
     ],
 )
 def test_from_python_nothing_stands_for_something_else(declared, value):

@@ -73,12 +73,12 @@ def checked(name: str, value: Any, declared: Any, readings: Readings = itself) -
         raise
     except (ValueError, OverflowError) as error:
         reason = f" ({error})" if str(error) else ""
-    allowed = described(declared)
-    with suppress(ValueError):
-        if isinstance(value, str) and value:
+    allowed, seen = described(declared), f" = {shown(value)}"
+    if isinstance(value, str):
+        seen = seen if value else " is empty"
+        with suppress(ValueError):
             _as_declared(name, [value], declared, readings)
             allowed += f", such as {shown([value])},"
-    seen = " is empty" if value == "" else f" = {shown(value)}"
     raise ConfigError([f"{name}{seen}: {allowed} is allowed{reason}"])
 
 
@@ -114,7 +114,7 @@ def _as_declared(name: str, value: Any, declared: Any, readings: Readings) -> An
     elif origin in (Union, types.UnionType):
         return _first(name, ((value, member) for member in arguments), readings)
     elif origin is Literal:
-        if any(value == member and type(value) is type(member) for member in arguments):
+        if any(type(value) is type(member) and value == member for member in arguments):
             return None if value is False else value
     elif origin in (tuple, list):
         if isinstance(value, list | tuple):

@@ -193,24 +193,48 @@ def test_values_out_of_range_name_key_value_and_what_is_allowed(section, key, va
     assert words in found[0]
 
 
-def test_no_shard_has_the_whole_model_in_every_process():
-    parallelism = {"sharding_strategy": "no_shard", "fsdp_degree": 2, "cpu_offload": True}
-    found = problems([], {"model": {"hf_model_path": "m"}, "parallelism": parallelism})
+def test_overrides_of_layers_are_read_and_told_as_all_else(write):
+    text = """
+[model]
+hf_model_path = "m"
+[bitflip]
+w_p_exp = 0.7
+[bitflip.w_p_bits]
+foo = 0.6
+[bitflip.layer_name_to_config]
+"(" = false
+b = true
+[bitflip.layer_name_to_config.a]
+x_p = 1
+w_p_exp = "much"
+x_burst = false
+w_p_bits = { sign = 1 }
+kv_p_exp = "1e-5"
+kv_p_frac = false
+"""
+    bits = "'sign', 'exp', 'frac', a bit ('15') or a range of bits ('7-14')"
+    found = problems([write(text)])
+    known = ", ".join(list(SECTIONS["bitflip"].declared())[:27])
     assert found == [
-        "parallelism.fsdp_degree = 2: no_shard allows 1",
-        "parallelism.cpu_offload = True: no_shard keeps the whole model on the device",
+        "bitflip.w_p_exp = 0.7: a flip probability from 0 to 0.5 or None is allowed",
+        f"bitflip.w_p_bits key = 'foo': {bits} is allowed",
+        "bitflip.w_p_bits 'foo' = 0.6: a flip probability from 0 to 0.5 is allowed",
+        "bitflip.layer_name_to_config key = '(': a regular expression is allowed "
+        "(missing ), unterminated subpattern at position 0)",
+        "bitflip.layer_name_to_config 'b' = True: a table of keys, or false, is allowed",
+        f"bitflip.layer_name_to_config 'a'.x_p: unknown key; known are {known}",
+        "bitflip.layer_name_to_config 'a'.w_p_exp = 'much': a flip probability from 0 to 0.5 or None is allowed",
+        "bitflip.layer_name_to_config 'a'.x_burst = False: a length in bits from 1 to 4,096 is allowed",
+        "bitflip.layer_name_to_config 'a'.w_p_bits 'sign' = 1: a flip probability from 0 to 0.5 is allowed",
     ]
+    good = "[model]\nhf_model_path = 'm'\n[bitflip.layer_name_to_config.a]\nkv_p_exp = '1e-5'\nkv_p_frac = false"
+    assert load_config([write(good)]).bitflip.layer_name_to_config == {"a": {"kv_p_exp": 1e-5, "kv_p_frac": None}}
 
 
 @pytest.mark.parametrize("value", ["none", "full", "selective", "auto", "3"])
 def test_activation_checkpointing_is_a_word_or_a_number(value):
     config = load_config([], {"model": {"hf_model_path": "m"}, "training": {"activation_checkpointing": value}})
     assert config.training.activation_checkpointing == (3 if value == "3" else value)
-
-
-def test_a_model_must_be_named():
-    assert "hf_model_path is not set" in problems()[0]
-    assert "set flavor" in problems([], {"model": {"init": "random"}})[0]
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_the_command_line(model_dir, tmp_path, capsys):
         (argv[2:], "profile.json exists already; name another directory"),
         ([*small, "--trials", "2"], "--trials: unknown flag"),
         ([*small, "--num-samples", "none"], "eval.num_samples = 'none'"),
-        ([*small, "--bitflip.x_zero_out_t", "-1"], "x_zero_out_t = -1"),
+        ([*small, "--bitflip.x_zero_out_t", "-1"], "x_zero_out_t = '-1'"),
     ):
         assert main(["profile", str(model_dir), *flags]) == 2
         out, err = capsys.readouterr()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import OPERANDS, Bits, Operand, is_bits
+from flipproof.faults.spec import GRANULARITIES, OPERANDS, Bits, Granularity, Operand, is_bits
 from flipproof.values import Between, Table, checked
 
 MAX_POINTS = 10_000_000

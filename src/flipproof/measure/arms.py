@@ -213,6 +213,11 @@ def thresholds_in_words(spec: BitFlipSpec) -> str:
     found = {
         f"bitflip.{key} = {t:g}" for one in spec.variants() for key in keys if (t := getattr(one, key)) is not None
     }
+    if spec.guards:
+        return (
+            f"bitflip.guards = {spec.guards!r} zeroes clean values: fit them to text like this one too (flipproof profile "
+            "--guards … --merge), or raise bitflip.x_margin"
+        )
     return f"{' or '.join(sorted(found))} zeroes clean values; flipproof profile proposes thresholds that zero none"
 
 

@@ -23,7 +23,7 @@ from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.faults.inject import faults, inject, set_faults
 from flipproof.faults.spec import OPERANDS
 from flipproof.log import bar, logger
-from flipproof.measure.arms import Arm, arm_names, guard_warning
+from flipproof.measure.arms import Arm, guard_warning
 from flipproof.measure.evaluate import mean_loss, measure_arms
 from flipproof.models.build import build_model, check_computed_bits, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
@@ -119,24 +119,28 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
     try:
         if (there := world.once(open_directory)) is not None:
             return dict(there)
-        if grid.guard_spec is not None:
-            set_faults(model, grid.guard_spec)
-        arms = measure_arms(
-            model,
-            arm_names(flips=False, guard=grid.guard_spec is not None, trained=False),
-            text,
-            seeds=(),
-            num_samples=config.eval.num_samples,
-            batch_size=config.training.local_batch_size,
-            world=world,
-        )
-        for name in ("clean", "guard"):
-            header[name] = None
-            if name in arms:
-                header[name] = {"loss": arms[name].loss, "perplexity": arms[name].perplexity}
+        arms: dict[str, Arm] = {}
+        alone: dict[str, Any] = {}
+        for name, spec in {"": None, **grid.guards}.items():
+            if spec is not None:
+                set_faults(model, spec)
+            arms |= measure_arms(
+                model,
+                ("clean",) if spec is None else ("guard",),
+                text,
+                seeds=(),
+                num_samples=config.eval.num_samples,
+                batch_size=config.training.local_batch_size,
+                world=world,
+            )
+            arm = arms["clean" if spec is None else "guard"]
+            alone[name] = {"loss": arm.loss, "perplexity": arm.perplexity}
+            if spec is not None and (line := guard_warning(arms, spec)):
+                logger.warning("%s", line)
+        header["clean"] = alone.pop("")
+        header["guard"] = next(iter(alone.values()), None)
+        header["guards"] = alone
         logger.info("%s", _base_in_words(header))
-        if line := guard_warning(arms, bitflip):
-            logger.warning("%s", line)
         world.once(lambda: directory.write_header(header))
     finally:
         if lock is not None:
@@ -244,8 +248,10 @@ def _report(grid: Grid, directory: SweepDirectory, header: dict[str, Any]) -> st
 
 def _base_in_words(header: dict[str, Any]) -> str:
     """What the model is without flips."""
-    names = {"clean": "clean perplexity", "guard": "behind the guard alone"}
-    found = {words: one["perplexity"] for name, words in names.items() if (one := header[name])}
+    guards = header.get("guards") or {"guard": header["guard"]}  # the one that sweeps of before have
+    named = {"clean perplexity": header["clean"]}
+    named |= {f"behind {name.replace('guard', 'the guard', 1)} alone": one for name, one in guards.items()}
+    found = {words: one["perplexity"] for words, one in named.items() if one}
     return ", ".join(f"{words} {math.inf if value is None else value:.4g}" for words, value in found.items())
 
 

@@ -168,7 +168,7 @@ class SweepDirectory:
             return None
         try:
             there = read_record(path)
-            for one in (there.get("clean"), there.get("guard")):
+            for one in (there.get("clean"), there.get("guard"), *there.get("guards", {}).values()):
                 if one is not None:
                     one |= {key: None if one[key] is None else float(one[key]) for key in ("loss", "perplexity")}
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:

@@ -9,7 +9,7 @@ The config's own ``p_exp`` and ``p_frac`` count for nothing. Where else the two 
 import csv
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from flipproof.config import RunConfig
-from flipproof.config.sweep import MAX_POINTS, SweepConfig, operands_of, parse_protection
+from flipproof.config.sweep import MAX_POINTS, ProtectionParts, SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import fault_sites
 from flipproof.faults.spec import (
@@ -67,8 +67,15 @@ def resolved(config: RunConfig) -> RunConfig:
         )
     flipping = sorted({operand for sites in sweep.site_names() for operand in operands_of(sites)}, key=OPERANDS.index)
     missing = [name for operand in flipping if getattr(bitflip, name := f"{operand}_zero_out_t") is None]
-    protections = sweep.protections() or ["none" if len(missing) == len(flipping) else "guard"]
-    if missing and any(parse_protection(name).guard for name in protections):
+    unguarded = len(missing) == len(flipping) and not bitflip.guards
+    protections = sweep.protections() or ["none" if unguarded else "guard"]
+    parts = [parse_protection(name) for name in protections]
+    if not bitflip.guards and any(part.by for part in parts):
+        problems.append(
+            f"sweep.protection = {', '.join(protections)}: fitted guards are in bitflip.guards; set it to a directory "
+            "that flipproof profile --guards channel has written"
+        )
+    if missing and not bitflip.guards and any(part.guard and not part.by for part in parts):
         problems.append(
             f"sweep.protection = {', '.join(protections)}: the guard needs bitflip.{' and bitflip.'.join(missing)}; "
             "set it, or say --protection none"
@@ -232,12 +239,17 @@ class Grid:
         return max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
 
     @property
-    def guard_spec(self) -> BitFlipSpec | None:
-        """The thresholds alone, on all layers; None where no protection has them."""
-        if not any(parse_protection(name).guard for name in self.protections):
-            return None
+    def guards(self) -> dict[str, BitFlipSpec]:
+        """Each guard of the protections, such as "guard" and "guard-channel": its thresholds alone, on all layers."""
         off: dict[str, Any] = {f"{operand}_{key}": None for operand in OPERANDS for key in ("p_exp", "p_frac", "p_row")}
-        return replace(self.config.bitflip, **off)
+        flipping = {operand for sites in self.sites for operand in operands_of(sites)}
+        found = {}
+        for protection in map(parse_protection, self.protections):
+            if protection.guard:
+                name = f"guard-{protection.by}" if protection.by else "guard"
+                fitted = _fitted(self.config.bitflip, protection, flipping)
+                found[name] = replace(self.config.bitflip, **off, **fitted)
+        return found
 
 
 def _reached(model: nn.Module, base: BitFlipSpec) -> dict[Operand, list[str]]:
@@ -293,6 +305,15 @@ def _block_of(site: str) -> str | None:
     return ".".join(parts[: numbers[0] + 1]) + "." if numbers else None
 
 
+def _fitted(base: BitFlipSpec, protection: ProtectionParts, flipping: Collection[Operand]) -> dict[str, Any]:
+    """Which fitted guards stand in for thresholds: those that the protection names; "guard" is what is configured, the
+    thresholds where all that flips has one."""
+    configured = all(getattr(base, f"{operand}_zero_out_t") is not None for operand in flipping)
+    if not protection.guard or (protection.by is None and configured):
+        return {"guards": None, "guards_by": None}
+    return {"guards_by": protection.by or base.guards_by}
+
+
 def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = ()) -> BitFlipSpec:
     """The faults of a cell: those of ``base`` with other probabilities, sites, layers and protection; persistence,
     bursts, rows and thresholds stay.
@@ -319,6 +340,7 @@ def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = ()) -> BitFli
             changes[f"{operand}_p_row"] = None
         if not protection.guard:
             changes[f"{operand}_zero_out_t"] = None
+    changes |= _fitted(base, protection, flipping)
     drop: set[str] = set()
     if not protection.guard:
         drop = {f"{operand}_zero_out_t" for operand in OPERANDS}

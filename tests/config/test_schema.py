@@ -1,0 +1,51 @@
+"""Defaults against their own declarations, and the rules that several keys must fulfil together."""
+
+import pytest
+
+from flipproof.config import SECTIONS, load_config
+from flipproof.errors import ConfigError
+
+
+def problems(overrides):
+    with pytest.raises(ConfigError) as error:
+        load_config([], overrides)
+    return error.value.problems
+
+
+def test_every_default_is_what_its_key_declares():
+    for section in SECTIONS.values():
+        assert section.checked_keys(vars(section())) == (vars(section()), [])
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("bitflip", {"w_burst": 4, "w_p_frac": 0.1}, "bitflip.w_burst = 4: runs of bits need one probability"),
+        ("bitflip", {"w_burst": 4, "w_p_frac": 0.1, "w_p_exp": 0.7}, "bitflip.w_p_exp = 0.7: "),
+        ("model", {"hf_model_path": None, "init": "randm", "flavor": "demo"}, "model.init = 'randm': "),
+        ("eval", {"until_ci": 0.01, "trials": 9, "max_trials": 8}, "eval.max_trials = 8: with until_ci at least 9 "),
+        ("eval", {"until_ci": 0.01, "max_trials": 4}, "eval.max_trials = 4: with until_ci at least 5 "),
+        ("eval", {"until_ci": 0.01, "trials": 0, "max_trials": 8}, "eval.trials = 0: "),
+        ("sweep", {"p": "1e-5", "voltage": "a.csv"}, "sweep.voltage = 'a.csv': gives the probabilities, and so does p"),
+        ("sweep", {"p": "1", "voltage": "a.csv"}, "sweep.p = '1': "),
+    ],
+)
+def test_rules_of_several_keys_say_nothing_of_a_key_that_is_wrong_by_itself(section, values, expected):
+    tree = {"model": {"hf_model_path": "m"}}
+    tree[section] = tree.get(section, {}) | values
+    (found,) = problems(tree)
+    assert found.startswith(expected)
+
+
+def test_no_shard_has_the_whole_model_in_every_process():
+    parallelism = {"sharding_strategy": "no_shard", "fsdp_degree": 2, "cpu_offload": True}
+    found = problems({"model": {"hf_model_path": "m"}, "parallelism": parallelism})
+    assert found == [
+        "parallelism.fsdp_degree = 2: no_shard allows 1",
+        "parallelism.cpu_offload = True: no_shard keeps the whole model on the device",
+    ]
+
+
+def test_a_model_must_be_named():
+    assert "hf_model_path is not set" in problems({})[0]
+    assert "set flavor" in problems({"model": {"init": "random"}})[0]
