@@ -8,8 +8,8 @@ inverse is that of the rounded ones. (R is Hadamard's of a power of 4, whose ent
 It is a hook in front of the layer, so an injected model rotates before bits flip, and no checkpoint key and no buffer
 is added. The config lists the layers under ``flipproof_rotation``, and a model that is read from it gets them back.
 
-Without the hooks such weights are those of no model. So what is written says ``model_type = "flipproof_llama"`` where
-the model is a Llama: plain ``transformers``, and whatever goes by its configs, refuses it by that name; ``read_config``
+Without the hooks such weights are those of no model. So the config that is written says ``flipproof_llama`` where the
+model is a Llama: plain ``transformers``, and whatever goes by its configs, refuses it by that name; ``read_config``
 knows it.
 """
 
@@ -27,6 +27,9 @@ from flipproof.values import Seed, checked
 ENTRY = "flipproof_rotation"
 """What the config of a rotated model calls the record of it: {"how", "seed", "online": [names of layers]}."""
 _MARK = "flipproof_"
+_MARKED = ("model_type", "hidden_act", "hidden_activation", "activation_function")
+"""Keys of a written config whose value is marked. By the first ``AutoModelForCausalLM`` refuses it; by the activation,
+whatever it is called, so does the model's own class."""
 _LARGEST = 1024
 """Rows of the larger factor: a T of more is not worth its time."""
 
@@ -121,8 +124,8 @@ def attach(model: nn.Module) -> None:
     for name in entry["online"]:
         linear[name].register_forward_pre_hook(hook)
         parent = model.get_submodule(name.rpartition(".")[0])
-        parent.__class__ = _rotating(type(parent), hook.seed)
-    model.config.__class__ = _marked(type(model.config))  # type: ignore[assignment]
+        parent.__class__ = _rotating(type(parent), hook.seed)  # type: ignore[arg-type]
+    model.config.__class__ = _marked(type(model.config))  # type: ignore[arg-type]
 
 
 @cache
@@ -138,22 +141,33 @@ def _marked(config: type[Any]) -> type[Any]:
 
     def to_json_string(self: Any, use_diff: bool = True) -> str:
         written = json.loads(config.to_json_string(self, use_diff))
-        written["model_type"] = _MARK + written["model_type"]
-        if "architectures" in written:
-            written["architectures"] = [_MARK + name for name in written["architectures"]]
+        written |= {key: _MARK + written[key] for key in _MARKED if isinstance(written.get(key), str)}
+        written["architectures"] = [_MARK + name for name in written.get("architectures") or []]
         return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
     return type(config.__name__, (config,), {"to_json_string": to_json_string})
 
 
-def read_config(name: str, **how: Any) -> Any:
-    """``AutoConfig.from_pretrained``, which also knows what a marked config is of."""
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+def marked_config(name: str, **how: Any) -> Any:
+    """The config of a directory or Hub name whose model has inputs that are rotated at run time, as the model itself
+    has it; None for any other, and for what holds no readable config."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-    written, _ = PreTrainedConfig.get_config_dict(name, **how)
-    kind = str(written.get("model_type", ""))
-    if kind.removeprefix(_MARK) not in CONFIG_MAPPING or not kind.startswith(_MARK):
-        return AutoConfig.from_pretrained(name, **how)
-    written["model_type"] = kind.removeprefix(_MARK)
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(name, **how)
+    except (OSError, ValueError):  # said by whoever needs one
+        return None
+    kind = str(written.get("model_type"))
+    if not kind.startswith(_MARK) or kind.removeprefix(_MARK) not in CONFIG_MAPPING:
+        return None
+    written |= {key: written[key].removeprefix(_MARK) for key in _MARKED if isinstance(written.get(key), str)}
     written["architectures"] = [name.removeprefix(_MARK) for name in written.get("architectures") or []]
     return CONFIG_MAPPING[written["model_type"]].from_dict(written, name_or_path=name)
+
+
+def read_config(name: str, **how: Any) -> Any:
+    """``AutoConfig.from_pretrained``, and ``marked_config`` where it is one."""
+    from transformers import AutoConfig
+
+    config = marked_config(name, **how)
+    return AutoConfig.from_pretrained(name, **how) if config is None else config

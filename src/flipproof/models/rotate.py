@@ -246,7 +246,7 @@ def gain_of(norm: nn.Module) -> tuple[Tensor, float] | None:
     RMSNorm. Which function of the weight the gain is, w or 1 + w (Gemma), is asked of the norm itself."""
     if [name for name, _ in norm.named_parameters()] != ["weight"]:
         return None
-    weight: Tensor = norm.weight.detach().double()  # type: ignore[union-attr, operator]
+    weight: Tensor = norm.weight.detach().double()  # type: ignore[operator]
     probe = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * 8
     probe = probe.to(weight.device)
     given = copy.deepcopy(norm).float()(probe).double()

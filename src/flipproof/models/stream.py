@@ -197,9 +197,8 @@ class _Follow(TorchDispatchMode):
         others = [value for value in values if isinstance(value, Tensor) and not self._tag(value)]
         tags = [tag for _, tag in tagged]
         same_length = isinstance(output, Tensor) and output.shape[-1:] == tagged[0][0].shape[-1:]
-        if (func in _SAME and same_length and len(tags) == 1) or (
-            func in _MULTIPLES and len(tags) == 1 and all(value.numel() == 1 for value in others)
-        ):
+        multiple = func in _MULTIPLES and all(value.numel() == 1 for value in others)
+        if len(tags) == 1 and (multiple or (func in _SAME and same_length)):
             self._set(output, tags[0])
         elif func in _SUMS and len(tags) == 2 and all(isinstance(tag, _Written) for tag in tags):
             written = _Written(tags[0].by | tags[1].by)

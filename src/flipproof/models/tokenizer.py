@@ -8,6 +8,7 @@ from flipproof.errors import ConfigError
 from flipproof.log import logger
 from flipproof.models.gguf import plain_directory
 from flipproof.models.hub import expand, from_hub
+from flipproof.models.online import marked_config
 from flipproof.sums import check_sums
 
 
@@ -34,6 +35,8 @@ def _tried(name: str, **how: Any) -> Any:
     """A tokenizer that has read a letter: what transformers takes from its files may only fail then."""
     from transformers import AutoTokenizer
 
+    if (config := marked_config(name, **how)) is not None:
+        how["config"] = config
     tokenizer = AutoTokenizer.from_pretrained(name, **how)
     tokenizer.encode("a")
     return tokenizer

@@ -20,7 +20,7 @@ from flipproof.dtensor import held, local
 from flipproof.errors import ConfigError, first_of
 from flipproof.log import logger
 from flipproof.models.hub import damaged_safetensors, expand, from_hub
-from flipproof.models.online import attach, read_config
+from flipproof.models.online import attach, marked_config
 from flipproof.sums import check_sums
 
 KEY = "model.hf_model_path"
@@ -181,7 +181,8 @@ def _from_pretrained(name: str, dtype: str | None, **kwargs: Any) -> Any:
         # with PEFT installed, transformers would mix it in
         for module in ("models.auto.auto_factory", "integrations.peft"):
             stack.enter_context(mock.patch(f"transformers.{module}.find_adapter_config_file", return_value=None))
-        kwargs["config"] = from_hub(read_config, name, KEY, "a model")
+        if (config := from_hub(marked_config, name, KEY, "a model")) is not None:
+            kwargs["config"] = config
         return from_hub(AutoModelForCausalLM.from_pretrained, name, KEY, "a model", dtype=dtype or "auto", **kwargs)
 
 
