@@ -92,6 +92,9 @@ class TrainingConfig(Table):
     CPU it is none."""
     compile: bool | None = None
     """Compile the model's blocks with torch.compile. Default: on a GPU."""
+    control: bool = False
+    """Train a control as well, into control/ of the run's directory: the same model, text, order and steps, without
+    faults. What training with faults is worth is what it wins over that. It doubles the cost of the run."""
 
 
 @dataclass(frozen=True)

@@ -215,8 +215,8 @@ def thresholds_in_words(spec: BitFlipSpec) -> str:
     }
     if spec.guards:
         return (
-            f"bitflip.guards = {spec.guards!r} zeroes clean values: fit them to text like this one too (flipproof profile "
-            "--guards … --merge), or raise bitflip.x_margin"
+            f"bitflip.guards = {spec.guards!r} zeroes clean values: fit them to text like this one, too (flipproof "
+            "profile --guards … --merge), or raise bitflip.x_margin"
         )
     return f"{' or '.join(sorted(found))} zeroes clean values; flipproof profile proposes thresholds that zero none"
 

@@ -117,7 +117,7 @@ def attach(model: nn.Module) -> None:
     entry: Any = getattr(model.config, ENTRY, None)
     if not isinstance(entry, dict) or not entry.get("online"):
         return
-    hook = RotateInput(checked("seed", entry.get("seed"), Seed))  # type: ignore[arg-type]
+    hook = RotateInput(checked("seed", entry.get("seed"), Seed))
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if strange := [name for name in entry["online"] if name not in linear or not can_rotate(linear[name].in_features)]:
         raise ConfigError([f"config.json: {ENTRY} lists {strange[0]!r}, which is no linear layer of this model"])
