@@ -115,11 +115,17 @@ def attach(model: nn.Module) -> None:
         ConfigError: where the list is not of this model.
     """
     entry: Any = getattr(model.config, ENTRY, None)
-    if not isinstance(entry, dict) or not entry.get("online"):
+    if entry is None or (isinstance(entry, dict) and not entry.get("online")):
         return
-    hook = RotateInput(check_seed(entry.get("seed")))  # type: ignore[arg-type]
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if strange := [name for name in entry["online"] if name not in linear or not can_rotate(linear[name].in_features)]:
+    try:
+        strange = [name for name in entry["online"] if not can_rotate(linear[name].in_features)]
+        hook = RotateInput(check_seed(entry["seed"]))
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"config.json: {ENTRY} is damaged ({error})"]) from error
+    except KeyError as error:
+        strange = [error.args[0]]
+    if strange:
         raise ConfigError([f"config.json: {ENTRY} lists {strange[0]!r}, which is no linear layer of this model"])
     for name in entry["online"]:
         linear[name].register_forward_pre_hook(hook)
@@ -150,7 +156,7 @@ def _marked(config: type[Any]) -> type[Any]:
 
 def marked_config(name: str, **how: Any) -> Any:
     """The config of a directory or Hub name whose model has inputs that are rotated at run time, as the model itself
-    has it; None for any other, and for what holds no readable config."""
+    has it; None for any other, and for what holds no readable config. Raises ConfigError where it does not say which."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     try:
@@ -160,6 +166,8 @@ def marked_config(name: str, **how: Any) -> Any:
     kind = str(written.get("model_type"))
     if not kind.startswith(_MARK) or kind.removeprefix(_MARK) not in CONFIG_MAPPING:
         return None
+    if ENTRY not in written:
+        raise ConfigError([f"{name}: its config.json is of a rotated model, and {ENTRY} is missing there"])
     written |= {key: written[key].removeprefix(_MARK) for key in _MARKED if isinstance(written.get(key), str)}
     written["architectures"] = [name.removeprefix(_MARK) for name in written.get("architectures") or []]
     return CONFIG_MAPPING[written["model_type"]].from_dict(written, name_or_path=name)
