@@ -1,7 +1,6 @@
 import copy
 import json
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.config import ModelConfig
+from flipproof.config import ModelConfig, load_config
 from flipproof.errors import ConfigError
+from flipproof.measure.evaluate import evaluate
 from flipproof.models import online, recompute
 from flipproof.models.load import byte_tokenizer, load_model, save_model
 from flipproof.models.parallelize import blocks
@@ -82,7 +82,7 @@ def test_what_has_no_small_factors_is_not_rotated():
     assert online.can_rotate(28672)
     assert online.can_rotate(3 * 1009 * 64) is False
     model = bumpy("Llama", intermediate_size=1031)
-    with pytest.raises(ConfigError, match="'full': LlamaForCausalLM has no nn.Linear as down projection"):
+    with pytest.raises(ConfigError, match=r"'full': LlamaForCausalLM has no nn\.Linear as down projection"):
         rotate(model, "full", 0)
 
 
@@ -156,14 +156,24 @@ def test_checkpointed_blocks_have_the_same_gradients(kept, token_ids):
         assert torch.equal(got[name], gradient), name
 
 
+@pytest.fixture
+def guards_alone(monkeypatch):
+    """torch.compile without its slow half: what it looks at to tell what it has compiled is what matters here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    recompute._recomputing.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    recompute._recomputing.cache_clear()
+
+
+@pytest.mark.usefixtures("guards_alone")
 def test_compiled_blocks_tell_models_apart(token_ids):
     """Blocks of one class are compiled once, and torch.compile looks at no hooks: a plain model, a rotated one, another
     seed, and the first again must each give what they give when they are not compiled. Layers of a model share a graph,
     and so do models that are rotated alike."""
     models = [bumpy("Llama"), turned(), turned(seed=4), turned(), bumpy("Llama")]
     before = [logits(model, token_ids) for model in models]
-    torch._dynamo.reset()
-    counters.clear()
     graphs = []
     for model, wanted in zip(models, before, strict=True):
         recompute.prepare(blocks(model), compiled=True)
@@ -203,20 +213,29 @@ def test_plain_transformers_refuses_it(tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-def test_the_verbs_open_it(tmp_path, token_ids):
-    model = turned()
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "flipproof", "generate", str(tmp_path / "model"), "--prompt", "a"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "flipproof_llama" not in done.stderr  # nobody is told of a type that is not the model's
+def test_arms_are_those_of_the_model_that_was_rotated(tmp_path, capfd):
+    turned().save_pretrained(tmp_path / "turned")
+    bumpy("Llama").save_pretrained(tmp_path / "plain")
+    arms = {}
+    for name in ("turned", "plain"):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        settings = {
+            "model": {"hf_model_path": str(tmp_path / name)},
+            "data": {"eval_source": "stdlib"},
+            "training": {"seq_len": 32, "local_batch_size": 8},
+            "eval": {"trials": 2, "num_samples": 16},
+            "bitflip": {"x_p_frac": 0.01},
+        }
+        arms[name] = evaluate(load_config([], settings))
+    assert arms["turned"]["clean"].loss == pytest.approx(arms["plain"]["clean"].loss, rel=1e-4)
+    assert arms["turned"]["flipped"].loss != pytest.approx(arms["plain"]["flipped"].loss, rel=1e-4)
+    assert "flipproof_llama" not in capfd.readouterr().err  # nobody is told of a type that is not the model's
 
 
 def test_from_scratch_it_is_the_same_architecture(tmp_path):
     turned().save_pretrained(tmp_path)
     model = load_model(ModelConfig(hf_model_path=str(tmp_path), init="random"), byte_tokenizer(), None, 0)
-    hooks = [[hook for hook in model.get_submodule(DOWN.format(i))._forward_pre_hooks.values()] for i in range(2)]
+    hooks = [list(model.get_submodule(DOWN.format(i))._forward_pre_hooks.values()) for i in range(2)]
     assert all(len(found) == 1 and isinstance(found[0], online.RotateInput) for found in hooks)
 
 

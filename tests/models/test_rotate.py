@@ -101,7 +101,7 @@ def test_a_model_without_linear_layers_stays_as_it_is():
     assert (said.stream, said.values, said.online) == ((), (), ())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not hasattr(model.config, "flipproof_rotation")
-    with pytest.raises(ConfigError, match="'full': GPT2LMHeadModel has no nn.Linear as down projection"):
+    with pytest.raises(ConfigError, match=r"'full': GPT2LMHeadModel has no nn\.Linear as down projection"):
         rotate(model, "full", 0)
 
 

@@ -156,7 +156,11 @@ def _marked(config: type[Any]) -> type[Any]:
 
 def marked_config(name: str, **how: Any) -> Any:
     """The config of a directory or Hub name whose model has inputs that are rotated at run time, as the model itself
-    has it; None for any other, and for what holds no readable config. Raises ConfigError where it does not say which."""
+    has it; None for any other, and for what holds no readable config.
+
+    Raises:
+        ConfigError: where it does not say which inputs.
+    """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     try:
