@@ -52,11 +52,9 @@ def test_weights_in_a_basis_are_products_with_its_matrix(dtype, elements, monkey
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("even", [False, True])
-@pytest.mark.parametrize("n", [*SIZES, 1536, 11008, 28672])
-def test_sizes_are_split_into_the_least_work(n, even):
-    a, b = split(n, even)
-    allowed = [4**k if even else 2**k for k in range(20)]
+@pytest.mark.parametrize("n", [*SIZES, 256, 1536, 11008, 28672])
+def test_sizes_are_split_near_their_root(n):
+    a, b = split(n)
+    powers = [2**k for k in range(20) if n % 2**k == 0]
     assert a * b == n
-    assert b in allowed
-    assert a + b == min(n // size + size for size in allowed if n % size == 0)
+    assert b == min((size for size in powers if size**2 >= n), default=powers[-1])

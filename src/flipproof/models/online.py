@@ -3,7 +3,7 @@
 Between a down projection and the layers before it stands a product of activations, which a change of basis does not
 pass. So the input x is rotated where it is made, x·T, and the weight holds W·T⁻ᵀ. T = L ⊗ R is a ``Basis`` of two small
 matrices whose entries are rounded to bfloat16's eight bits: they are the same numbers in every dtype, and the weight's
-inverse is that of the rounded ones. (R is Hadamard's of a power of 4, whose entries are powers of 2 anyway.)
+inverse is that of the rounded ones.
 
 It is a hook in front of the layer, so an injected model rotates before bits flip, and no checkpoint key and no buffer
 is added. The config lists the layers under ``flipproof_rotation``, and a model that is read from it gets them back.
@@ -36,15 +36,14 @@ _LARGEST = 1024
 
 def can_rotate(n: int) -> bool:
     """Whether n values have factors small enough to be rotated at run time."""
-    return max(split(n, even=True)) <= _LARGEST
+    return max(split(n)) <= _LARGEST
 
 
 @cache
 def _factors(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """L (a, a) and R (b, b) in float64, of bfloat16's numbers."""
     made = (
-        signs(size, seed, f"online/{side}")[:, None] * spread(size)
-        for side, size in zip("lr", split(n, even=True), strict=True)
+        signs(size, seed, f"online/{side}")[:, None] * spread(size) for side, size in zip("lr", split(n), strict=True)
     )
     left, right = (factor.bfloat16().double() for factor in made)
     return left, right
