@@ -62,6 +62,41 @@ def test_adapter_and_model_are_the_same_function(run, tmp_path, token_ids):
         assert_same_function(adapted(token_ids).logits, lambda: merged(token_ids).logits, merged.parameters())
 
 
+def test_what_is_rotated_at_run_time_is_trained_and_exported_so(tiny_llama, tmp_path):
+    import json
+
+    from flipproof.config import ModelConfig
+    from flipproof.data.sequences import load_held_out
+    from flipproof.measure.evaluate import mean_loss
+    from flipproof.models.load import load_model
+    from flipproof.models.rotate import rotate
+
+    model = tiny_llama()
+    rotate(model, "full", 0)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    settings = {
+        "model": {"hf_model_path": str(tmp_path / "base")},
+        "training": {"seq_len": 32, "local_batch_size": 4, "steps": 4, "lr": 1e-2},
+        "lora": {"r": 2},
+        "bitflip": {"x_p_frac": 0.05},
+        "data": {"source": "stdlib", "max_tokens": 20_000},
+        "eval": {"num_samples": 8, "trials": 2},
+        "logging": {"run_dir": str(tmp_path / "run")},
+    }
+    config = load_config([], settings)
+    train(config)
+    export(tmp_path / "run", tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written["model_type"] == "flipproof_llama"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    text = load_held_out(config.data, tokenizer, 32)
+    opened = load_model(ModelConfig(hf_model_path=str(tmp_path / "model")), tokenizer, None, 0)
+    recorded = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
+    assert mean_loss(opened, text, 8, 4)[0] == pytest.approx(math.log(recorded["recovered_clean"]["perplexity"]))
+    assert recorded["recovered_clean"]["perplexity"] < 0.95 * recorded["clean"]["perplexity"]
+
+
 @pytest.mark.parametrize(("kind", "name"), [("model", r"q_proj\.weight"), ("adapter", r"q_proj\.lora_B\.weight")])
 def test_what_is_not_finite_is_never_exported(run, tmp_path, monkeypatch, kind, name):
     def load(path, model):

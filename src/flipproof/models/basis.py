@@ -59,8 +59,9 @@ class Basis:
 
 def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """x·(left ⊗ right) of rows x (…, a · b), left (a, a) and right (b, b), all of one dtype."""
-    y = (x.reshape(-1, len(left), len(right)) @ right).transpose(1, 2) @ left
-    return y.transpose(1, 2).reshape(x.shape)
+    if len(right) == 1:
+        return x @ (left * right)
+    return (left.T @ (x.reshape(-1, len(left), len(right)) @ right)).reshape(x.shape)
 
 
 def fold(weight: Tensor, gain: Tensor) -> Tensor:
@@ -86,10 +87,9 @@ def rotate_out(weight: Tensor, basis: Basis) -> Tensor:
     return result
 
 
-def split(n: int, even: bool = False) -> tuple[int, int]:
-    """(a, b) with a · b = n and b a power of 2, or with ``even`` of 4, that take the fewest products a + b."""
-    powers = [2**k for k in range(0, n.bit_length(), 2 if even else 1) if n % 2**k == 0]
-    b = min(powers, key=lambda b: n // b + b)
+def split(n: int) -> tuple[int, int]:
+    """(a, b) with a · b = n: b the first power of 2 that is at least √n, or the largest that n has."""
+    b = min(n & -n, 1 << ((n - 1).bit_length() + 1) // 2)
     return n // b, b
 
 

@@ -3,7 +3,7 @@
 Between a down projection and the layers before it stands a product of activations, which a change of basis does not
 pass. So the input x is rotated where it is made, x·T, and the weight holds W·T⁻ᵀ. T = L ⊗ R is a ``Basis`` of two small
 matrices whose entries are rounded to bfloat16's eight bits: they are the same numbers in every dtype, and the weight's
-inverse is that of the rounded ones. (R is Hadamard's of a power of 4, whose entries are powers of 2 anyway.)
+inverse is that of the rounded ones.
 
 It is a hook in front of the layer, so an injected model rotates before bits flip, and no checkpoint key and no buffer
 is added. The config lists the layers under ``flipproof_rotation``, and a model that is read from it gets them back.
@@ -36,15 +36,14 @@ _LARGEST = 1024
 
 def can_rotate(n: int) -> bool:
     """Whether n values have factors small enough to be rotated at run time."""
-    return max(split(n, even=True)) <= _LARGEST
+    return max(split(n)) <= _LARGEST
 
 
 @cache
 def _factors(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """L (a, a) and R (b, b) in float64, of bfloat16's numbers."""
     made = (
-        signs(size, seed, f"online/{side}")[:, None] * spread(size)
-        for side, size in zip("lr", split(n, even=True), strict=True)
+        signs(size, seed, f"online/{side}")[:, None] * spread(size) for side, size in zip("lr", split(n), strict=True)
     )
     left, right = (factor.bfloat16().double() for factor in made)
     return left, right
@@ -115,11 +114,17 @@ def attach(model: nn.Module) -> None:
         ConfigError: where the list is not of this model.
     """
     entry: Any = getattr(model.config, ENTRY, None)
-    if not isinstance(entry, dict) or not entry.get("online"):
+    if entry is None or (isinstance(entry, dict) and not entry.get("online")):
         return
-    hook = RotateInput(checked("seed", entry.get("seed"), Seed))
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if strange := [name for name in entry["online"] if name not in linear or not can_rotate(linear[name].in_features)]:
+    try:
+        strange = [name for name in entry["online"] if not can_rotate(linear[name].in_features)]
+        hook = RotateInput(checked("seed", entry["seed"], Seed))
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"config.json: {ENTRY} is damaged ({error})"]) from error
+    except KeyError as error:
+        strange = [error.args[0]]
+    if strange:
         raise ConfigError([f"config.json: {ENTRY} lists {strange[0]!r}, which is no linear layer of this model"])
     for name in entry["online"]:
         linear[name].register_forward_pre_hook(hook)
@@ -150,7 +155,11 @@ def _marked(config: type[Any]) -> type[Any]:
 
 def marked_config(name: str, **how: Any) -> Any:
     """The config of a directory or Hub name whose model has inputs that are rotated at run time, as the model itself
-    has it; None for any other, and for what holds no readable config."""
+    has it; None for any other, and for what holds no readable config.
+
+    Raises:
+        ConfigError: where it does not say which inputs.
+    """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     try:
@@ -160,6 +169,8 @@ def marked_config(name: str, **how: Any) -> Any:
     kind = str(written.get("model_type"))
     if not kind.startswith(_MARK) or kind.removeprefix(_MARK) not in CONFIG_MAPPING:
         return None
+    if ENTRY not in written:
+        raise ConfigError([f"{name}: its config.json is of a rotated model, and {ENTRY} is missing there"])
     written |= {key: written[key].removeprefix(_MARK) for key in _MARKED if isinstance(written.get(key), str)}
     written["architectures"] = [name.removeprefix(_MARK) for name in written.get("architectures") or []]
     return CONFIG_MAPPING[written["model_type"]].from_dict(written, name_or_path=name)

@@ -221,7 +221,7 @@ class _Follow(TorchDispatchMode):
         else:
             made = self._made.get(id(others[0])) if others else None
             name = made[1] if made else self._here()
-            why = "writes to the residual stream and is no nn.Linear"
+            why = "adds to the residual stream what no nn.Linear gave"
         self._trouble += [(tag, name, why) for _, tag in tagged if isinstance(tag, _Written)]
 
     def _here(self) -> str:
