@@ -69,7 +69,7 @@ def test_the_70b_tutorial_is_read_verbatim_key_by_key(write):
 
 def test_the_shipped_70b_preset_is_the_tutorial_and_its_scripts_schedule():
     tutorial = tomllib.loads(TUTORIAL_70B)
-    tutorial["training"]["lr_scheduler"] = "cosine"  # which its script has, not its TOML
+    tutorial["training"] |= {"lr_scheduler": "cosine", "control": True}  # its script's, not its TOML's; ours
     assert tomllib.loads(preset_text("70b")) == tutorial
 
 

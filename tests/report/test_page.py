@@ -277,7 +277,7 @@ def test_the_costs_of_arms_are_those_of_results(everything):
 def test_arms_of_another_version_are_shown(no_pictures, tmp_path):
     write_run(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    old = {"control": [2.6, 2.7, 2.8], "control_clean": [1.9], "of a later one": [2.2, 2.4]}
+    old = {"older": [2.6, 2.7, 2.8], "older_clean": [1.9], "of a later one": [2.2, 2.4]}
     results["arms"] |= {name: {"trial_losses": losses, "tokens": 100} for name, losses in old.items()}
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert main(["report", str(tmp_path)]) == 0
@@ -285,6 +285,17 @@ def test_arms_of_another_version_are_shown(no_pictures, tmp_path):
     for name, losses in old.items():
         assert float(rows[name]["cost"]) == pytest.approx(math.fsum(losses) / len(losses) - 2.0)
         assert rows[name]["Bitflipped"] == rows[name]["cost low"] == ""
+
+
+def test_the_page_credits_training_with_what_it_wins_over_its_control(no_pictures, tmp_path):
+    write_run(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["arms"]["control"] = {"trial_losses": [2.6, 2.7, 2.8], "tokens": 100}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert main(["report", str(tmp_path)]) == 0
+    rows = {row["arm"]: row for row in table(tmp_path / "report" / "arms.csv")}
+    assert float(rows["control"]["cost"]) == pytest.approx(2.7 - 2.0)
+    assert (rows["control"]["Bitflipped"], rows["control"]["Fine-tuned"]) == ("✔", "no faults")
     assert "over its control, trained alike without them" in (tmp_path / "report.html").read_text()
 
 

@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 
+import preloaded
 import pytest
+import sharded_jobs
 import torch
 from safetensors.torch import load_file
 from texts import sentences
@@ -246,3 +248,26 @@ def test_what_is_no_control_is_refused(home, run, tmp_path, capsys):
     shutil.copytree(run / "control", tmp_path / "left/control")
     with pytest.raises(ConfigError, match=r"holds a run already \(control"):
         train(settings(home, tmp_path / "left"))
+
+
+def test_in_several_processes_it_is_the_same(home, tmp_path):
+    """The run without faults to the bit, sharded or not; and what is finished is left as it is."""
+    common, without = settings(home, tmp_path / "run", steps=2), tmp_path / "without.toml"
+    (tmp_path / "run.toml").write_text(common.to_toml())
+    without.write_text(settings(home, tmp_path / "without", {}, steps=2, control=False).to_toml())
+    argvs = {}
+    for strategy in ("full_shard", "no_shard"):
+        for name in ("run", "without"):
+            place = ["--logging.run_dir", f"{tmp_path}/{strategy}/{name}", "--parallelism.sharding_strategy", strategy]
+            argvs[f"{strategy}-{name}"] = ["train", "--config", f"{tmp_path}/{name}.toml", *place]
+    argvs["again"] = [*argvs["full_shard-run"], "--resume"]
+    jobs = sharded_jobs.write_jobs(tmp_path / "jobs", argvs)
+    assert preloaded.run_ranks(2, sharded_jobs.work, jobs) == [0, 0]
+    for name in argvs:
+        said = (tmp_path / f"jobs/{name}.0.err").read_text()
+        assert json.loads((tmp_path / f"jobs/{name}.0.json").read_text())["code"] == 0, said
+    assert "step 1/2" not in said
+    for strategy in ("full_shard", "no_shard"):
+        assert_equal_weights(tmp_path / strategy / "run/control", tmp_path / strategy / "without")
+        assert losses(tmp_path / strategy / "run/control") == losses(tmp_path / strategy / "without")
+        assert list(arms_of(tmp_path / strategy / "run")) == NAMES

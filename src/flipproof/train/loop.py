@@ -19,7 +19,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError, first_of
-from flipproof.faults.inject import faults, is_faulty
+from flipproof.faults.inject import faults
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_writable, discard
 from flipproof.log import RunLog, logger
@@ -234,10 +234,8 @@ class _Run:
             logged, _ = self.world.once(lambda: logged_before(directory, checkpoint, 0))
         course = self._course(without, self.model, checkpoint, logged)
         course.load()
-        with faults(self.model, flips=False, guard=False) if is_faulty(self.model) else nullcontext():
-            self._finish(course, directory, (), arms)
-        arms |= self._measure(_OF_CONTROL)
-        self.world.once(lambda: self._write_results(arms))
+        with faults(self.model, flips=False, guard=False):  # which its arms switch themselves
+            self._finish(course, directory, _OF_CONTROL, arms)
 
     def _control_checkpoint(self, directory: Path) -> Path | None:
         """The last whole checkpoint of the control that the run has as many steps as."""

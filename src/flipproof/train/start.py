@@ -121,8 +121,9 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
 
 def check(config: RunConfig, resume: str | None = None) -> None:
     """Say what a run takes, and look for what would keep it from beginning. Nothing is written, other than what the
-    Hub's client keeps of a model's config, its tokenizer and a data set's description. The weights, the text behind its
-    beginning and the ids of its tokens, the directory's lock and the number of GPUs are looked at by the run itself.
+    Hub's client keeps of a model's config, its tokenizer and a data set's description, and what a GGUF file becomes.
+    The weights, the text behind its beginning and the ids of its tokens, the directory's lock and the number of GPUs
+    are looked at by the run itself.
 
     Args:
         resume: as for ``train``.
