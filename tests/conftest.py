@@ -18,7 +18,6 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
 _LONGEST = [
     "test_sharded_training",
     "test_sharded_resumed",
