@@ -18,6 +18,25 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+_LONGEST = [
+    "test_sharded_training",
+    "test_sharded_resumed",
+    "test_recompute",
+    "test_damages",
+    "test_triton_launch",
+    "test_crash_points",
+    "test_run",
+    "test_loop_resumed",
+    "test_cpu",
+    "test_demo",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin: then nobody is left alone with one of them when all others are done."""
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def tiny_llama():

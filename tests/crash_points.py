@@ -21,7 +21,7 @@ import sys
 import tempfile
 import tomllib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import flipproof.cli.main
 import flipproof.files
 import flipproof.measure.evaluate
+import flipproof.report.figures
 import flipproof.report.page
 import flipproof.sweep.run
 import flipproof.train.loop
@@ -290,21 +291,22 @@ def crash(name: str, place: Path, points: int | None = None) -> list[str]:
         problems += [f"{name}, before event {number + 1} ({events[number]}): {problem}" for problem in found]
     if died < 0.9 * len(numbers):
         problems.append(f"{name}: it died at {died} of {len(numbers)} points only")
-    print(f"{name}: {len(numbers)} of {len(events)} points, {len(problems)} problems", flush=True)
+    print(f"{name}: {len(numbers)} of {len(events)} points, {len(problems)} problems", file=sys.stderr, flush=True)
     return problems
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="*", default=[*COMMANDS], metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--points", type=int, help="So many of each, evenly spread, in the place of all.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    flipproof.report.figures.DPI = 20  # what is drawn takes no more events for that
     flipproof.files._OLD_S = 0.0  # what the dead left is cleared at once, not only after a minute
     with tempfile.TemporaryDirectory() as place:
         problems = [line for name in args.commands for line in crash(name, Path(place) / name, args.points)]
-    print(*problems, sep="\n") if problems else None
-    return bool(problems)
+    print(*problems, sep="\n", file=sys.stderr) if problems else None
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

@@ -199,21 +199,21 @@ def set_back(directory: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="*", default=[*VERBS], metavar="VERB", help=", ".join(VERBS))
     parser.add_argument("--sizes", type=int, nargs="+", default=FULL, help="bytes that a full disk still takes")
     parser.add_argument("--on", type=Path, metavar="DIRECTORY", help="of a small file system that may be filled")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     problems = []
     with tempfile.TemporaryDirectory(dir=args.on) as place:
         for number, name in enumerate(args.verbs):
             trials, found = try_verb(name, Path(place) / str(number), args.sizes, args.on)
-            print(f"{name}: {trials} trials, {len(found)} problems", flush=True)
+            print(f"{name}: {trials} trials, {len(found)} problems", file=sys.stderr, flush=True)
             problems += found
-    print(*problems, sep="\n") if problems else None
-    return bool(problems)
+    print(*problems, sep="\n", file=sys.stderr) if problems else None
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

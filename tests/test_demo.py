@@ -17,7 +17,7 @@ def short(monkeypatch):
 
     def load_short(paths, overrides=None):
         overrides = {section: dict(values) for section, values in (overrides or {}).items()}
-        overrides.setdefault("training", {}).update(steps=3, seq_len=64, local_batch_size=4)
+        overrides.setdefault("training", {}).update(steps=3, seq_len=32, local_batch_size=4)
         overrides.setdefault("data", {}).update(max_tokens=30_000)
         overrides.setdefault("eval", {}).update(trials=2, num_samples=4)
         return load_config(paths, overrides)

@@ -17,6 +17,7 @@ from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm, costs
 from flipproof.measure.intervals import t_interval
 from flipproof.measure.points import Setting
+from flipproof.report import figures
 from flipproof.report import page as page_module
 from flipproof.report.analyse import curves_of
 from flipproof.report.finding import of_sweep
@@ -100,6 +101,12 @@ def write_run(directory):
     (directory / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
     texts = {"clean": " is <b>well</b>", "flipped": "al□ i5 </script> w3ll"}
     (directory / "generate.json").write_text(json.dumps({"model": "m", "prompt": "all", "texts": texts}))
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """But for those of ``everything``, which are made before and looked at."""
+    monkeypatch.setattr(figures, "DPI", 20)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import errno
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -17,23 +18,32 @@ from flipproof.train.export import export
 from flipproof.train.loop import train
 
 
-@pytest.fixture
-def run(tiny_llama, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
+@pytest.fixture(scope="module")
+def trained(tiny_llama, tmp_path_factory):
+    """A directory with a base model and a run, for reading."""
+    directory = tmp_path_factory.mktemp("trained")
+    tiny_llama().save_pretrained(directory / "base")
+    byte_tokenizer().save_pretrained(directory / "base")
     config = load_config(
         [],
         {
-            "model": {"hf_model_path": str(tmp_path / "base")},
+            "model": {"hf_model_path": str(directory / "base")},
             "training": {"seq_len": 32, "local_batch_size": 4, "steps": 4, "lr": 1e-2},
             "lora": {"r": 2},
             "bitflip": {"w_p_frac": 0.05, "x_p_frac": 0.05},
             "data": {"source": "stdlib", "max_tokens": 20_000},
             "eval": {"num_samples": 8, "trials": 2},
-            "logging": {"run_dir": str(tmp_path / "run")},
+            "logging": {"run_dir": str(directory / "run")},
         },
     )
     train(config)
+    return directory
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, with its base model beside it."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 

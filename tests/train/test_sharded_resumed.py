@@ -41,11 +41,17 @@ INTERRUPTED = [  # run, its checkpoints
 ]
 
 
+def short(home, run, *flags):
+    """A training in two processes, of a model of one layer, that measures little: only steps and files matter here."""
+    little = ("--model.hf_model_path", f"{home}/shallow", "--eval.trials", "1", "--eval.num_samples", "2")
+    return arguments(home, run, 2, *little, *flags)
+
+
 @pytest.fixture(scope="module")
 def pair(home):
     """Runs on two processes: one undisturbed, and some that are interrupted."""
     patched = (*KILLS, "rank_1_gets_sigterm_in_step_3")
-    jobs = {name: arguments(home, f"pair/{name}", 2) for name in ("full_shard", *patched)}
+    jobs = {name: short(home, f"pair/{name}") for name in ("full_shard", *patched)}
     codes = KILLS | {"rank_1_gets_sigterm_in_step_3": [75, 75]}
     run_jobs(home / "pair.jobs", 2, jobs, {name: name for name in patched}, codes)
     return home / "pair"
@@ -63,17 +69,17 @@ def wait_for(path, process):
 @pytest.fixture(scope="module")
 def ended(home):
     """torchrun's (exit code, stderr) of runs that it sees end: one rank is killed, or it gets SIGTERM itself."""
-    killed = start_job(home / "killed.jobs", arguments(home, "ended/killed", 2), HANGS)
+    killed = start_job(home / "killed.jobs", short(home, "ended/killed"), HANGS)
     rank_1 = wait_for(home / "killed.jobs/reached", killed)
     wait_for(home / "ended/killed/checkpoints/step-4/manifest.json", killed)
     os.kill(int(rank_1), signal.SIGKILL)
     codes = {"killed": finish(killed)[::2]}
-    orphaned = start_job(home / "agent.jobs", arguments(home, "ended/agent", 2), HANGS)
+    orphaned = start_job(home / "agent.jobs", short(home, "ended/agent"), HANGS)
     wait_for(home / "agent.jobs/reached", orphaned)
     wait_for(home / "ended/agent/checkpoints/step-4/manifest.json", orphaned)
     orphaned.kill()
     finish(orphaned, 30)  # its ranks have the other ends of its pipes: this is when all of them have ended
-    told = start_job(home / "told.jobs", arguments(home, "ended/told", 2), "step_3_waits_for_sigterm")
+    told = start_job(home / "told.jobs", short(home, "ended/told"), "step_3_waits_for_sigterm")
     rank_0 = int(wait_for(home / "told.jobs/reached", told))
     # so it is the same whether torchrun or its process group gets the signal
     assert os.getpgid(rank_0) != os.getpgid(told.pid) == told.pid
@@ -94,10 +100,10 @@ def resumed(home, pair, ended):
     damaged = home / "resumed" / "damaged" / "checkpoints" / "step-6" / "__1_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     (home / "resumed" / "missing" / "checkpoints" / "step-6" / "__0_0.distcp").unlink()
-    jobs = {run.replace("/", "_"): arguments(home, run, 2, "--resume", "auto") for run, _ in INTERRUPTED}
-    jobs["damaged_refused"] = arguments(home, "resumed/damaged", 2, "--resume", "step-6")
-    jobs["missing_refused"] = arguments(home, "resumed/missing", 2, "--resume", "step-6")
-    jobs["damaged_auto"] = arguments(home, "resumed/damaged", 2, "--resume")
+    jobs = {run.replace("/", "_"): short(home, run, "--resume", "auto") for run, _ in INTERRUPTED}
+    jobs["damaged_refused"] = short(home, "resumed/damaged", "--resume", "step-6")
+    jobs["missing_refused"] = short(home, "resumed/missing", "--resume", "step-6")
+    jobs["damaged_auto"] = short(home, "resumed/damaged", "--resume")
     codes = {"damaged_refused": [2, 2], "missing_refused": [2, 2]}
     run_jobs(home / "resumed.jobs", 2, jobs, codes=codes)
     return left
@@ -155,7 +161,7 @@ def test_the_checkpoint_before_a_damaged_one_goes_on(home, pair, resumed):
 def test_train_as_users_start_it(home, pair):
     """By torchrun, and without the driver that the runs above share."""
     stopped_after(2, pair / "full_shard", home / "cli")
-    code, out, err = finish(start(2, "-m", "flipproof", *arguments(home, "cli", 2, "--resume")))
+    code, out, err = finish(start(2, "-m", "flipproof", *short(home, "cli", "--resume")))
     assert code == 0, err
     assert out == f"{home}/cli\n"
     assert_bitwise_the_same_run(home / "cli", pair / "full_shard")
