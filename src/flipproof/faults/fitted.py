@@ -84,6 +84,8 @@ class Guards:
             )
         if by != "channel":
             maxima = self._of_all[_operand(name)] if by == "tensor" else maxima.max()
+        elif fitted.floor:
+            maxima = maxima.clamp(min=maxima.flatten().quantile(fitted.floor, interpolation="higher"))
         t = guard_of(maxima.double() * fitted.margin).nextafter(torch.tensor(torch.inf))
         return t if bool(maxima.any()) else torch.full_like(t, torch.inf)
 

@@ -136,6 +136,8 @@ class Fitted(NamedTuple):
     by: Granularity | None
     """None: as finely as they were fitted."""
     margin: float
+    floor: float
+    """No channel's maximum counts for less than this quantile of its layer's; 0 is no floor."""
 
 
 class Fault(NamedTuple):
@@ -282,6 +284,9 @@ class BitFlipSpec(LayerFaults):
     """How fine fitted guards are: one threshold for a whole tensor of all layers (tensor), for each layer, or for each
     channel: a feature of inputs, an output row of weights, a component of a head's keys and values. Default: as fine as
     they were fitted."""
+    guards_floor: Annotated[float, Between(0, 1)] = 0.9
+    """Where guards are by channel, inputs, keys and values: no channel's largest value counts for less than this
+    quantile of those of its layer, since other text may use channels that calibration hardly did. 0 is no floor."""
     row_bytes: Annotated[int, lambda n: n >= 8 and n % 8 == 0, "a multiple of 8"] = 1024
     """Length of a memory row."""
     sites: Sites = ("linear",)
@@ -358,9 +363,13 @@ class BitFlipSpec(LayerFaults):
         """The fault of one operand."""
         pattern = self.pattern(operand)
         p_exp, p_frac = self._of(operand, "p_exp") or 0.0, self._of(operand, "p_frac") or 0.0
-        fitted = Fitted(self.guards_by, self._of(operand, "margin")) if self.guards else None
-        t = None if fitted else self._of(operand, "zero_out_t")
-        if not (p_exp or p_frac or pattern.p_row or any(p for _, p in pattern.p_bits)):
+        t = self._of(operand, "zero_out_t")
+        flips = bool(p_exp or p_frac or pattern.p_row or any(p for _, p in pattern.p_bits))
+        fitted = None
+        if self.guards and (operand != "kv" or flips or t is not None):  # else attention is left alone
+            floor = 0.0 if operand == "w" else self.guards_floor  # weights hold no surprise
+            fitted, t = Fitted(self.guards_by, self._of(operand, "margin"), floor), None
+        if not flips:
             return Fault(zero_out_t=t, fitted=fitted)
         return Fault(p_exp, p_frac, t, None if pattern.independent else pattern, fitted)
 

@@ -248,6 +248,8 @@ class Grid:
             if protection.guard:
                 name = f"guard-{protection.by}" if protection.by else "guard"
                 fitted = _fitted(self.config.bitflip, protection, flipping)
+                if "kv" in flipping and fitted.get("guards_by"):
+                    fitted["kv_zero_out_t"] = math.inf  # which says that keys and values have a guard
                 found[name] = replace(self.config.bitflip, **off, **fitted)
         return found
 

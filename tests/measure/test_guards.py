@@ -1,0 +1,262 @@
+"""Fitting guards, and what they are used for: maxima against those of plain hooks, thresholds against their formula."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import flipproof
+from flipproof import BitFlipSpec
+from flipproof.cli.main import main
+from flipproof.config import load_config
+from flipproof.data.sequences import load_text
+from flipproof.errors import ConfigError
+from flipproof.faults.fitted import Guards, read_guards
+from flipproof.faults.spec import Fitted
+from flipproof.measure.evaluate import evaluate
+from flipproof.measure.guards import coarser, fit_guards
+from flipproof.models.load import byte_tokenizer
+from flipproof.sweep.run import sweep
+
+DOWN = "model.layers.1.mlp.down_proj"
+SAMPLES, LENGTH = 80, 64
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("guards") / "model"
+    tiny_llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def settings(model_dir, **bitflip):
+    return load_config(
+        [],
+        {
+            "model": {"hf_model_path": str(model_dir)},
+            "training": {"seq_len": LENGTH, "local_batch_size": 8},
+            "data": {"source": "stdlib", "max_tokens": 40_000},
+            "eval": {"num_samples": SAMPLES, "trials": 2},
+            "bitflip": bitflip,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(model_dir, tmp_path_factory):
+    """(directory, guards by channel)."""
+    to = tmp_path_factory.mktemp("fitted")
+    return to, fit_guards(settings(model_dir), "channel", to)
+
+
+@torch.no_grad()
+def test_maxima_are_those_that_plain_hooks_see(tiny_llama, model_dir, fitted):
+    _, guards = fitted
+    model, seen = tiny_llama(), {}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+    def look(name):
+        def hook(_module, args, y):
+            for key, values in ((f"{name}/x", args[0]), (f"{name}/y", y)):
+                largest = values.abs().flatten(0, -2).amax(0)
+                seen[key] = torch.maximum(seen.get(key, largest), largest)
+
+        return hook
+
+    for name, module in linear.items():
+        module.register_forward_hook(look(name))
+    text, _ = load_text(settings(model_dir).data, byte_tokenizer(), LENGTH)
+    for i in range(SAMPLES):  # as evaluation spreads them over the text
+        model(text.batch([i * len(text) // SAMPLES]))
+    inputs = {name: maxima for name, maxima in guards.maxima.items() if name.endswith("/x")}
+    assert inputs.keys() == {f"{name}/x" for name in linear}
+    for name, maxima in inputs.items():
+        torch.testing.assert_close(maxima, seen[name], rtol=1e-5, atol=1e-6)  # batches add up otherwise
+    for name, module in linear.items():
+        if name != "lm_head":
+            assert torch.equal(guards.maxima[f"{name}/w"], module.weight.abs().amax(1, keepdim=True))
+    table = model.get_input_embeddings().weight
+    assert torch.equal(guards.maxima["model.embed_tokens/w"], table.abs().amax(1, keepdim=True))
+    # values are what v_proj gives; keys are rotated by position
+    values = seen["model.layers.0.self_attn.v_proj/y"]
+    torch.testing.assert_close(guards.maxima["model.layers.0.self_attn/v"].flatten(), values, rtol=1e-5, atol=1e-6)
+    assert guards.maxima["model.layers.0.self_attn/k"].shape == guards.maxima["model.layers.0.self_attn/v"].shape
+    assert guards.texts == ({"source": "stdlib", "tokens": SAMPLES * LENGTH},)
+
+
+def test_the_file_is_what_was_fitted_and_coarser_ones_follow_from_it(fitted):
+    to, guards = fitted
+    read = read_guards(str(to))
+    assert read.maxima.keys() == guards.maxima.keys()
+    assert all(torch.equal(read.maxima[name], maxima) for name, maxima in guards.maxima.items())
+    assert (read.by, read.dtype, read.basis, read.texts) == ("channel", "float32", None, guards.texts)
+    maxima = guards.maxima[f"{DOWN}/x"]
+    next_up = torch.tensor(math.inf)
+    assert torch.equal(read.thresholds(f"{DOWN}/x", Fitted(None, 1.0, 0.0)), maxima.nextafter(next_up))
+    assert torch.equal(read.thresholds(f"{DOWN}/x", Fitted("channel", 2.0, 0.0)), (2 * maxima).nextafter(next_up))
+    assert torch.equal(read.thresholds(f"{DOWN}/x", Fitted("layer", 2.0, 0.0)), (2 * maxima.max()).nextafter(next_up))
+    of_all = max(float(one.max()) for name, one in guards.maxima.items() if name.endswith("/x"))
+    assert read.thresholds(f"{DOWN}/x", Fitted("tensor", 1.0, 0.0)) == torch.tensor(of_all).nextafter(next_up)
+    for by in ("layer", "tensor"):
+        coarse = Guards(coarser(guards.maxima, by), by, "m", "float32")
+        for name in (f"{DOWN}/x", f"{DOWN}/w", "model.layers.0.self_attn/k"):
+            assert torch.equal(
+                coarse.thresholds(name, Fitted(None, 1.5, 0.0)), read.thresholds(name, Fitted(by, 1.5, 0.0))
+            )
+        with pytest.raises(ConfigError, match=f"guards_by = 'channel': .* holds thresholds by {by}"):
+            coarse.thresholds(f"{DOWN}/x", Fitted("channel", 1.5, 0.0))
+
+
+def test_no_channel_counts_for_less_than_the_floor():
+    maxima = torch.tensor([0.5, 8.0, 1.0, 2.0, 0.25])
+    guards = Guards({"a/x": maxima}, "channel", "m", "float32")
+    found = guards.thresholds("a/x", Fitted(None, 2.0, 0.5))  # the third of five
+    expected = torch.tensor([2.0, 16.0, 2.0, 4.0, 2.0]).nextafter(torch.tensor(math.inf))
+    assert torch.equal(found, expected)
+    spec = BitFlipSpec(guards="somewhere", guards_floor=0.25, kv_p_exp=0.1)
+    assert (spec.x.fitted.floor, spec.kv.fitted.floor, spec.w.fitted.floor) == (0.25, 0.25, 0.0)
+
+
+def test_what_was_never_seen_has_no_guard_but_against_infinity():
+    guards = Guards({"a/x": torch.zeros(3), "b/x": torch.tensor([0.0, 1.0])}, "channel", "m", "float32")
+    assert guards.thresholds("a/x", Fitted(None, 2.0, 0.0)).tolist() == [math.inf] * 3
+    t = guards.thresholds("b/x", Fitted(None, 2.0, 0.0))
+    assert 0 < t[0] < 1e-40
+    assert t[1] > 2
+
+
+@torch.no_grad()
+def test_a_model_behind_its_guards(tiny_llama, fitted):
+    """What was seen passes; by hand, a layer zeroes what its channel has not seen."""
+    to, guards = fitted
+    model = tiny_llama()
+    ids = torch.arange(40)[None]
+    clean = model(ids).logits
+    p = {f"{operand}_p_{bits}": 1e-3 for operand in "wx" for bits in ("exp", "frac")}
+    flipproof.inject(model, BitFlipSpec(guards=str(to), x_margin=1.0, w_margin=1.0, guards_floor=0, kv_p_exp=1e-3, **p))
+    with flipproof.faults(model, flips=False):
+        model(ids)
+    layer = model.get_submodule(DOWN)
+    x = torch.randn(2, 5, layer.in_features)
+    maxima = guards.maxima[f"{DOWN}/x"]
+    with flipproof.faults(model, flips=False):
+        y = layer(x)
+    kept = x.masked_fill(~(x.abs() <= maxima), 0)
+    assert torch.equal(y, torch.nn.functional.linear(kept, layer.weight, layer.bias))
+    assert not torch.equal(kept, x)
+    assert "thresholds" in repr(layer)
+    # other faults by layer, and none
+    flipproof.set_faults(model, BitFlipSpec(guards=str(to), guards_by="layer", x_margin=1.0, **p))
+    with flipproof.faults(model, flips=False):
+        y = layer(x)
+    kept = x.masked_fill(~(x.abs() <= maxima.max()), 0)
+    assert torch.equal(y, torch.nn.functional.linear(kept, layer.weight, layer.bias))
+    flipproof.set_faults(model, BitFlipSpec())
+    assert torch.equal(model(ids).logits, clean)
+
+
+def test_other_text_is_merged(model_dir, fitted, tmp_path):
+    to, guards = fitted
+    (tmp_path / "text.txt").write_text("Zebras QUIZ jolly foxes, §§ 123.\n\n" * 2000)
+    config = settings(model_dir)
+    config = load_config(
+        [],
+        {
+            "model": {"hf_model_path": str(model_dir)},
+            "training": {"seq_len": LENGTH, "local_batch_size": 8},
+            "data": {"source": str(tmp_path / "text.txt")},
+            "eval": {"num_samples": SAMPLES},
+        },
+    )
+    both = fit_guards(config, "channel", tmp_path / "both", [str(to)])
+    alone = fit_guards(config, "channel", tmp_path / "alone")
+    for name, maxima in guards.maxima.items():
+        assert torch.equal(both.maxima[name], torch.maximum(maxima, alone.maxima[name]))
+    assert any(not torch.equal(both.maxima[name], maxima) for name, maxima in guards.maxima.items())
+    assert [text["source"] for text in both.texts] == ["stdlib", str(tmp_path / "text.txt")]
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(tiny_llama, model_dir, fitted, tmp_path, capsys):
+    to, _ = fitted
+    small = ["--data.source", "stdlib", "--data.max_tokens", "40000", "--training.seq_len", "64"]
+    start = ["profile", str(model_dir), *small]
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "guards.safetensors").write_bytes((to / "guards.safetensors").read_bytes()[:-100])
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    maxima = load_file(to / "guards.safetensors")
+    save_file(maxima, changed / "guards.safetensors")
+    for flags, words in (
+        (["--guards", "channel"], "--guards: name a directory to write them into with --to"),
+        (["--guards", "block", "--to", "x"], "--guards"),
+        (["--merge", str(to), "--to", "x"], "--merge is about guards: say --guards, too"),
+        (["--guards", "layer", "--to", str(to)], "guards.safetensors exists already"),
+        (["--guards", "layer", "--to", "x", "--num-samples", "8"], "guards are fitted to 512 tokens; at least 4,096"),
+        (["--guards", "layer", "--to", "x", "--merge", str(damaged)], "damaged, or no guards of flipproof"),
+        (
+            ["--guards", "layer", "--to", "x", "--merge", str(to), "--num-samples", "80"],
+            "guards of by 'channel' do not",
+        ),
+    ):
+        assert main([*start, *flags]) == 2, flags
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(lines) == 1
+        assert words in lines[0]
+        assert not (tmp_path / "x").exists()
+    for path, words in (
+        (tmp_path / "none", r"no guards\.safetensors is there"),
+        (damaged, "damaged, or no guards of flipproof"),
+        (changed, "the guards or their description are missing"),
+    ):
+        model = tiny_llama()
+        with pytest.raises(ConfigError, match=words):
+            flipproof.inject(model, BitFlipSpec(guards=str(path)))
+        assert type(model.get_submodule(DOWN)) is torch.nn.Linear
+    wider = tiny_llama(intermediate_size=160)
+    with pytest.raises(
+        ConfigError, match=r"has thresholds of shape .* for model\.layers\.0\.mlp.*; they were fitted on"
+    ):
+        flipproof.inject(wider, BitFlipSpec(guards=str(to)))
+    deeper = tiny_llama(num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"has no thresholds for model\.layers\.2\.self_attn\.q_proj"):
+        flipproof.inject(deeper, BitFlipSpec(guards=str(to), w_p_frac=0.1))
+
+
+def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
+    to, _ = fitted
+    p = {f"{operand}_p_{bits}": 1e-3 for operand in "wx" for bits in ("exp", "frac")}
+    arms = evaluate(settings(model_dir, guards=str(to), **p))
+    assert list(arms) == ["clean", "guard", "flipped"]
+    config = load_config(
+        [],
+        {
+            "model": {"hf_model_path": str(model_dir)},
+            "training": {"seq_len": LENGTH, "local_batch_size": 8},
+            "data": {"source": "stdlib", "max_tokens": 40_000},
+            "eval": {"num_samples": 8},
+            "bitflip": {"guards": str(to), "w_zero_out_t": 0.01, "x_zero_out_t": 0.01},
+            "sweep": {
+                "p": "1e-3",
+                "seeds": 1,
+                "protection": "none,guard,guard-layer,guard-channel,guard-channel+parity",
+            },
+        },
+    )
+    sweep(config, tmp_path / "sweep")
+    header = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    alone = {name: one["loss"] for name, one in header["guards"].items()}
+    assert list(alone) == ["guard", "guard-layer", "guard-channel"]
+    clean = header["clean"]["loss"]
+    # the thresholds are far too low, those that were fitted are not
+    assert alone["guard"] > clean + 0.01
+    assert abs(alone["guard-layer"] - clean) < 1e-3
+    assert abs(alone["guard-channel"] - clean) < 1e-3
+    found = {}
+    for file in (tmp_path / "sweep" / "points").iterdir():
+        point = json.loads(file.read_text())
+        found[point["id"]] = point["loss"]
+    assert len(found) == len(set(found.values())) == 5
