@@ -94,6 +94,12 @@ def _profile(args: Namespace, config: RunConfig) -> None:
     profile(config, args.to, tell=_say)
 
 
+def _harden(args: Namespace, config: RunConfig) -> None:
+    from flipproof.harden import harden
+
+    harden(config, args.to, args.rotate, args.guards, tell=_say)
+
+
 def _sweep(args: Namespace, config: RunConfig) -> None:
     from flipproof.sweep.run import sweep
 
@@ -193,6 +199,7 @@ _ON_TEXT = (*_MEASURED, "data", "eval.num_samples", "training.seq_len", "trainin
 _TRUTH = {"nargs": "?", "const": True}
 _ADAPTER = _flag("--adapter", "A PEFT adapter: adds arms of the model with it.", "DIR", Path)
 _CONTROL = _flag("--control", "Another, trained alike without faults: adds its arms.", "DIR", Path)
+_SWEPT = (("p", "Flip probabilities"), ("seeds", "Fault seeds for each"))
 _SAMPLES = _short("--num-samples", "eval.num_samples", "N", "Held-out sequences")
 _LOGS = (
     _flag("--flip-log", "Every flip of the last faulty arm: JSON lines, .gz compressed.", "FILE", Path),
@@ -303,6 +310,29 @@ VERBS = {
             "flipproof profile unsloth/Llama-3.2-1B --data.source code.txt --guards channel --to guards/1b",
         ),
         _ON_TEXT,
+    ),
+    "harden": Verb(
+        "A model that bears flips without training: rotated, guarded by channel, measured before and after.",
+        _harden,
+        (
+            *_WHOLE,
+            _flag("--to", "New directory: model, guards, results and report.", "DIR", Path, required=True),
+            _flag(
+                "--rotate",
+                "residual: what transformers opens; full: down projections, too, when the model runs; or none.",
+                "none|residual|full",
+                choices=("none", "residual", "full"),
+                default="residual",
+            ),
+            _flag("--guards", "How fine.", "channel|layer|tensor", choices=GRANULARITIES, default="channel"),
+            _SAMPLES,
+            *(_short(f"--{key}", f"sweep.{key}", "…", what) for key, what in _SWEPT),
+        ),
+        (
+            "flipproof harden unsloth/Llama-3.2-1B --data.source code.txt --to hard/1b",
+            "flipproof harden unsloth/Llama-3.2-1B --rotate full --p 1e-6:1e-3:4 --to hard/1b-full",
+        ),
+        (*_ON_TEXT, "sweep"),
     ),
     "sweep": Verb(
         "A grid of flip probabilities, sites, layers, bits and protections; resumable.",

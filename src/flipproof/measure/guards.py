@@ -129,16 +129,7 @@ def fit_guards(
     with join_world(config.parallelism) as world:
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
-        samples = config.eval.num_samples
-        text, _ = load_text(config.data, tokenizer, training.seq_len)
-        if (tokens := min(samples, len(text)) * training.seq_len) < _LEAST_TOKENS:
-            raise ConfigError(
-                [
-                    f"{len(text):,} sequences of {text.source}, {samples:,} samples (eval.num_samples) of "
-                    f"{training.seq_len:,} tokens: guards are fitted to {tokens:,} tokens; at least {_LEAST_TOKENS:,} "
-                    "are allowed"
-                ]
-            )
+        text, samples = calibration_text(config, tokenizer), config.eval.num_samples
         model = _guarded_everywhere(config, tokenizer, world)
         check_ids(model, tokenizer, text.sequences)
         with compute_context(training, model):
@@ -162,6 +153,20 @@ def fit_guards(
             if tell:
                 tell(guards_table(found, to))
     return found
+
+
+def calibration_text(config: RunConfig, tokenizer: Any) -> PackedText:
+    """What guards are fitted to. Raises ConfigError where it cannot be read, or is too short."""
+    samples, seq_len = config.eval.num_samples, config.training.seq_len
+    text, _ = load_text(config.data, tokenizer, seq_len)
+    if (tokens := min(samples, len(text)) * seq_len) < _LEAST_TOKENS:
+        raise ConfigError(
+            [
+                f"{len(text):,} sequences of {text.source}, {samples:,} samples (eval.num_samples) of {seq_len:,} "
+                f"tokens: guards are fitted to {tokens:,} tokens; at least {_LEAST_TOKENS:,} are allowed"
+            ]
+        )
+    return text
 
 
 def _guarded_everywhere(config: RunConfig, tokenizer: Any, world: World) -> nn.Module:

@@ -1,0 +1,90 @@
+"""A hardened model: the same function, opened by plain transformers, and costs that are those of a plain evaluation."""
+
+import json
+
+import pytest
+import torch
+
+import flipproof
+from flipproof import BitFlipSpec
+from flipproof.cli.main import main
+from flipproof.config import load_config
+from flipproof.data.sequences import load_held_out
+from flipproof.measure.evaluate import measure_arms
+from flipproof.models.load import byte_tokenizer, load_model
+
+SMALL = [
+    *("--data.source", "stdlib", "--data.max_tokens", "100000", "--training.seq_len", "64"),
+    *("--training.local_batch_size", "16", "--num-samples", "64", "--sweep.seeds", "2", "--p", "1e-4,1e-3,3e-3"),
+]
+
+
+@pytest.fixture(scope="module")
+def original(tiny_llama, tmp_path_factory):
+    """A model with a channel a hundred times as large as others, and gains that are not one."""
+    path = tmp_path_factory.mktemp("harden") / "model"
+    model = tiny_llama(tie_word_embeddings=True)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) / 4)
+        model.model.embed_tokens.weight[:, 7] *= 100
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hardened(original, tmp_path_factory):
+    to = tmp_path_factory.mktemp("hardened") / "out"
+    assert main(["harden", str(original), *SMALL, "--to", str(to)]) == 0
+    return to
+
+
+@torch.no_grad()
+def test_plain_transformers_opens_the_same_function(original, hardened):
+    from transformers import AutoModelForCausalLM
+
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (original, hardened))
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
+    expected = before(ids).logits
+    assert (after(ids).logits - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert before.config.tie_word_embeddings
+    assert not after.config.tie_word_embeddings
+    assert float(after.model.embed_tokens.weight.abs().max()) < float(before.model.embed_tokens.weight.abs().max()) / 3
+
+
+def test_the_costs_are_those_of_a_plain_evaluation(hardened):
+    found = json.loads((hardened / "hardened.json").read_text())
+    assert {one["protection"] for one in found["before"]} == {"guard-tensor", "guard-channel"}
+    assert {one["protection"] for one in found["after"]} == {"guard-channel"}
+    assert [one["p"] for one in found["after"]] == [0.0, 1e-4, 1e-3, 3e-3]
+    model_config = load_config([], {"model": {"hf_model_path": str(hardened)}, "data": {"source": "stdlib"}})
+    data = load_config([], {"model": {"hf_model_path": "x"}, "data": {"source": "stdlib", "max_tokens": 100_000}}).data
+    model = load_model(model_config.model, byte_tokenizer(), None, 0)
+    p = {f"{operand}_p_{bits}": 1e-3 for operand in "wx" for bits in ("exp", "frac")}
+    flipproof.inject(model, BitFlipSpec(guards=str(hardened), **p))
+    text = load_held_out(data, byte_tokenizer(), 64)
+    arms = measure_arms(model, ("clean", "guard", "flipped"), text, seeds=(1, 2), num_samples=64, batch_size=16)
+    costs = {one["p"]: one for one in found["after"]}
+    assert costs[1e-3]["cost"] == pytest.approx(arms["flipped"].loss - arms["clean"].loss, rel=1e-9)
+    assert costs[1e-3]["interval"] == pytest.approx([b - arms["clean"].loss for b in arms["flipped"].loss_interval])
+    assert costs[0.0]["cost"] == pytest.approx(arms["guard"].loss - arms["clean"].loss, abs=1e-9)
+    results = json.loads((hardened / "results.json").read_text())
+    assert results["arms"]["flipped"]["trial_losses"][:2] == pytest.approx(arms["flipped"].trial_losses, rel=1e-9)
+    assert (hardened / "report.html").exists()
+
+
+def test_a_hardened_model_cannot_be_hardened_without_a_word(original, hardened, tmp_path, capsys):
+    for argv, words in (
+        ([str(original), *SMALL, "--to", str(hardened)], "exists already; name a new directory"),
+        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--rotate", "all"], "--rotate"),
+        ([str(hardened), *SMALL, "--to", str(tmp_path / "x")], "rotat"),
+        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--num-samples", "8"], "at least 4,096"),
+    ):
+        assert main(["harden", *argv]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert words in line
+        assert not (tmp_path / "x").exists()
