@@ -15,7 +15,18 @@ from flipproof.models.load import byte_tokenizer, load_model
 
 SMALL = [
     *("--data.source", "stdlib", "--data.max_tokens", "100000", "--training.seq_len", "64"),
-    *("--training.local_batch_size", "16", "--num-samples", "64", "--sweep.seeds", "2", "--p", "1e-4,1e-3,3e-3"),
+    *(
+        "--training.local_batch_size",
+        "16",
+        "--num-samples",
+        "64",
+        "--calibrate",
+        "96",
+        "--sweep.seeds",
+        "2",
+        "--p",
+        "1e-4,1e-3,3e-3",
+    ),
 ]
 
 
@@ -82,7 +93,7 @@ def test_a_hardened_model_cannot_be_hardened_without_a_word(original, hardened, 
         ([str(original), *SMALL, "--to", str(hardened)], "exists already; name a new directory"),
         ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--rotate", "all"], "--rotate"),
         ([str(hardened), *SMALL, "--to", str(tmp_path / "x")], "rotat"),
-        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--num-samples", "8"], "at least 4,096"),
+        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--calibrate", "8"], "at least 4,096"),
     ):
         assert main(["harden", *argv]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

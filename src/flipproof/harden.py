@@ -33,6 +33,9 @@ from flipproof.sweep.table import resolved
 from flipproof.world import join_world
 
 HARDENED = "hardened.json"
+CALIBRATE = 512
+"""Sequences: with an eighth of them, features that calibration hardly used cost 30 times as much on other text
+(``benchmarks/README.md``)."""
 DEFAULT_P = "3.814697265625e-06:0.0009765625:5"
 """2⁻¹⁸, 2⁻¹⁶, … 2⁻¹⁰: from what a guard alone bears to where nothing helps."""
 _BEFORE, _AFTER, _OLD_GUARDS = "before", "after", "before-guards"
@@ -43,6 +46,7 @@ def harden(
     to: Path,
     how: How = "residual",
     by: Granularity = "channel",
+    calibrate: int = CALIBRATE,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Rotate a model, fit guards, measure before and after, and write all that.
@@ -56,6 +60,7 @@ def harden(
             ``hardened.json``, the table; ``report.html``; and the sweeps in ``before/`` and ``after/``.
         how: as ``rotate`` takes it.
         by: how fine guards are.
+        calibrate: sequences of training text that guards are fitted to.
         tell: called with what was done and the table.
 
     Raises:
@@ -70,11 +75,12 @@ def harden(
         raise ConfigError([f"--to {to} exists already; name a new directory"])
     check_writable(to, "--to")
     resolved(_measured(config, to, f"guard-{by}"))
+    fitting = replace(config, eval=replace(config.eval, num_samples=calibrate))
     say = tell or (lambda _: None)
     with join_world(config.parallelism) as world:
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
-        calibration_text(config, tokenizer)
+        calibration_text(fitting, tokenizer)
         model = load_model(config.model, tokenizer, config.training.dtype, 0)
         dtype = next(model.parameters()).dtype
         rotation = rotate(model.float(), how, config.training.seed)
@@ -83,8 +89,8 @@ def harden(
             save_model(model.to(dtype), new, tokenizer, world, "the rotated model")
         del model
     after = replace(config, model=replace(config.model, hf_model_path=str(to)))
-    fit_guards(after, by, to, tell=say)
-    fit_guards(config, by, to / _OLD_GUARDS)
+    fit_guards(replace(fitting, model=after.model), by, to, tell=say)
+    fit_guards(fitting, by, to / _OLD_GUARDS)
     one_for_all = dict.fromkeys(["guard-tensor", f"guard-{by}"])
     sweep(_measured(config, to / _OLD_GUARDS, ",".join(one_for_all)), to / _BEFORE)
     measured = _measured(after, to, f"guard-{by}")

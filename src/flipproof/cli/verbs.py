@@ -97,7 +97,7 @@ def _profile(args: Namespace, config: RunConfig) -> None:
 def _harden(args: Namespace, config: RunConfig) -> None:
     from flipproof.harden import harden
 
-    harden(config, args.to, args.rotate, args.guards, tell=_say)
+    harden(config, args.to, args.rotate, args.guards, args.calibrate, tell=_say)
 
 
 def _sweep(args: Namespace, config: RunConfig) -> None:
@@ -324,6 +324,7 @@ VERBS = {
                 choices=("none", "residual", "full"),
                 default="residual",
             ),
+            _flag("--calibrate", "Sequences of training text that guards are fitted to.", "N", int, default=512),
             _flag("--guards", "How fine.", "channel|layer|tensor", choices=GRANULARITIES, default="channel"),
             _SAMPLES,
             *(_short(f"--{key}", f"sweep.{key}", "…", what) for key, what in _SWEPT),

@@ -162,8 +162,8 @@ def calibration_text(config: RunConfig, tokenizer: Any) -> PackedText:
     if (tokens := min(samples, len(text)) * seq_len) < _LEAST_TOKENS:
         raise ConfigError(
             [
-                f"{len(text):,} sequences of {text.source}, {samples:,} samples (eval.num_samples) of {seq_len:,} "
-                f"tokens: guards are fitted to {tokens:,} tokens; at least {_LEAST_TOKENS:,} are allowed"
+                f"{len(text):,} sequences of {text.source}, {samples:,} samples of {seq_len:,} tokens: "
+                f"guards are fitted to {tokens:,} tokens; at least {_LEAST_TOKENS:,} are allowed"
             ]
         )
     return text
