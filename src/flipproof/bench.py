@@ -152,7 +152,7 @@ def _operations(device: str) -> list[Row]:
         draw = _draw(p, None, device)
         return lambda: ops.flip_(y, *draw)
 
-    features, rows = torch.full((shape[1],), 100.0), torch.full((shape[0], 1), 256.0)
+    features, rows = torch.full((x.shape[1],), 100.0), torch.full((len(x), 1), 256.0)
     merge_draw, by_row = _draw(2**-16, 256.0, device), _draw(2**-16, rows, device)
     functions: dict[str, Callable[[], Any]] = {"clone()": x.clone}
     functions |= {f"flip, guard, p = 2^-{n}": out_of_place(2.0**-n) for n in (24, 16, 14, 12, 11, 10, 8, 7)}

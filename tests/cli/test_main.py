@@ -77,7 +77,7 @@ def printed_by(capsys, *argv):
     return text, {flag[1]: flag[2] for flag in found if flag}
 
 
-CONFIG_VERBS = ("train", "eval", "generate", "profile", "sweep")
+CONFIG_VERBS = ("train", "eval", "generate", "profile", "sweep", "harden")
 KEY_FLAGS = [f"--{key}" for key in KEYS]
 
 
@@ -120,7 +120,12 @@ def test_help_is_plain_words_without_runs_of_spaces(capsys):
             assert re.search(r"^  -h, --help +Show this\.$", text, re.MULTILINE)
 
 
-EXAMPLES = {"model.init": "random", "p_bits": '{ "15" = 0.25 }', "layer_name_to_config": "{ a = { w_p_exp = 0.25 } }"}
+EXAMPLES = {
+    "model.init": "random",
+    "_margin": "1.5",
+    "p_bits": '{ "15" = 0.25 }',
+    "layer_name_to_config": "{ a = { w_p_exp = 0.25 } }",
+}
 BY_TYPE = {int: "16", float: "0.25", bool: "true", str: "abc", tuple: "head"}
 
 
@@ -176,7 +181,13 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
     assert {flag for flag in flags if "." not in flag} >= {
         flag.name for flag in VERBS[verb].arguments if flag.name.startswith("--")
     }
-    needed = {"generate": ["--prompt", "a"], "sweep": ["--to", "x"], "export": ["run", "--to", "x"], "report": ["run"]}
+    needed = {
+        "generate": ["--prompt", "a"],
+        "sweep": ["--to", "x"],
+        "harden": ["--to", "x"],
+        "export": ["run", "--to", "x"],
+        "report": ["run"],
+    }
     seen = {}
 
     def load_config(paths, overrides):

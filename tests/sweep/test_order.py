@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import pytest
 
@@ -163,7 +164,7 @@ def test_axes_are_read():
         ("sites", "headw", "sites = 'headw'"),
         ("bits", "mantissa", "bits = 'mantissa': 'all', 'each', 'sign'"),
         ("bits", "9-7", "bits = '9-7'"),
-        ("protection", "ecc", "protection = 'ecc': none, guard, secded"),
+        ("protection", "ecc", "protection = 'ecc': none, guard, guard-layer,"),
         ("protection", "secded+parity", "protection = 'secded+parity'"),
         ("protection", "tmr-foo", "is allowed (tmr = 'foo': 'sign', 'exp', 'frac', a bit"),
         ("seeds", "0", "seeds = '0': a whole number from 1 to 1,000,000"),
@@ -185,10 +186,14 @@ def test_p_and_voltage_exclude_each_other():
 
 
 def test_protections_are_taken_apart():
-    assert parse_protection("none") == (False, "none", ())
-    assert parse_protection("secded+guard") == (True, "secded", ())
-    assert parse_protection("tmr-sign+exp+guard") == (True, "none", ("sign", "exp"))
-    assert parse_protection("guard+parity+tmr-10-14") == (True, "parity", ("10-14",))
+    assert parse_protection("none") == (False, "none", (), None)
+    assert parse_protection("secded+guard") == (True, "secded", (), None)
+    assert parse_protection("tmr-sign+exp+guard") == (True, "none", ("sign", "exp"), None)
+    assert parse_protection("guard+parity+tmr-10-14") == (True, "parity", ("10-14",), None)
+    assert parse_protection("tmr-sign+exp+guard-channel") == (True, "none", ("sign", "exp"), "channel")
+    for wrong in ("guard-block", "guard+guard-layer", "guard-layer+guard-layer"):
+        with pytest.raises(ConfigError, match=f"protection = '{re.escape(wrong)}': none, guard"):
+            load_config([], {"model": {"hf_model_path": "m"}, "sweep": {"protection": wrong}})
 
 
 BASE = BitFlipSpec(

@@ -77,12 +77,12 @@ class ProtectionParts(NamedTuple):
     """What a protection of the grid, such as "tmr-sign+exp+guard", is made of."""
 
     guard: bool
-    by: Granularity | None
-    """Of fitted guards; None where the guard is the one that is configured."""
     code: str
     """"none", "secded" or "parity"."""
     tripled: tuple[str, ...]
     """Bits that are stored three times."""
+    by: Granularity | None
+    """Of a fitted guard; None where it is the one that is configured."""
 
 
 def parse_protection(name: str) -> ProtectionParts:
@@ -99,7 +99,7 @@ def parse_protection(name: str) -> ProtectionParts:
             tripled.append(checked("tmr", part.removeprefix("tmr-"), Bits))
         else:
             raise ValueError
-    return ProtectionParts(guard, by, code, tuple(tripled))
+    return ProtectionParts(guard, code, tuple(tripled), by)
 
 
 Trials = Annotated[int, Between(1, 1_000_000)]
@@ -136,8 +136,9 @@ class SweepConfig(Table):
     bits: BitNames = "all"
     """all, sign, exp (the exponent), frac, each (every bit of the dtype by itself), or bits such as 15 and 7-14."""
     protection: Protections | None = None
-    """none, guard (bitflip's thresholds), secded, parity, tmr-sign, tmr-exp, tmr-sign+exp (stored three times), or
-    several such as secded+guard. Default: guard where bitflip has thresholds, else none."""
+    """none, guard (bitflip's thresholds), guard-tensor, guard-layer or guard-channel (those of bitflip.guards), secded,
+    parity, tmr-sign, tmr-exp, tmr-sign+exp (stored three times), or several such as secded+guard. Default: guard where
+    bitflip has thresholds, else none."""
     seeds: Trials = 5
     """Fault seeds for each cell of the grid."""
     budget_minutes: Annotated[float, lambda minutes: minutes > 0, "a positive number"] | None = None

@@ -121,6 +121,7 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
             return dict(there)
         arms: dict[str, Arm] = {}
         alone: dict[str, Any] = {}
+        warnings = []
         for name, spec in {"": None, **grid.guards}.items():
             if spec is not None:
                 set_faults(model, spec)
@@ -136,11 +137,14 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
             arm = arms["clean" if spec is None else "guard"]
             alone[name] = {"loss": arm.loss, "perplexity": arm.perplexity}
             if spec is not None and (line := guard_warning(arms, spec)):
-                logger.warning("%s", line)
+                warnings.append(line)
         header["clean"] = alone.pop("")
         header["guard"] = next(iter(alone.values()), None)
-        header["guards"] = alone
+        if any(name != "guard" for name in alone):
+            header["guards"] = alone
         logger.info("%s", _base_in_words(header))
+        for line in warnings:
+            logger.warning("%s", line)
         world.once(lambda: directory.write_header(header))
     finally:
         if lock is not None:
