@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import flipproof
 from flipproof import BitFlipSpec
@@ -226,6 +227,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny_llama, model_dir, fit
         flipproof.inject(deeper, BitFlipSpec(guards=str(to), w_p_frac=0.1))
 
 
+def model_of(path):
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
 def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
     to, _ = fitted
     p = {f"{operand}_p_{bits}": 1e-3 for operand in "wx" for bits in ("exp", "frac")}
@@ -248,6 +253,14 @@ def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
     )
     sweep(config, tmp_path / "sweep")
     header = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    # two thresholds for each layer; or one for each row and each feature
+    linear = [m for n, m in model_of(model_dir).named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    weights = 32 * sum(module.weight.numel() for module in linear)
+    channels = sum(module.in_features + module.out_features for module in linear)
+    assert header["overhead"]["guard-channel"] == pytest.approx(32 * channels / weights)
+    assert header["overhead"]["guard-layer"] == pytest.approx(32 * 2 * len(linear) / weights)
+    assert header["overhead"]["guard-channel+parity"] == pytest.approx(32 * channels / weights + 1 / 32)
+    assert header["overhead"]["guard"] == 0
     alone = {name: one["loss"] for name, one in header["guards"].items()}
     assert list(alone) == ["guard", "guard-layer", "guard-channel"]
     clean = header["clean"]["loss"]

@@ -19,7 +19,7 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.config.sweep import MAX_POINTS, ProtectionParts, SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
-from flipproof.faults.inject import fault_sites
+from flipproof.faults.inject import fault_sites, iter_faulty
 from flipproof.faults.spec import (
     ELEMENT_BITS,
     OPERANDS,
@@ -177,6 +177,10 @@ def _alone(sites: Sequence[str]) -> list[Site]:
     return [kind for kind in kinds if kind in sites]
 
 
+_THRESHOLD_BITS = 32
+"""Of a stored threshold."""
+
+
 class Grid:
     """A sweep's table on one model: its plan, and the faults of each cell.
 
@@ -195,6 +199,7 @@ class Grid:
             raise ConfigError(
                 [f"sweep.sites = {', '.join(absent)}: the model has none that bitflip does not leave alone"]
             )
+        self._shapes = [layer.weight.shape for _, layer in iter_faulty(model)]
         reached = _reached(model, base)
         alone = _alone(self.sites)
         operands = {operand for sites in self.sites if sites not in alone for operand in operands_of(sites)}
@@ -234,9 +239,14 @@ class Grid:
         return cell_spec(self.config.bitflip, cell, self._skip.get(cell.layers, ()))
 
     def _overhead(self, protection: str) -> float:
-        """Bits stored beyond those of the values, over those of the values."""
+        """Bits stored beyond those of the values, over those of the values; of fitted guards the thresholds of weights
+        and inputs, over the bits of the weights."""
         everything = Cell(self.rates[-1], "".join(OPERANDS), "all", "all", protection)
-        return max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
+        codes = max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
+        counts = {"channel": sum(map(sum, self._shapes)), "layer": 2 * len(self._shapes), "tensor": 2}
+        thresholds = counts.get(parse_protection(protection).by or "", 0)
+        bits = ELEMENT_BITS[self._narrowest] * sum(map(math.prod, self._shapes))
+        return codes + (thresholds * _THRESHOLD_BITS / bits if bits else 0.0)
 
     @property
     def guards(self) -> dict[str, BitFlipSpec]:
