@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from flipproof.faults.spec import Fitted
 from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import coarser, fit_guards
 from flipproof.models.load import byte_tokenizer
+from flipproof.models.rotate import rotate
 from flipproof.sweep.run import sweep
+from flipproof.train.loop import train
 
 DOWN = "model.layers.1.mlp.down_proj"
 SAMPLES, LENGTH = 80, 64
@@ -225,6 +228,67 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny_llama, model_dir, fit
     deeper = tiny_llama(num_hidden_layers=3)
     with pytest.raises(ConfigError, match=r"has no thresholds for model\.layers\.2\.self_attn\.q_proj"):
         flipproof.inject(deeper, BitFlipSpec(guards=str(to), w_p_frac=0.1))
+
+
+def test_guards_of_another_model_dtype_or_basis_are_refused(tiny_llama, model_dir, fitted, tmp_path):
+    to, _ = fitted
+    p = {"w_p_frac": 1e-3, "guards": str(to)}
+    other = tmp_path / "other"
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    with pytest.raises(ConfigError, match=r"was fitted to another model, .*: 100% of the rows of .* are far beyond"):
+        evaluate(settings(other, **p))
+    with pytest.raises(ConfigError, match="was fitted to a model of dtype 'float32'; it is 'bfloat16' here"):
+        evaluate(replace(settings(model_dir, **p), training=replace(settings(model_dir).training, dtype="bfloat16")))
+    model = tiny_llama()
+    rotate(model, "residual", 0)
+    model.save_pretrained(tmp_path / "rotated")
+    byte_tokenizer().save_pretrained(tmp_path / "rotated")
+    with pytest.raises(ConfigError, match=r"was fitted to a model of basis None; it is \{'how': 'residual'"):
+        evaluate(settings(tmp_path / "rotated", **p))
+
+
+def test_a_run_goes_on_behind_the_guards_that_it_was_begun_with(model_dir, fitted, tmp_path):
+    _, guards = fitted
+    used = tmp_path / "guards"
+    guards.write(used)
+    argv = [
+        "train",
+        str(model_dir),
+        "--training.seq_len",
+        "32",
+        "--data.source",
+        "stdlib",
+        "--data.max_tokens",
+        "20000",
+    ]
+    argv += [
+        "--lora.r",
+        "2",
+        "--eval.num_samples",
+        "2",
+        "--eval.trials",
+        "1",
+        "--logging.run_dir",
+        str(tmp_path / "run"),
+    ]
+    argv += ["--bitflip.guards", str(used), "--bitflip.w_p_exp", "1e-3"]
+    assert main([*argv, "--training.steps", "1"]) == 0
+    kept = read_guards(str(tmp_path / "run"))
+    assert kept.digest == guards.digest
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["fitted"] == guards.about
+    (used / "guards.safetensors").unlink()
+    replace(guards, maxima={name: 2 * maxima for name, maxima in guards.maxima.items()}).write(used)
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"not the thresholds that .*run was begun with: .*run/guards\.safetensors has"
+    ):
+        train(load_config([tmp_path / "run" / "config.toml"], {"training": {"steps": 2}}), resume="auto")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
 
 
 def model_of(path):

@@ -89,6 +89,27 @@ class Guards:
         t = guard_of(maxima.double() * fitted.margin).nextafter(torch.tensor(torch.inf))
         return t if bool(maxima.any()) else torch.full_like(t, torch.inf)
 
+    def check_model(self, dtype: str, basis: Any, weights: Mapping[str, Tensor]) -> None:
+        """Raises ConfigError where they were fitted to a model of another dtype, in another basis, or other than one
+        with these ``weights``, site -> (out, in): where more than a hundredth of a layer's rows reach beyond their
+        maxima by a quarter. (Training may move some.)"""
+        for what, its in (("dtype", dtype), ("basis", json.loads(json.dumps(basis)))):
+            if (mine := getattr(self, what)) != its:
+                raise ConfigError(
+                    [f"bitflip.guards: {self.path} was fitted to a model of {what} {mine!r}; it is {its!r} here"]
+                )
+        for site, weight in weights.items():
+            if (maxima := self.maxima.get(f"{site}/w")) is not None:
+                own = weight.detach().abs().amax(1, keepdim=True).float().cpu()
+                beyond = float((own > 1.25 * maxima).float().mean())
+                if beyond > 0.01:
+                    raise ConfigError(
+                        [
+                            f"bitflip.guards: {self.path} was fitted to another model, {self.model}: {beyond:.0%} of "
+                            f"the rows of {site} are far beyond what was seen there; fit them anew"
+                        ]
+                    )
+
     def check(self, names: Iterable[str], fault: Fault) -> None:
         """Raises ConfigError where a fault wants thresholds that are missing, or finer than they were fitted."""
         if fault.fitted:
@@ -107,31 +128,36 @@ class Guards:
         maxima = {name: torch.maximum(t, other.maxima[name]) for name, t in self.maxima.items()}
         return Guards(maxima, self.by, self.model, self.dtype, self.basis, (*other.texts, *self.texts))
 
-    def write(self, directory: Path) -> None:
-        """Write ``guards.safetensors``. Raises OSError."""
-        about = {
+    @property
+    def about(self) -> dict[str, Any]:
+        """What they were fitted on, and the hash of the maxima, as JSON has it."""
+        return {
             "model": self.model,
             "dtype": self.dtype,
             "by": self.by,
             "basis": self.basis,
             "texts": [dict(text) for text in self.texts],
-            "maxima": _hash(self.maxima),
+            "maxima": self.digest,
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the maxima."""
+        found = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.maxima):
+            found.update(name.encode() + self.maxima[name].contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def write(self, directory: Path) -> None:
+        """Write ``guards.safetensors``. Raises OSError."""
         directory.mkdir(parents=True, exist_ok=True)
         maxima = {name: maxima.contiguous() for name, maxima in self.maxima.items()}
         with named(directory / GUARDS), replace_file(directory / GUARDS) as file:
-            file.write(save(maxima, {_ABOUT: json.dumps(sealed(about))}))
+            file.write(save(maxima, {_ABOUT: json.dumps(sealed(self.about))}))
 
 
 def _operand(name: str) -> str:
     return name.rpartition("/")[2]
-
-
-def _hash(maxima: Mapping[str, Tensor]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(maxima):
-        found.update(name.encode() + maxima[name].contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def read_guards(path: str) -> Guards:
@@ -160,7 +186,8 @@ def _read(path: str, _changed: int, _size: int) -> Guards:
     with safe_open(path, framework="pt") as file:
         about = unsealed((file.metadata() or {})[_ABOUT], needs_hash=True)
         maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-    if about["maxima"] != _hash(maxima):
-        raise ValueError("the thresholds are not those that were written")
     texts = tuple(about["texts"])
-    return Guards(maxima, about["by"], about["model"], about["dtype"], about["basis"], texts, path)
+    found = Guards(maxima, about["by"], about["model"], about["dtype"], about["basis"], texts, path)
+    if about["maxima"] != found.digest:
+        raise ValueError("the thresholds are not those that were written")
+    return found

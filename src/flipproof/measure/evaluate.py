@@ -21,6 +21,7 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
+from flipproof.faults.fitted import read_guards
 from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_sites, faults, is_faulty
 from flipproof.faults.spec import BitFlipSpec
@@ -349,6 +350,7 @@ def results(
         **({} if tasks is None else {"tasks": tasks}),
         "fault_seeds": fault_seeds(config.bitflip.base_seed, max(trials, default=0)),
         "bitflip": asdict(config.bitflip),
+        **({"fitted": read_guards(path).about} if (path := config.bitflip.guards) else {}),
         "dtype": flipped_dtype(config.training, model),
         "text": text.source if text else None,
     }

@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from flipproof.config import RunConfig, TrainingConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
-from flipproof.faults.inject import check_bits, fault_sites, inject
+from flipproof.faults.fitted import read_guards
+from flipproof.faults.inject import check_bits, fault_sites, inject, iter_faulty
 from flipproof.faults.op import BACKENDS
 from flipproof.faults.spec import OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.log import logger
@@ -18,6 +21,7 @@ from flipproof.models.gguf import plain_directory
 from flipproof.models.limits import check_positions, watch_ids
 from flipproof.models.load import load_model, materialise, model_config, model_on_meta
 from flipproof.models.loss import fuse_loss
+from flipproof.models.online import ENTRY
 from flipproof.models.parallelize import cast_to, parallelize
 from flipproof.models.weights import KEY, own_dtype
 from flipproof.world import World
@@ -82,11 +86,26 @@ def build_model(
         model.to(world.device)
     else:
         materialise(model, config.model, seed, torch.device("cpu") if config.parallelism.cpu_offload else world.device)
+    if config.bitflip.guards:
+        check_guards(config, model)
     # no backend is chosen silently
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "the CPU"
     spread = f" in each of {world.size} processes" if world.size > 1 else ""
     logger.info("the model runs on %s%s; its bits are flipped by: %s", name, spread, BACKENDS[world.device.type])
     return model
+
+
+_LOOKED_AT = 4
+"""Layers whose weights are compared with those that guards were fitted to."""
+
+
+def check_guards(config: RunConfig, model: nn.Module) -> None:
+    """Raises ConfigError where fitted guards are of another model, dtype or basis. Of sharded weights dtype and basis
+    are looked at."""
+    assert config.bitflip.guards is not None
+    whole = ((layer.w_site, layer.weight) for _, layer in iter_faulty(model) if not isinstance(layer.weight, DTensor))
+    dtype, basis = flipped_dtype(config.training, model), getattr(model.config, ENTRY, None)
+    read_guards(config.bitflip.guards).check_model(dtype, basis, dict(islice(whole, _LOOKED_AT)))
 
 
 def check_computed_bits(config: RunConfig, model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
+from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import faults, inject, set_faults
 from flipproof.faults.spec import OPERANDS
 from flipproof.log import bar, logger
@@ -75,6 +76,7 @@ def _known_before(config: RunConfig, rates: list[Rate], world: World) -> dict[st
     return {
         "voltages": None if config.sweep.voltage is None else [[rate.voltage, rate.p] for rate in rates],
         "sequences_per_pass": config.training.local_batch_size * world.size,
+        **({"fitted": read_guards(path).about} if (path := config.bitflip.guards) else {}),
     }
 
 

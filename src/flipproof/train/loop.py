@@ -30,6 +30,7 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError, first_of
+from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import faults
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_writable, discard
@@ -270,6 +271,8 @@ class _Run:
                 for result in ("adapter", "model"):
                     discard(control / result)
             self._write_results(arms)
+            if path := self.config.bitflip.guards:
+                read_guards(path).write(self.run_dir)
             write_toml(self.run_dir / CONFIG, self.config.to_toml())
             self.record.write(self.run_dir)
             self.log.begin()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flipproof.config import RunConfig, load_written
 from flipproof.dtensor import whole
 from flipproof.errors import ConfigError
+from flipproof.faults.fitted import GUARDS, read_guards
 from flipproof.records import CONFIG
 from flipproof.train.checkpoint import step_of
 from flipproof.train.rundir import Record
@@ -96,6 +97,7 @@ def begun_with(config: RunConfig, checkpoint: Path) -> tuple[RunConfig, Record |
         )
     was = load_written(run_dir / CONFIG)
     check_fixed(was, config, run_dir)
+    _check_guards(config, run_dir)
     if steps is not None and steps < done:
         raise ConfigError(
             [
@@ -104,6 +106,15 @@ def begun_with(config: RunConfig, checkpoint: Path) -> tuple[RunConfig, Record |
             ]
         )
     return was, Record.read(run_dir)
+
+
+def _check_guards(config: RunConfig, run_dir: Path) -> None:
+    """Raises ConfigError where fitted guards are not those that the run was begun with, of which it has a copy."""
+    path, copy = config.bitflip.guards, run_dir / GUARDS
+    if path and copy.exists() and read_guards(path).digest != read_guards(str(copy)).digest:
+        raise ConfigError(
+            [f"bitflip.guards = {path!r}: not the thresholds that {run_dir} was begun with: {copy} has them"]
+        )
 
 
 def check_fixed(was: RunConfig, now: RunConfig, run_dir: Path) -> None:
