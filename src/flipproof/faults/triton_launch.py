@@ -1,5 +1,5 @@
-"""The flip on a GPU: which of ``triton_kernels.py``'s kernels to launch, with what. The same functions as
-``cpu.py``."""
+"""The flip on a GPU: which kernel of ``triton_kernels.py`` or ``triton_merge.py`` to launch, with what. The same functions
+as ``cpu.py``."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from flipproof.faults import triton_kernels as kernels
+from flipproof.faults import triton_merge as merging
 from flipproof.faults.cpu import zeroed_correction_dense
 from flipproof.faults.draw import Draw
 from flipproof.faults.guard import channels_of
@@ -317,7 +318,7 @@ def merge(
     listed = far is not None and zeroed is not None
     if tiled:
         _launch(
-            kernels.merge_tiles,
+            merging.merge_tiles,
             programs,
             4,
             (
@@ -408,7 +409,7 @@ def zeroed_correction(
     more = torch.zeros(lora_A.numel() + lora_B.numel(), dtype=torch.float64, device=x.device)
     more_A, more_B = more[: lora_A.numel()].view(lora_A.shape), more[lora_A.numel() :].view(lora_B.shape)
     _launch(
-        kernels.zeroed_correction,
+        merging.zeroed_correction,
         1024,
         4,
         (
