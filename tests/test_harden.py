@@ -93,6 +93,9 @@ def test_a_hardened_model_cannot_be_hardened_without_a_word(original, hardened, 
         ([str(original), *SMALL, "--to", str(hardened)], "exists already; name a new directory"),
         ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--rotate", "all"], "--rotate"),
         ([str(hardened), *SMALL, "--to", str(tmp_path / "x")], "rotat"),
+        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--calibrate", "0"], "--calibrate = 0"),
+        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--bitflip.guards", str(hardened)], "fits guards of its"),
+        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--sweep.bits", "sign"], "sweep.bits"),
         ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--calibrate", "8"], "at least 4,096"),
     ):
         assert main(["harden", *argv]) == 2

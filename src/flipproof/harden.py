@@ -8,16 +8,17 @@ its own basis behind one fitted threshold for all layers, and behind guards as f
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from flipproof.config import RunConfig
-from flipproof.config.sweep import operands_of
+from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.spec import Granularity
-from flipproof.files import check_writable
+from flipproof.files import check_writable, discard
+from flipproof.log import logger
 from flipproof.measure.arms import Arm
 from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import calibration_text, fit_guards
@@ -34,8 +35,7 @@ from flipproof.world import join_world
 
 HARDENED = "hardened.json"
 CALIBRATE = 512
-"""Sequences: with an eighth of them, features that calibration hardly used cost 30 times as much on other text
-(``benchmarks/README.md``)."""
+"""Sequences: with few, channels that they hardly used clip other text (``benchmarks/README.md``)."""
 DEFAULT_P = "3.814697265625e-06:0.0009765625:5"
 """2⁻¹⁸, 2⁻¹⁶, … 2⁻¹⁰: from what a guard alone bears to where nothing helps."""
 _BEFORE, _AFTER, _OLD_GUARDS = "before", "after", "before-guards"
@@ -69,8 +69,15 @@ def harden(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(["harden rotates a model in one process's memory; start it without torchrun"])
+    if calibrate < 1:
+        raise ConfigError([f"--calibrate = {calibrate}: a whole number from 1 is allowed"])
+    if config.bitflip.guards:
+        raise ConfigError([f"bitflip.guards = {config.bitflip.guards!r}: harden fits guards of its own; leave it out"])
     if config.model.init == "random":
         raise ConfigError(["model.init = 'random': a model that knows nothing has nothing to lose; name a trained one"])
+    if set_here := [f.name for f in fields(config.sweep) if f.name not in ("p", "seeds") and _is_set(config.sweep, f)]:
+        names = " and ".join(f"sweep.{name}" for name in set_here)
+        raise ConfigError([f"{names}: harden flips every bit of weights and inputs; of [sweep] it takes p and seeds"])
     if os.path.lexists(to):
         raise ConfigError([f"--to {to} exists already; name a new directory"])
     check_writable(to, "--to")
@@ -88,6 +95,22 @@ def harden(
         with new_directory(to, world) as new:
             save_model(model.to(dtype), new, tokenizer, world, "the rotated model")
         del model
+    about = {"model": str(config.model.hf_model_path), "dtype": dtype_name(dtype), "rotation": asdict(rotation)}
+    try:
+        _guard_and_measure(config, fitting, to, by, about, say)
+    except ConfigError:
+        discard(to)  # what was wrong with it would stand in the way of the next try
+        raise
+    except BaseException:
+        logger.warning("%s is not complete: a rotated model without all that was to be measured; delete it", to)
+        raise
+    return to
+
+
+def _guard_and_measure(
+    config: RunConfig, fitting: RunConfig, to: Path, by: Granularity, about: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """What follows on the rotated model that ``to`` holds."""
     after = replace(config, model=replace(config.model, hf_model_path=str(to)))
     fit_guards(replace(fitting, model=after.model), by, to, tell=say)
     fit_guards(fitting, by, to / _OLD_GUARDS)
@@ -98,17 +121,18 @@ def harden(
     probabilities = measured.sweep.probabilities()
     evaluate(_flipping(measured, probabilities[len(probabilities) // 2]), to=to)
     points = {name: _points(to / name) for name in (_BEFORE, _AFTER)}
-    about = {"model": str(config.model.hf_model_path), "dtype": dtype_name(dtype), "rotation": asdict(rotation)}
     write_new_record(to / HARDENED, {**about, "guards": by, **points}, "--to")
     page = report(to)
-    say(f"{_table(points)}\n\n{_how_to_use(to, how)}; {page} shows what was measured")
-    return to
+    say(f"{_table(points)}\n\n{_how_to_use(to, about['rotation'])}; {page} shows what was measured")
+
+
+def _is_set(table: SweepConfig, key: Field[Any]) -> bool:
+    return bool(getattr(table, key.name) != key.default)
 
 
 def _flipping(config: RunConfig, p: float) -> RunConfig:
-    """With every bit of the swept operands flipping at ``p``."""
-    flipping = {operand for sites in config.sweep.site_names() for operand in operands_of(sites)}
-    rates: dict[str, Any] = {f"{operand}_{key}": p for operand in flipping for key in ("p_exp", "p_frac")}
+    """With every bit of weights and inputs flipping at ``p``."""
+    rates: dict[str, Any] = {f"{operand}_{key}": p for operand in "wx" for key in ("p_exp", "p_frac")}
     return replace(config, bitflip=replace(config.bitflip, **rates))
 
 
@@ -161,6 +185,7 @@ def _cell(one: dict[str, Any] | None) -> str:
     return f"{one['cost']:.4f}{interval}"
 
 
-def _how_to_use(to: Path, how: How) -> str:
-    opens = "flipproof opens it, transformers alone does not" if how == "full" else "transformers opens it"
-    return f"{to}: {opens}; its guards: --bitflip.guards {to}"
+def _how_to_use(to: Path, rotation: dict[str, Any]) -> str:
+    opens = "flipproof opens it, transformers alone does not" if rotation["online"] else "transformers opens it"
+    left = "" if rotation["stream"] or rotation["how"] == "none" else "; its residual stream could not be rotated"
+    return f"{to}: {opens}{left}; its guards: --bitflip.guards {to}"

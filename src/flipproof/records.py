@@ -15,7 +15,7 @@ from typing import Any
 from flipproof.errors import ConfigError
 from flipproof.files import finite, named, write_atomically
 
-CONFIG, METRICS, RESULTS = "config.toml", "metrics.jsonl", "results.json"
+CONFIG, METRICS, RESULTS, GUARDS = "config.toml", "metrics.jsonl", "results.json", "guards.safetensors"
 """What the files of a run are called."""
 
 HASH = "blake2b"

@@ -13,7 +13,7 @@ from flipproof.faults.guard import channels_of, guard_of, limits_of, magnitude_b
 
 GPU = torch.cuda.is_available()
 WHERE = {"seed": 3, "site": "a/x", "tick": 9}
-SHAPES = [(3, 7, 200), (130, 65), (2, 8300), (2800, 3), (40, 64)]
+SHAPES = [(3, 7, 200), (6, 40, 1), (130, 65), (2, 8300), (2800, 3), (40, 64)]
 
 
 @pytest.fixture(params=["reference", "triton"])

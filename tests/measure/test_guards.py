@@ -289,6 +289,9 @@ def test_a_run_goes_on_behind_the_guards_that_it_was_begun_with(model_dir, fitte
     ):
         train(load_config([tmp_path / "run" / "config.toml"], {"training": {"steps": 2}}), resume="auto")
     assert (tmp_path / "run" / "results.json").read_bytes() == before
+    # what is named as a model brings its own
+    assert main(["eval", str(tmp_path / "run"), "--to", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["fitted"] == guards.about
 
 
 def model_of(path):
@@ -324,7 +327,7 @@ def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
     assert header["overhead"]["guard-channel"] == pytest.approx(32 * channels / weights)
     assert header["overhead"]["guard-layer"] == pytest.approx(32 * 2 * len(linear) / weights)
     assert header["overhead"]["guard-channel+parity"] == pytest.approx(32 * channels / weights + 1 / 32)
-    assert header["overhead"]["guard"] == 0
+    assert header["overhead"]["guard"] == 0  # thresholds that are configured
     alone = {name: one["loss"] for name, one in header["guards"].items()}
     assert list(alone) == ["guard", "guard-layer", "guard-channel"]
     clean = header["clean"]["loss"]

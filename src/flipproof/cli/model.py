@@ -10,7 +10,7 @@ from typing import Any
 from flipproof.config import RunConfig, load_config
 from flipproof.errors import ConfigError
 from flipproof.log import logger
-from flipproof.records import CONFIG, check_toml
+from flipproof.records import CONFIG, GUARDS, check_toml
 
 Overrides = dict[str, dict[str, Any]]
 
@@ -39,7 +39,12 @@ def config_of(
     if (run / CONFIG).is_file():
         check_toml(run / CONFIG)
         weights, adapter = ({}, None) if resume else _result(run)
-        overrides = _under({"model": weights, "logging": {"run_dir": str(run)}}, overrides)
+        own = {"model": weights, "logging": {"run_dir": str(run)}}
+        if (
+            run / GUARDS
+        ).is_file() and not resume:  # the thresholds that it was trained behind, whatever became of them
+            own["bitflip"] = {"guards": str(run)}
+        overrides = _under(own, overrides)
         config = load_config([run / CONFIG, *files], overrides)
         if not resume:
             _say_if_it_went_on(run)

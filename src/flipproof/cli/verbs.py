@@ -333,7 +333,7 @@ VERBS = {
             "flipproof harden unsloth/Llama-3.2-1B --data.source code.txt --to hard/1b",
             "flipproof harden unsloth/Llama-3.2-1B --rotate full --p 1e-6:1e-3:4 --to hard/1b-full",
         ),
-        (*_ON_TEXT, "sweep"),
+        (*_ON_TEXT, "sweep.p", "sweep.seeds"),
     ),
     "sweep": Verb(
         "A grid of flip probabilities, sites, layers, bits and protections; resumable.",

@@ -42,6 +42,7 @@ def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
         return
     p_exp, p_frac, _ = draw.drawn()
     plan = flip_plan(x.dtype, p_exp, p_frac)
+    channels, inner = (1, 1) if limits is None else channels_of(limits, x.shape)
     flat = x.detach().view(-1)
     bits = flat.view(torch.int32 if plan.element_bits == 32 else torch.int16).numpy().view(plan.unsigned)
     in_range = limits is not None and not plan.dense and _all_below(x.detach(), limits)
@@ -52,7 +53,6 @@ def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
         guard_(x.detach(), limits, grad)
         return
     # Nothing was out of range before, so only what was flipped can be now.
-    channels, inner = channels_of(limits, x.shape)
     limit = limits.reshape(-1).numpy()
     magnitude = plan.unsigned(2 ** (plan.element_bits - 1) - 1)
     for index in flipped:

@@ -1,7 +1,7 @@
 """A draw: what is to happen to a tensor, and the key, tick and offset that say which random numbers decide it.
 
-Rates and thresholds are tensors, like key and tick, so that a compiled graph or a CUDA graph does not hold them: layers
-that differ in nothing else compile as one, and other rates compile nothing.
+Rates and limits are tensors, like key and tick, so that a compiled graph does not hold them: layers that differ in
+nothing else compile as one, and other rates compile nothing. (A CUDA graph holds what they were when it was captured.)
 """
 
 from contextlib import suppress
@@ -110,6 +110,7 @@ class FaultData:
             guard = guard_of(fault.zero_out_t)
         self.guarded = guard is not None
         self.thresholds = 0 if guard is None else guard.numel()
+        self.one = None if guard is None or guard.numel() > 1 else float(guard)
         self._limits: dict[torch.dtype, Tensor] = {}
         self._rates: dict[torch.dtype, Tensor] = {}
         for dtype in DTYPES:  # all of them now, since what is compiled cannot make more
@@ -149,7 +150,7 @@ class FaultData:
             return "clean"
         fault = self.fault
         pattern = f", {fault.pattern}" if fault.pattern else ""
-        t = f"{self.thresholds:,} thresholds" if self.thresholds > 1 else fault.zero_out_t
+        t = f"{self.thresholds:,} thresholds" if self.thresholds > 1 else self.one
         return f"(p_exp={fault.p_exp:.3g}, p_frac={fault.p_frac:.3g}, zero_out_t={t}{pattern})"
 
 

@@ -24,9 +24,8 @@ from flipproof.errors import ConfigError, first_of
 from flipproof.faults.guard import guard_of
 from flipproof.faults.spec import GRANULARITIES, Fault, Fitted, Granularity
 from flipproof.files import named, replace_file
-from flipproof.records import sealed, unsealed
+from flipproof.records import GUARDS, sealed, unsealed
 
-GUARDS = "guards.safetensors"
 _ABOUT = "flipproof"
 """The key of the metadata."""
 
@@ -110,11 +109,11 @@ class Guards:
                         ]
                     )
 
-    def check(self, names: Iterable[str], fault: Fault) -> None:
-        """Raises ConfigError where a fault wants thresholds that are missing, or finer than they were fitted."""
+    def check(self, names: Iterable[str], fault: Fault, shape: tuple[int, ...] | None = None) -> None:
+        """Raises ConfigError where a fault wants thresholds that are missing, too coarse, or not of the ``shape``."""
         if fault.fitted:
             for name in names:
-                self.thresholds(name, fault.fitted)
+                self.thresholds(name, fault.fitted, shape)
 
     def merged(self, other: "Guards") -> "Guards":
         """The larger of both maxima. Raises ConfigError where they are not of one model."""
@@ -173,7 +172,7 @@ def read_guards(path: str) -> Guards:
         return _read(str(file), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = f"no {GUARDS} is there" if missing else str(error.strerror)
+        reason = f"no {GUARDS} is there" if missing else str(error.strerror or error)
         fit = "flipproof profile MODEL --guards channel --to DIR fits some"
         raise ConfigError([f"bitflip.guards = {path!r}: {reason}; {fit}"]) from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 from flipproof.faults.dtypes import INTEGERS
 
 _CHUNK = 1 << 18
+"""Elements at a time on a CPU, which stay in its cache; elsewhere all."""
 
 
 def guard_of(zero_out_t: float | Tensor) -> Tensor:
@@ -76,8 +77,9 @@ def guard_(x: Tensor, limits: Tensor, grad: Tensor | None = None) -> None:
     limit = limits.to(x.device).reshape(-1, 1)
     rows = x.view(-1, channels, inner)
     grads = None if grad is None else grad.view(-1, channels, inner)
-    a_channel = min(channels, max(1, _CHUNK // inner))
-    a_row = max(1, _CHUNK // (channels * inner))
+    at_once = _CHUNK if x.device.type == "cpu" else max(1, x.numel())
+    a_channel = min(channels, max(1, at_once // inner))
+    a_row = max(1, at_once // (channels * inner))
     for row in range(0, len(rows), a_row):  # chunks stay in the cache
         for first in range(0, channels, a_channel):
             chunk = slice(row, row + a_row), slice(first, first + a_channel)

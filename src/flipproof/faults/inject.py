@@ -134,7 +134,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         for name, fault in kv_faults.items():
             state.guards.check([f"{name}/k", f"{name}/v"], fault)
         if table_spec:
-            state.guards.check([f"{_site(table_name)}/w"], table_spec.w)
+            state.guards.check([f"{_site(table_name)}/w"], table_spec.w, (table.num_embeddings, 1))
     swapped: dict[int, FaultyLinear] = {}
     for name, which in names.items():
         if which in swapped:

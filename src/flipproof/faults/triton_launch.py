@@ -1,5 +1,5 @@
-"""The flip on a GPU: which kernel of ``triton_kernels.py`` or ``triton_merge.py`` to launch, with what. The same functions
-as ``cpu.py``."""
+"""The flip on a GPU: which kernel of ``triton_kernels.py`` or ``triton_merge.py`` to launch, with what. The same
+functions as ``cpu.py``."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -115,7 +115,7 @@ def _guard_of(draw: Draw, y: Tensor) -> _Guard:
     if draw.limits.dim() == 0:
         return _Guard(int(draw.limits))
     channels, inner = channels_of(draw.limits, y.shape)
-    by_row = draw.limits.shape[-1] == 1
+    by_row = draw.limits.shape[-1] == 1 and channels * inner == y.numel()
     return _Guard(draw.limits.contiguous(), inner if by_row else channels, "row" if by_row else "feature")
 
 

@@ -21,9 +21,8 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
-from flipproof.faults.fitted import read_guards
 from flipproof.faults.flip_log import FlipLog, Replay, hooked
-from flipproof.faults.inject import fault_sites, faults, is_faulty
+from flipproof.faults.inject import fault_sites, fault_state, faults, is_faulty
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
@@ -350,7 +349,7 @@ def results(
         **({} if tasks is None else {"tasks": tasks}),
         "fault_seeds": fault_seeds(config.bitflip.base_seed, max(trials, default=0)),
         "bitflip": asdict(config.bitflip),
-        **({"fitted": read_guards(path).about} if (path := config.bitflip.guards) else {}),
+        **({"fitted": fitted.about} if is_faulty(model) and (fitted := fault_state(model).guards) else {}),
         "dtype": flipped_dtype(config.training, model),
         "text": text.source if text else None,
     }

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError
 from flipproof.faults.draw import Draw
-from flipproof.faults.fitted import GUARDS, Guards, read_guards
+from flipproof.faults.fitted import Guards, read_guards
 from flipproof.faults.flip_log import hooked
 from flipproof.faults.spec import BitFlipSpec, Granularity
 from flipproof.files import check_new
@@ -30,6 +29,7 @@ from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer
 from flipproof.models.loss import next_token_loss
 from flipproof.models.online import ENTRY
+from flipproof.records import GUARDS
 from flipproof.world import World, join_world
 
 _LEAST_TOKENS = 4096
@@ -47,7 +47,7 @@ class Maxima:
     def __call__(self, name: str, x: Tensor, _draw: Draw) -> Tensor:
         name = re.sub(r"#\d+(?=/)", "", name)  # a module that runs twice in a pass is one
         operand = name.rpartition("/")[2]
-        if operand == "w" and name in self.found:
+        if not x.numel() or (operand == "w" and name in self.found):  # an expert may get no token
             return x
         sizes = x.detach().abs().float().nan_to_num(0.0, posinf=0.0)
         kept = {"w": 0, "x": -1}.get(operand, -2)  # rows, features, or heads and components
@@ -57,11 +57,11 @@ class Maxima:
 
     def of_all(self, world: World) -> dict[str, Tensor]:
         """What all processes found, in CPU memory; all must call."""
-        found = {name: self.found[name].cpu() for name in sorted(self.found)}
-        if world.size > 1:
-            for largest in found.values():
-                dist.all_reduce(largest, dist.ReduceOp.MAX, group=world.cpu_group)
-        return found
+        found: dict[str, Tensor] = {}
+        for part in world.gathered({name: maxima.cpu() for name, maxima in self.found.items()}):
+            for name, maxima in part.items():  # an expert may be one process's alone
+                found[name] = torch.maximum(found[name], maxima) if name in found else maxima
+        return {name: found[name] for name in sorted(found)}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from flipproof.faults.spec import OPERANDS
 from flipproof.log import bar, logger
 from flipproof.measure.arms import Arm, guard_warning
 from flipproof.measure.evaluate import mean_loss, measure_arms
-from flipproof.models.build import build_model, check_computed_bits, check_length, flipped_dtype
+from flipproof.models.build import build_model, check_computed_bits, check_guards, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
@@ -64,6 +64,8 @@ def sweep(config: RunConfig, to: Path) -> str:
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
         check_ids(model, tokenizer, text.sequences)
+        if config.bitflip.guards:
+            check_guards(config, model)
         grid = Grid(config, rates, model, flipped_dtype(config.training, model))
         with compute_context(config.training, model):
             header = _begin(grid, directory, model, text, world)
@@ -86,7 +88,9 @@ def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
     skeleton = model_on_meta(config.model, tokenizer, config.training.dtype)
     check_computed_bits(config, skeleton)
     inject(skeleton, all_that_flips(config))
-    Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))
+    grid = Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))
+    for spec in grid.guards.values():
+        set_faults(skeleton, spec)
 
 
 def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: PackedText, world: World) -> dict[str, Any]:

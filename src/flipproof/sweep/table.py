@@ -19,11 +19,13 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.config.sweep import MAX_POINTS, ProtectionParts, SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
+from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import fault_sites, iter_faulty
 from flipproof.faults.spec import (
     ELEMENT_BITS,
     OPERANDS,
     BitFlipSpec,
+    Granularity,
     Operand,
     Probability,
     Site,
@@ -244,9 +246,17 @@ class Grid:
         everything = Cell(self.rates[-1], "".join(OPERANDS), "all", "all", protection)
         codes = max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
         counts = {"channel": sum(map(sum, self._shapes)), "layer": 2 * len(self._shapes), "tensor": 2}
-        thresholds = counts.get(parse_protection(protection).by or "", 0)
+        thresholds = counts.get(self._fineness(protection) or "", 0)
         bits = ELEMENT_BITS[self._narrowest] * sum(map(math.prod, self._shapes))
         return codes + (thresholds * _THRESHOLD_BITS / bits if bits else 0.0)
+
+    def _fineness(self, protection: str) -> Granularity | None:
+        """How fine the fitted guard of a protection is; None where it has none."""
+        base, parts = self.config.bitflip, parse_protection(protection)
+        flipping = {operand for sites in self.sites for operand in operands_of(sites)}
+        if not base.guards or "guards" in _fitted(base, parts, flipping):
+            return None
+        return parts.by or base.guards_by or read_guards(base.guards).by
 
     @property
     def guards(self) -> dict[str, BitFlipSpec]:
@@ -258,9 +268,10 @@ class Grid:
             if protection.guard:
                 name = f"guard-{protection.by}" if protection.by else "guard"
                 fitted = _fitted(self.config.bitflip, protection, flipping)
-                if "kv" in flipping and fitted.get("guards_by"):
+                if "kv" in flipping and self.config.bitflip.guards and "guards" not in fitted:
                     fitted["kv_zero_out_t"] = math.inf  # which says that keys and values have a guard
-                found[name] = replace(self.config.bitflip, **off, **fitted)
+                sites = tuple(dict.fromkeys((*self.config.bitflip.sites, *_alone(self.sites))))
+                found[name] = replace(self.config.bitflip, **off, **fitted, sites=sites)
         return found
 
 

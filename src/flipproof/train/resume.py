@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from flipproof.config import RunConfig, load_written
 from flipproof.dtensor import whole
 from flipproof.errors import ConfigError
-from flipproof.faults.fitted import GUARDS, read_guards
-from flipproof.records import CONFIG
+from flipproof.faults.fitted import read_guards
+from flipproof.records import CONFIG, GUARDS
 from flipproof.train.checkpoint import step_of
 from flipproof.train.rundir import Record
 from flipproof.world import World
