@@ -27,14 +27,14 @@ def said(capsys, *argv):
         ("train -x", "-x: unknown flag; see --help"),
         ("train --seed 1", "--seed: unknown flag; training.seed is of the initial weights and of the order of the "
          "data, bitflip.base_seed of the faults"),
-        ("train --to x", "--to: unknown flag; it belongs to eval and generate and profile and sweep and report and "
-         "export and bench"),
+        ("train --to x", "--to: unknown flag; it belongs to eval and generate and profile and harden and sweep and "
+         "report and export and bench"),
         ("eval --resume", "--resume: unknown flag; it belongs to train"),
         ("eval --profile", "--profile: unknown flag; it belongs to train; flipproof profile is a verb: How large "
          "weights and activations are, and which guard thresholds clip none of them."),
         ("eval --steps 3", "--steps: unknown flag; did you mean --training.steps? (train has --steps)"),
         ("eval --lr 3", "--lr: unknown flag; did you mean --training.lr?"),
-        ("eval --p 3", "--p: unknown flag; did you mean --sweep.p? (sweep has --p)"),
+        ("eval --p 3", "--p: unknown flag; did you mean --sweep.p? (harden and sweep have --p)"),
         ("eval --bitflip", "--bitflip: unknown flag; name a key of the table (--bitflip.w_p_exp, --bitflip.w_p_frac, "
          "--bitflip.w_zero_out_t, …), or give a file that holds the table to --config"),
         ("generate --promt x", "--promt: unknown flag; did you mean --prompt?"),

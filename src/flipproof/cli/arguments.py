@@ -148,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         meant = [f"--{key}" for key in keys_meant(word)] if keys else []
         if near := nearest(word, self.verb.flags) if not exact else None:
             meant = [self.verb.flags[near].name]
-        elsewhere = f" ({' and '.join(others)} has {flag})" if others else ""
+        elsewhere = f" ({' and '.join(others)} {'has' if len(others) == 1 else 'have'} {flag})" if others else ""
         return f"; did you mean {' or '.join(meant)}?{elsewhere}" if meant else "; see --help"
 
 
