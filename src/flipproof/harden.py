@@ -46,7 +46,7 @@ def harden(
     to: Path,
     how: How = "residual",
     by: Granularity = "channel",
-    calibrate: int = CALIBRATE,
+    calibrate: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Rotate a model, fit guards, measure before and after, and write all that.
@@ -60,7 +60,7 @@ def harden(
             ``hardened.json``, the table; ``report.html``; and the sweeps in ``before/`` and ``after/``.
         how: as ``rotate`` takes it.
         by: how fine guards are.
-        calibrate: sequences of training text that guards are fitted to.
+        calibrate: sequences of training text that guards are fitted to; ``CALIBRATE`` where it is not said.
         tell: called with what was done and the table.
 
     Raises:
@@ -69,6 +69,7 @@ def harden(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(["harden rotates a model in one process's memory; start it without torchrun"])
+    calibrate = CALIBRATE if calibrate is None else calibrate
     if calibrate < 1:
         raise ConfigError([f"--calibrate = {calibrate}: a whole number from 1 is allowed"])
     if config.bitflip.guards:

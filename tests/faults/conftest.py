@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from flipproof.faults import memory, op
+
 try:
     from flipproof.faults import triton_launch
 except ImportError:  # it has no build for this platform
@@ -20,3 +22,17 @@ def few_programs(monkeypatch):
         launch(kernel, min(programs, 16) if kernel is shared else programs, *arguments, **options)
 
     monkeypatch.setattr(triton_launch, "_launch", launch_fewer)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request, monkeypatch):
+    """The device to test on with this backend: Triton's kernels run in its interpreter where there is no GPU."""
+    gpu = torch.cuda.is_available()
+    if request.param == "triton":
+        if triton_launch is None:
+            pytest.skip("Triton has no build here")
+        if not gpu:
+            monkeypatch.setattr(
+                op, "_backend", lambda _, draw=None: memory if draw and draw.patterned else triton_launch
+            )
+    return "cuda" if gpu and request.param == "triton" else "cpu"

@@ -7,25 +7,13 @@ import torch
 
 import flipproof
 from flipproof import Pattern
-from flipproof.faults import cpu, memory, op
+from flipproof.faults import cpu
 from flipproof.faults.dtypes import DTYPES
 from flipproof.faults.guard import channels_of, guard_of, limits_of, magnitude_bits
 
 GPU = torch.cuda.is_available()
 WHERE = {"seed": 3, "site": "a/x", "tick": 9}
 SHAPES = [(3, 7, 200), (6, 40, 1), (130, 65), (2, 8300), (2800, 3), (40, 64)]
-
-
-@pytest.fixture(params=["reference", "triton"])
-def device(request, monkeypatch):
-    """Where flips run on each backend; Triton's kernels in their interpreter where there is no GPU."""
-    if request.param == "triton":
-        triton_launch = pytest.importorskip("flipproof.faults.triton_launch", reason="Triton has no build here")
-        if not GPU:
-            monkeypatch.setattr(
-                op, "_backend", lambda _, draw=None: memory if draw and draw.patterned else triton_launch
-            )
-    return "cuda" if GPU and request.param == "triton" else "cpu"
 
 
 def sample(shape, dtype, seed=0):
@@ -53,36 +41,36 @@ def thresholds(shape, by, lowest):
     for k, p in enumerate([2**-9, 0.1, 0.0]) for n, lowest in enumerate([0.5, 8.0])
     if (i + j + k + n) % (1 if GPU else 7) == 0
 ])  # fmt: skip
-def test_each_channel_has_its_threshold(device, shape, dtype, p, lowest, by):
+def test_each_channel_has_its_threshold(backend, shape, dtype, p, lowest, by):
     x, t = sample(shape, dtype), thresholds(shape, by, lowest)
     flipped = flipproof.flip(x, p_exp=p, p_frac=p, **WHERE)
     kept = flipped.double().abs() < t
     expected = flipped.masked_fill(~kept, 0)
-    arguments = {"p_exp": p, "p_frac": p, "zero_out_t": t.to(device), **WHERE}
-    leaf = x.clone().to(device).requires_grad_()
+    arguments = {"p_exp": p, "p_frac": p, "zero_out_t": t.to(backend), **WHERE}
+    leaf = x.clone().to(backend).requires_grad_()
     y = flipproof.flip(leaf, **arguments)
     assert same_bits(y.detach(), expected)
-    assert same_bits(flipproof.flip_(x.clone().to(device), **arguments), expected)
+    assert same_bits(flipproof.flip_(x.clone().to(backend), **arguments), expected)
     weights = sample(shape, dtype, seed=2)
-    y.backward(weights.to(device))
+    y.backward(weights.to(backend))
     assert same_bits(leaf.grad, weights.masked_fill(~kept, 0))
     assert kept.any()
     assert not kept.all() or (p, lowest) == (0.0, 8.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_shard_takes_its_rows_and_their_thresholds(device, dtype):
+def test_a_shard_takes_its_rows_and_their_thresholds(backend, dtype):
     x, t = sample((50, 401), dtype), thresholds((50, 401), "row", 1.5)
     arguments = {"p_exp": 2**-8, "p_frac": 2**-8, **WHERE}
     whole = flipproof.flip(x, zero_out_t=t, **arguments)
     for first, last in ((0, 13), (13, 14), (14, 50)):
         part = flipproof.flip(
-            x[first:last].to(device), zero_out_t=t[first:last].to(device), offset=first * 401, **arguments
+            x[first:last].to(backend), zero_out_t=t[first:last].to(backend), offset=first * 401, **arguments
         )
         assert same_bits(part, whole[first:last])
     features = thresholds((50, 401), "feature", 1.5)
     whole = flipproof.flip(x, zero_out_t=features, **arguments)
-    part = flipproof.flip(x[7:9].to(device), zero_out_t=features.to(device), offset=7 * 401, **arguments)
+    part = flipproof.flip(x[7:9].to(backend), zero_out_t=features.to(backend), offset=7 * 401, **arguments)
     assert same_bits(part, whole[7:9])
 
 
@@ -129,12 +117,12 @@ def test_shapes_that_fit_no_channel_are_refused():
 
 @pytest.mark.parametrize(("p", "t"), [(2**-13, 4.0), (2**-8, 4.0), (2**-13, 1.0), (0.3, 1.0), (0.0, 1.0)])
 @pytest.mark.parametrize(("rows", "columns", "r"), [(130, 201, 3), (2, 9000, 17), (70, 66, 200)])
-def test_the_merged_weight_by_row(device, rows, columns, r, p, t):
+def test_the_merged_weight_by_row(backend, rows, columns, r, p, t):
     generator = torch.Generator().manual_seed(1)
-    weight = sample((rows, columns), torch.bfloat16).to(device)
-    a = (torch.randn(r, columns, generator=generator) * 0.1).to(device)
-    b = (torch.randn(rows, r, generator=generator) * 0.1).to(device)
-    guard = guard_of(t * (1 + torch.rand(rows, 1, generator=generator, dtype=torch.float64))).to(device)
+    weight = sample((rows, columns), torch.bfloat16).to(backend)
+    a = (torch.randn(r, columns, generator=generator) * 0.1).to(backend)
+    b = (torch.randn(rows, r, generator=generator) * 0.1).to(backend)
+    guard = guard_of(t * (1 + torch.rand(rows, 1, generator=generator, dtype=torch.float64))).to(backend)
     limits = limits_of(guard, torch.bfloat16)
     where = (torch.tensor(5), torch.tensor(7), 3)
     ops, rates = torch.ops.flipproof, torch.tensor([p, p], dtype=torch.float64)
@@ -143,7 +131,7 @@ def test_the_merged_weight_by_row(device, rows, columns, r, p, t):
     assert same_bits(ops.merge(weight, a, b, 0.7, rates, limits, *where), unguarded.masked_fill(out, 0))
     y, zeroed = ops.merge_grad(weight, a, b, 0.7, weight, True, rates, limits, *where)
     assert same_bits(y, unguarded.masked_fill(out, 0))
-    grad_y, x = sample((30, rows), torch.float32, 5).to(device), sample((30, columns), torch.float32, 6).to(device)
+    grad_y, x = sample((30, rows), torch.float32, 5).to(backend), sample((30, columns), torch.float32, 6).to(backend)
     more_a, more_b = ops.zeroed_correction(zeroed, rates, grad_y, x, a, b, 0.7)
     wide = -0.7 * (grad_y.double().T @ x.double()) * out
     if int(out.sum()) < 4096:  # else a list is full, and the gradient passes

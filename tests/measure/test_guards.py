@@ -18,7 +18,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.fitted import Guards, read_guards
 from flipproof.faults.spec import Fitted
 from flipproof.measure.evaluate import evaluate
-from flipproof.measure.guards import coarser, fit_guards
+from flipproof.measure.guards import fit_guards
 from flipproof.models.load import byte_tokenizer
 from flipproof.models.rotate import rotate
 from flipproof.sweep.run import sweep
@@ -105,7 +105,7 @@ def test_the_file_is_what_was_fitted_and_coarser_ones_follow_from_it(fitted):
     of_all = max(float(one.max()) for name, one in guards.maxima.items() if name.endswith("/x"))
     assert read.thresholds(f"{DOWN}/x", Fitted("tensor", 1.0, 0.0)) == torch.tensor(of_all).nextafter(next_up)
     for by in ("layer", "tensor"):
-        coarse = Guards(coarser(guards.maxima, by), by, "m", "float32")
+        coarse = guards.coarser(by)
         for name in (f"{DOWN}/x", f"{DOWN}/w", "model.layers.0.self_attn/k"):
             assert torch.equal(
                 coarse.thresholds(name, Fitted(None, 1.5, 0.0)), read.thresholds(name, Fitted(by, 1.5, 0.0))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from reading import assert_equal_models, in_one_process, materialised
 from safetensors.torch import load_file, save_file
+from sharded_runs import LLAMA3_ROPE
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -81,17 +82,10 @@ def test_mixed_precision_computes_in_the_other_dtype(tiny_llama, token_ids):
 # -- from the meta device ----------------------------------------------------------------------------------------------
 
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+ROPE = LLAMA3_ROPE | {"original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("changes", [{}, {"rope_parameters": LLAMA3_ROPE}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("changes", [{}, {"rope_parameters": ROPE}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize("size", ["50GB", "20KB"])
 @pytest.mark.parametrize(
     ("saved", "asked"), [("float32", None), ("bfloat16", None), ("float32", "bfloat16"), ("bfloat16", "float32")]

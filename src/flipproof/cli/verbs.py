@@ -324,7 +324,7 @@ VERBS = {
                 choices=("none", "residual", "full"),
                 default="residual",
             ),
-            _flag("--calibrate", "Sequences of training text that guards are fitted to.", "N", int, default=512),
+            _flag("--calibrate", "Sequences of training text that guards are fitted to (512).", "N", int),
             _flag("--guards", "How fine.", "channel|layer|tensor", choices=GRANULARITIES, default="channel"),
             _SAMPLES,
             *(_short(f"--{key}", f"sweep.{key}", "…", what) for key, what in _SWEPT),

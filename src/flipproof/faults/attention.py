@@ -79,12 +79,17 @@ def planned(model: Any, spec: BitFlipSpec) -> dict[str, Fault]:
     if not spec.any_kv_fault:
         return {}
     found = attention_modules(model)
-    if not found or not getattr(model, "_supports_attention_backend", False):
+    if not reachable(model):
         raise ConfigError(
             [f"bitflip.kv_*: {type(model).__name__} has no attention whose keys and values flipproof can reach"]
         )
     specs = {name: spec.for_layer(name) for name in found}
     return {name: layer_spec.kv for name, layer_spec in specs.items() if layer_spec and layer_spec.kv.active}
+
+
+def reachable(model: Any) -> bool:
+    """Whether a model looks its attention up by name."""
+    return bool(attention_modules(model)) and getattr(model, "_supports_attention_backend", False)
 
 
 def install(model: Any, faults: dict[str, Fault], state: FaultState) -> None:

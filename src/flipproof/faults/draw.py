@@ -115,8 +115,7 @@ class FaultData:
         self._rates: dict[torch.dtype, Tensor] = {}
         for dtype in DTYPES:  # all of them now, since what is compiled cannot make more
             if guard is not None:
-                limits = limits_of(guard, dtype)
-                self._limits[dtype] = limits if self.thresholds > 1 else limits.reshape(()).cpu()
+                self._limits[dtype] = limits_of(guard, dtype)
             with suppress(ValueError):  # a dtype without the bits that the fault names
                 self._rates[dtype] = rates_of(fault, dtype)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,20 @@ class Guards:
                     f"{shape} here; they were fitted on {self.model}"
                 ]
             )
-        if by != "channel":
-            maxima = self._of_all[_operand(name)] if by == "tensor" else maxima.max()
-        elif fitted.floor:
+        maxima = self._as_fine(name, by)
+        if by == "channel" and fitted.floor:
             maxima = maxima.clamp(min=maxima.flatten().quantile(fitted.floor, interpolation="higher"))
         t = guard_of(maxima.double() * fitted.margin).nextafter(torch.tensor(torch.inf))
         return t if bool(maxima.any()) else torch.full_like(t, torch.inf)
+
+    def _as_fine(self, name: str, by: Granularity) -> Tensor:
+        if by == "channel":
+            return self.maxima[name]
+        return self._of_all[_operand(name)] if by == "tensor" else self.maxima[name].max()
+
+    def coarser(self, by: Granularity) -> "Guards":
+        """As fine as ``by``, from finer ones."""
+        return replace(self, by=by, maxima={name: self._as_fine(name, by) for name in self.maxima})
 
     def check_model(self, dtype: str, basis: Any, weights: Mapping[str, Tensor]) -> None:
         """Raises ConfigError where they were fitted to a model of another dtype, in another basis, or other than one

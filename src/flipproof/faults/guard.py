@@ -31,8 +31,10 @@ def limits_of(guard: Tensor, dtype: torch.dtype) -> Tensor:
     """The bit patterns of the smallest values of ``dtype`` that are not below the thresholds, as integers of its size.
 
     Magnitudes of IEEE floats are ordered as their bit patterns are, and infinity and NaN come last, so ``|v| < t`` in
-    exact arithmetic is ``bits(|v|) < limit`` on every backend.
+    exact arithmetic is ``bits(|v|) < limit`` on every backend. One for all has no dimensions and is in CPU memory.
     """
+    if guard.numel() == 1:
+        guard = guard.reshape(()).cpu()
     if dtype == torch.float16:
         near = guard.to(dtype)
         return near.view(torch.int16) + (near.float() < guard).to(torch.int16)

@@ -250,8 +250,8 @@ def _draw(
         raise ConfigError(problems)
     fault = Fault(good["p_exp"] or 0.0, good["p_frac"] or 0.0, None, None if pattern.independent else pattern)
     limits = None if zero_out_t is None else limits_of(guard_of(zero_out_t), x.dtype)
-    if limits is not None:
-        limits = limits.to(x.device) if limits.numel() > 1 else limits.reshape(()).cpu()
+    if limits is not None and limits.dim():
+        limits = limits.to(x.device)
     pattern.bit_probabilities(0, 0, dtype_name(x.dtype))  # which knows the dtype's bits
     # in CPU memory: their values go along with a kernel's launch
     key = torch.tensor(derive_key(seed, site))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError
+from flipproof.faults.attention import reachable
 from flipproof.faults.draw import Draw
 from flipproof.faults.fitted import Guards, read_guards
 from flipproof.faults.flip_log import hooked
@@ -26,7 +27,7 @@ from flipproof.log import bar
 from flipproof.measure.evaluate import evaluating, passes_of
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
-from flipproof.models.load import compute_context, load_tokenizer
+from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
 from flipproof.models.loss import next_token_loss
 from flipproof.models.online import ENTRY
 from flipproof.records import GUARDS
@@ -50,8 +51,10 @@ class Maxima:
         if not x.numel() or (operand == "w" and name in self.found):  # an expert may get no token
             return x
         sizes = x.detach().abs().float().nan_to_num(0.0, posinf=0.0)
-        kept = {"w": 0, "x": -1}.get(operand, -2)  # rows, features, or heads and components
-        largest = sizes.amax(-1, keepdim=True) if operand == "w" else sizes.flatten(0, kept - 1).amax(0)
+        if operand == "w":
+            largest = sizes.amax(-1, keepdim=True)  # of rows
+        else:  # of features, or of heads and their components
+            largest = sizes.flatten(0, -2 if operand == "x" else -3).amax(0)
         self.found[name] = torch.maximum(largest, self.found[name]) if name in self.found else largest
         return x
 
@@ -79,7 +82,7 @@ def largest_magnitudes(
     return maxima.of_all(world), min(num_samples, len(text)) * text.sequences.shape[1]
 
 
-def fitting_spec(spec: BitFlipSpec, keys_and_values: bool = True) -> BitFlipSpec:
+def fitting_spec(spec: BitFlipSpec, keys_and_values: bool) -> BitFlipSpec:
     """A guard that is never on, wherever faults may be; ``spec`` says what is left alone."""
     return BitFlipSpec(
         w_zero_out_t=torch.inf,
@@ -88,19 +91,6 @@ def fitting_spec(spec: BitFlipSpec, keys_and_values: bool = True) -> BitFlipSpec
         sites=("linear", "head", "embedding"),
         skip_patterns=spec.skip_patterns,
     )
-
-
-def coarser(maxima: dict[str, Tensor], by: Granularity) -> dict[str, Tensor]:
-    """Maxima by channel as those of layers, or of all layers' operands."""
-    if by == "channel":
-        return maxima
-    of_layers = {name: largest.max() for name, largest in maxima.items()}
-    if by == "layer":
-        return of_layers
-    return {
-        name: torch.stack([other for its, other in of_layers.items() if its[-2:] == name[-2:]]).max()
-        for name in of_layers
-    }
 
 
 def fit_guards(
@@ -130,18 +120,20 @@ def fit_guards(
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
         text, samples = calibration_text(config, tokenizer), config.eval.num_samples
-        model = _guarded_everywhere(config, tokenizer, world)
+        keys_and_values = reachable(model_on_meta(config.model, tokenizer, training.dtype))
+        spec = fitting_spec(config.bitflip, keys_and_values)
+        model = build_model(replace(config, bitflip=spec), tokenizer, world)
         check_ids(model, tokenizer, text.sequences)
         with compute_context(training, model):
             maxima, tokens = largest_magnitudes(model, text, samples, training.local_batch_size, world)
         found = Guards(
-            maxima=coarser(maxima, by),
-            by=by,
+            maxima=maxima,
+            by="channel",
             model=str(config.model.hf_model_path or config.model.flavor),
             dtype=flipped_dtype(training, model),
             basis=getattr(model.config, ENTRY, None),
             texts=({"source": text.source, "tokens": tokens},),
-        )
+        ).coarser(by)
         for other in others:
             found = found.merged(other)
         if world.first:
@@ -167,17 +159,6 @@ def calibration_text(config: RunConfig, tokenizer: Any) -> PackedText:
             ]
         )
     return text
-
-
-def _guarded_everywhere(config: RunConfig, tokenizer: Any, world: World) -> nn.Module:
-    """The model with guards that are never on; without those of keys and values where attention is out of reach."""
-    try:
-        return build_model(replace(config, bitflip=fitting_spec(config.bitflip)), tokenizer, world)
-    except ConfigError as error:
-        if not any("bitflip.kv_*" in problem for problem in error.problems):
-            raise
-    spec = fitting_spec(config.bitflip, keys_and_values=False)
-    return build_model(replace(config, bitflip=spec), tokenizer, world)
 
 
 _KINDS = {"w": "weights", "x": "inputs", "k": "keys", "v": "values"}
