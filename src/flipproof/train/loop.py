@@ -347,6 +347,7 @@ class _Course:
                 if stopping:
                     break
             checkpoints.wait()
+            run.release()
             if by := int(world.largest(stop.came)):
                 raise Interrupted(f"stopped by {_SAID[by]} after step {done}; {goes_on}")
 

@@ -16,8 +16,13 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
+    fused = all(parameter.is_cuda for parameter in trainable)  # else several launches for each of its operations
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=training.lr, betas=(0.9, 0.95), foreach=True
+        [group for group in groups if group["params"]],
+        lr=training.lr,
+        betas=(0.9, 0.95),
+        fused=fused,
+        foreach=not fused,
     )
 
 

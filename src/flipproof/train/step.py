@@ -25,6 +25,7 @@ from flipproof.models.load import compute_context
 from flipproof.models.loss import next_token_loss
 from flipproof.models.parallelize import Gradients, blocks
 from flipproof.train.checkpoint import Progress, list_checkpoints
+from flipproof.train.cuda_graph import Recorded
 from flipproof.train.optimizer import LossScale, make_optimizer
 from flipproof.world import World
 
@@ -61,6 +62,8 @@ class Training:
         self.gradients = Gradients(model, config.parallelism, world)
         self.loss_scale = LossScale(config.training, next(model.parameters()).dtype)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        several = config.training.gradient_accumulation_steps > 1
+        self.recorded = Recorded(self._micro_batch, model, blocks(model), several) if self._may_record() else None
         self.progress: Progress = {
             "sequences": torch.tensor(0),
             "micro_steps": torch.tensor(0),
@@ -78,11 +81,11 @@ class Training:
         # dropout, in the models that have it, depends on the step and not on what ran before
         torch.manual_seed(derive_key(self.config.training.seed, f"step {step}, rank {self.world.rank}"))
         loss_sum = torch.zeros((), device=self.world.device)
+        run = self.recorded or self._micro_batch
         for micro in range(accumulation):
+            ids = self._begin(int(self.progress["micro_steps"]), int(self.progress["sequences"]))
             with self.gradients.micro_batch(last=micro == accumulation - 1):
-                loss = self._forward(int(self.progress["micro_steps"]), int(self.progress["sequences"]))
-                (loss * (float(self.loss_scale.scale) / accumulation)).backward()
-            loss_sum += loss.detach()
+                loss_sum += run(ids, float(self.loss_scale.scale) / accumulation)
             self.progress["micro_steps"] += 1
             self.progress["sequences"] += rows * self.world.size
         self.loss_scale.unscale(self.trainable)
@@ -92,14 +95,32 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum / accumulation, grad_norm
 
-    def _forward(self, tick: int, sequence: int) -> Tensor:
-        """Loss of this process's rows of the global micro-batch that begins with the given sequence."""
+    def release(self) -> None:
+        """Give back what only training needs."""
+        if self.recorded is not None:
+            self.recorded.release()
+
+    def _may_record(self) -> bool:
+        """Whether a micro-batch may be recorded as a CUDA graph, as far as is known before."""
+        drops_layers = getattr(getattr(self.model, "config", None), "layerdrop", 0)  # which is drawn on the CPU
+        return self.world.device.type == "cuda" and self.world.size == 1 and not drops_layers
+
+    def _begin(self, tick: int, sequence: int) -> Tensor:
+        """Token ids of this process's rows of the global micro-batch that begins with the given sequence."""
         training, rows = self.config.training, self.config.training.local_batch_size
         if is_faulty(self.model):
             set_tick(self.model, tick)
         chosen = chosen_sequences(self.lengths, training.seed, sequence + self.world.rank * rows, rows)
-        ids = self.text.batch(chosen).to(self.world.device)
-        with compute_context(training, self.model):
+        return self.text.batch(chosen).to(self.world.device)
+
+    def _micro_batch(self, ids: Tensor, factor: float | Tensor) -> Tensor:
+        """Add the gradients of the loss times a factor; returns the loss."""
+        loss = self._loss(ids)
+        (loss * factor).backward()
+        return loss.detach()
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        with compute_context(self.config.training, self.model):
             return next_token_loss(self.model, ids, forward=self.gradients.forward)
 
     def _is_finite(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
@@ -168,7 +189,7 @@ class Training:
             for _ in range(2):  # the first may compile
                 torch.cuda.reset_peak_memory_stats()
                 with self.gradients.micro_batch(last=True):
-                    loss = self._forward(0, 0)
+                    loss = self._loss(self._begin(0, 0))
                     held = torch.cuda.memory_allocated()
                     loss.backward()
                 self.optimizer.zero_grad(set_to_none=True)

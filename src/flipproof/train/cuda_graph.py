@@ -1,0 +1,113 @@
+"""Micro-batches as one CUDA graph: what launches thousands of small kernels is launched once.
+
+A step of a small model is hundreds of products of a few microseconds, each launched from Python, and the GPU waits for
+most of them. So the second micro-batch of a training is recorded, forward and backward, and from then on the record is
+launched. The same kernels meet the same numbers: token ids, the factor on the loss and the tick of the flips are
+written where the record reads them, and gradients come out where it left them.
+
+Where none can be made, since something waits for the device (patterns of faults, experts that look at how many tokens
+they got) or there is no memory for it, micro-batches run kernel by kernel, as they do elsewhere.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.log import logger
+
+MicroBatch = Callable[[Tensor, "float | Tensor"], Tensor]
+"""Adds the gradients of a micro-batch: (token ids (rows, s) int64, what its loss is multiplied with) -> its loss."""
+
+
+class Recorded:
+    """A micro-batch that is recorded when it runs the second time; the first may compile. For one training on one GPU.
+
+    Memory that a record needs is its own until it is released.
+    """
+
+    def __init__(self, run: MicroBatch, model: nn.Module, blocks: list[nn.Module], several: bool) -> None:
+        """
+        Args:
+            run: what is recorded.
+            model: whose gradients it adds to.
+            blocks: of the model.
+            several: whether more than one micro-batch makes a step.
+        """
+        self._run, self._several = run, several
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._masks: dict[nn.Module, Any] = {}
+        self._hooks = [block.register_forward_pre_hook(self._same_mask, with_kwargs=True) for block in blocks]
+        self._calls = 0
+
+    def __call__(self, ids: Tensor, factor: float) -> Tensor:
+        """As what is recorded; the loss is overwritten by the next."""
+        self._calls += 1
+        if self._calls == 2:
+            self._record(ids)
+        if self._graph is None:
+            return self._run(ids, factor)
+        self._ids.copy_(ids)
+        self._factor.fill_(factor)
+        self._graph.replay()
+        if self._with_gradient[0].grad is not None:
+            sums = [parameter.grad for parameter in self._with_gradient if parameter.grad is not None]
+            torch._foreach_add_(sums, self._gradients)
+            return self._loss
+        if self._several:
+            torch._foreach_copy_(self._sums, self._gradients)
+        for parameter, gradient in zip(self._with_gradient, self._sums, strict=True):
+            parameter.grad = gradient
+        return self._loss
+
+    def release(self) -> None:
+        """Give the record's memory back; what follows runs kernel by kernel."""
+        self._remove_hooks()
+        if self._graph is not None:
+            for parameter in self._trained:
+                parameter.grad = None
+            del self._ids, self._loss, self._gradients, self._sums
+            self._graph = None
+            torch.cuda.empty_cache()
+
+    def _record(self, ids: Tensor) -> None:
+        self._ids, self._factor = ids.clone(), torch.ones((), device=ids.device)
+        sums = [parameter.grad for parameter in self._trained]
+        for parameter in self._trained:
+            parameter.grad = None  # so that the record makes gradients, and adds to none
+        generator = torch.cuda.default_generators[ids.device.index]
+        random, graph = generator.get_state(), torch.cuda.CUDAGraph()
+        try:
+            # a record that fails leaves its stream the current one
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                self._loss = self._run(self._ids, self._factor)
+            self._graph = graph
+        except RuntimeError as error:
+            why = str(error.__context__ or error).splitlines()[0]
+            logger.info("steps are launched kernel by kernel, since they make no CUDA graph: %s", why)
+            fresh = torch.Generator(ids.device)  # the old one counts as one that is recorded
+            fresh.set_state(random)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        self._with_gradient = [parameter for parameter in self._trained if parameter.grad is not None]
+        self._gradients = [parameter.grad for parameter in self._with_gradient if parameter.grad is not None]
+        self._sums = [torch.empty_like(gradient) for gradient in self._gradients] if self._several else self._gradients
+        for parameter, gradient in zip(self._trained, sums, strict=True):
+            parameter.grad = gradient
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._masks.clear()
+
+    def _same_mask(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Keep a block's mask, and give it the same while it is recorded. ``transformers`` then makes one that masks
+        nothing, where it would leave attention to its fast kernel; what a mask is depends on shapes alone here."""
+        if "attention_mask" not in kwargs:
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            return args, kwargs | {"attention_mask": self._masks[block]}
+        self._masks[block] = kwargs["attention_mask"]
+        return None

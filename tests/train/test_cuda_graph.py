@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flipproof
+from flipproof.faults.inject import set_tick
+from flipproof.models.loss import fuse_loss, next_token_loss
+from flipproof.models.parallelize import blocks
+from flipproof.train.cuda_graph import Recorded
+
+SPEC = flipproof.BitFlipSpec(w_p_exp=0.001, w_p_frac=0.005, w_zero_out_t=1.0, x_p_exp=0.001, x_zero_out_t=64.0)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+# backward of the faster ones adds up in an order that differs from run to run
+@pytest.fixture(autouse=True)
+def plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def gradients(tiny_llama, recorded, several, compiled=False, waits=False):
+    """Those of each of four steps, and the losses of all micro-batches."""
+    model = tiny_llama(attention_dropout=0.1).cuda()
+    flipproof.inject(model, SPEC, flipproof.LoraSpec(r=2))
+    fuse_loss(model)
+    if compiled:
+        for block in blocks(model):
+            block.compile(fullgraph=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.01)
+
+    def micro_batch(ids, factor):
+        loss = next_token_loss(model, ids)
+        (loss * factor).backward()
+        if waits:
+            float(loss.detach())
+        return loss.detach()
+
+    run = Recorded(micro_batch, model, blocks(model), several) if recorded else micro_batch
+    model.train()
+    found, losses = [], []
+    for step in range(4):
+        torch.manual_seed(step)
+        for micro in range(2 if several else 1):
+            ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(10 * step + micro))
+            set_tick(model, 10 * step + micro)
+            losses.append(run(ids.cuda(), 0.5 + step).clone())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found += [parameter.grad.clone() for parameter in trained]
+        model.zero_grad(set_to_none=True)
+    if recorded:
+        assert (run._graph is None) == waits
+        run.release()
+    return found, losses
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_recorded_has_the_gradients_of_what_is_not(tiny_llama, several, compiled):
+    plain = gradients(tiny_llama, recorded=False, several=several, compiled=compiled)
+    recorded = gradients(tiny_llama, recorded=True, several=several, compiled=compiled)
+    for one, other in zip(plain, recorded, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_waits_for_the_device_runs_as_it_is(tiny_llama, several, caplog):
+    caplog.set_level("INFO", "flipproof")
+    plain = gradients(tiny_llama, recorded=False, several=several, waits=True)
+    recorded = gradients(tiny_llama, recorded=True, several=several, waits=True)
+    for one, other in zip(plain, recorded, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert "make no CUDA graph" in caplog.text
