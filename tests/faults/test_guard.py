@@ -8,8 +8,11 @@ import torch
 import flipproof
 from flipproof import Pattern
 from flipproof.faults import cpu
+from flipproof.faults.draw import rates_of
 from flipproof.faults.dtypes import DTYPES
 from flipproof.faults.guard import channels_of, guard_of, limits_of, magnitude_bits
+from flipproof.faults.philox import derive_key
+from flipproof.faults.spec import Fault
 
 GPU = torch.cuda.is_available()
 WHERE = {"seed": 3, "site": "a/x", "tick": 9}
@@ -34,6 +37,17 @@ def thresholds(shape, by, lowest):
     return t
 
 
+def assert_marked(x, rates, limits, expected, kept, offset=0):
+    """Flipping ``x`` from a forward that keeps it, and zeroing a gradient where it marked."""
+    where = (torch.tensor(rates, dtype=torch.float64), limits, torch.tensor(derive_key(3, "a/x")), torch.tensor(9))
+    y, zeroed = torch.ops.flipproof.flip_marked(x, *where, offset)
+    assert same_bits(y, expected)
+    grad = torch.arange(1.0, x.numel() + 1).to(x.dtype).view(x.shape)
+    strided = torch.stack([grad, grad], -1).to(x.device)[..., 0]  # as a product may give it
+    torch.ops.flipproof.zero_marked_(zeroed, strided)
+    assert same_bits(strided.contiguous(), grad.masked_fill(~kept, 0))
+
+
 @pytest.mark.parametrize("by", ["feature", "row"])
 @pytest.mark.parametrize(("shape", "dtype", "p", "lowest"), [
     (shape, dtype, p, lowest)
@@ -54,6 +68,7 @@ def test_each_channel_has_its_threshold(backend, shape, dtype, p, lowest, by):
     weights = sample(shape, dtype, seed=2)
     y.backward(weights.to(backend))
     assert same_bits(leaf.grad, weights.masked_fill(~kept, 0))
+    assert_marked(x.to(backend), (p, p), limits_of(guard_of(t), dtype).to(backend), expected, kept)
     assert kept.any()
     assert not kept.all() or (p, lowest) == (0.0, 8.0)
 
@@ -68,6 +83,10 @@ def test_a_shard_takes_its_rows_and_their_thresholds(backend, dtype):
             x[first:last].to(backend), zero_out_t=t[first:last].to(backend), offset=first * 401, **arguments
         )
         assert same_bits(part, whole[first:last])
+        limits = limits_of(guard_of(t[first:last]), dtype).to(backend)
+        flipped = flipproof.flip(x[first:last], offset=first * 401, **arguments)
+        kept = flipped.double().abs() < t[first:last]
+        assert_marked(x[first:last].to(backend), (2**-8, 2**-8), limits, whole[first:last], kept, first * 401)
     features = thresholds((50, 401), "feature", 1.5)
     whole = flipproof.flip(x, zero_out_t=features, **arguments)
     part = flipproof.flip(x[7:9].to(backend), zero_out_t=features.to(backend), offset=7 * 401, **arguments)
@@ -81,7 +100,23 @@ def test_other_faults_meet_the_same_guard(pattern):
     flipped = flipproof.flip(x, **arguments)
     kept = flipped.double().abs() < t
     assert same_bits(flipproof.flip(x, zero_out_t=t, **arguments), flipped.masked_fill(~kept, 0))
+    leaf = x.clone().requires_grad_()
+    weights = sample(x.shape, x.dtype, seed=2)
+    flipproof.flip(leaf, zero_out_t=t, **arguments).backward(weights)
+    rates = rates_of(Fault(0.01, 0.01, None, pattern), x.dtype).tolist()
+    assert_marked(x, rates, limits_of(guard_of(t), x.dtype), flipped.masked_fill(~kept, 0), leaf.grad != 0)
     assert 0 < int(kept.sum()) < x.numel()
+
+
+@pytest.mark.parametrize("t", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_threshold_for_all_marks_what_it_zeroes(backend, dtype, t):
+    x = sample((201, 130), dtype)
+    flipped = flipproof.flip(x, p_exp=2**-13, p_frac=2**-12, **WHERE)
+    kept = flipped.double().abs() < t
+    limits = limits_of(guard_of(t), dtype)
+    assert_marked(x.to(backend), (2**-13, 2**-12), limits, flipped.masked_fill(~kept, 0), kept)
+    assert 0 < int((~kept).sum()) < x.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -200,10 +200,12 @@ def test_each_mode_holds_what_it_says(tiny_llama, token_ids):
     few, more = (watched(build(of_blocks(tiny_llama, n), "selective"), token_ids)[2] for n in (1, 2))
     widths = 32 + 16 + 16 + 32 + 64 + 64 + 32 + 32 + 2
     assert more - few == 2 * 24 * (32 + widths) * 4
-    # weights: the merged ones, and for each, where the guard zeroed it, a bit or a byte
+    # weights: the merged ones, and of each layer its own flipped input, each with a byte for whether the guard zeroed
+    # it; but of inputs not the clean ones that nothing else keeps: of norms and of the last product
     model = build(tiny_llama, "none")
-    weights = sum(layer.weight.nbytes for layer in flipproof.faulty_layers(model).values())
-    assert weights < held["weights"] - held["none"] <= weights * 5 / 4
+    weights = sum(layer.weight.numel() for layer in flipproof.faulty_layers(model).values())
+    inputs = 2 * 24 * BLOCKS * (6 * 32 + 64)
+    assert held["weights"] - held["none"] == (weights + inputs) * 5 - 2 * 24 * BLOCKS * (2 * 32 + 64) * 4
 
 
 def of_blocks(make, n):

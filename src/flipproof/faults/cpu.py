@@ -94,15 +94,30 @@ def merge_by(
     if zeroed is None:
         flip_in_place(y, None, draw)
     else:
-        kept = torch.ones_like(zeroed)
-        flip_in_place(y, kept, draw)
-        torch.logical_not(kept, out=zeroed)
+        flip_marked_by_(flip_in_place, y, zeroed, draw)
     return y
 
 
-def new_zeroed(weight: torch.Tensor) -> torch.Tensor:
-    """Room for which elements of a weight the guard zeroed: here a mask."""
-    return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+def flip_marked(x: torch.Tensor, zeroed: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """``flip``; ``zeroed`` is as ``new_marks`` made it and then says what the guard zeroed."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    flip_marked_by_(flip_, y, zeroed, draw)
+    return y
+
+
+def flip_marked_by_(flip_in_place: Callable[..., None], x: torch.Tensor, zeroed: torch.Tensor, draw: Draw) -> None:
+    """``flip_marked`` in place and on any device, with what flips there; ``zeroed`` is a mask."""
+    kept = torch.ones_like(zeroed)
+    flip_in_place(x, kept, draw)
+    torch.logical_not(kept, out=zeroed)
+
+
+def new_zeroed(x: torch.Tensor) -> torch.Tensor:
+    """Room for which elements of ``x`` the guard zeroed: here a mask."""
+    return torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+
+
+new_marks = new_zeroed
 
 
 def zeroed_correction(

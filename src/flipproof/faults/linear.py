@@ -7,7 +7,7 @@ where r > 0.
 
 **Backward** draws the flips again, since a draw is a function of its key: what is kept between forward and backward
 is X, W, A and B, as for a clean LoRA layer. (Where activation checkpointing runs forward again just before backward,
-that run's W̃ is kept for it: ``checkpointed``.) Write X̃ and W̃ for the operands after flip and guard, dY for the
+that run's X̃ and W̃ are kept for it: ``checkpointed``.) Write X̃ and W̃ for the operands after flip and guard, dY for the
 incoming gradient and ⊙ keep for zeroing what the guard zeroed. Then
 
     dX = (dY · W̃) ⊙ keep_x        dW = (dYᵀ · X̃) ⊙ keep_w        dA = s · Bᵀ · dW        dB = s · dW · Aᵀ
@@ -220,8 +220,11 @@ class _FaultyMatmul(torch.autograd.Function):
         need_w, _, need_A, need_B = ctx.needs_input_grad[1:5]
         ctx.corrects = w_draw.zeroes and product.exact and (need_A or need_B) and not need_w
         ctx.x_draw, ctx.w_draw, ctx.product = x_draw, w_draw, product
-        flipped_x, flipped_w, merged, zeroed = x, weight, None, None
-        if x_draw.active:
+        flipped_x, flipped_w, merged, zeroed, zeroed_x = x, weight, None, None, None
+        ctx.keeps_x = x_draw.active and product.checkpointed
+        if ctx.keeps_x and x_draw.zeroes:
+            flipped_x, zeroed_x = ops.flip_marked(x, *x_draw.arguments)
+        elif x_draw.active:
             flipped_x = ops.flip(x, *x_draw.arguments)
         if lora_A is not None and product.checkpointed and not need_w:
             flipped_w, zeroed = ops.merge_grad(
@@ -232,12 +235,13 @@ class _FaultyMatmul(torch.autograd.Function):
             flipped_w = ops.merge(weight, lora_A, lora_B, product.scaling, *w_draw.arguments)
         elif w_draw.active:
             flipped_w = ops.flip(weight, *w_draw.arguments)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, *x_draw[:4], *w_draw[:3], merged, zeroed)
+        kept_x = flipped_x if ctx.keeps_x else x
+        ctx.save_for_backward(kept_x, weight, lora_A, lora_B, *x_draw[:4], *w_draw[:3], merged, zeroed, zeroed_x)
         return F.linear(flipped_x, flipped_w, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, *drawn, merged, zeroed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, *drawn, merged, zeroed, zeroed_x = ctx.saved_tensors
         x_rates, x_limits, x_key, tick, w_rates, w_limits, w_key = drawn
         x_draw = ctx.x_draw._replace(rates=x_rates, limits=x_limits, key=x_key, tick=tick)
         w_draw = ctx.w_draw._replace(rates=w_rates, limits=w_limits, key=w_key, tick=tick)
@@ -263,7 +267,9 @@ class _FaultyMatmul(torch.autograd.Function):
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
         flipped_x = x
-        if x_draw.active:
+        if zeroed_x is not None and grad_x is not None:
+            ops.zero_marked_(zeroed_x, grad_x)
+        if x_draw.active and not ctx.keeps_x:
             flipped_x = _flip_again(x, grad_x, grad_y, x_draw)
         flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:

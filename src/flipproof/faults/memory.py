@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flipproof.faults.cpu import merge_by, new_zeroed
+from flipproof.faults.cpu import flip_marked_by_, merge_by, new_marks, new_zeroed
 from flipproof.faults.draw import Draw
 from flipproof.faults.guard import guard_
 from flipproof.faults.philox import (
@@ -72,7 +72,7 @@ _KEPT_BYTES = 2**31
 _INTEGERS = {16: torch.int16, 32: torch.int32}
 """By the bits of an element."""
 _LOW_32 = 0xFFFFFFFF
-__all__ = ["flip", "flip_", "merge", "new_zeroed"]  # what a backend has
+__all__ = ["flip", "flip_", "flip_marked", "merge", "new_marks", "new_zeroed"]  # what a backend has
 
 
 class Flips(NamedTuple):
@@ -155,6 +155,13 @@ def flip_(x: Tensor, grad: Tensor | None, draw: Draw) -> None:
         flat_grad[flips.zeroed] = 0
     if draw.limits is not None:
         guard_(x.detach(), draw.limits, grad)
+
+
+def flip_marked(x: Tensor, zeroed: Tensor, draw: Draw) -> Tensor:
+    """The same, and what was zeroed; the arguments are those of ``cpu.flip_marked``."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    flip_marked_by_(flip_, y, zeroed, draw)
+    return y
 
 
 def merge(weight: Tensor, *rest: Any) -> Tensor:

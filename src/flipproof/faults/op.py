@@ -11,6 +11,9 @@ so an operator takes its ``arguments``.
 ``merge``       guard(flip(W + s·B·A)), the weight of a faulty layer with adapters
 ``merge_grad``  the same for backward, or from a forward that keeps it, and, where they are to be listed, which weights
                 the guard zeroed, as the backend likes to keep it
+``flip_marked``  for a forward that keeps what it flipped: also which values the guard zeroed, as the backend likes to
+               keep it
+``zero_marked_``  zeroes a gradient in place at these
 ``zeroed_correction``  what to add to the adapters' gradients so that those weights contribute nothing
 
 Rates, limits, key and tick are tensors, not numbers, so a compiled graph neither specialises on them nor waits for
@@ -40,6 +43,8 @@ _LIBRARY.define(f"flip(Tensor x, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_(Tensor(a!) x, {_DRAW}) -> ()")
 _LIBRARY.define(f"flip_again(Tensor x, Tensor after, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"flip_grad_(Tensor x, Tensor(a!) grad, Tensor after, {_DRAW}) -> Tensor")
+_LIBRARY.define(f"flip_marked(Tensor x, {_DRAW}) -> (Tensor, Tensor)")
+_LIBRARY.define("zero_marked_(Tensor zeroed, Tensor(a!) grad) -> ()")
 _LIBRARY.define(f"merge({_MERGE}, {_DRAW}) -> Tensor")
 _LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool list_zeroed, {_DRAW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -106,6 +111,25 @@ def _flip_grad_in_place(x: Tensor, grad: Tensor, _after: Tensor, *arguments: Any
     return y
 
 
+@_implement("flip_marked")
+def _flip_marked(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    draw = Draw(*arguments)
+    backend = _backend(x, draw)
+    zeroed = backend.new_marks(x)
+    return backend.flip_marked(x, zeroed, draw), zeroed
+
+
+@_implement("zero_marked_")
+def _zero_marked_in_place(zeroed: Tensor, grad: Tensor) -> None:
+    if zeroed.dtype == torch.bool:
+        grad.masked_fill_(zeroed, 0)
+        return
+    target = grad.contiguous()
+    _backend(grad).zero_marked_(zeroed, target)
+    if target is not grad:
+        grad.copy_(target)
+
+
 @_implement("merge")
 def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *arguments: Any) -> Tensor:
     draw = Draw(*arguments)
@@ -155,6 +179,16 @@ def _flip_again_fake(x: Tensor, _after: Tensor, *_draw: Any) -> Tensor:
 @torch.library.register_fake("flipproof::flip_grad_")
 def _flip_grad_in_place_fake(x: Tensor, _grad: Tensor, _after: Tensor, *_draw: Any) -> Tensor:
     return _flip_fake(x)
+
+
+@torch.library.register_fake("flipproof::flip_marked")
+def _flip_marked_fake(x: Tensor, *draw: Any) -> tuple[Tensor, Tensor]:
+    return _flip_fake(x), _backend(x, Draw(*draw)).new_marks(x)
+
+
+@torch.library.register_fake("flipproof::zero_marked_")
+def _zero_marked_in_place_fake(_zeroed: Tensor, grad: Tensor) -> None:
+    _backend(grad)
 
 
 @torch.library.register_fake("flipproof::merge")

@@ -201,9 +201,9 @@ def magnitude(x):
 
 
 @triton.jit
-def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):
-    """Zero the elements ``index``, where ``looked_at``, whose magnitude is not below the guard's ``limit``; and the
-    gradient with them."""
+def _guard(y_ptr, grad_ptr, marks_ptr, index, looked_at, limit, GRAD: tl.constexpr, MARK: tl.constexpr):
+    """Zero the elements ``index``, where ``looked_at``, whose magnitude is not below the guard's ``limit``; with GRAD
+    the gradient with them. With MARK, mark them."""
     # .cg: the atomics wrote to L2, so a line of L1 may be old
     y = tl.load(y_ptr + index, mask=looked_at, other=0.0, cache_modifier=".cg")
     out = looked_at & (magnitude(y) >= limit)
@@ -211,6 +211,26 @@ def _guard(y_ptr, grad_ptr, index, looked_at, limit, GRAD: tl.constexpr):
     if GRAD:
         zero = tl.zeros(out.shape, dtype=grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + index, zero, mask=out)
+    if MARK:
+        _mark(marks_ptr, index, out)
+
+
+@triton.jit
+def _mark(marks_ptr, index, marked):
+    """Set the bits of the elements ``index``, where ``marked``."""
+    word_ptr = marks_ptr + (index >> 5)
+    tl.atomic_or(word_ptr, (tl.full(index.shape, 1, tl.int32) << (index & 31).to(tl.int32)), mask=marked, sem="relaxed")
+
+
+@triton.jit
+def zero_marked_(marks_ptr, grad_ptr, n, WORDS: tl.constexpr):
+    """grad <- 0 where a bit is set."""
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    bits = tl.load(marks_ptr + word, mask=word * 32 < n, other=0)
+    if tl.max((bits != 0).to(tl.int32)) != 0:
+        for bit in range(32):
+            zero = tl.zeros(bits.shape, dtype=grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + word * 32 + bit, zero, mask=((bits >> bit) & 1) != 0)
 
 
 @triton.jit
@@ -277,12 +297,15 @@ def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN
 @triton.jit(do_not_specialize=["n_exp", "n_frac", "steps", "digits", "limit", "period", "key", "tick"])
 def flip_block(
     x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, period, odd, n, offset,
-    first_block,
+    first_block, marks_ptr,
     MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr, SPARSE: tl.constexpr,
-    COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr,
+    COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr, MARK: tl.constexpr,
     BY: tl.constexpr, LONG: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """y <- guard(flip(x)) for one block; x and y may be the same (not COPY)."""
+    """y <- guard(flip(x)) for one block; x and y may be the same (not COPY).
+
+    GRAD: zero the gradient where the guard zeroes. MARK: set the bit of what it zeroes, without dense digits.
+    """
     BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
     block = first_block + tl.program_id(0).to(tl.int64)
     start = block * _BLOCK - offset  # index in x of the block's first element; negative where x begins within it
@@ -297,6 +320,8 @@ def flip_block(
         if GUARD and not DENSE:
             own_limit = _limits(limit, start, tl.arange(0, _BLOCK), inside, period, n, BY, LONG, EVEN)
             if not SPARSE:
+                if MARK:
+                    _mark(marks_ptr, index, (magnitude(x) >= own_limit) & inside)
                 x = guarded(x, grad_ptr, index, inside, own_limit, GRAD)
 
     if SPARSE:  # drawn while x is under way
@@ -360,18 +385,18 @@ def flip_block(
                 whole = start + position
                 there = (whole >= 0) & (whole < n)
                 whole_limit = _limits(limit, start, position, there, period, n, BY, LONG, EVEN)
-                _guard(y_ptr, grad_ptr, whole, there, whole_limit, GRAD)
+                _guard(y_ptr, grad_ptr, marks_ptr, whole, there, whole_limit, GRAD, MARK)
         else:
-            _guard(y_ptr, grad_ptr, e_index, e_far, e_limit, GRAD)
-            _guard(y_ptr, grad_ptr, f_index, f_far, f_limit, GRAD)
+            _guard(y_ptr, grad_ptr, marks_ptr, e_index, e_far, e_limit, GRAD, MARK)
+            _guard(y_ptr, grad_ptr, marks_ptr, f_index, f_far, f_limit, GRAD, MARK)
             for first in range(LANES, tl.maximum(k_exp, k_frac), LANES):
                 e_more, e_flips, e_hit, f_more, f_flips, f_hit = _balls(
                     first + lane, block, tick, key, k_exp, k_frac, start, n, coins, BITS, MANTISSA, COIN
                 )
                 e_limit = _limits(limit, start, (e_more - start).to(tl.int32), e_hit, period, n, BY, LONG, False)
                 f_limit = _limits(limit, start, (f_more - start).to(tl.int32), f_hit, period, n, BY, LONG, False)
-                _guard(y_ptr, grad_ptr, e_more, e_hit, e_limit, GRAD)
-                _guard(y_ptr, grad_ptr, f_more, f_hit, f_limit, GRAD)
+                _guard(y_ptr, grad_ptr, marks_ptr, e_more, e_hit, e_limit, GRAD, MARK)
+                _guard(y_ptr, grad_ptr, marks_ptr, f_more, f_hit, f_limit, GRAD, MARK)
 
 
 # -- a few lanes for each block: balls in place ---------------------------------------------------------------
@@ -423,7 +448,7 @@ def flip_sparse_(
                 if LIST:
                     _guard_and_list(y_ptr, odd, list_ptr, room, index, there, own_limit)
                 else:
-                    _guard(y_ptr, y_ptr, index, there, own_limit, False)
+                    _guard(y_ptr, y_ptr, y_ptr, index, there, own_limit, False, False)
         else:
             for first in range(0, most, LANES):
                 e_index, e_flips, e_hit, f_index, f_flips, f_hit = _balls(
@@ -435,5 +460,5 @@ def flip_sparse_(
                     _guard_and_list(y_ptr, odd, list_ptr, room, e_index, e_hit, e_limit)
                     _guard_and_list(y_ptr, odd, list_ptr, room, f_index, f_hit, f_limit)
                 else:
-                    _guard(y_ptr, y_ptr, e_index, e_hit, e_limit, False)
-                    _guard(y_ptr, y_ptr, f_index, f_hit, f_limit, False)
+                    _guard(y_ptr, y_ptr, y_ptr, e_index, e_hit, e_limit, False, False)
+                    _guard(y_ptr, y_ptr, y_ptr, f_index, f_hit, f_limit, False, False)

@@ -18,6 +18,8 @@ from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, flip_plan
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _compiled: dict[tuple[Any, ...], Any] = {}
+_WORDS = 256
+"""Of marks to a program."""
 
 
 def _launch(
@@ -152,15 +154,44 @@ def flip_(x: Tensor, grad: Tensor | None, draw: Draw) -> None:
     flip_into(x, x, grad, draw)
 
 
+def flip_marked(x: Tensor, zeroed: Tensor, draw: Draw) -> Tensor:
+    """``flip``; ``zeroed`` is as ``new_marks`` made it and then says what the guard zeroed."""
+    dense = x.contiguous()
+    y = torch.empty_like(x) if dense is x else dense
+    if _plan_of(draw, y).dense:
+        kept = torch.ones_like(y, dtype=torch.bool)
+        flip_into(y, dense, kept, draw)
+        _pack(kept.logical_not_(), zeroed)
+    else:
+        flip_into(y, dense, None, draw, zeroed)
+    return y
+
+
+def zero_marked_(zeroed: Tensor, grad: Tensor) -> None:
+    """grad <- 0 where ``flip_marked`` says; contiguous ``grad``."""
+    if grad.numel():
+        programs = triton.cdiv(zeroed.numel(), _WORDS)
+        _launch(kernels.zero_marked_, programs, 4, (zeroed, grad, grad.numel()), (_WORDS,))
+
+
+def new_marks(x: Tensor) -> Tensor:
+    """Room for which elements of ``x`` the guard zeroed, int32: a bit for each."""
+    return torch.zeros(triton.cdiv(x.numel(), 32), dtype=torch.int32, device=x.device)
+
+
 def flip_into(
     y: Tensor,
     x: Tensor,
     grad: Tensor | None,
     draw: Draw,
+    zeroed: Tensor | None = None,
     blocks: range | None = None,
     lanes: int | None = None,
 ) -> None:
-    """y <- guard(flip(x)), both contiguous, or one tensor. Tests choose the blocks and the number of lanes."""
+    """y <- guard(flip(x)), both contiguous, or one tensor. Tests choose the blocks and the number of lanes.
+
+    ``zeroed``, where given and digits are not dense, gets the bits set of what the guard zeroes.
+    """
     key, tick, offset = draw.key, draw.tick, draw.offset
     n = y.numel()
     if n == 0:
@@ -196,6 +227,7 @@ def flip_into(
             n,
             offset,
             blocks.start,
+            plan.table if zeroed is None else zeroed,
         ),
         (
             plan.mantissa,
@@ -206,6 +238,7 @@ def flip_into(
             y is not x,  # COPY
             draw.limits is not None,
             grad is not None,
+            zeroed is not None,  # MARK
             guard.by,
             guard.period >= BLOCK,
             guard.period % 8 == 0 and offset % 8 == 0,
@@ -377,7 +410,7 @@ def _as_mask(dtype: torch.dtype, rates: Tensor) -> bool:
 
 
 def _pack(mask: Tensor, zeroed: Tensor) -> None:
-    """Write a mask into what ``new_zeroed`` made, a bit for each element."""
+    """Write a mask into what ``new_zeroed`` or ``new_marks`` made, a bit for each element."""
     flat = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     packed = (flat.to(torch.uint8) << places).sum(1, dtype=torch.uint8)

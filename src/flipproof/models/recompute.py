@@ -6,7 +6,8 @@ Each block of a model keeps one of these for its backward pass, from least to mo
 - ``products``: the results of matrix products and of attention, which cost nearly all of the time; the rest, norms,
   rotations, activations and flips, is computed again;
 - ``everything`` that backward needs (with torch.compile, less: its partitioner recomputes what is cheap);
-- ``weights``: everything, and the faulty layers' merged weights, which they otherwise merge again for backward.
+- ``weights``: everything, and the faulty layers' merged weights and flipped inputs, which they otherwise merge and flip
+  again for backward.
 
 ``fit`` picks the most that the memory of the GPU holds: it goes through this list as long as all blocks find room, each
 cost being that of a trial step, and the level that does not fit goes to as many blocks as it does.
