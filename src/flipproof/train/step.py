@@ -22,7 +22,7 @@ from flipproof.log import logger
 from flipproof.models import recompute
 from flipproof.models.build import unguarded
 from flipproof.models.load import compute_context
-from flipproof.models.loss import next_token_loss
+from flipproof.models.loss import ask_teacher, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks
 from flipproof.train.checkpoint import Progress, list_checkpoints
 from flipproof.train.optimizer import LossScale, make_optimizer
@@ -100,7 +100,8 @@ class Training:
         chosen = chosen_sequences(self.lengths, training.seed, sequence + self.world.rank * rows, rows)
         ids = self.text.batch(chosen).to(self.world.device)
         with compute_context(training, self.model):
-            return next_token_loss(self.model, ids, forward=self.gradients.forward)
+            teacher = ask_teacher(self.model, ids, training.distill) if training.distill else None
+            return next_token_loss(self.model, ids, forward=self.gradients.forward, teacher=teacher)
 
     def _is_finite(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the step may be taken; all processes decide alike, whichever of them has the loss that is not."""
