@@ -102,6 +102,11 @@ def test_a_budget_of_tokens_is_a_number_of_steps_before_there_are_weights(config
         ({"data": {"bos": True}}, r"data\.bos = True"),
         ({"lora": {"r": 0}, "training": {"dtype": "bfloat16"}}, r"AdamW cannot train bfloat16 weights"),
         ({"bitflip": {"skip_patterns": ["proj"]}}, r"skip_patterns"),
+        (
+            {"training": {"distill": 0.5}, "lora": {"r": 0}},
+            r"distill = 0\.5 with lora\.r = 0: .*0 is allowed, or lora\.r",
+        ),
+        ({"training": {"distill": 1.0}, "model": {"init": "random"}}, r"distill = 1 with model\.init = 'random'"),
     ],
 )
 def test_what_would_keep_a_run_from_beginning_is_found(config, sections, words):
