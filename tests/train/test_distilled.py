@@ -94,3 +94,9 @@ def test_its_control_is_the_run_without_faults_to_the_bit(base, tmp_path):
     control, without = tmp_path / "run/control", tmp_path / "without"
     assert metrics(control) == metrics(without)
     assert all(torch.equal(value, weights(without)[name]) for name, value in weights(control).items())
+
+
+def test_without_faults_and_text_there_is_nothing_to_learn(base, tmp_path):
+    train(replace(settings(base, tmp_path / "run", distill=1.0, steps=2), bitflip=BitFlipSpec()))
+    assert [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "run")] == [(0.0, 0.0)] * 2
+    assert not any(value.any() for name, value in weights(tmp_path / "run").items() if "lora_B" in name)
