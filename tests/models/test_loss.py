@@ -434,6 +434,8 @@ def test_the_teacher_is_the_model_before_it_had_faults_and_adapters(telling_llam
         return model
 
     clean, student, twin = made().eval(), faulty(made(), sites), faulty(made(), sites)
+    labels = token_ids.clone()
+    labels[0, :7] = IGNORED
     fuse_loss(student)
     assert (type(student.get_output_embeddings()) is LossHead) == (makes == "a head")
     with torch.no_grad():
@@ -452,12 +454,12 @@ def test_the_teacher_is_the_model_before_it_had_faults_and_adapters(telling_llam
         taught = clean.lm_head(teacher.states) if makes == "a head" else teacher.states
         assert torch.equal(taught, others)
         assert not teacher.states.requires_grad
-        got = graded(student, next_token_loss(student, token_ids, teacher=teacher))
+        got = graded(student, next_token_loss(student, token_ids, labels, teacher=teacher))
 
         def expected(tick=tick):
             flipproof.set_tick(twin, tick)
             torch.manual_seed(tick)
-            return graded(twin, distilled_by_torch(twin(token_ids).logits, others, token_ids, 0.4))
+            return graded(twin, distilled_by_torch(twin(token_ids).logits, others, labels, 0.4))
 
         assert_same_function(got, expected, twin.parameters())
 

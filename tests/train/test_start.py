@@ -66,6 +66,15 @@ def test_adapters_that_train_without_any_fault_are_told(config, caplog):
     assert line not in caplog.messages
 
 
+def test_distillation_is_told(config, caplog):
+    caplog.set_level("INFO")
+    line = "a step runs the model once more, without faults, to distil from it (training.distill)"
+    check(config)
+    assert line not in caplog.messages
+    check(parts(config, training={"distill": 0.5}))
+    assert line in caplog.messages
+
+
 def test_of_a_short_text_the_passes_are_counted(config, caplog):
     caplog.set_level("INFO")
     check(parts(config, data={"max_tokens": 4800}))

@@ -184,11 +184,12 @@ def _from_head(head: LossHead, model: nn.Module, ids: Tensor, forward: Callable[
 
 def _distilled(logits: Tensor, labels: Tensor, teacher: Teacher) -> Tensor:
     """The loss of whole logits (rows, s, v) with a teacher whose ``states`` are logits."""
-    counted = labels[:, 1:] != IGNORED
-    own, taught = (each[:, :-1][counted].float().log_softmax(1) for each in (logits, teacher.states))
-    n = counted.sum().clamp(min=1)
-    of_text = F.nll_loss(own, labels[:, 1:][counted], reduction="sum") / n
-    return (1 - teacher.share) * of_text + teacher.share * F.kl_div(own, taught, reduction="sum", log_target=True) / n
+    own, taught = (each[:, :-1].float().log_softmax(2) for each in (logits, teacher.states))
+    counts = labels[:, 1:] != IGNORED
+    of_text = -own.gather(2, labels[:, 1:, None].where(counts[..., None], 0)).squeeze(2)
+    divergence = F.kl_div(own, taught, reduction="none", log_target=True).sum(2)
+    losses = (1 - teacher.share) * of_text + teacher.share * divergence
+    return losses.where(counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
