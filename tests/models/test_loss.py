@@ -8,8 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
+from flipproof.faults.inject import fault_state, iter_faulty
 from flipproof.models import loss
-from flipproof.models.loss import IGNORED, LossHead, fuse_loss, next_token_loss
+from flipproof.models.loss import IGNORED, LossHead, Teacher, ask_teacher, fuse_loss, next_token_loss
 
 TOKENS, WIDTH, VOCABULARY = 12, 8, 37
 
@@ -246,7 +247,7 @@ def test_the_head_gives_logits_as_always(tiny_llama, token_ids):
     assert torch.equal(model(token_ids).logits, plain(token_ids).logits)
     next_token_loss(model, token_ids)
     assert torch.equal(model(token_ids).logits, plain(token_ids).logits)  # the loss leaves nothing behind
-    assert model.lm_head.loss is None
+    assert model.lm_head.gave is None
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 257}
     assert torch.equal(model.generate(token_ids, **options), plain.generate(token_ids, **options))
 
@@ -329,3 +330,150 @@ def test_an_evaluation_takes_no_gradients(tiny_llama, token_ids):
         with torch.set_grad_enabled(on), Count() as count:
             assert torch.equal(next_token_loss(model, token_ids), expected)
         assert count.shapes == formed
+
+
+# -- distilled ---------------------------------------------------------------------------------------------------------
+
+
+def distilled_by_torch(logits, taught, labels, share):
+    """By torch's own functions on whole logits (batch, sequence, vocabulary), in float64."""
+    counts = labels[:, 1:].reshape(-1) != IGNORED
+    own, taught = (each.double()[:, :-1].reshape(-1, each.shape[-1])[counts] for each in (logits, taught))
+    of_text = F.cross_entropy(own, labels[:, 1:].reshape(-1)[counts])
+    return (1 - share) * of_text + share * F.kl_div(own.log_softmax(1), taught.softmax(1), reduction="batchmean")
+
+
+@pytest.mark.parametrize("ignored", ["none", "some"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_distilled_loss_and_its_gradients_are_torchs(dtype, share, bias, ignored):
+    head, labels = LossHead(make_head(bias, dtype)), make_labels(ignored)
+    hidden, taught = make_hidden(dtype).requires_grad_(), make_hidden(dtype).flip(1)
+    parameters = [hidden, *head.parameters()]
+
+    def graded(loss):
+        return [loss.double(), *(grad.double() for grad in torch.autograd.grad(loss * 3.0, parameters))]
+
+    def expected():
+        with torch.no_grad():
+            others = F.linear(taught.double(), *(each.double() for each in head.parameters()))
+        own = F.linear(hidden.double(), *(each.double() for each in head.parameters()))
+        return graded(distilled_by_torch(own, others, labels, share))
+
+    head.targets, head.teacher = labels, Teacher(taught, share)
+    assert_same_function(graded(head(hidden)), expected, parameters)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_distilled_in_bfloat16_the_loss_is_float32(autocast):
+    held, hidden = make_head().bfloat16(), make_hidden(torch.bfloat16)
+    taught, labels = hidden.flip(1), make_labels()
+    wide = hidden.double().requires_grad_()
+    own, others = (F.linear(each, held.weight.double(), held.bias.double()) for each in (wide, taught.double()))
+    expected = distilled_by_torch(own, others, labels, 0.7)
+    expected.backward()
+    dtype = torch.float32 if autocast else torch.bfloat16
+    head, hidden = LossHead(held.to(dtype)), hidden.to(dtype).requires_grad_()
+    head.targets, head.teacher = labels, Teacher(taught.to(dtype), 0.7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = head(hidden)
+    assert got.dtype == torch.float32
+    got.backward()
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=2**-8, atol=0)
+    assert float((hidden.grad.double() - wide.grad).norm() / wide.grad.norm()) < 2**-7
+
+
+def test_a_distilled_float16_gradient_survives_by_the_loss_scale():
+    head = LossHead(nn.Linear(1, 2, bias=False, dtype=torch.float16).requires_grad_(False))
+    head.weight.copy_(torch.tensor([[2.0**-11], [0.0]]))
+    hidden = torch.zeros(1, 2**15 + 1, 1, dtype=torch.float16).requires_grad_()
+    # the teacher's logits differ by 31, so that its distribution is (1, 0) and p - q is (-1/2, 1/2)
+    head.targets, head.teacher = torch.ones(1, 2**15 + 1, dtype=torch.int64), Teacher(0 * hidden.detach() + 63488, 1.0)
+    (head(hidden) * 2.0**16).backward()
+    assert hidden.grad[0, :-1].unique().tolist() == [-(2.0**-11)]
+
+
+def test_a_share_of_0_changes_no_bit_and_who_says_the_same_learns_nothing(monkeypatch):
+    monkeypatch.setattr(loss, "_CHUNK", 2**20)  # one chunk: with a teacher there are more, and sums in another order
+    head, labels, hidden = make_head().requires_grad_(False), make_labels(), make_hidden().requires_grad_()
+    results = []
+    for teacher in (None, Teacher(hidden.detach().flip(1), 0.0), Teacher(hidden.detach(), 1.0)):
+        each = LossHead(head)
+        each.targets, each.teacher = labels, teacher
+        got = each(hidden)
+        results.append((got, *torch.autograd.grad(got, hidden)))
+    text, nothing, itself = results
+    assert all(torch.equal(*pair) for pair in zip(text, nothing, strict=True))
+    assert not any(result.any() for result in itself)
+
+
+FAULTS = BitFlipSpec(w_p_frac=0.01, x_p_frac=0.01, w_zero_out_t=0.5, x_zero_out_t=64.0)
+"""The guard zeroes clean weights too: the teacher is without it."""
+
+
+def faulty(model, sites=("linear",)):
+    """With adapters that have learnt something."""
+    spec = BitFlipSpec(**{**vars(FAULTS), "sites": sites})
+    flipproof.inject(model, spec, LoraSpec(r=2))
+    for _, layer in iter_faulty(model):
+        nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("makes", ["a head", "a faulty head", "a soft cap"])
+def test_the_teacher_is_the_model_before_it_had_faults_and_adapters(telling_llama, tiny_llama, token_ids, makes):
+    """Against another model, without dropout, and whole logits; as if it were never asked where draws are concerned."""
+    sites = ("linear", "head") if makes == "a faulty head" else ("linear",)
+
+    def made():
+        if makes == "a soft cap":
+            return _tiny("Gemma2", final_logit_softcapping=0.05, attention_dropout=0.3).train()
+        model = tiny_llama(attention_dropout=0.3).train()
+        model.load_state_dict(telling_llama.state_dict())
+        return model
+
+    clean, student, twin = made().eval(), faulty(made(), sites), faulty(made(), sites)
+    labels = token_ids.clone()
+    labels[0, :7] = IGNORED
+    fuse_loss(student)
+    assert (type(student.get_output_embeddings()) is LossHead) == (makes == "a head")
+    with torch.no_grad():
+        others = clean(token_ids).logits
+
+    def graded(model, loss):
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [loss.detach().double(), *torch.autograd.grad(loss, parameters)]
+
+    flipproof.set_tick(student, 5)
+    for tick in (5, 6):
+        torch.manual_seed(tick)
+        teacher = ask_teacher(student, token_ids, 0.4)
+        assert student.training
+        assert int(fault_state(student)._next) == tick
+        taught = clean.lm_head(teacher.states) if makes == "a head" else teacher.states
+        assert torch.equal(taught, others)
+        assert not teacher.states.requires_grad
+        got = graded(student, next_token_loss(student, token_ids, labels, teacher=teacher))
+
+        def expected(tick=tick):
+            flipproof.set_tick(twin, tick)
+            torch.manual_seed(tick)
+            return graded(twin, distilled_by_torch(twin(token_ids).logits, others, labels, 0.4))
+
+        assert_same_function(got, expected, twin.parameters())
+
+
+def test_the_teachers_logits_are_never_held_whole_either(tiny_llama, monkeypatch):
+    vocabulary, tokens = 1031, 4 * 64
+    monkeypatch.setattr(loss, "_CHUNK", 96 * vocabulary)
+    ids = torch.randint(0, vocabulary, (4, 65), generator=torch.Generator().manual_seed(0))
+    model = faulty(tiny_llama(vocab_size=vocabulary))
+    fuse_loss(model)
+    with _Largest(vocabulary) as largest:
+        teacher = ask_teacher(model, ids, 0.5)
+        assert largest.logits == 0
+        next_token_loss(model, ids, teacher=teacher).backward()
+    assert teacher.states.shape == (4, 65, 32)
+    assert largest.logits == 48 * vocabulary  # of each of the two
+    assert largest.numel < tokens * vocabulary / 4

@@ -21,7 +21,7 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.config import RunConfig, TrainingConfig
 from flipproof.models import recompute
-from flipproof.models.loss import next_token_loss
+from flipproof.models.loss import ask_teacher, next_token_loss
 from flipproof.models.parallelize import blocks, parallelize
 from flipproof.world import World
 
@@ -47,8 +47,8 @@ def build(make, mode, lora=True, faulty=True, compiled=False):
     return model
 
 
-def loss_and_gradients(model, ids):
-    loss = next_token_loss(model, ids)
+def loss_and_gradients(model, ids, distilled=False):
+    loss = next_token_loss(model, ids, teacher=ask_teacher(model, ids, 0.5) if distilled else None)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -103,6 +103,16 @@ def test_two_forward_passes_before_their_backward(tiny_llama, token_ids):
         two.backward()
         results.append(gradient + [p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_what_runs_again_is_not_what_the_teacher_ran(tiny_llama, token_ids):
+    """Though the teacher of the next micro-batch is asked before backward."""
+    one, other = build(tiny_llama, "none"), build(tiny_llama, "full")
+    first = loss_and_gradients(one, token_ids, distilled=True)
+    loss = next_token_loss(other, token_ids, teacher=ask_teacher(other, token_ids, 0.5))
+    ask_teacher(other, token_ids.flip(0), 0.5)
+    loss.backward()
+    assert_same(first, (loss.detach(), {name: p.grad for name, p in other.named_parameters() if p.grad is not None}))
 
 
 def test_every_nth_block_runs_again(tiny_llama):
@@ -358,6 +368,20 @@ def test_an_evaluation_compiles_once_more(tiny_llama, token_ids, graphs):
         )
     assert counters["stats"]["unique_graphs"] == 1
     loss_and_gradients(model, token_ids)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_teacher_compiles_once_more(tiny_llama, token_ids, graphs):
+    model, eager = build(tiny_llama, "full", compiled=True), build(tiny_llama, "none")
+
+    def expected():
+        eager.zero_grad()
+        flipproof.set_tick(eager, 0)
+        return loss_and_gradients(eager, token_ids, distilled=True)
+
+    assert_same_function(loss_and_gradients(model, token_ids, distilled=True), expected, eager.parameters())
+    assert counters["stats"]["unique_graphs"] == 2
+    loss_and_gradients(model, token_ids, distilled=True)
     assert counters["stats"]["unique_graphs"] == 2
 
 

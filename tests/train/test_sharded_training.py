@@ -44,6 +44,7 @@ ALL_LINEAR = ("--bitflip.sites", "[linear, head]")
 MEASURED_LITTLE = ("--eval.trials", "1", "--training.save_freq", "0")
 SCRATCH = ("--model.init", "random", "--lora.r", "0")
 TRAIN_ALL = ("--lora.r", "0", "--training.lr", "1e-3")
+DISTILLED = ("--training.distill", "0.5", *MEASURED_LITTLE)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ def memories(home):
 
 
 def references(home):
-    return {"lora": (), "all": TRAIN_ALL, "scratch": SCRATCH, "memories": (*TRAIN_ALL, *memories(home))}
+    memorised = (*TRAIN_ALL, *memories(home))
+    return {"lora": (), "all": TRAIN_ALL, "scratch": SCRATCH, "memories": memorised, "distilled": DISTILLED}
 
 
 # what says when layers are gathered, computed again and written, each in one of them
@@ -133,6 +135,8 @@ def pair(home, single):
     jobs["all"] = arguments(home, "pair/all", 2, *TRAIN_ALL)
     jobs["scratch"] = arguments(home, "pair/scratch", 2, *SCRATCH)
     jobs["memories"] = arguments(home, "pair/memories", 2, *TRAIN_ALL, *memories(home))
+    for name in ("no_shard", "shard_grad_op", "keep_gathered"):
+        jobs[f"distilled_{name}"] = arguments(home, f"pair/distilled/{name}", 2, *DISTILLED, *STRATEGIES[name])
     jobs["bfloat16"] = arguments(
         home, "pair/bfloat16", 2, "--training.mixed_precision_param", "bfloat16", *MEASURED_LITTLE
     )
@@ -198,6 +202,13 @@ def test_faulty_memories_train_as_in_one_process(single, pair):
     assert_same_run(pair / "memories", single / "memories")
     clean, flipped = (arms(single / "memories")[name]["loss"] for name in ("clean", "flipped"))
     assert abs(flipped - clean) > 0.05
+
+
+@pytest.mark.parametrize("strategy", ["no_shard", "shard_grad_op", "keep_gathered"])
+def test_two_processes_distil_as_one(single, pair, strategy):
+    """The teacher's pass runs through the same wrapped model."""
+    assert_same_run(pair / "distilled" / strategy, single / "distilled")
+    assert distance_of_weights(pair / "distilled" / strategy, single / "lora") > 10 * room(single / "lora")["weight"]
 
 
 def test_from_scratch_starts_and_trains_as_in_one_process(single, pair):

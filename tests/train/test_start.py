@@ -66,6 +66,15 @@ def test_adapters_that_train_without_any_fault_are_told(config, caplog):
     assert line not in caplog.messages
 
 
+def test_distillation_is_told(config, caplog):
+    caplog.set_level("INFO")
+    line = "a step runs the model once more, without faults, to distil from it (training.distill)"
+    check(config)
+    assert line not in caplog.messages
+    check(parts(config, training={"distill": 0.5}))
+    assert line in caplog.messages
+
+
 def test_of_a_short_text_the_passes_are_counted(config, caplog):
     caplog.set_level("INFO")
     check(parts(config, data={"max_tokens": 4800}))
@@ -102,6 +111,11 @@ def test_a_budget_of_tokens_is_a_number_of_steps_before_there_are_weights(config
         ({"data": {"bos": True}}, r"data\.bos = True"),
         ({"lora": {"r": 0}, "training": {"dtype": "bfloat16"}}, r"AdamW cannot train bfloat16 weights"),
         ({"bitflip": {"skip_patterns": ["proj"]}}, r"skip_patterns"),
+        (
+            {"training": {"distill": 0.5}, "lora": {"r": 0}},
+            r"distill = 0\.5 with lora\.r = 0: .*0 is allowed, or lora\.r",
+        ),
+        ({"training": {"distill": 1.0}, "model": {"init": "random"}}, r"distill = 1 with model\.init = 'random'"),
     ],
 )
 def test_what_would_keep_a_run_from_beginning_is_found(config, sections, words):

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from flipproof import BitFlipSpec, LoraSpec, inject
 from flipproof.models.load import FLAVORS
+from flipproof.models.loss import ask_teacher
 from flipproof.train.throughput import (
     communication_share,
     difference_length,
@@ -66,6 +67,16 @@ def test_adapters_of_faulty_layers_need_what_pytorch_counts(tiny_llama, token_id
     unneeded = 2 * sum(layer.weight.numel() for layer in (first.q_proj, first.k_proj, first.v_proj))
     expected = flops_per_token(model, PAIRS) - unneeded
     assert counted(model, token_ids) == expected
+
+
+def test_a_teacher_needs_what_pytorch_counts(tiny_llama, token_ids):
+    model = tiny_llama()
+    inject(model, BitFlipSpec(w_p_exp=2**-10), LoraSpec(r=4))
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        ask_teacher(model, token_ids, 0.5)
+    expected = flops_per_token(model, PAIRS, distilled=True) - flops_per_token(model, PAIRS)
+    assert counter.get_total_flops() == expected * token_ids.numel()
 
 
 def test_a_token_passes_through_some_experts_only(token_ids):

@@ -92,6 +92,10 @@ class TrainingConfig(Table):
     CPU it is none."""
     compile: bool | None = None
     """Compile the model's blocks with torch.compile. Default: on a GPU."""
+    distill: Annotated[float, Between(0, 1)] = 0.0
+    """Share of the loss that is the KL divergence, in nats, of the model's next-token distribution from that of its own
+    weights without faults and adapters, which costs one more forward pass a step; the rest is cross-entropy with the
+    text. Needs adapters (lora.r) on pretrained weights."""
     control: bool = False
     """Train a control as well, into control/ of the run's directory: the same model, text, order and steps, without
     faults. What training with faults is worth is what it wins over that. It doubles the cost of the run."""

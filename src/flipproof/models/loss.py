@@ -10,15 +10,27 @@ that generation and lm-eval see the head they know; ``next_token_loss`` asks it 
 evaluation, for that of each row. Between a model's forward and its head stands code of ``transformers`` that passes
 nothing on but hidden states; so what is asked for is set on the head before, and taken from it after. A model that
 changes logits after its head (a soft cap, a scale) is not given such a head: there the logits are held whole.
+
+**Distillation** (Hinton et al., 2015; forward KL). The teacher is the model itself with faults and adapters off, which
+``ask_teacher`` runs without gradients; of a share d of the loss its next-token distribution q is the target. In nats,
+the mean over tokens of
+
+    (1 - d) · CE(e, p) + d · KL(q ‖ p)        d loss / d logits = (p - (1 - d)·e - d·q) / n
+
+so it is one more term of the same chunks. What is kept of the teacher are its last hidden states, and its logits are
+made beside the model's own, from the same weights: a ``LossHead`` has neither faults nor adapters. A head that has is
+a faulty layer, and no ``LossHead``: clean for the teacher, and the logits of both are held whole.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flipproof.faults.inject import faults
 
 _CHUNK = 2**27
 """Logits held at a time, at most: 512 MiB in float32."""
@@ -31,6 +43,15 @@ IGNORED = -100
 """A label that counts for nothing, as in transformers."""
 
 
+class Teacher(NamedTuple):
+    """What a model learns from beside the text: what it says itself, of the same tokens, without faults."""
+
+    states: Tensor
+    """Its last hidden states (rows, s, d) where it has a ``LossHead``, else its logits (rows, s, v)."""
+    share: float
+    """Of the loss, 0 to 1, that is the divergence from it."""
+
+
 class LossHead(nn.Linear):
     """An output head that can give the loss instead of the logits."""
 
@@ -38,8 +59,12 @@ class LossHead(nn.Linear):
     """Labels (batch, sequence): forward then gives the mean next-token loss over them."""
     by_row = False
     """Whether the mean is taken of each row apart, without gradients and with no label ignored."""
-    loss: Tensor | None = None
-    """What it gave last."""
+    teacher: Teacher | None = None
+    """Whose distribution is a share of that loss's target, if any."""
+    gives_hidden = False
+    """Whether forward gives the hidden states themselves."""
+    gave: Tensor | None = None
+    """What it gave last in the place of logits."""
 
     def __init__(self, head: nn.Linear) -> None:
         nn.Module.__init__(self)  # the parameters are the head's: nothing is allocated twice
@@ -49,21 +74,27 @@ class LossHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (batch, sequence, vocabulary), or with ``targets`` their mean cross-entropy in float32; ``by_row``, a
-        float64 one for each of the batch."""
+        float64 one for each of the batch. With ``gives_hidden`` what it got."""
+        if self.gives_hidden:
+            self.gave = hidden
+            return hidden
         if self.targets is None:
             return F.linear(hidden, self.weight, self.bias)
         hidden = hidden[:, :-1].reshape(-1, self.in_features)
         if self.by_row:
-            self.loss = (
+            self.gave = (
                 self._token_losses(hidden, self.targets[:, 1:].reshape(-1, 1)).view(len(self.targets), -1).mean(1)
             )
-            return self.loss
+            return self.gave
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if not torch.is_grad_enabled():  # a function is not told, and would take gradients that nobody wants
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        self.loss = _LinearCrossEntropy.apply(hidden, weight, bias, self.targets[:, 1:].reshape(-1))
-        return self.loss
+        taught, share = (None, 0.0) if self.teacher is None else self.teacher
+        if taught is not None:
+            taught = taught[:, :-1].reshape(-1, self.in_features)
+        self.gave = _LinearCrossEntropy.apply(hidden, weight, bias, self.targets[:, 1:].reshape(-1), taught, share)
+        return self.gave
 
     def _token_losses(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy (n, 1) in float64 of hidden states (n, in) with their targets (n, 1), a chunk at a time."""
@@ -84,21 +115,46 @@ def fuse_loss(model: nn.Module) -> None:
 
 
 def next_token_loss(
-    model: nn.Module, ids: Tensor, labels: Tensor | None = None, forward: Callable[..., Any] | None = None
+    model: nn.Module,
+    ids: Tensor,
+    labels: Tensor | None = None,
+    forward: Callable[..., Any] | None = None,
+    teacher: Teacher | None = None,
 ) -> Tensor:
-    """Mean cross-entropy in nats of tokens 1 to s-1 of each row given those before, as a float32 scalar.
+    """Mean cross-entropy in nats of tokens 1 to s-1 of each row given those before, as a float32 scalar; with a
+    teacher, its share of the loss is the mean KL divergence of the model's distribution from the teacher's.
 
     Args:
         ids: int64 token ids of shape (rows, s).
         labels: the same shape, where they are not ``ids``; the mean is over those that are not IGNORED.
         forward: what to call in the place of ``model``, where something wraps it.
+        teacher: what ``ask_teacher`` gave for the same ids.
     """
     forward, labels = forward or model, ids if labels is None else labels
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(head, LossHead):
-        loss: Tensor = forward(input_ids=ids, labels=labels, use_cache=False).loss
-        return loss
-    return _from_head(head, model, ids, labels, forward)
+    if isinstance(head, LossHead):
+        return _from_head(head, model, ids, forward, targets=labels, teacher=teacher)
+    if teacher is not None:
+        return _distilled(forward(input_ids=ids, use_cache=False).logits, labels, teacher)
+    loss: Tensor = forward(input_ids=ids, labels=labels, use_cache=False).loss
+    return loss
+
+
+@torch.no_grad()
+def ask_teacher(model: nn.Module, ids: Tensor, share: float) -> Teacher:
+    """What a model with faulty layers says of ``ids`` (rows, s) without faults, adapters and dropout. Its next pass has
+    the tick that it would have had without this one."""
+    head, training = model.get_output_embeddings(), model.training  # type: ignore[operator]
+    model.eval()
+    try:
+        with faults(model, flips=False, guard=False, adapters=False):
+            if isinstance(head, LossHead):
+                states = _from_head(head, model, ids, model, gives_hidden=True)
+            else:
+                states = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(training)
+    return Teacher(states, share)
 
 
 @torch.no_grad()
@@ -110,36 +166,54 @@ def loss_by_row(model: nn.Module, ids: Tensor) -> Tensor:
         logits = model(input_ids=ids, use_cache=False).logits
         rows = [_cross_entropy(row, targets[:, None]) for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True)]
         return torch.stack(rows).squeeze(2).double().mean(1)
-    head.by_row = True
-    try:
-        return _from_head(head, model, ids, ids, model)
-    finally:
-        head.by_row = False
+    return _from_head(head, model, ids, model, targets=ids, by_row=True)
 
 
-def _from_head(head: LossHead, model: nn.Module, ids: Tensor, labels: Tensor, forward: Callable[..., Any]) -> Tensor:
-    head.targets = labels
+def _from_head(head: LossHead, model: nn.Module, ids: Tensor, forward: Callable[..., Any], **asked: Any) -> Tensor:
+    """What ``head`` gives in the place of logits, where it has these attributes for one forward pass."""
+    vars(head).update(asked)
     try:
-        loss: Tensor = forward(input_ids=ids, use_cache=False).logits
-        if head.loss is None or loss.data_ptr() != head.loss.data_ptr():
+        given: Tensor = forward(input_ids=ids, use_cache=False).logits
+        if head.gave is None or given.data_ptr() != head.gave.data_ptr():
             raise NotImplementedError(f"{type(model).__name__} changes its logits after the output head")
     finally:
-        head.targets = head.loss = None
-    return loss
+        for name in (*asked, "gave"):
+            vars(head).pop(name, None)
+    return given
+
+
+def _distilled(logits: Tensor, labels: Tensor, teacher: Teacher) -> Tensor:
+    """The loss of whole logits (rows, s, v) with a teacher whose ``states`` are logits."""
+    own, taught = (each[:, :-1].float().log_softmax(2) for each in (logits, teacher.states))
+    counts = labels[:, 1:] != IGNORED
+    of_text = -own.gather(2, labels[:, 1:, None].where(counts[..., None], 0)).squeeze(2)
+    divergence = F.kl_div(own, taught, reduction="none", log_target=True).sum(2)
+    losses = (1 - teacher.share) * of_text + teacher.share * divergence
+    return losses.where(counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of ``hidden @ weight.T + bias``, a chunk of rows at a time."""
+    """Mean cross-entropy of ``hidden @ weight.T + bias``, a chunk of rows at a time; of a share of it the target is the
+    distribution that ``taught @ weight.T + bias`` is, and less what the target's own entropy is: the divergence."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        # hidden (n, d), weight (v, d), targets (n,)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (n, d)
+        weight: Tensor,  # (v, d)
+        bias: Tensor | None,  # (v,)
+        targets: Tensor,  # (n,)
+        taught: Tensor | None,  # (n, d)
+        share: float,
+    ) -> Tensor:
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            taught = None if taught is None else taught.to(dtype)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         counted = targets != IGNORED
-        n, rows = counted.sum().clamp(min=1), max(1, _CHUNK // len(weight))
+        logits_of_a_row = len(weight) * (1 if taught is None else 2)
+        n, rows = counted.sum().clamp(min=1), max(1, _CHUNK // logits_of_a_row)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # sums over chunks are in float32 whatever the weight is
@@ -148,7 +222,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             part, counts = hidden[start : start + rows], counted[start : start + rows, None]
             target = targets[start : start + rows, None].where(counts, 0)
-            losses, grad = _losses_and_gradient(F.linear(part, weight, bias), target, counts)
+            others = None if taught is None else F.linear(taught[start : start + rows], weight, bias)
+            losses, grad = _losses_and_gradient(F.linear(part, weight, bias), target, counts, others, share)
             total += losses.sum()
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
@@ -163,16 +238,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *held, n = ctx.saved_tensors
         scale = grads[0] / n
-        return *(None if grad is None else grad * scale for grad in held), None
+        return *(None if grad is None else grad * scale for grad in held), None, None, None
 
 
-def _losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (n, 1) in float32 of rows of logits (n, v), and its gradient times n, 0 for rows that do not count.
+def _losses_and_gradient(
+    logits: Tensor, target: Tensor, counts: Tensor, taught: Tensor | None, share: float
+) -> tuple[Tensor, Tensor]:
+    """Loss (n, 1) in float32 of rows of logits (n, v), a share of it from those of a teacher (n, v) where there are
+    some, and its gradient times n, 0 for rows that do not count.
 
     Divided by n it might leave float16's range; backward does that, after a loss scale came in.
     """
     run = _fused() if logits.is_cuda else _eager_losses_and_gradient
-    return run(logits, target, counts)
+    return run(logits, target, counts, taught, share)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -181,12 +259,20 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return wide.logsumexp(1, keepdim=True) - wide.gather(1, target)
 
 
-def _eager_losses_and_gradient(logits: Tensor, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _eager_losses_and_gradient(
+    logits: Tensor, target: Tensor, counts: Tensor, taught: Tensor | None, share: float
+) -> tuple[Tensor, Tensor]:
     wide = logits.float()
     norm = wide.logsumexp(1, keepdim=True)
-    losses = (norm - wide.gather(1, target)).where(counts, 0.0)
-    hit = torch.arange(logits.shape[1], device=logits.device) == target
-    return losses, (((wide - norm).exp() - hit.float()) * counts).to(logits.dtype)
+    losses = norm - wide.gather(1, target)
+    wanted = (torch.arange(logits.shape[1], device=logits.device) == target).float()
+    if taught is not None:
+        logs = taught.float()  # computed as the model's own, so that who says the same learns exactly nothing
+        logs = logs - logs.logsumexp(1, keepdim=True)
+        divergence = (logs.exp() * (logs - (wide - norm))).sum(1, keepdim=True)
+        losses = (1 - share) * losses + share * divergence
+        wanted = (1 - share) * wanted + share * logs.exp()
+    return losses.where(counts, 0.0), (((wide - norm).exp() - wanted) * counts).to(logits.dtype)
 
 
 @cache

@@ -72,7 +72,7 @@ class StepLog:
         computed_in = training.mixed_precision_param
         dtype = getattr(torch, computed_in) if computed_in else next(model.parameters()).dtype
         peak = peak_flops(world.device, dtype)
-        flops = flops_per_token(model, training.seq_len)
+        flops = flops_per_token(model, training.seq_len, distilled=training.distill > 0)
         self._mfu_per_rate = None if peak is None else flops / (peak * world.size)
         """MFU of one token per second."""
         self._communication: tuple[float, float] | None = None

@@ -52,15 +52,21 @@ def counted_parameters(model: nn.Module, of: str | int) -> int:
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Raises ConfigError for weights that AdamW could not train."""
-    dtype = config.training.dtype
+    """Raises ConfigError for weights that AdamW could not train, and where there is no clean model to distil from."""
+    problems, dtype, distill = [], config.training.dtype, config.training.distill
     if not config.lora.r and dtype in ("float16", "bfloat16"):
-        raise ConfigError(
-            [
-                f"training.dtype = {dtype!r} with lora.r = 0: AdamW cannot train {dtype} weights, coarser than its "
-                f"steps; use float32 with training.mixed_precision_param = {dtype!r}, or adapters (lora.r)"
-            ]
+        problems.append(
+            f"training.dtype = {dtype!r} with lora.r = 0: AdamW cannot train {dtype} weights, coarser than its "
+            f"steps; use float32 with training.mixed_precision_param = {dtype!r}, or adapters (lora.r)"
         )
+    if distill and not (config.lora.r and config.model.init == "pretrained"):
+        seen = "model.init = 'random'" if config.lora.r else "lora.r = 0"
+        problems.append(
+            f"training.distill = {distill:g} with {seen}: it learns from pretrained weights without their adapters; "
+            "0 is allowed, or lora.r above 0 and model.init = 'pretrained'"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def planned(config: RunConfig, tokenizer: Any, processes: int) -> RunConfig:
@@ -113,6 +119,8 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
     )  # fmt: skip
     if training.control and config.bitflip.any_fault:
         logger.info("its control, trained without faults, takes as much again (training.control)")
+    if training.distill:
+        logger.info("a step runs the model once more, without faults, to distil from it (training.distill)")
     logger.info("all of it is written into %s", config.logging.run_dir)
 
 

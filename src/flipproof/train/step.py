@@ -22,7 +22,7 @@ from flipproof.log import logger
 from flipproof.models import recompute
 from flipproof.models.build import unguarded
 from flipproof.models.load import compute_context
-from flipproof.models.loss import next_token_loss
+from flipproof.models.loss import ask_teacher, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks
 from flipproof.train.checkpoint import Progress, list_checkpoints
 from flipproof.train.cuda_graph import Recorded
@@ -120,8 +120,10 @@ class Training:
         return loss.detach()
 
     def _loss(self, ids: Tensor) -> Tensor:
-        with compute_context(self.config.training, self.model):
-            return next_token_loss(self.model, ids, forward=self.gradients.forward)
+        training = self.config.training
+        with compute_context(training, self.model):
+            teacher = ask_teacher(self.model, ids, training.distill) if training.distill else None
+            return next_token_loss(self.model, ids, forward=self.gradients.forward, teacher=teacher)
 
     def _is_finite(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the step may be taken; all processes decide alike, whichever of them has the loss that is not."""

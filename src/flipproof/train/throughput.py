@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 # -- what a token needs ------------------------------------------------------------------------------------------------
 
 
-def flops_per_token(model: nn.Module, seq_len: int) -> float:
+def flops_per_token(model: nn.Module, seq_len: int, distilled: bool = False) -> float:
     """Floating-point operations that training needs per token of a sequence of ``seq_len``, without recomputation.
 
     A multiplication and an addition count as two. What is counted:
@@ -37,11 +37,14 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float:
     - Causal attention: QKᵀ and AV, each 2 per channel and earlier token, on average seq_len / 2 of these; backward
       twice that. Every layer counts as plain attention of ``num_attention_heads`` heads of ``head_dim`` channels;
       without heads in the model's config there is none.
+    - Distilled, each of these once more forward, for the teacher.
 
     Args:
         model: a causal language model, sharded or not, on any device including meta.
         seq_len: tokens per sequence.
+        distilled: whether the model is its own teacher (``training.distill``).
     """
+    passes = 1 + distilled  # forward
     config = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()  # that of a multimodal model has others beside it
     total = 0.0
@@ -54,19 +57,18 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float:
             used = weight.numel()  # of a sharded weight the whole
             if weight.dim() == 3 and (experts_per_token := getattr(config, "num_experts_per_tok", None)):
                 used = used * experts_per_token // weight.shape[0]
-            forward = 0 if name in ("lora_A", "lora_B") else 2
+            forward = 0 if name in ("lora_A", "lora_B") else 2 * passes
             total += (forward + 2 + 2 * weight.requires_grad) * used
-    return total + _attention_flops(config, seq_len)
+    return total + (passes + 2) * _attention_flops(config, seq_len)
 
 
 def _attention_flops(config: Any, seq_len: int) -> float:
-    """Of attention scores and the sums they weigh, per token, forward and backward."""
+    """Of attention scores and the sums they weigh, per token, forward."""
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
         return 0.0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    forward = 2 * 2 * (seq_len / 2) * heads * head_dim
-    return 3 * forward * float(config.num_hidden_layers)
+    return 2 * 2 * (seq_len / 2) * heads * head_dim * float(config.num_hidden_layers)
 
 
 # -- what the device could do ------------------------------------------------------------------------------------------
