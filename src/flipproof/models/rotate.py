@@ -102,13 +102,12 @@ class Weights:
     """Where the weights of a model are that is rotated: in its modules, and they change there."""
 
     def __init__(self, model: Any) -> None:
+        kind = type(model).__name__
         for name, parameter in model.named_parameters():
             if parameter.is_meta or type(parameter.data) is not Tensor or parameter.dtype.itemsize < 2:
                 what = "on the meta device" if parameter.is_meta else f"a {type(parameter.data).__name__}"
                 what = "quantised" if parameter.dtype.itemsize < 2 else what
-                raise ConfigError(
-                    [f"this {type(model).__name__}'s {name} is {what}; rotate a model whose weights are in this process"]
-                )
+                raise ConfigError([f"this {kind}'s {name} is {what}; rotate a model whose weights are in this process"])
         self.device: torch.device = model.get_input_embeddings().weight.device
 
     def change(self, steps: dict[nn.Parameter, list[Step]]) -> None:
