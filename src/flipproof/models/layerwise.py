@@ -180,6 +180,7 @@ def rotate_into(
         return _rotate_in_memory(directory, config, tokenizer, dtype, how, seed, world)
 
     def act() -> Rotation:
+        logger.info("%s = %r is rotated block by block, on %s", KEY, config.hf_model_path, world.device)
         rotation = rotate(model, how, seed, weights)
         weights.write_rest()
         shards.finish()
