@@ -4,6 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flipproof
 from flipproof.faults.inject import set_tick
+from flipproof.models import recompute
 from flipproof.models.loss import fuse_loss, next_token_loss
 from flipproof.models.parallelize import blocks
 from flipproof.train.cuda_graph import Recorded
@@ -24,9 +25,7 @@ def gradients(tiny_llama, recorded, several, compiled=False, waits=False):
     model = tiny_llama(attention_dropout=0.1).cuda()
     flipproof.inject(model, SPEC, flipproof.LoraSpec(r=2))
     fuse_loss(model)
-    if compiled:
-        for block in blocks(model):
-            block.compile(fullgraph=True)
+    recompute.prepare(blocks(model), compiled)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.01)
