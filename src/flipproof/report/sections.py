@@ -318,17 +318,13 @@ def _protection(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         tables.append(_guards_alone(sweep))
     if not tables:
         return None
+    compared = "Where perplexity falls off under each protection, all else equal; p is the rate at which the memory "
+    compared = f"{compared}itself flips bits, before any correction. " if rows else ""
     return Section(
         "protection",
         "What protects, and what it costs",
-        (
-            "Where perplexity falls off under each protection, all else equal; p is the rate at which the memory itself "
-            "flips bits, before any correction. "
-            if rows
-            else ""
-        )
-        + "Extra storage is in per cent of the bits stored. A guard sees clean values, too: what it costs alone is loss "
-        "over the clean one, in nats per token.",
+        f"{compared}Extra storage is in per cent of the bits stored. A guard sees clean values, too: what it costs alone "
+        "is loss over the clean one, in nats per token.",
         tables,
     )
 
