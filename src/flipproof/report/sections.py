@@ -323,7 +323,7 @@ def _protection(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
     return Section(
         "protection",
         "What protects, and what it costs",
-        f"{compared}Extra storage is in per cent of the bits stored. A guard sees clean values, too: what it costs alone "
+        f"{compared}Extra storage is in per cent of the bits stored. A guard sees clean values, too: its cost alone "
         "is loss over the clean one, in nats per token.",
         tables,
     )
