@@ -15,7 +15,6 @@ from typing import Any
 from flipproof.config import RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
-from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.spec import Granularity
 from flipproof.files import check_writable, discard
 from flipproof.log import logger
@@ -23,15 +22,16 @@ from flipproof.measure.arms import Arm
 from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import calibration_text, fit_guards
 from flipproof.models.build import check_length
-from flipproof.models.load import load_model, load_tokenizer
-from flipproof.models.rotate import How, rotate
-from flipproof.models.save import new_directory, save_model
+from flipproof.models.layerwise import rotate_into
+from flipproof.models.load import load_tokenizer
+from flipproof.models.rotate import How
+from flipproof.models.save import new_directory
 from flipproof.records import read_record, write_new_record
 from flipproof.report.page import report
 from flipproof.sweep.run import sweep
 from flipproof.sweep.store import HEADER, read_points
 from flipproof.sweep.table import resolved
-from flipproof.world import join_world
+from flipproof.world import World, join_world
 
 HARDENED = "hardened.json"
 CALIBRATE = 512
@@ -67,8 +67,6 @@ def harden(
         ConfigError: where model, text or directory are at fault, or the model cannot be rotated so; before anything is
             written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(["harden rotates a model in one process's memory; start it without torchrun"])
     calibrate = CALIBRATE if calibrate is None else calibrate
     if calibrate < 1:
         raise ConfigError([f"--calibrate = {calibrate}: a whole number from 1 is allowed"])
@@ -84,32 +82,36 @@ def harden(
     check_writable(to, "--to")
     resolved(_measured(config, to, f"guard-{by}"))
     fitting = replace(config, eval=replace(config.eval, num_samples=calibrate))
-    say = tell or (lambda _: None)
     with join_world(config.parallelism) as world:
+        say = tell if tell and world.first else (lambda _: None)
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
         calibration_text(fitting, tokenizer)
-        model = load_model(config.model, tokenizer, config.training.dtype, 0)
-        dtype = next(model.parameters()).dtype
-        rotation = rotate(model.float(), how, config.training.seed)
-        say(str(rotation))
         with new_directory(to, world) as new:
-            save_model(model.to(dtype), new, tokenizer, world, "the rotated model")
-        del model
-    about = {"model": str(config.model.hf_model_path), "dtype": dtype_name(dtype), "rotation": asdict(rotation)}
-    try:
-        _guard_and_measure(config, fitting, to, by, about, say)
-    except ConfigError:
-        discard(to)  # what was wrong with it would stand in the way of the next try
-        raise
-    except BaseException:
-        logger.warning("%s is not complete: a rotated model without all that was to be measured; delete it", to)
-        raise
+            of = config.model, tokenizer, config.training.dtype, how, config.training.seed
+            rotation, dtype = rotate_into(new, *of, world)
+        say(str(rotation))
+        about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
+        try:
+            _guard_and_measure(config, fitting, to, by, about, world, say)
+        except ConfigError:
+            if world.first:
+                discard(to)  # what was wrong with it would stand in the way of the next try
+            raise
+        except BaseException:
+            logger.warning("%s is not complete: a rotated model without all that was to be measured; delete it", to)
+            raise
     return to
 
 
 def _guard_and_measure(
-    config: RunConfig, fitting: RunConfig, to: Path, by: Granularity, about: dict[str, Any], say: Callable[[str], None]
+    config: RunConfig,
+    fitting: RunConfig,
+    to: Path,
+    by: Granularity,
+    about: dict[str, Any],
+    world: World,
+    say: Callable[[str], None],
 ) -> None:
     """What follows on the rotated model that ``to`` holds."""
     after = replace(config, model=replace(config.model, hf_model_path=str(to)))
@@ -121,6 +123,8 @@ def _guard_and_measure(
     sweep(measured, to / _AFTER)
     probabilities = measured.sweep.probabilities()
     evaluate(_flipping(measured, probabilities[len(probabilities) // 2]), to=to)
+    if not world.first:
+        return
     points = {name: _points(to / name) for name in (_BEFORE, _AFTER)}
     write_new_record(to / HARDENED, {**about, "guards": by, **points}, "--to")
     page = report(to)

@@ -35,7 +35,7 @@ class World:
     cpu_group: dist.ProcessGroup | None = None
     """All processes, for numbers on the CPU."""
     writers: dist.ProcessGroup | None = None
-    """All processes again, for the threads that write checkpoints."""
+    """All processes again, for what may take long: the threads that write checkpoints, and who waits for a disk."""
 
     @property
     def first(self) -> bool:
@@ -65,8 +65,12 @@ class World:
         dist.all_reduce(tensor, how, group=self.cpu_group)
         return float(tensor)
 
-    def once(self, action: Callable[[], Result]) -> Result:
-        """What ``action`` returns in the first process, the only one to run it. What it raises there ends all."""
+    def once(self, action: Callable[[], Result], patient: bool = False) -> Result:
+        """What ``action`` returns in the first process, the only one to run it. What it raises there ends all.
+
+        Args:
+            patient: whether it may take longer than ``parallelism.timeout_minutes``.
+        """
         if self.size == 1:
             return action()
         answer: list[Any] = [None, None]
@@ -76,7 +80,7 @@ class World:
                 answer[0] = action()
             except Exception as raised:  # told to the others, which would wait for ever, and raised again
                 error, answer[1] = raised, getattr(raised, "problems", [f"{type(raised).__name__}: {raised}"])
-        dist.broadcast_object_list(answer, group=self.cpu_group)
+        dist.broadcast_object_list(answer, group=self.writers if patient else self.cpu_group)
         if error is not None:
             raise error
         if answer[1] is not None:
@@ -143,9 +147,14 @@ def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, i
     return replicas, degree
 
 
+_joined: list[World] = []
+"""The processes that this one has joined, while it has."""
+
+
 @contextmanager
 def join_world(config: ParallelismConfig, dumps: Path | None = None) -> Iterator[World]:
     """Join the processes that torchrun or srun started, for as long as the context lasts; without, be the only one.
+    Within it another one is the same again.
 
     Args:
         dumps: directory for what NCCL's flight recorder writes when a collective hangs; None is NCCL's own choice. It
@@ -154,6 +163,10 @@ def join_world(config: ParallelismConfig, dumps: Path | None = None) -> Iterator
     Raises:
         ConfigError: where the processes are not those that the config shards over, or have no GPU each.
     """
+    if _joined:
+        yield _joined[0]
+        _joined[0].wait()
+        return
     join_srun()
     check_joined()
     end_with_launcher()
@@ -183,9 +196,11 @@ def join_world(config: ParallelismConfig, dumps: Path | None = None) -> Iterator
         # a disk may be slow
         groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, timedelta(days=1))]
         world = arrange(World(dist.get_rank(), size, device, None, *groups), config)
+        _joined.append(world)
         yield world
         world.wait()  # a process that leaves while others still talk to it takes them down
     finally:
+        _joined.clear()
         dist.destroy_process_group()
 
 

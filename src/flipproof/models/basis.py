@@ -20,8 +20,8 @@ from torch import Tensor
 
 from flipproof.faults.philox import derive_key, philox
 
-_ELEMENTS = 2**20
-"""Values that are worked on at a time: 8 MiB in float64, which a cache may hold."""
+_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
+"""Values that are worked on at a time: as many as a core's cache holds in float64, or as keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -64,27 +64,28 @@ def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (left.T @ (x.reshape(-1, len(left), len(right)) @ right)).reshape(x.shape)
 
 
-def fold(weight: Tensor, gain: Tensor) -> Tensor:
-    """W·diag(gain) in float64: a layer (out, in) that takes over the gain (in,) of the norm before it."""
-    return weight.double() * gain.double()
+def fold(weight: Tensor, gain: Tensor) -> None:
+    """W·diag(gain), in place: a layer (out, in) in float64 that takes over the gain (in,) of the norm before it."""
+    weight.mul_(gain)
 
 
-def rotate_in(weight: Tensor, basis: Basis) -> Tensor:
-    """W·Q in float64: a layer (out, in), or the rows of an embedding, whose in-dimension is written in ``basis``."""
-    result = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
-    rows = max(1, _ELEMENTS // weight.shape[1])
-    for part, into in zip(weight.split(rows), result.split(rows), strict=True):
-        into.copy_(basis.apply(part.double()))
-    return result
+def rotate_in(weight: Tensor, basis: Basis) -> None:
+    """W·Q, in place: a layer (out, in) in float64, or the rows of an embedding, whose in-dimension is written in
+    ``basis``."""
+    for part in weight.split(max(1, _ELEMENTS[weight.device.type] // weight.shape[1])):
+        part.copy_(basis.apply(part))
 
 
-def rotate_out(weight: Tensor, basis: Basis) -> Tensor:
-    """Qᵀ·W in float64: a layer (out, in) whose out-dimension is written in ``basis``; a bias as (out, 1)."""
-    result = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
-    columns = max(1, _ELEMENTS // weight.shape[0])
-    for part, into in zip(weight.split(columns, 1), result.split(columns, 1), strict=True):
-        into.copy_(basis.apply(part.double().T).T)
-    return result
+def rotate_out(weight: Tensor, basis: Basis) -> None:
+    """Qᵀ·W, in place: a contiguous layer (out, in) in float64 whose out-dimension is written in ``basis``; a bias as
+    (out, 1)."""
+    elements, a, b = _ELEMENTS[weight.device.type], len(basis.left), len(basis.right)
+    for rows, own in zip(weight.split(b), basis.signs.split(b), strict=True):
+        right = (own[:, None] * basis.right).T
+        for part in rows.split(max(1, elements // b), 1):
+            part.copy_(right @ part)
+    for part in weight.view(a, -1).split(max(1, elements // a), 1):
+        part.copy_(basis.left.T @ part)
 
 
 def split(n: int) -> tuple[int, int]:

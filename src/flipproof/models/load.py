@@ -4,11 +4,12 @@ What trains is what ``AutoModelForCausalLM.from_pretrained`` opens, in one proce
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from flipproof.config import ModelConfig, TrainingConfig
@@ -144,33 +145,46 @@ def materialise(model: nn.Module, config: ModelConfig, seed: int, device: torch.
     """
     model.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
-    for buffer in _computed_buffers(model):
-        if buffer.is_floating_point():
-            buffer.fill_(math.nan)  # to see below that each is computed again
     if config.init == "random":
-        _initialise(model, seed)
+        with _computed_anew(model):
+            _initialise(model, seed)
     else:
         read_weights(model, _path(config))
+        compute_buffers(model)
+    for _, layer in iter_faulty(model):
+        layer.reset_lora_parameters()
+
+
+def compute_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no checkpoint holds, such as the frequencies of a rotary embedding. They have memory;
+    parameters need none.
+
+    Raises:
+        ConfigError: where the model does not compute them but when it is made.
+    """
+    with _computed_anew(model):
         for module in model.modules():
             if module._non_persistent_buffers_set:
                 for parameter in module.parameters(recurse=False):
                     # it is loaded: transformers leaves it alone
                     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
                 model._init_weights(module)  # type: ignore[operator]
-    if any(buffer.isnan().any() for buffer in _computed_buffers(model)):
-        raise ConfigError([f"{type(model).__name__} does not compute its buffers anew; start it in one process"])
-    for _, layer in iter_faulty(model):
-        layer.reset_lora_parameters()
 
 
-def _computed_buffers(model: nn.Module) -> list[Tensor]:
-    """Buffers that no checkpoint holds, such as the frequencies of a rotary embedding."""
-    return [
+@contextmanager
+def _computed_anew(model: nn.Module) -> Iterator[None]:
+    buffers = [
         buffer
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name in module._non_persistent_buffers_set
     ]
+    for buffer in buffers:
+        if buffer.is_floating_point():
+            buffer.fill_(math.nan)  # to see below that each is computed again
+    yield
+    if any(buffer.isnan().any() for buffer in buffers):
+        raise ConfigError([f"{type(model).__name__} does not compute its buffers anew; start it in one process"])
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ before and after.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -86,21 +86,49 @@ class Rotation:
         return "\n".join(lines)
 
 
-Step = Callable[[Tensor], Tensor]
+Step = Callable[[Tensor], None]
+"""What changes a weight (out, in) in place, in float64; a bias comes as (out, 1)."""
+
+
+def changed(tensor: Tensor, steps: list[Step]) -> Tensor:
+    """A weight, or a bias, after some steps; a new tensor, in float64."""
+    wide = tensor.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    for step in steps:
+        step(wide.view(len(wide), -1))
+    return wide
+
+
+class Weights:
+    """Where the weights of a model are that is rotated: in its modules, and they change there."""
+
+    def __init__(self, model: Any) -> None:
+        kind = type(model).__name__
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta or type(parameter.data) is not Tensor or parameter.dtype.itemsize < 2:
+                what = "on the meta device" if parameter.is_meta else f"a {type(parameter.data).__name__}"
+                what = "quantised" if parameter.dtype.itemsize < 2 else what
+                raise ConfigError([f"this {kind}'s {name} is {what}; rotate a model whose weights are in this process"])
+        self.device: torch.device = model.get_input_embeddings().weight.device
+
+    def change(self, steps: dict[nn.Parameter, list[Step]]) -> None:
+        """Make each weight what its steps make of it, rounded once, to its own dtype."""
+        for parameter, own in steps.items():
+            parameter.copy_(changed(parameter, own))
 
 
 @torch.no_grad()
-def rotate(model: Any, how: How, seed: int) -> Rotation:
+def rotate(model: Any, how: How, seed: int, weights: Weights | None = None) -> Rotation:
     """Change the basis of a causal language model of ``transformers``, in place, and record it in its config.
 
     Each weight is changed in float64 and rounded once, to its own dtype. No global RNG is read or advanced.
 
     Args:
-        model: with its weights in memory, neither faulty nor spread over processes; best in float32, where it is proven
-            to be the same function, and to be rounded after. Its dropout is off for the proof.
+        model: neither faulty nor spread over processes; best in float32, where it is proven to be the same function,
+            and to be rounded after. Its dropout is off for the proof.
         how: "residual" rotates what plain ``transformers`` can run, the residual stream and values; "full" also
             the inputs of down projections, by hooks; "none" nothing.
         seed: 0 to 2^63 - 1; of the bases.
+        weights: where its weights are; None is in memory, in its modules.
 
     Raises:
         ConfigError: where the model is rotated, faulty or not in memory; where "full" finds no down projection; where
@@ -112,12 +140,16 @@ def rotate(model: Any, how: How, seed: int) -> Rotation:
     if how == "none":
         return Rotation(how, seed)
     _check_model(model)
-    ids = _ids(model)
-    stream = trace(model, ids)
+    weights = weights or Weights(model)
+    ids = _ids(model).to(weights.device)
+    with _inputs(model) as inputs:
+        stream = trace(model, ids)
     before = stream.logits
     assert before is not None
-    trouble = _stream_trouble(model, stream)
-    values, left = _find_values(model, stream, ids, seed)
+    gains = {name: gain_of(model.get_submodule(name)) for name in stream.norms}
+    trouble = _stream_trouble(model, stream, gains)
+    values, left = _find_values(model, stream, ids, seed, inputs)
+    inputs.clear()
     downs: tuple[str, ...] = ()
     if how == "full":
         downs, more = _find_downs(model, stream)
@@ -127,13 +159,14 @@ def rotate(model: Any, how: How, seed: int) -> Rotation:
                 [f"rotate = 'full': {type(model).__name__} has no nn.Linear as down projection; try 'residual'"]
             )
     steps = _Steps()
-    untied = not trouble and _rotate_stream(model, stream, Basis.of(_width(model), seed, "stream"), steps)
+    basis = Basis.of(_width(model), seed, "stream").to(weights.device)
+    untied = not trouble and _rotate_stream(model, stream, gains, basis, steps)
     for heads in values.values():
         heads.rotate(model, steps)
     for name in downs:
         weight = model.get_submodule(name).weight
-        steps.add(weight, partial(rotate_in, basis=online.inverse(weight.shape[1], seed).to(weight.device)))
-    steps.run()
+        steps.add(weight, partial(rotate_in, basis=online.inverse(weight.shape[1], seed).to(weights.device)))
+    weights.change(steps.of)
     if not trouble or values or downs:
         setattr(model.config, online.ENTRY, {"how": how, "seed": seed} | ({"online": list(downs)} if downs else {}))
     online.attach(model)
@@ -177,11 +210,6 @@ def _check_model(model: Any) -> None:
         raise ConfigError([f"this {kind} has faulty layers; rotate it first, then inject"])
     if getattr(model.config, online.ENTRY, None) is not None:
         raise ConfigError([f"this {kind} is rotated already ({online.ENTRY} in its config); rotate the original"])
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or type(parameter.data) is not Tensor or parameter.dtype.itemsize < 2:
-            what = "on the meta device" if parameter.is_meta else f"a {type(parameter.data).__name__}"
-            what = "quantised" if parameter.dtype.itemsize < 2 else what
-            raise ConfigError([f"this {kind}'s {name} is {what}; rotate a model whose weights are in this process"])
 
 
 def _width(model: Any) -> int:
@@ -191,37 +219,33 @@ def _width(model: Any) -> int:
 
 def _ids(model: Any) -> Tensor:
     """Random tokens (2, 13), always the same."""
-    table = model.get_input_embeddings().weight
-    ids = torch.randint(0, table.shape[0], (2, 13), generator=torch.Generator().manual_seed(0))
-    return ids.to(table.device)
+    rows = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, rows, (2, 13), generator=torch.Generator().manual_seed(0))
 
 
 class _Steps:
-    """What happens to each weight: float64 (out, in) to the same, step after step, then rounded once."""
+    """What happens to each weight, step after step."""
 
     def __init__(self) -> None:
-        self._of: dict[int, tuple[nn.Parameter, list[Step]]] = {}
+        self.of: dict[nn.Parameter, list[Step]] = {}
 
     def add(self, parameter: nn.Parameter | None, step: Step) -> None:
         if parameter is not None:
-            self._of.setdefault(id(parameter), (parameter, []))[1].append(step)
-
-    def run(self) -> None:
-        for parameter, steps in self._of.values():
-            wide = parameter.double().reshape(len(parameter), -1)  # a bias as (out, 1)
-            for step in steps:
-                wide = step(wide)
-            parameter.copy_(wide.reshape(parameter.shape))
+            self.of.setdefault(parameter, []).append(step)
 
 
 # -- the residual stream -----------------------------------------------------------------------------------------------
 
 
-def _stream_trouble(model: Any, stream: Stream) -> dict[str, str]:
+Gains = dict[str, tuple[Tensor, float] | None]
+"""Name of a norm -> what ``gain_of`` says of it."""
+
+
+def _stream_trouble(model: Any, stream: Stream, gains: Gains) -> dict[str, str]:
     """Why the basis of the residual stream cannot change: name -> reason; {} where it can."""
     trouble = dict(stream.trouble)
-    for name in stream.norms:
-        if gain_of(model.get_submodule(name)) is None:
+    for name, gain in gains.items():
+        if gain is None:
             trouble.setdefault(name, "is no RMSNorm: it does more than scale a vector as a whole and by a gain")
     if trouble:
         return trouble
@@ -258,15 +282,14 @@ def gain_of(norm: nn.Module) -> tuple[Tensor, float] | None:
     return None
 
 
-def _rotate_stream(model: Any, stream: Stream, basis: Basis, steps: _Steps) -> bool:
+def _rotate_stream(model: Any, stream: Stream, gains: Gains, basis: Basis, steps: _Steps) -> bool:
     """Whether head and embedding had to be untied for it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    basis = basis.to(embedding.weight.device)
     folded: dict[str, Tensor] = {}
     for name, readers in stream.norms.items():
         norm: Any = model.get_submodule(name)
-        gain, neutral = gain_of(norm)  # type: ignore[misc]
-        norm.weight.fill_(neutral)
+        gain, neutral = gains[name]  # type: ignore[misc]
+        steps.add(norm.weight, partial(_fill, value=neutral))
         if not (gain == 1).all():
             folded |= dict.fromkeys(readers, gain)
     names = {module: name for name, module in model.named_modules()}
@@ -286,6 +309,10 @@ def _rotate_stream(model: Any, stream: Stream, basis: Basis, steps: _Steps) -> b
         if out:
             steps.add(layer.bias, partial(rotate_out, basis=basis))
     return untied
+
+
+def _fill(weight: Tensor, value: float) -> None:
+    weight.fill_(value)
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -332,17 +359,18 @@ class _Heads:
             steps.add(parameter, self._write)  # type: ignore[arg-type]
         steps.add(o.weight, self._read)  # type: ignore[arg-type]
 
-    def _write(self, weight: Tensor) -> Tensor:
-        return self.written(weight.T).T.contiguous()
+    def _write(self, weight: Tensor) -> None:
+        for start, basis in zip(self.starts, self.bases, strict=True):
+            rotate_out(weight[start : start + basis.size], basis)
 
-    def _read(self, weight: Tensor) -> Tensor:
-        weight = weight.clone()
+    def _read(self, weight: Tensor) -> None:
         for columns, basis in self._pieces(weight.shape[1]):
-            weight[:, columns] = rotate_in(weight[:, columns], basis)
-        return weight
+            rotate_in(weight[:, columns], basis)
 
 
-def _find_values(model: Any, stream: Stream, ids: Tensor, seed: int) -> tuple[dict[str, _Heads], dict[str, str]]:
+def _find_values(
+    model: Any, stream: Stream, ids: Tensor, seed: int, inputs: dict[str, Tensor]
+) -> tuple[dict[str, _Heads], dict[str, str]]:
     """(attention module -> its heads, attention module whose values stay as they are -> why).
 
     Which of a module's linear layers writes values, and in which order of rows, is found by trying: where the rotation
@@ -351,22 +379,28 @@ def _find_values(model: Any, stream: Stream, ids: Tensor, seed: int) -> tuple[di
     found: dict[str, _Heads] = {}
     left: dict[str, str] = {}
     tries: dict[str, list[_Heads]] = {}
-    for name, module in attention_modules(model).items():
-        own = [f"{name}.{child}" for child, part in module.named_children() if type(part) is nn.Linear]
+    for name, own in _attention_layers(model).items():
         ran = [call for call in dict.fromkeys(stream.calls) if call in own]
-        tries[name] = _possible(model, name, ran, seed) if len(ran) > 1 else []
+        tries[name] = _possible(model, name, ran, seed, ids.device) if len(ran) > 1 else []
         left[name] = "its values do not go from one nn.Linear to another, head by head"
-    plain = _inputs(model, ids, {tried[0].o: tried[0].o for tried in tries.values() if tried})
     while any(tries.values()):
         trial = {name: tried.pop(0) for name, tried in tries.items() if tried}
-        for name in _holding(model, ids, trial, plain):
+        for name in _holding(model, ids, trial, inputs):
             found[name] = trial[name]
             tries[name] = []
             del left[name]
     return {name: found[name] for name in tries if name in found}, left
 
 
-def _possible(model: Any, name: str, ran: list[str], seed: int) -> list[_Heads]:
+def _attention_layers(model: Any) -> dict[str, list[str]]:
+    """Attention module -> its linear layers."""
+    return {
+        name: [f"{name}.{child}" for child, part in module.named_children() if type(part) is nn.Linear]
+        for name, module in attention_modules(model).items()
+    }
+
+
+def _possible(model: Any, name: str, ran: list[str], seed: int, device: torch.device) -> list[_Heads]:
     """Each way in which a linear layer of an attention module may write values for its last one."""
     module, o = model.get_submodule(name), ran[-1]
     config = model.config.get_text_config()
@@ -385,24 +419,24 @@ def _possible(model: Any, name: str, ran: list[str], seed: int) -> list[_Heads]:
         for starts in ways:
             if uneven or rows % size or heads % len(starts):
                 continue
-            device = model.get_submodule(v).weight.device
             bases = (Basis.of(size, seed, f"{name}/v{i}").to(device) for i in range(len(starts)))
             possible.append(_Heads(v, tuple(starts), o, tuple(bases)))
     return possible
 
 
-def _inputs(model: Any, ids: Tensor, layers: dict[str, str]) -> dict[str, Tensor]:
-    """What these layers get on token ids."""
+@contextmanager
+def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
+    """What the linear layers of attention modules get from a run in the block."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         return lambda _module, args: seen.__setitem__(name, args[0])
 
     with ExitStack() as hooks:
-        for name in layers:
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(keep(name)).remove)
-        _run(model, ids)
-    return seen
+        for layers in _attention_layers(model).values():
+            for name in layers:
+                hooks.callback(model.get_submodule(name).register_forward_pre_hook(keep(name)).remove)
+        yield seen
 
 
 def _holding(model: Any, ids: Tensor, trial: dict[str, _Heads], plain: dict[str, Tensor]) -> list[str]:

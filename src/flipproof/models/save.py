@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,7 @@ def save_model(
 
     from safetensors.torch import save_file
 
-    left_out: Iterable[str] = model._keys_to_ignore_on_save or ()  # type: ignore[assignment]
-    for name in (*left_out, *(() if cut else model.all_tied_weights_keys)):  # type: ignore[misc]
-        state.pop(name, None)
+    state = {name: state[name] for name in names_to_write(model) if name in state}
     files: list[list[str]] = [[]]
     room = _FILE_BYTES
     for name, tensor in state.items():
@@ -84,27 +82,84 @@ def save_model(
                 tensor = like(layers[name].merged_weight(), tensor)
             tensor = whole(tensor)
             if i % world.size == world.rank:
-                tensors[_name_in_files(model, name, tensor)] = tensor.cpu().contiguous()
+                tensors[name_in_files(model, name, tensor)] = tensor.cpu().contiguous()
         if i % world.size == world.rank:
             save_file(tensors, directory / names[i], metadata={"format": "pt"})
             share(directory / names[i])
     if world.first:
         where = {
-            _name_in_files(model, name, state[name]): file
+            name_in_files(model, name, state[name]): file
             for file, held in zip(names, files, strict=True)
             for name in held
         }
         total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-        config: Any = untied_config(model) if cut else model.config
-        # as save_pretrained says it
-        config.dtype = dtype_name(model.dtype)  # type: ignore[arg-type]
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        config.save_pretrained(directory)
-        if model.can_generate():  # type: ignore[operator]
-            model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
-        tokenizer.save_pretrained(directory)
+        save_settings(model, model.dtype, directory, tokenizer)  # type: ignore[arg-type]
     world.wait()
+
+
+def names_to_write(model: Any) -> list[str]:
+    """The names in the model of what its files hold, adapters aside: of tied weights one, unless merging cuts the
+    tie."""
+    left_out = {*(model._keys_to_ignore_on_save or ()), *(() if merging_cuts(model) else model.all_tied_weights_keys)}
+    return [name for name in model.state_dict() if name not in left_out]
+
+
+def save_settings(model: Any, dtype: torch.dtype, directory: Path, tokenizer: Any) -> None:
+    """Write what is in a model's directory beside its weights, which are of this dtype, as ``save_pretrained`` does."""
+    config = untied_config(model) if merging_cuts(model) else model.config
+    config.dtype = dtype_name(dtype)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+class Shards:
+    """The safetensors files of a new directory, written as tensors come: each of at most ``_FILE_BYTES``, or of one
+    tensor. ``save_pretrained`` names them so."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._held: dict[str, torch.Tensor] = {}
+        self._files: list[list[str]] = []
+        self._room = _FILE_BYTES
+        self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor under its name in the files."""
+        size = tensor.numel() * tensor.element_size()
+        if self._held and size > self._room:
+            self._write()
+        self._held[name] = tensor.to("cpu", copy=True).contiguous()
+        self._room -= size
+        self._total += size
+
+    def finish(self) -> None:
+        """Write what is left, and the index; without one where there is one file."""
+        self._write()
+        of = len(self._files)
+        names = [f"model-{i + 1:05d}-of-{of:05d}.safetensors" for i in range(of)] if of > 1 else ["model.safetensors"]
+        for i, name in enumerate(names):
+            (self._directory / _begun(i)).rename(self._directory / name)
+        if of > 1:
+            where = {key: name for name, keys in zip(names, self._files, strict=True) for key in keys}
+            index = {"metadata": {"total_size": self._total}, "weight_map": where}
+            write_json(self._directory / "model.safetensors.index.json", index)
+
+    def _write(self) -> None:
+        from safetensors.torch import save_file
+
+        file = self._directory / _begun(len(self._files))
+        save_file(self._held, file, metadata={"format": "pt"})
+        share(file)
+        self._files.append(list(self._held))
+        self._held, self._room = {}, _FILE_BYTES
+
+
+def _begun(i: int) -> str:
+    return f"model-{i + 1:05d}.safetensors"
 
 
 @contextmanager
@@ -132,7 +187,7 @@ def new_directory(to: Path, world: World, replace: bool = False) -> Iterator[Pat
 
         new = world.once(begin)
         yield new
-        world.once(end)
+        world.once(end, patient=True)
 
 
 def _remove_empty(directories: list[Path]) -> None:
@@ -141,7 +196,7 @@ def _remove_empty(directories: list[Path]) -> None:
             path.rmdir()
 
 
-def _name_in_files(model: nn.Module, name: str, tensor: torch.Tensor) -> str:
+def name_in_files(model: nn.Module, name: str, tensor: torch.Tensor) -> str:
     """What the files call a tensor: with some models it is an older name, which the files had that were read."""
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
@@ -161,4 +216,9 @@ def _check_finite(model: nn.Module, layers: dict[str, FaultyLinear], world: Worl
     if world is not None:
         broken = world.least(broken)
     if broken < math.inf:
-        raise ConfigError([f"{what} is not finite and is not written: {names[int(broken)]} holds NaN or infinity"])
+        raise unfit(what, names[int(broken)])
+
+
+def unfit(what: str, name: str) -> ConfigError:
+    """The error that says that ``what`` holds numbers that are none."""
+    return ConfigError([f"{what} is not finite and is not written: {name} holds NaN or infinity"])

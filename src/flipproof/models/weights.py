@@ -107,7 +107,7 @@ def read_weights(model: nn.Module, name: str) -> None:
 
     stored: dict[str, Stored] = model.stored  # type: ignore[assignment]
     by_file: dict[Path, dict[int, tuple[str, Tensor]]] = {}
-    for key, tensor in _tensors(model):
+    for key, tensor in named_tensors(model):
         if key in stored:
             by_file.setdefault(stored[key].file, {})[id(tensor)] = key, tensor  # tied ones once
     for file, wanted in by_file.items():
@@ -123,7 +123,7 @@ def read_weights(model: nn.Module, name: str) -> None:
                 local(tensor).copy_(read)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, tied ones under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
@@ -206,7 +206,7 @@ def _keep_wide(model: nn.Module, wide: dict[str, torch.dtype]) -> None:
     if not wide:
         return
     pattern, globs, _ = build_glob_alternation(list(wide))
-    for key, tensor in _tensors(model):
+    for key, tensor in named_tensors(model):
         if found := pattern.search(key):
             tensor.data = tensor.data.to(wide[globs[str(found.lastgroup)]])
 
