@@ -114,6 +114,15 @@ def test_the_picture_draws_what_a_logarithm_can_show(tmp_path):
     assert list(edge.get_xdata()) == [2**-12]
 
 
+def test_where_flips_cost_nothing_there_is_no_picture(tmp_path):
+    written = write_hardened(tmp_path)
+    free = {side: [one | {"cost": -0.001, "interval": None} for one in written[side]] for side in ("before", "after")}
+    write_hardened(tmp_path, **free)
+    (section,) = sections_of(read_sources(tmp_path))
+    assert not section.drawings
+    assert section.tables[0].rows[1][1:] == ["−0.0010"] * 3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -79,6 +79,7 @@ def section(of: Hardened) -> Section:
         tables.append(
             Table("hardening-left.csv", ["module", "why"], list(left.items()), title="What was left as it is")
         )
+    drawn = any(p > 0 and cost.cost > 0 for costs in of.costs.values() for p, cost in costs.items())
     return Section(
         "hardening",
         "Hardened, without training",
@@ -86,6 +87,6 @@ def section(of: Hardened) -> Section:
         "of the model as it was and hardened, each behind fitted guards; 95% intervals over fault seeds. The guard "
         f"alone is what thresholds cost before any bit flips. {in_words(of)}",
         tables,
-        [Drawing(partial(figures.cost_curves, of.costs))] if any(of.probabilities) else [],
+        [Drawing(partial(figures.cost_curves, of.costs))] if drawn else [],
         finding.of_hardening(of),
     )
