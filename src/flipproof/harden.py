@@ -73,20 +73,7 @@ def harden(
             written.
     """
     calibrate = CALIBRATE if calibrate is None else calibrate
-    if calibrate < 1:
-        raise ConfigError([f"--calibrate = {calibrate}: a whole number from 1 is allowed"])
-    if config.bitflip.guards:
-        raise ConfigError([f"bitflip.guards = {config.bitflip.guards!r}: harden fits guards of its own; leave it out"])
-    if config.model.init == "random":
-        raise ConfigError(["model.init = 'random': a model that knows nothing has nothing to lose; name a trained one"])
-    if set_here := [f.name for f in fields(config.sweep) if f.name not in ("p", "seeds") and _is_set(config.sweep, f)]:
-        names = " and ".join(f"sweep.{name}" for name in set_here)
-        raise ConfigError([f"{names}: harden flips every bit of weights and inputs; of [sweep] it takes p and seeds"])
-    if 0 in (measured := _measured(config, to, f"guard-{by}")).sweep.probabilities():
-        raise ConfigError(
-            ["sweep.p = 0: nothing flips there; the guard alone is measured in any case, so leave it out"]
-        )
-    resolved(measured)
+    _check(config, to, by, calibrate)
     fitting = replace(config, eval=replace(config.eval, num_samples=calibrate))
     arguments = _arguments(config, how, by, calibrate)
     with join_world(config.parallelism) as world:
@@ -117,6 +104,24 @@ def harden(
             logger.warning("%s is not complete: the same command goes on", to)
             raise
     return to
+
+
+def _check(config: RunConfig, to: Path, by: Granularity, calibrate: int) -> None:
+    """Raises ConfigError for what can be known to be wrong without the model."""
+    if calibrate < 1:
+        raise ConfigError([f"--calibrate = {calibrate}: a whole number from 1 is allowed"])
+    if config.bitflip.guards:
+        raise ConfigError([f"bitflip.guards = {config.bitflip.guards!r}: harden fits guards of its own; leave it out"])
+    if config.model.init == "random":
+        raise ConfigError(["model.init = 'random': a model that knows nothing has nothing to lose; name a trained one"])
+    if set_here := [f.name for f in fields(config.sweep) if f.name not in ("p", "seeds") and _is_set(config.sweep, f)]:
+        names = " and ".join(f"sweep.{name}" for name in set_here)
+        raise ConfigError([f"{names}: harden flips every bit of weights and inputs; of [sweep] it takes p and seeds"])
+    if 0 in (measured := _measured(config, to, f"guard-{by}")).sweep.probabilities():
+        raise ConfigError(
+            ["sweep.p = 0: nothing flips there; the guard alone is measured in any case, so leave it out"]
+        )
+    resolved(measured)
 
 
 def _arguments(config: RunConfig, how: How, by: Granularity, calibrate: int) -> dict[str, Any]:
