@@ -27,7 +27,7 @@ from flipproof.train.checkpoint import list_checkpoints, planted
 PROFILE, GENERATED, SAMPLES = "profile.json", "generate.json", "samples.txt"
 _KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES, HARDENED)
 _LEVELS = 2
-_ARMS = ("clean", "flipped", "control", "recovered")
+_ARMS = ("clean", "flipped", "guarded", "hardened", "control", "recovered")
 T = TypeVar("T")
 
 
