@@ -43,7 +43,7 @@ from flipproof.train.loop import CONTROL, train
 from flipproof.train.rundir import check_run_dir
 from flipproof.world import join_world
 
-_SWEEP_FACTORS = (2**-4, 2**-3, 2**-2, 2**-1, 1, 2, 4)
+_SWEEP_FACTORS = (2**-6, 2**-5, 2**-4, 2**-3, 2**-2, 2**-1, 1)
 """Flip probabilities of the plot, as multiples of the one trained with."""
 _SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 64
 _CALIBRATE = 512

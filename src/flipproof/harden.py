@@ -43,7 +43,7 @@ CALIBRATE = 512
 DEFAULT_P = "3.814697265625e-06:0.0009765625:5"
 """2⁻¹⁸, 2⁻¹⁶, … 2⁻¹⁰: from what a guard alone bears to where nothing helps."""
 _BEFORE, _AFTER, _OLD_GUARDS = "before", "after", "before-guards"
-_WHAT_COSTS = "What flips cost, in nats per token, with 95% over fault seeds"
+_WHAT_COSTS = "what flips cost, in nats per token, with 95% over fault seeds"
 
 
 def harden(
@@ -272,7 +272,7 @@ flipproof eval {to.name} --bitflip.guards {to.name} --bitflip.w_p_exp 1e-5 --bit
 
 ## What flips cost
 
-{_WHAT_COSTS}, on {header["tokens"]:,} tokens of {header["text"]}. `report.html` shows more.
+{_WHAT_COSTS.capitalize()}, on {header["tokens"]:,} tokens of {header["text"]}. `report.html` shows more.
 
 {table}
 """
