@@ -43,11 +43,18 @@ from flipproof.train.loop import CONTROL, train
 from flipproof.train.rundir import check_run_dir
 from flipproof.world import join_world
 
-_SWEEP_FACTORS = (2**-6, 2**-5, 2**-4, 2**-3, 2**-2, 2**-1, 1)
+_SWEEP_FACTORS = (2**-5, 2**-4, 2**-3, 2**-2, 2**-1, 1)
 """Flip probabilities of the plot, as multiples of the one trained with."""
 _SWEEP_TRIALS, _SWEEP_SAMPLES = 3, 64
 _CALIBRATE = 512
 """Sequences that guards are fitted to."""
+_CURVES = {
+    "flipped": "one threshold for all layers",
+    "guarded": "guards by channel",
+    "hardened": "hardened: rotated, guards by channel",
+    "control": "hardened, trained without flips",
+    "recovered": "hardened, trained with flips",
+}
 _PROMPTS = ("def __init__(self, ", "        return self.", "        raise ValueError(")
 
 
@@ -88,7 +95,9 @@ def demo(run_dir: Path) -> None:
         {"flipped": sweep_p(config, bare, text, trained=False), "guarded": sweep_p(guarded, bare, text, trained=False)},
         sweep_p(hardened, model, text, adapters),
     )
-    plot_sweep(points, arms, config, run_dir / "perplexity_vs_p.png")
+    batch = config.training.local_batch_size
+    alike = measure_arms(bare, ["clean"], text, seeds=(), num_samples=_SWEEP_SAMPLES, batch_size=batch)
+    plot_sweep(points, alike["clean"], config, run_dir / "perplexity_vs_p.png")
     seed, length = fault_seeds(config.bitflip.base_seed, 1)[0], config.training.seq_len
     set_faults(bare, config.bitflip)
     samples = sample_texts(bare, tokenizer, ["clean", "flipped"], seed, length, {})
@@ -162,8 +171,8 @@ def sweep_p(
     return points
 
 
-def plot_sweep(points: dict[float, dict[str, Arm]], arms: dict[str, Arm], config: RunConfig, path: Path) -> None:
-    """Perplexity against p on logarithmic axes, with 95% intervals, as a PNG."""
+def plot_sweep(points: dict[float, dict[str, Arm]], clean: Arm, config: RunConfig, path: Path) -> None:
+    """Perplexity against p on logarithmic axes, with 95% intervals, and the ``clean`` one, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,14 +185,15 @@ def plot_sweep(points: dict[float, dict[str, Arm]], arms: dict[str, Arm], config
         measured = [arms_at_p[name] for arms_at_p in points.values()]
         middle = np.array([arm.perplexity for arm in measured])
         bounds = np.array([arm.perplexity_interval or (arm.perplexity,) * 2 for arm in measured])
-        style: dict[str, Any] = {"label": ARMS[name].words, "color": colour, "marker": "o", "ms": 4, "lw": 1.5}
+        style: dict[str, Any] = {"label": _CURVES[name], "color": colour, "marker": "o", "ms": 4, "lw": 1.5}
         axes.errorbar([*points], middle, yerr=np.abs(bounds.T - middle), capsize=3, **style)
-    axes.axhline(arms["clean"].perplexity, color="#555555", ls="--", lw=1, label="clean")
+    axes.axhline(clean.perplexity, color="#555555", ls="--", lw=1, label="clean")
     trained_at = max(value for value in (config.bitflip.w_p_exp, config.bitflip.x_p_exp) if value)
     axes.axvline(trained_at, color="#999999", ls=":", lw=1, label=f"trained at {trained_at:.4g}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.set_xlabel("flip probability of sign and exponent bits, weights and activations")
     axes.set_ylabel("perplexity per byte, held-out text")
