@@ -182,3 +182,11 @@ def test_offloading_needs_several_processes():
     config = ParallelismConfig(cpu_offload=True)
     with pytest.raises(ConfigError, match=r"cpu_offload = True: 1 process .*torchrun"), join_world(config):
         pass
+
+
+def test_who_waits_for_what_may_take_long_waits_in_the_group_that_may(monkeypatch):
+    asked = []
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda _answer, group: asked.append(group))
+    world = World(0, 2, torch.device("cpu"), None, "ten minutes", "a day")
+    assert (world.once(lambda: 3), world.once(lambda: 4, patient=True)) == (3, 4)
+    assert asked == ["ten minutes", "a day"]

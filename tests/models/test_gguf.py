@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flipproof.config import ModelConfig, load_config
 from flipproof.errors import ConfigError
+from flipproof.models.layerwise import rotate_into
 from flipproof.models.load import load_model, load_tokenizer
+from flipproof.models.rotate import rotate
 from flipproof.models.tokenizer import byte_tokenizer
 from flipproof.train.export import export
 from flipproof.train.loop import train
+from flipproof.world import ALONE
 
 F16, Q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0
 NAMES = {
@@ -118,6 +121,15 @@ def test_a_file_of_plain_weights_is_the_model_that_it_was_made_of(model, tmp_pat
         assert_equal_models(materialised(ModelConfig(hf_model_path=str(path))), read)
     assert (read.config.eos_token_id, read.config.max_position_embeddings) == (256, 128)
     assert in_memory(file, "float32").dtype == torch.float32
+
+
+def test_a_file_is_rotated_block_by_block_as_it_is_in_memory(model, tmp_path):
+    config = ModelConfig(hf_model_path=str(write_gguf(model, tmp_path / "tiny.gguf", F16)))
+    (tmp_path / "rotated").mkdir()
+    rotate_into(tmp_path / "rotated", config, load_tokenizer(config), None, "residual", 0, ALONE)
+    expected = in_memory(config.hf_model_path)
+    rotate(expected, "residual", 0)
+    assert_equal_models(AutoModelForCausalLM.from_pretrained(tmp_path / "rotated"), expected)
 
 
 def test_quantised_weights_become_bfloat16(model, tmp_path, caplog):

@@ -15,7 +15,7 @@ from flipproof.models import layerwise, save
 from flipproof.models.layerwise import Layerwise, rotate_into
 from flipproof.models.load import byte_tokenizer, save_model
 from flipproof.models.rotate import rotate
-from flipproof.world import ALONE
+from flipproof.world import ALONE, World
 
 
 def untied(kind):
@@ -40,9 +40,9 @@ MODELS = {
 }
 
 
-def from_files(directory, to, how="residual", seed=3):
+def from_files(directory, to, how="residual", seed=3, world=ALONE):
     to.mkdir()
-    return rotate_into(to, ModelConfig(hf_model_path=str(directory)), byte_tokenizer(), None, how, seed, ALONE)
+    return rotate_into(to, ModelConfig(hf_model_path=str(directory)), byte_tokenizer(), None, how, seed, world)
 
 
 def tensors(directory):
@@ -60,10 +60,12 @@ def settings(directory):
 @pytest.mark.parametrize("name", MODELS)
 def test_files_hold_the_bits_of_a_model_that_is_rotated_in_memory(name, how, tmp_path, monkeypatch):
     monkeypatch.setattr(save, "_FILE_BYTES", 50_000)
-    if (name, how) == ("experts, in memory", "full"):
-        pytest.skip("its down projections are no nn.Linear")
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    if (name, how) == ("experts, in memory", "full"):
+        with pytest.raises(ConfigError, match=r"MixtralForCausalLM has no nn\.Linear as down projection"):
+            from_files(tmp_path / "model", tmp_path / "files", how)
+        return
     said, dtype = from_files(tmp_path / "model", tmp_path / "files", how)
     assert dtype == str(model.dtype).removeprefix("torch.")
     wanted = rotate(model, how, 3)
@@ -84,6 +86,19 @@ def test_files_hold_the_bits_of_a_model_that_is_rotated_in_memory(name, how, tmp
         index = json.loads((tmp_path / "files/model.safetensors.index.json").read_text())
         assert index["weight_map"] == {key: file.name for file in files for key in load_file(file)}
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in two.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="is about a GPU")
+@pytest.mark.parametrize("how", ["residual", "full"])
+def test_a_gpu_gives_what_a_cpu_does_up_to_the_order_of_sums_in_float64(how, tmp_path):
+    model = bumpy("Llama", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    said, _ = from_files(tmp_path / "model", tmp_path / "gpu", how, world=World(0, 1, torch.device("cuda", 0)))
+    rotate(model, how, 3)
+    got = tensors(tmp_path / "gpu")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(got[name], tensor, rtol=2**-22, atol=1e-12)
+    assert said.difference < 1e-5
 
 
 def test_one_small_file_has_no_index_and_plain_transformers_opens_it(tmp_path, token_ids):

@@ -50,11 +50,11 @@ class Maxima:
         operand = name.rpartition("/")[2]
         if not x.numel() or (operand == "w" and name in self.found):  # an expert may get no token
             return x
-        sizes = x.detach().abs().float().nan_to_num(0.0, posinf=0.0)
+        sizes = x.detach().abs().nan_to_num(0.0, posinf=0.0)  # in its own dtype: a head of 70B has a billion elements
         if operand == "w":
-            largest = sizes.amax(-1, keepdim=True)  # of rows
+            largest = sizes.amax(-1, keepdim=True).float()  # of rows
         else:  # of features, or of heads and their components
-            largest = sizes.flatten(0, -2 if operand == "x" else -3).amax(0)
+            largest = sizes.flatten(0, -2 if operand == "x" else -3).amax(0).float()
         self.found[name] = torch.maximum(largest, self.found[name]) if name in self.found else largest
         return x
 

@@ -104,7 +104,7 @@ class Layerwise(Weights):
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() < 2:
                     if id(parameter) not in placed:
-                        placed[id(parameter)] = _frozen(self._weight(_name(prefix, key)))
+                        placed[id(parameter)] = _frozen(self._weight(_name(prefix, key)).clone())
                     module._parameters[key] = placed[id(parameter)]
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -180,6 +180,7 @@ def rotate_into(
         return _rotate_in_memory(directory, config, tokenizer, dtype, how, seed, world)
 
     def act() -> Rotation:
+        logger.info("%s = %r is rotated block by block, on %s", KEY, config.hf_model_path, world.device)
         rotation = rotate(model, how, seed, weights)
         weights.write_rest()
         shards.finish()

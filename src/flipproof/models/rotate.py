@@ -12,6 +12,8 @@ function stays what it is, since what stands between two layers passes a change 
 - **inputs of down projections**: nothing passes the product before them, so they are rotated when the model runs
   (``online.py``).
 
+The model may be in memory, or in files and only a block of it in memory at a time (``layerwise.py``).
+
 The first two leave a model that plain ``transformers`` opens. This is the change of basis of QuaRot (Ashkboos et al.,
 2024) and SpinQuant (Liu et al., 2024), made for guards instead of for quantisation.
 
