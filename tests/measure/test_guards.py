@@ -248,7 +248,7 @@ def test_guards_of_another_model_dtype_or_basis_are_refused(tiny_llama, model_di
     rotate(model, "residual", 0)
     model.save_pretrained(tmp_path / "rotated")
     byte_tokenizer().save_pretrained(tmp_path / "rotated")
-    with pytest.raises(ConfigError, match=r"was fitted to a model of basis None; it is \{'how': 'residual'"):
+    with pytest.raises(ConfigError, match=r"of basis 'not rotated'; it is 'rotated \(residual, seed \d+\)' here"):
         evaluate(settings(tmp_path / "rotated", **p))
 
 

@@ -107,6 +107,52 @@ def test_what_is_rotated_at_run_time_is_trained_and_exported_so(tiny_llama, tmp_
     assert recorded["recovered_clean"]["perplexity"] < 0.95 * recorded["clean"]["perplexity"]
 
 
+@pytest.mark.parametrize("rotated", [None, "residual", "full"])
+def test_guards_and_basis_come_along(tiny_llama, tmp_path, caplog, rotated):
+    """An exported model is measured behind the guards of its run, and so is the run's base behind those of an exported
+    adapter; after guards and base of the run have gone. Its config has the basis that the guards are of."""
+    import json
+
+    from flipproof.faults.fitted import read_guards
+    from flipproof.measure.evaluate import evaluate
+    from flipproof.measure.guards import fit_guards
+    from flipproof.models.rotate import rotate
+
+    model = tiny_llama()
+    if rotated:
+        rotate(model, rotated, 5)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    settings = {
+        "model": {"hf_model_path": str(tmp_path / "base")},
+        "training": {"seq_len": 32, "local_batch_size": 4, "steps": 2, "lr": 1e-3},
+        "lora": {"r": 2},
+        "data": {"source": "stdlib", "max_tokens": 20_000},
+        "eval": {"num_samples": 140, "trials": 2},
+        "logging": {"run_dir": str(tmp_path / "run")},
+    }
+    fit_guards(load_config([], settings), "channel", tmp_path / "guards")
+    faulty = settings | {"bitflip": {"x_p_frac": 0.05, "guards": str(tmp_path / "guards")}}
+    faulty["eval"] = {"num_samples": 8, "trials": 2}
+    train(load_config([], faulty))
+    shutil.rmtree(tmp_path / "guards")
+    with caplog.at_level("INFO", "flipproof"):
+        export(tmp_path / "run", tmp_path / "model")
+        export(tmp_path / "run", tmp_path / "adapter", "adapter")
+    for to in ("model", "adapter"):
+        assert f"its guards came along: --bitflip.guards {tmp_path / to}" in caplog.text
+        assert read_guards(str(tmp_path / to)).digest == read_guards(str(tmp_path / "run")).digest
+    assert ("as a Hugging Face model, which flipproof opens" in caplog.text) == (rotated == "full")
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written.get("flipproof_rotation", {"how": None})["how"] == rotated
+    recorded = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
+    for name, adapter in (("model", None), ("base", tmp_path / "adapter")):
+        guards = {"x_p_frac": 0.05, "guards": str(adapter or tmp_path / name)}
+        config = load_config([], faulty | {"model": {"hf_model_path": str(tmp_path / name)}, "bitflip": guards})
+        found = evaluate(config, adapter)["flipped" if name == "model" else "recovered"]
+        assert found.loss == pytest.approx(recorded["recovered"]["loss"], rel=1e-3)  # merged weights are rounded
+
+
 @pytest.mark.parametrize(("kind", "name"), [("model", r"q_proj\.weight"), ("adapter", r"q_proj\.lora_B\.weight")])
 def test_what_is_not_finite_is_never_exported(run, tmp_path, monkeypatch, kind, name):
     def load(path, model):

@@ -102,9 +102,8 @@ class Guards:
         maxima by a quarter. (Training may move some.)"""
         for what, its in (("dtype", dtype), ("basis", json.loads(json.dumps(basis)))):
             if (mine := getattr(self, what)) != its:
-                raise ConfigError(
-                    [f"bitflip.guards: {self.path} was fitted to a model of {what} {mine!r}; it is {its!r} here"]
-                )
+                told = f"was fitted to a model of {what} {said(mine)}; it is {said(its)} here"
+                raise ConfigError([f"bitflip.guards: {self.path} {told}"])
         for site, weight in weights.items():
             if (maxima := self.maxima.get(f"{site}/w")) is not None:
                 own = weight.detach().abs().amax(1, keepdim=True).float().cpu()
@@ -128,7 +127,9 @@ class Guards:
         for what in ("model", "dtype", "by", "basis"):
             mine, its = getattr(self, what), getattr(other, what)
             if mine != its:
-                raise ConfigError([f"{other.path}: guards of {what} {its!r} do not go with those of {what} {mine!r}"])
+                raise ConfigError(
+                    [f"{other.path}: guards of {what} {said(its)} do not go with those of {what} {said(mine)}"]
+                )
         shapes, its_shapes = ({name: t.shape for name, t in one.maxima.items()} for one in (self, other))
         if shapes != its_shapes:
             raise ConfigError([f"{other.path}: its layers are others than those of {self.model} here"])
@@ -161,6 +162,13 @@ class Guards:
         maxima = {name: maxima.contiguous() for name, maxima in self.maxima.items()}
         with named(directory / GUARDS), replace_file(directory / GUARDS) as file:
             file.write(save(maxima, {_ABOUT: json.dumps(sealed(self.about))}))
+
+
+def said(value: Any) -> str:
+    """A model's name, dtype or basis in words: the last is what a config says of a rotation, or None."""
+    if isinstance(value, Mapping):
+        return f"'rotated ({value.get('how')}, seed {value.get('seed')})'"
+    return repr("not rotated" if value is None else value)
 
 
 def _operand(name: str) -> str:
