@@ -29,6 +29,7 @@ except ConfigError as error:
     sys.exit(f"flipproof.harness: error: {error}") if __name__ == "__main__" else None
     raise
 from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import get_dtype
 
 
 @register_model("flipproof")
@@ -66,14 +67,17 @@ class FlipproofLM(HFLM):
             [config] if config else [], {"bitflip": bitflip, "model": {"hf_model_path": pretrained}}
         )
         self._adapter = Path(adapter) if adapter else None
+        computed = more.get("mixed_precision_dtype")
+        self._computed = None if computed is None else get_dtype(computed)
         tokenizer = byte_tokenizer() if tokenizer == "bytes" else tokenizer
         super().__init__(pretrained, tokenizer=tokenizer, batch_size=batch_size, **more)
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)
         spec, adapter = self._faults.bitflip, self._adapter
+        lora = adapter_spec(adapter) if adapter else None
         if adapter or spec.any_fault:
-            logger.info("%s", inject(self._model, spec, adapter_spec(adapter) if adapter else None))
+            logger.info("%s", inject(self._model, spec, lora, computed=self._computed))
         if adapter:
             load_adapter(self._model, adapter)
 

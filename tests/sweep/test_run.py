@@ -312,3 +312,4 @@ def test_a_guard_that_cuts_is_warned_of_with_the_base_first(learned_llama_dir, t
     said = [line for line in err.splitlines() if base in line or "the guard alone, before" in line]
     assert len(said) == 2
     assert f"costs {header['guard']['loss'] - header['clean']['loss']:.4g} nats" in said[1]
+    assert "without a guard" not in err  # there is one

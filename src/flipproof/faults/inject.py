@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from flipproof.errors import ConfigError, first_of
 from flipproof.faults import attention
 from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.embedding import FaultyEmbedding
-from flipproof.faults.fitted import read_guards
+from flipproof.faults.fitted import ROTATION, Guards, read_guards
 from flipproof.faults.linear import FaultyLinear, keep_hooks
 from flipproof.faults.matching import unmatched_patterns
 from flipproof.faults.philox import check_tick
@@ -67,7 +67,13 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, LoraSpec] | None = None) -> Coverage:
+def inject(
+    model: nn.Module,
+    spec: BitFlipSpec,
+    lora: LoraSpec | Mapping[str, LoraSpec] | None = None,
+    *,
+    computed: torch.dtype | None = None,
+) -> Coverage:
     """Make the linear layers of ``model`` faulty, in place; and its head, embedding and KV cache, if ``spec`` says so.
 
     Every ``nn.Linear`` but the output head is swapped, unless ``spec`` says otherwise. With adapters (``lora.r`` > 0)
@@ -77,17 +83,21 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         model: any module; its forward is what a tick counts. May be on the meta device.
         spec: what flips where.
         lora: adapters for the same linear layers, or for some of them by name. None or r = 0 is none.
+        computed: the dtype that autocast or FSDP casts weights to, where that is another than theirs: bits flip in it,
+            and fitted guards are to be of it.
 
     Returns:
         What was covered.
 
     Raises:
         ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
-            without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped.
+            without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped; where
+            fitted guards are of another model, dtype or basis.
             ValueError: where the model is injected already, or wrapped by what spreads it over processes.
     """
     if not isinstance(spec, BitFlipSpec):
         raise ConfigError([f"spec = {spec!r}: a BitFlipSpec is allowed, such as BitFlipSpec(w_p_exp=1e-5)"])
+    _check_use(spec)
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
@@ -129,6 +139,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         raise ConfigError([_nothing_matched(spec, skipped)])
     _check_layers(model, names)
     state = FaultState(spec.base_seed, spec.exact_gradient)
+    state.computed = computed
     if spec.guards:
         state.guards = read_guards(spec.guards)
         for name, fault in kv_faults.items():
@@ -146,6 +157,10 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
         own = _lora_of(lora, site)
         swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
+    if state.guards is not None:
+        faulty = [*swapped.values(), *([table] if table_spec else [])]
+        _check_fitted(model, state.guards, dtype_that_flips(model, computed, faulty), computed)
+        state.fitting = state.guards
 
     # Whatever can fail has not: from here on the model changes.
     for name, which in names.items():
@@ -159,6 +174,11 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
     state.sites = list(fault_sites(model).values())
     state.watch(model)
     return replace(coverage, memories=(*([table_name] if table_spec else []), *kv_faults))
+
+
+def _check_use(spec: BitFlipSpec) -> None:
+    if problems := spec.in_vain():
+        raise ConfigError(problems)
 
 
 def _check_unwrapped(model: nn.Module) -> None:
@@ -370,12 +390,57 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
     """Give what ``inject`` made faulty other faults, adapters unchanged; what ``spec`` leaves alone becomes clean.
 
     The seed is ``spec.base_seed``, from tick 0.
+
+    Raises:
+        ConfigError: where ``spec`` has guards that are not of this model, as ``inject`` does; the faults stay as they
+            were then.
     """
-    fault_state(model).guards = read_guards(spec.guards) if spec.guards else None
-    for site in fault_sites(model).values():
-        site.set_faults(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None)
-    fault_state(model).exact_gradient = spec.exact_gradient
+    _check_use(spec)
+    state, guards = fault_state(model), read_guards(spec.guards) if spec.guards else None
+    if guards is not None and guards is not state.fitting:
+        check_fitted(model, guards)
+    found = [
+        (site, site.faults_of(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None, guards))
+        for site in fault_sites(model).values()
+    ]
+    # Whatever can fail has not.
+    for site, own in found:
+        for name, value in own.items():
+            setattr(site, name, value)
+    state.guards, state.exact_gradient = guards, spec.exact_gradient
     set_seed(model, spec.base_seed)
+
+
+def check_fitted(model: nn.Module, guards: Guards) -> None:
+    """Raises ConfigError where fitted guards are of another model, dtype or basis than this one, which is faulty."""
+    state = fault_state(model)
+    _check_fitted(model, guards, dtype_that_flips(model, state.computed), state.computed)
+    state.fitting = guards
+
+
+def _check_fitted(model: nn.Module, guards: Guards, dtype: str, computed: torch.dtype | None) -> None:
+    weights = {
+        _site(name): module.weight
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+    }
+    guards.check_model(dtype, getattr(getattr(model, "config", None), ROTATION, None), weights, computed)
+
+
+def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iterable[Any] | None = None) -> str:
+    """The name of the dtype whose bits flip: the one that is computed in, else that of the weights of what is faulty,
+    or of the model where it has none. Where weights of several dtypes are faulty, all of them, as "bfloat16 and
+    float32".
+
+    Args:
+        computed: the dtype that weights are cast to before their bits flip; None where they are not.
+        sites: what is faulty, or is to be; None is what ``inject`` made.
+    """
+    weights = (getattr(site, "weight", None) for site in (fault_sites(model).values() if sites is None else sites))
+    held = {dtype_name(weight.dtype) for weight in weights if weight is not None}
+    if computed is None and held:
+        return " and ".join(sorted(held))
+    return dtype_name(computed or next(model.parameters()).dtype)
 
 
 @contextmanager

@@ -265,6 +265,8 @@ class LayerFaults(Table):
 
 
 LAYER_KEYS = tuple(LayerFaults.declared())
+FITTED_KEYS = (*(f"{operand}_margin" for operand in OPERANDS), "guards_by", "guards_floor")
+"""Keys that say how fitted guards are used."""
 Override = Annotated[Annotated[Mapping[str, Any], LayerFaults] | Literal[False] | None, "a table of keys, or false,"]
 Layers = Annotated[Mapping[Regex, Override], "a table of regular expressions and the keys to change"]
 
@@ -313,6 +315,27 @@ class BitFlipSpec(LayerFaults):
             if isinstance(override, Mapping) and not problems:
                 problems = _burst_problems({**vars(self), **override}, f"layer_name_to_config {pattern!r}.")
         return problems
+
+    def in_vain(self) -> list[str]:
+        """A line for each key that says nothing beside the others: how fitted guards are used where there are none, or
+        a threshold where they take its place. Not among ``problems``, since a sweep chooses between the two and harden
+        fits its own."""
+        lines = []
+        of_layers = {f"layer_name_to_config {name!r}: ": keys for name, keys in self.layer_name_to_config.items()}
+        for where, keys in {"": vars(self), **of_layers}.items():
+            given = {key: value for key, value in keys.items() if value != DEFAULTS.get(key)} if keys else {}
+            for key, value in given.items():
+                if key in FITTED_KEYS and not self.guards:
+                    lines.append(
+                        f"bitflip.{where}{key} = {value!r}: it says how fitted guards are used; set bitflip.guards to "
+                        "the directory that holds some, or leave it out"
+                    )
+                elif key.endswith("_zero_out_t") and self.guards and value != math.inf:
+                    lines.append(
+                        f"bitflip.{where}{key} = {value!r}: bitflip.guards = {self.guards!r} has thresholds in its "
+                        "place; leave one of the two out"
+                    )
+        return lines
 
     def for_layer(self, name: str) -> "BitFlipSpec | None":
         """The spec of the module called ``name``, overrides applied; None where it is to be left alone."""
@@ -387,6 +410,9 @@ class BitFlipSpec(LayerFaults):
 
     def _of(self, operand: Operand, key: str) -> Any:
         return getattr(self, f"{operand}_{key}")
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(BitFlipSpec)}
 
 
 def storage_overhead(spec: BitFlipSpec, dtype: str) -> dict[Operand, float]:
