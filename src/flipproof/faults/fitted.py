@@ -106,7 +106,12 @@ class Guards:
         return replace(self, by=by, maxima={name: self._as_fine(name, by) for name in self.maxima})
 
     def check_model(
-        self, dtype: str, basis: Any, weights: Mapping[str, Tensor], computed: torch.dtype | None = None
+        self,
+        dtype: str,
+        basis: Any,
+        weights: Mapping[str, Tensor],
+        computed: torch.dtype | None = None,
+        near: bool = True,
     ) -> None:
         """See that they were fitted to this very model, whose weights' largest values they hold. Where its weights are
         others but near, as training leaves them, a warning says so.
@@ -117,10 +122,11 @@ class Guards:
             weights: site -> (out, in), of all modules that have one. Of a sharded one the part that this process holds
                 is looked at, on the meta device none.
             computed: the dtype that weights are cast to before their bits flip, where that is another.
+            near: whether they may be others at all.
 
         Raises:
             ConfigError: where dtype or basis are others, or a weight is not there; where in one of them the largest
-                values of more than a hundredth of the rows are off by more than a quarter.
+                values of more than a hundredth of the rows are off by more than a quarter, or any at all.
         """
         same = set(dtype.split(" and ")) <= set(self.dtype.split(" and ")), self.basis == json.loads(json.dumps(basis))
         for fits, (what, its) in zip(same, (("dtype", dtype), ("basis", basis)), strict=True):
@@ -143,6 +149,8 @@ class Guards:
                     [f"{another}: {far:.0%} of the rows of {site} are far beyond or below those there; fit them anew"]
                 )
             moved += differs
+        if moved and not near:
+            raise ConfigError([f"{another}: {moved} layers have other weights here"])
         if moved:
             logger.warning("bitflip.guards: %s was fitted to other weights, which are near: %d layers have been "
                            "trained since, or are of another model", self.path, moved)  # fmt: skip
@@ -173,16 +181,21 @@ class Guards:
                 self.thresholds(name, fault.fitted, shape)
 
     def merged(self, other: "Guards") -> "Guards":
-        """The larger of both maxima. Raises ConfigError where they are not of one model."""
-        for what in ("model", "dtype", "by", "basis"):
+        """The larger of both maxima. Raises ConfigError where they are not of one model: its weights tell, wherever it
+        lay."""
+        for what in ("dtype", "by", "basis"):
             mine, its = getattr(self, what), getattr(other, what)
             if mine != its:
                 raise ConfigError([f"{other.path}: guards of {what} {its!r} do not go with those of {what} {mine!r}"])
         shapes, its_shapes = ({name: t.shape for name, t in one.maxima.items()} for one in (self, other))
         if shapes != its_shapes:
             raise ConfigError([f"{other.path}: its layers are others than those of {self.model} here"])
+        others = [name for name, t in self.maxima.items() if _operand(name) == "w" and not t.equal(other.maxima[name])]
+        if others:
+            its = f"{other.path}: it was fitted to another model, {other.model}"
+            raise ConfigError([f"{its}, whose weights are not those of {self.model}: {first_of(others)} differs"])
         maxima = {name: torch.maximum(t, other.maxima[name]) for name, t in self.maxima.items()}
-        return Guards(maxima, self.by, self.model, self.dtype, self.basis, (*other.texts, *self.texts))
+        return replace(self, maxima=maxima, texts=(*other.texts, *self.texts))
 
     @property
     def about(self) -> dict[str, Any]:

@@ -411,20 +411,33 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
     set_seed(model, spec.base_seed)
 
 
-def check_fitted(model: nn.Module, guards: Guards) -> None:
-    """Raises ConfigError where fitted guards are of another model, dtype or basis than this one, which is faulty."""
+def check_fitted(model: nn.Module, guards: Guards, read: Mapping[str, Tensor] | None = None, near: bool = True) -> None:
+    """Raises ConfigError where fitted guards are of another model, dtype or basis than this one, which is faulty.
+
+    Args:
+        read: of a model on the meta device, site -> a weight to look at.
+        near: as for ``Guards.check_model``.
+    """
     state = fault_state(model)
-    _check_fitted(model, guards, dtype_that_flips(model, state.computed), state.computed)
+    _check_fitted(model, guards, dtype_that_flips(model, state.computed), state.computed, read, near)
     state.fitting = guards
 
 
-def _check_fitted(model: nn.Module, guards: Guards, dtype: str, computed: torch.dtype | None) -> None:
+def _check_fitted(
+    model: nn.Module,
+    guards: Guards,
+    dtype: str,
+    computed: torch.dtype | None,
+    read: Mapping[str, Tensor] | None = None,
+    near: bool = True,
+) -> None:
     weights = {
         _site(name): module.weight
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
     }
-    guards.check_model(dtype, getattr(getattr(model, "config", None), ROTATION, None), weights, computed)
+    basis = getattr(getattr(model, "config", None), ROTATION, None)
+    guards.check_model(dtype, basis, {**weights, **(read or {})}, computed, near)
 
 
 def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iterable[Any] | None = None) -> str:

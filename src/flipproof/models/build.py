@@ -83,7 +83,7 @@ def build_model(
         model.to(world.device)
     else:
         materialise(model, config.model, seed, torch.device("cpu") if config.parallelism.cpu_offload else world.device)
-        check_guards(config, model, world)  # ``inject`` saw no weights
+        check_guards(config.bitflip.guards, model, world)  # ``inject`` saw no weights
     # no backend is chosen silently
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "the CPU"
     spread = f" in each of {world.size} processes" if world.size > 1 else ""
@@ -91,13 +91,13 @@ def build_model(
     return model
 
 
-def check_guards(config: RunConfig, model: nn.Module, world: World) -> None:
-    """Raises ConfigError, in all processes, where fitted guards are of another model, dtype or basis. Of a sharded
-    model each looks at its part."""
+def check_guards(path: str | None, model: nn.Module, world: World, near: bool = True) -> None:
+    """Raises ConfigError, in all processes, where the fitted guards of a directory, if there is one, are of another
+    model, dtype or basis. Of a sharded model each looks at its part. ``near`` as for ``Guards.check_model``."""
     problems: list[str] = []
-    if config.bitflip.guards:
+    if path:
         try:
-            check_fitted(model, read_guards(config.bitflip.guards))
+            check_fitted(model, read_guards(path), near=near)
         except ConfigError as error:
             problems = error.problems
     for found in world.gathered(problems):

@@ -65,7 +65,7 @@ def sweep(config: RunConfig, to: Path) -> str:
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
         check_ids(model, tokenizer, text.sequences)
-        check_guards(config, model, world)
+        check_guards(config.bitflip.guards, model, world)
         grid = Grid(config, rates, model, flipped_dtype(config.training, model))
         with compute_context(config.training, model):
             header = _begin(grid, directory, model, text, world)
