@@ -189,6 +189,7 @@ def test_lm_evals_command_line_without_faults_and_with_an_adapter(command_line, 
     [
         ("w_p_exq=1e-3", [], "bitflip.w_p_exq: unknown key; did you mean w_p_exp?"),
         ("w_p_exp=0.7", [], "w_p_exp = 0.7"),
+        ("pretrained=./modle", [], "pretrained = './modle': no local directory has this path"),
         ("w_p_exp=0.1", ["--batch_size", "auto"], "batch_size = 'auto': a number is allowed"),
         ("w_p_exp=0.1", ["--use_cache", "CACHE"], "--use_cache: its answers know neither weights nor faults"),
     ],

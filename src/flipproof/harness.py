@@ -19,8 +19,10 @@ from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import inject
 from flipproof.faults.spec import BitFlipSpec, field_names
+from flipproof.files import is_path
 from flipproof.log import logger, set_up_logging
 from flipproof.models.adapter import adapter_spec, load_adapter
+from flipproof.models.hub import expand
 from flipproof.models.load import byte_tokenizer
 
 try:
@@ -61,6 +63,8 @@ class FlipproofLM(HFLM):
         one_process("--model flipproof")
         if str(batch_size).startswith("auto"):
             raise ConfigError([f"batch_size = {batch_size!r}: a number is allowed; which bits flip depends on it"])
+        if is_path(pretrained) and not Path(expand(pretrained)).exists():
+            raise ConfigError([f"pretrained = {pretrained!r}: no local directory has this path"])
         keys = [key for key in more if key in field_names(BitFlipSpec) or re.match(r"(w|x|kv)_", key)]
         bitflip = {key: more.pop(key) for key in keys} | ({} if seed is None else {"base_seed": seed})
         self._faults = load_config(

@@ -12,24 +12,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from flipproof.errors import ConfigError, first_of
 from flipproof.faults import attention
 from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.embedding import FaultyEmbedding
-from flipproof.faults.fitted import ROTATION, Guards, read_guards
+from flipproof.faults.fitted import read_guards
 from flipproof.faults.linear import FaultyLinear, keep_hooks
 from flipproof.faults.matching import unmatched_patterns
 from flipproof.faults.philox import check_tick
+from flipproof.faults.same_model import check_fitted, site_name
 from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
 from flipproof.faults.ties import merge_adapters
 from flipproof.log import logger
 from flipproof.values import Seed, checked
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _SPREADS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 _HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
 
@@ -112,7 +112,7 @@ def inject(
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear:
             continue
-        site = planned[id(module)][0] if id(module) in planned else _site(name)
+        site = planned[id(module)][0] if id(module) in planned else site_name(name)
         kind = "head" if module is head or (head is None and site in _HEAD_NAMES) else "linear"
         layer_spec = spec.for_layer(site)
         if kind not in spec.sites:
@@ -145,7 +145,7 @@ def inject(
         for name, fault in kv_faults.items():
             state.guards.check([f"{name}/k", f"{name}/v"], fault)
         if table_spec:
-            state.guards.check([f"{_site(table_name)}/w"], table_spec.w, (table.num_embeddings, 1))
+            state.guards.check([f"{site_name(table_name)}/w"], table_spec.w, (table.num_embeddings, 1))
     swapped: dict[int, FaultyLinear] = {}
     for name, which in names.items():
         if which in swapped:
@@ -154,19 +154,18 @@ def inject(
         layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
         assert layer_spec is not None
         # tied weights are one memory
-        w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
+        w_site = site_name(table_name) if getattr(table, "weight", None) is linear.weight else None
         own = _lora_of(lora, site)
         swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
     if state.guards is not None:
         faulty = [*swapped.values(), *([table] if table_spec else [])]
-        _check_fitted(model, state.guards, dtype_that_flips(model, computed, faulty), computed)
-        state.fitting = state.guards
+        check_fitted(model, state.guards, state, faulty)
 
     # Whatever can fail has not: from here on the model changes.
     for name, which in names.items():
         _put(model, name, swapped[which])
     if table_spec is not None:
-        FaultyEmbedding.make(table, _site(table_name), table_spec.w, state)
+        FaultyEmbedding.make(table, site_name(table_name), table_spec.w, state)
     attention.install(model, kv_faults, state)
     if lora:
         for parameter_name, parameter in model.named_parameters():
@@ -231,15 +230,11 @@ def _matchable(model: nn.Module, spec: BitFlipSpec) -> list[str]:
     return [
         *_HEAD_NAMES,
         *(
-            _site(name)
+            site_name(name)
             for name, module in model.named_modules(remove_duplicate=False)
             if name in attentions or any(weight.dim() >= 2 for weight in module.parameters(recurse=False))
         ),
     ]
-
-
-def _site(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -275,7 +270,7 @@ def _table_spec(table: Any, name: str, spec: BitFlipSpec) -> BitFlipSpec | None:
     """The spec of the input embedding, where it is to be faulty."""
     if "embedding" not in spec.sites:
         return None
-    layer_spec = spec.for_layer(_site(name))
+    layer_spec = spec.for_layer(site_name(name))
     if layer_spec is None or not layer_spec.w.active:
         return None
     if not isinstance(table, nn.Embedding):
@@ -398,7 +393,7 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
     _check_use(spec)
     state, guards = fault_state(model), read_guards(spec.guards) if spec.guards else None
     if guards is not None and guards is not state.fitting:
-        check_fitted(model, guards)
+        check_fitted(model, guards, state)
     found = [
         (site, site.faults_of(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None, guards))
         for site in fault_sites(model).values()
@@ -409,51 +404,6 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
             setattr(site, name, value)
     state.guards, state.exact_gradient = guards, spec.exact_gradient
     set_seed(model, spec.base_seed)
-
-
-def check_fitted(model: nn.Module, guards: Guards, read: Mapping[str, Tensor] | None = None, near: bool = True) -> None:
-    """Raises ConfigError where fitted guards are of another model, dtype or basis than this one, which is faulty.
-
-    Args:
-        read: of a model on the meta device, site -> a weight to look at.
-        near: as for ``Guards.check_model``.
-    """
-    state = fault_state(model)
-    _check_fitted(model, guards, dtype_that_flips(model, state.computed), state.computed, read, near)
-    state.fitting = guards
-
-
-def _check_fitted(
-    model: nn.Module,
-    guards: Guards,
-    dtype: str,
-    computed: torch.dtype | None,
-    read: Mapping[str, Tensor] | None = None,
-    near: bool = True,
-) -> None:
-    weights = {
-        _site(name): module.weight
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
-    }
-    basis = getattr(getattr(model, "config", None), ROTATION, None)
-    guards.check_model(dtype, basis, {**weights, **(read or {})}, computed, near)
-
-
-def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iterable[Any] | None = None) -> str:
-    """The name of the dtype whose bits flip: the one that is computed in, else that of the weights of what is faulty,
-    or of the model where it has none. Where weights of several dtypes are faulty, all of them, as "bfloat16 and
-    float32".
-
-    Args:
-        computed: the dtype that weights are cast to before their bits flip; None where they are not.
-        sites: what is faulty, or is to be; None is what ``inject`` made.
-    """
-    weights = (getattr(site, "weight", None) for site in (fault_sites(model).values() if sites is None else sites))
-    held = {dtype_name(weight.dtype) for weight in weights if weight is not None}
-    if computed is None and held:
-        return " and ".join(sorted(held))
-    return dtype_name(computed or next(model.parameters()).dtype)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from flipproof.faults.attention import reachable
 from flipproof.faults.draw import Draw
 from flipproof.faults.fitted import Guards, read_guards
 from flipproof.faults.flip_log import hooked
-from flipproof.faults.inject import check_fitted, inject, set_faults
+from flipproof.faults.inject import fault_state, inject, set_faults
+from flipproof.faults.same_model import check_fitted
 from flipproof.faults.spec import BitFlipSpec, Granularity
 from flipproof.files import check_new
 from flipproof.log import bar
@@ -172,7 +173,8 @@ def _check_merged(merge: Sequence[str], unread: nn.Module, spec: BitFlipSpec, tr
             sizes = {site: math.prod(stored[key].shape) for site in sites if (key := f"{site}.weight") in stored}
             if sizes:
                 site = min(sizes, key=sizes.__getitem__)
-                check_fitted(unread, guards, {site: read_tensor(unread, f"{site}.weight")}, near=False)
+                read = {site: read_tensor(unread, f"{site}.weight")}
+                check_fitted(unread, guards, fault_state(unread), read=read, near=False)
     except ConfigError as error:
         raise ConfigError(line.replace("bitflip.guards: ", "--merge: ", 1) for line in error.problems) from error
 

@@ -11,8 +11,9 @@ from flipproof.config import RunConfig, TrainingConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.fitted import read_guards
-from flipproof.faults.inject import check_bits, check_fitted, dtype_that_flips, inject
+from flipproof.faults.inject import check_bits, fault_state, inject
 from flipproof.faults.op import BACKENDS
+from flipproof.faults.same_model import check_fitted, dtype_that_flips
 from flipproof.faults.spec import OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.log import logger
 from flipproof.models.gguf import plain_directory
@@ -97,7 +98,7 @@ def check_guards(path: str | None, model: nn.Module, world: World, near: bool = 
     problems: list[str] = []
     if path:
         try:
-            check_fitted(model, read_guards(path), near=near)
+            check_fitted(model, read_guards(path), fault_state(model), near=near)
         except ConfigError as error:
             problems = error.problems
     for found in world.gathered(problems):

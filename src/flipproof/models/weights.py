@@ -127,7 +127,7 @@ def read_tensor(model: nn.Module, key: str) -> Tensor:
     """One tensor of a model of ``unread_model``, by its name there, in the model's dtype."""
     from safetensors import safe_open
 
-    stored: Stored = model.stored[key]  # type: ignore[index]
+    stored: Stored = model.stored[key]  # type: ignore[index, assignment]
     with safe_open(stored.file, framework="pt") as opened:
         read: Tensor = opened.get_tensor(stored.key)
     return read.to(model.get_parameter(key).dtype)
