@@ -30,6 +30,7 @@ from flipproof.models.build import build_model, check_computed_bits, check_guard
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
 from flipproof.models.parallelize import cast_to
+from flipproof.models.recompute import expect_variants
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
 from flipproof.sweep.store import SweepDirectory
 from flipproof.sweep.table import Grid, all_that_flips, rates_of, resolved
@@ -37,6 +38,8 @@ from flipproof.world import World, join_world
 
 _LOG_EVERY_S = 30.0
 _TABLE_COLUMNS = 6
+_VARIANTS = 8
+"""Of a compiled block, for each curve: kinds of blocks, with its faults and without."""
 
 
 def sweep(config: RunConfig, to: Path) -> str:
@@ -67,6 +70,7 @@ def sweep(config: RunConfig, to: Path) -> str:
         check_ids(model, tokenizer, text.sequences)
         check_guards(config.bitflip.guards, model, world)
         grid = Grid(config, rates, model, flipped_dtype(config.training, model))
+        expect_variants(_VARIANTS * len(grid.plan.curves))
         with compute_context(config.training, model):
             header = _begin(grid, directory, model, text, world)
             _measure(grid, directory, model, text, world, started)

@@ -88,9 +88,8 @@ def resolved(config: RunConfig) -> RunConfig:
     problems += _guards_in_vain(config, parts)
     if problems:
         raise ConfigError(problems)
-    training = config.training
-    # What is kept for a backward pass does not matter here. A compiled block is compiled anew for other probabilities.
-    training = replace(training, activation_checkpointing="none", compile=training.compile or False)
+    # what is kept for a backward pass does not matter here
+    training = replace(config.training, activation_checkpointing="none")
     return replace(config, sweep=replace(sweep, protection=",".join(protections)), training=training)
 
 
