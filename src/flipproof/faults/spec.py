@@ -331,9 +331,10 @@ class BitFlipSpec(LayerFaults):
                         "the directory that holds some, or leave it out"
                     )
                 elif key.endswith("_zero_out_t") and self.guards and value != math.inf:
+                    off = "" if where else f" (--bitflip.{key} None overrides a file)"
                     lines.append(
                         f"bitflip.{where}{key} = {value!r}: bitflip.guards = {self.guards!r} has thresholds in its "
-                        "place; leave one of the two out"
+                        f"place; leave one of the two out{off}"
                     )
         return lines
 
