@@ -11,9 +11,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import flipproof
-from flipproof import BitFlipSpec
+from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
-from flipproof.faults.inject import fault_sites
+from flipproof.faults.dtypes import dtype_name
+from flipproof.faults.inject import fault_sites, fault_state
+from flipproof.faults.same_model import with_own_weights
+from flipproof.faults.spec import GRANULARITIES
 
 LAST = "model.layers.1.mlp.down_proj"
 SPEC = {"w_p_frac": 1e-3, "x_p_frac": 1e-3}
@@ -123,11 +126,43 @@ def test_the_dtype_is_the_one_that_flips(tiny_llama, written):
 def test_guards_of_another_basis_are_refused(tiny_llama, written):
     model = tiny_llama()
     keys = written(replace(guards_of(model), basis={"how": "residual", "seed": 3}))
-    words = r"was fitted to a model of basis \{'how': 'residual', 'seed': 3\}; it is None here"
+    words = r"was fitted to a model of basis 'rotated \(residual, seed 3\)'; it is 'not rotated' here"
     with pytest.raises(ConfigError, match=words):
         flipproof.inject(model, BitFlipSpec(**keys))
     model.config.flipproof_rotation = {"how": "residual", "seed": 3}
     flipproof.inject(model, BitFlipSpec(**keys))
+
+
+@pytest.mark.parametrize("computed", [None, torch.bfloat16])
+@pytest.mark.parametrize("by", GRANULARITIES)
+def test_merged_weights_have_guards_of_their_own(tiny_llama, written, caplog, by, computed):
+    """Also a head that was tied, whose maxima were the embedding's."""
+
+    def guards():
+        found, dtype = guards_of(model), computed or torch.float32
+        rounded = {name: maxima.to(dtype).float() for name, maxima in found.maxima.items()}
+        return replace(found, maxima=rounded, dtype=dtype_name(dtype)).coarser(by)
+
+    model = tiny_llama(tie_word_embeddings=True)
+    old = guards()
+    old = replace(old, maxima={name: maxima for name, maxima in old.maxima.items() if name != "lm_head/w"})
+    sites = {"sites": ("linear", "head", "embedding"), "kv_p_frac": 1e-3}
+    keys = written(old) | sites
+    flipproof.inject(model, BitFlipSpec(**keys), LoraSpec(r=2), computed=computed)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+    found = with_own_weights(old, model, fault_state(model))
+    flipproof.merge(model)
+    expected = guards()
+    assert found.maxima.keys() == expected.maxima.keys() > old.maxima.keys()
+    assert all(torch.equal(maxima, expected.maxima[name]) for name, maxima in found.maxima.items())
+    with pytest.raises(ConfigError, match=r"lm_head/w|was fitted to another model"):
+        flipproof.inject(model, BitFlipSpec(**keys), computed=computed)
+    caplog.clear()
+    flipproof.inject(model, BitFlipSpec(**written(found), **sites), computed=computed)
+    assert not [line for line in caplog.messages if "guards" in line]
 
 
 @pytest.fixture

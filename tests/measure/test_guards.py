@@ -227,7 +227,7 @@ def test_guards_that_do_not_go_together_are_told_before_anything_is_read(
         "each other": r"other.*: it was fitted to another model, .* differs",
         "layers": r"--merge: .*other.* has no thresholds for model\.layers\.1",
         "dtype": r"--merge: .*other.* was fitted to a model of dtype 'bfloat16'; it is 'float32' here",
-        "basis": r"--merge: .*other.* was fitted to a model of basis \{'how': 'full', 'seed': 0\}; it is None here",
+        "basis": r"--merge: .*other.* a model of basis 'rotated \(full, seed 0\)'; it is 'not rotated' here",
         "by": r"other.*: guards of by 'layer' do not go with those of by 'channel'",
     }[what]
 
@@ -362,7 +362,7 @@ def model_of(path):
     return AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
+def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path, caplog):
     to, _ = fitted
     p = {f"{operand}_p_{bits}": 1e-3 for operand in "wx" for bits in ("exp", "frac")}
     arms = evaluate(settings(model_dir, guards=str(to), **p))
@@ -404,3 +404,5 @@ def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
         point = json.loads(file.read_text())
         found[point["id"]] = point["loss"]
     assert len(found) == len(set(found.values())) == 5
+    # what flips has a guard, or is asked for without
+    assert not [line for line in caplog.messages if "without a guard" in line]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from peft import PeftModel
 from rounding import assert_same_function
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flipproof.train.export as export_module
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.faults.spec import LoraSpec
 from flipproof.models.load import byte_tokenizer
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights
 from flipproof.train.export import export
@@ -141,7 +143,11 @@ def test_guards_and_basis_come_along(tiny_llama, tmp_path, caplog, rotated):
         export(tmp_path / "run", tmp_path / "adapter", "adapter")
     for to in ("model", "adapter"):
         assert f"its guards came along: --bitflip.guards {tmp_path / to}" in caplog.text
-        assert read_guards(str(tmp_path / to)).digest == read_guards(str(tmp_path / "run")).digest
+        found, trained = (read_guards(str(tmp_path / name)).maxima for name in (to, "run"))
+        if to == "model":  # whose weights the adapters have moved
+            trained = trained | largest_weights(tmp_path / to, trained)
+        assert found.keys() == trained.keys()
+        assert all(torch.equal(maxima, trained[name]) for name, maxima in found.items())
     assert ("as a Hugging Face model, which flipproof opens" in caplog.text) == (rotated == "full")
     written = json.loads((tmp_path / "model" / "config.json").read_text())
     assert written.get("flipproof_rotation", {"how": None})["how"] == rotated
@@ -151,6 +157,43 @@ def test_guards_and_basis_come_along(tiny_llama, tmp_path, caplog, rotated):
         config = load_config([], faulty | {"model": {"hf_model_path": str(tmp_path / name)}, "bitflip": guards})
         found = evaluate(config, adapter)["flipped" if name == "model" else "recovered"]
         assert found.loss == pytest.approx(recorded["recovered"]["loss"], rel=1e-3)  # merged weights are rounded
+
+
+def largest_weights(directory, names):
+    """Name in guards -> the largest value of each row, as the files have it."""
+    held = load_file(directory / "model.safetensors")
+    keys = {name: f"{name.removesuffix('/w')}.weight" for name in names if name.endswith("/w")}
+    return {name: held[key].abs().amax(1, keepdim=True) for name, key in keys.items()}
+
+
+def test_a_model_far_from_the_one_that_guards_were_fitted_to_is_exported_with_its_own(run, tmp_path, caplog):
+    """The run's guards, which are its base model's, no longer fit what strong adapters make of it."""
+    from dataclasses import replace
+
+    from guards_by_hand import guards_of
+
+    from flipproof.measure.evaluate import evaluate
+
+    guards_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).write(tmp_path / "guards")
+    config = load_config([run / "config.toml"])
+    strong = replace(
+        config,
+        bitflip=replace(config.bitflip, guards=str(tmp_path / "guards")),
+        training=replace(config.training, lr=0.3),
+        logging=replace(config.logging, run_dir=str(tmp_path / "strong")),
+    )
+    train(strong)
+    export(tmp_path / "strong", tmp_path / "model")
+
+    def behind(guards):
+        model = replace(config.model, hf_model_path=str(tmp_path / "model"))
+        evaluate(replace(config, model=model, lora=LoraSpec(), bitflip=replace(config.bitflip, guards=str(guards))))
+
+    with pytest.raises(ConfigError, match="was fitted to another model"):
+        behind(tmp_path / "strong")
+    caplog.clear()
+    behind(tmp_path / "model")
+    assert not [line for line in caplog.messages if "fitted to other weights" in line]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("model", r"q_proj\.weight"), ("adapter", r"q_proj\.lora_B\.weight")])

@@ -1,13 +1,17 @@
-"""Whether fitted guards are of a model: of its weights, of the dtype whose bits flip, and of its basis."""
+"""Whether fitted guards are of a model: of its weights, of the dtype whose bits flip, and of its basis. And guards that
+go with what training has made of its weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flipproof.dtensor import like, whole
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.fitted import ROTATION, Guards
+from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.state import FaultSite, FaultState
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -29,15 +33,37 @@ def check_fitted(
         read: of a model on the meta device, site -> a weight to look at all the same.
         near: as for ``Guards.check_model``.
     """
-    weights = {
-        site_name(name): module.weight
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
-    }
+    weights = {site_name(name): module.weight for name, module in _weighted(model)}
     dtype = dtype_that_flips(model, state.computed, sites)
     basis = getattr(getattr(model, "config", None), ROTATION, None)
     guards.check_model(dtype, basis, {**weights, **(read or {})}, state.computed, near)
     state.fitting = guards
+
+
+@torch.no_grad()
+def with_own_weights(guards: Guards, model: nn.Module, state: FaultState) -> Guards:
+    """Guards whose maxima of weights are those of this model's, adapters merged: what goes with it once it is written.
+    Those of inputs, keys and values stay. Of a sharded model all processes must call.
+
+    Args:
+        state: as for ``check_fitted``.
+    """
+    maxima = dict(guards.maxima)
+    for name, module in _weighted(model):
+        adapted = isinstance(module, FaultyLinear) and module.lora_A is not None
+        # merged, a head is tied to no embedding any more, so that guards need its own maxima
+        if (key := f"{site_name(name)}/w") in maxima or adapted:
+            weight = like(module.merged_weight(), module.weight) if adapted else module.weight
+            largest = whole(weight.detach().abs().amax(1, keepdim=True))
+            maxima[key] = largest.to(state.computed or largest.dtype).float().cpu()
+    return replace(guards, maxima=maxima).coarser(guards.by)
+
+
+def _weighted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that have a weight of rows, by name."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1:
+            yield name, module
 
 
 def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iterable[Any] | None = None) -> str:

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from flipproof.config import load_written
 from flipproof.errors import ConfigError
 from flipproof.faults.fitted import read_guards
+from flipproof.faults.inject import fault_state
+from flipproof.faults.same_model import with_own_weights
 from flipproof.files import check_writable
 from flipproof.log import logger
 from flipproof.models.adapter import save_adapter
@@ -24,7 +26,7 @@ from flipproof.world import join_world
 
 def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model") -> Path:
     """Write the last checkpoint of a run, finished or not, into the new directory ``to``, which is whole or not there;
-    with the fitted guards that it was trained behind, if any.
+    with the fitted guards that it was trained behind, if any; of merged weights with their own largest values.
 
     Args:
         kind: "model" for a Hugging Face model with the adapters merged, "adapter" for PEFT.
@@ -65,6 +67,8 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
                     save_adapter(model, new, config.model.hf_model_path, world.first, what)
                 else:
                     save_model(model, new, tokenizer, world, what)
+                    if guards:
+                        guards = with_own_weights(guards, model, fault_state(model))
                 if guards and world.first:
                     guards.write(new)
         except (OSError, SafetensorError) as error:
