@@ -82,3 +82,35 @@ def write_run(directory):
     (directory / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
     texts = {"clean": " is <b>well</b>", "flipped": "al□ i5 </script> w3ll"}
     (directory / "generate.json").write_text(json.dumps({"model": "m", "prompt": "all", "texts": texts}))
+
+
+def write_hardened(directory, **changes):
+    """What ``flipproof harden`` leaves, of known costs: the rotation helps at the two higher of three probabilities."""
+
+    def row(protection, p, cost, half):
+        interval = None if half is None else [cost - half, cost + half]
+        return {"protection": protection, "sites": "wx" if p else "", "p": p, "cost": cost, "interval": interval}
+
+    def side(protection, alone, *costs):
+        ps = (2**-16, 2**-14, 2**-12)
+        return [row(protection, 0.0, alone, None)] + [
+            row(protection, p, *cost) for p, cost in zip(ps, costs, strict=True)
+        ]
+
+    rotation = {
+        "how": "residual", "seed": 3, "stream": ["model.embed_tokens", "lm_head"], "folded": ["model.norm"],
+        "values": ["model.layers.0.self_attn"], "online": [], "untied": True, "difference": 2e-6,
+        "left": {"model.layers.0.mlp": "a norm stands <between>", "model.layers.1.mlp": "a norm stands <between>"},
+    }  # fmt: skip
+    found = {
+        "model": "my/model", "dtype": "bfloat16", "guards": "channel", "rotation": rotation,
+        "text": "some text", "tokens": 4096, "fitted": [{"source": "code", "tokens": 81920}],
+        "before": side("guard-tensor", 0.0, (0.5, 0.02), (2.5, 0.1), (9.0, 0.5))
+        + side("guard-channel", 0.002, (0.02, 0.005), (0.1, 0.01), (0.5, 0.05)),
+        "after": side("guard-channel", 0.001, (0.018, 0.005), (0.07, 0.01), (0.3, 0.05)),
+    }  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    found |= changes
+    left = {key: value for key, value in found.items() if value is not None}
+    (directory / "hardened.json").write_text(json.dumps(left))
+    return found

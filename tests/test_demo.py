@@ -8,6 +8,7 @@ import flipproof.demo as demo_module
 from flipproof.config import load_config
 from flipproof.demo import demo, sweep_p
 from flipproof.errors import ConfigError
+from flipproof.measure.arms import ARMS
 from flipproof.measure.evaluate import fault_seeds, measure_arms
 
 
@@ -34,14 +35,28 @@ def test_the_demo_leaves_what_it_says(short, tmp_path, capsys):
     arms = json.loads((run / "results.json").read_text())["arms"]
     assert list(arms) == ["clean", "guard", "flipped", "control", "control_clean", "recovered", "recovered_clean"]
     assert "control − recovered" in out
-    for arm in arms.values():
-        assert f"{arm['perplexity']:.4g}" in out
+    told = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    one, guards = (json.loads((run / name / "results.json").read_text()) for name in ("threshold", "guards"))
+    rows = {"clean": one["arms"]["clean"], "flipped": one["arms"]["flipped"], "guarded": guards["arms"]["flipped"]}
+    rows |= {"hardened": arms["flipped"]} | {name: arm for name, arm in arms.items() if name[:3] in ("con", "rec")}
+    assert [name for name in told if name in ARMS] == list(rows)
+    for name, arm in rows.items():
+        assert f"{arm['perplexity']:.4g}" in told[name]
+    assert arms["clean"]["loss"] == pytest.approx(one["arms"]["clean"]["loss"], abs=1e-5)  # the same function
+    assert (one["bitflip"]["guards"], guards["bitflip"]["w_zero_out_t"]) == (None, None)
     image = matplotlib.image.imread(run / "perplexity_vs_p.png")
     assert image.shape[0] > 400
     assert len({tuple(pixel) for row in image[::10] for pixel in row[::10]}) > 3
     samples = (run / "samples.txt").read_text()
-    assert all(f"[{name}]" in samples for name in ("clean", "flipped", "control", "recovered"))
-    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors", "base/model/model.safetensors"):
+    assert all(f"[{name}]" in samples for name in ("clean", "flipped", "hardened", "control", "recovered"))
+    for name in (
+        "guards/guards.safetensors",
+        "hardened/guards.safetensors",
+        "model/guards.safetensors",
+        "adapter/adapter_model.safetensors",
+        "model/model.safetensors",
+        "base/model/model.safetensors",
+    ):
         assert (run / name).exists()
     with pytest.raises(ConfigError, match="holds a run already"):
         demo(run)

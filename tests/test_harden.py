@@ -1,15 +1,17 @@
 """A hardened model: the same function, opened by plain transformers, and costs that are those of a plain evaluation."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import flipproof
+import flipproof.harden as harden_module
 from flipproof import BitFlipSpec
 from flipproof.cli.main import main
 from flipproof.config import load_config
-from flipproof.data.sequences import load_held_out
+from flipproof.data.sequences import load_held_out, load_text
 from flipproof.measure.evaluate import measure_arms
 from flipproof.models.load import byte_tokenizer, load_model
 
@@ -97,8 +99,94 @@ def test_a_hardened_model_cannot_be_hardened_without_a_word(original, hardened, 
         ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--bitflip.guards", str(hardened)], "fits guards of its"),
         ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--sweep.bits", "sign"], "sweep.bits"),
         ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--calibrate", "8"], "at least 4,096"),
+        ([str(original), *SMALL, "--to", str(tmp_path / "x"), "--p", "0,1e-3"], "sweep.p = 0: nothing flips there"),
     ):
         assert main(["harden", *argv]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert words in line
         assert not (tmp_path / "x").exists()
+
+
+def test_what_was_interrupted_goes_on_where_it_was(original, hardened, tmp_path, monkeypatch, capsys):
+    """Killed after each of its parts in turn, and started again: the same numbers, and no part is done twice."""
+    to = tmp_path / "out"
+    argv = ["harden", str(original), *SMALL, "--to", str(to)]
+    done = []
+    for name in ("rotate_into", "fit_guards", "sweep", "evaluate", "report"):
+        monkeypatch.setattr(harden_module, name, partial(counted, done, name, getattr(harden_module, name)))
+    # before guards are fitted, before those of the original, between the sweeps, before the report
+    for enough in (1, 2, 4, 7):
+        monkeypatch.setattr(harden_module, "_ENOUGH", enough, raising=False)
+        assert main(argv) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+    assert main([*argv, "--calibrate", "80"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 1
+    assert "holds another hardening, of calibrate = 96; here it is 80" in err
+    monkeypatch.delattr(harden_module, "_ENOUGH")
+    assert main(argv) == 0
+    # sweeps look whether all is measured, and find that it is
+    assert done == ["rotate_into", *["fit_guards"] * 2, *["sweep"] * 3, "evaluate", *["sweep"] * 2, "report"]
+    out = capsys.readouterr().out
+    assert "goes on where it was" in out
+    for name in ("hardened.json", "results.json"):
+        once, again = ((path / name).read_text().replace(str(path), "") for path in (hardened, to))
+        once, again = (json.loads(text) for text in (once, again))
+        once.pop("blake2b"), again.pop("blake2b")
+        assert once == again
+    assert main(argv) == 2  # it is finished
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_directory_says_what_it_is(original, hardened):
+    card = (hardened / "README.md").read_text()
+    assert f"of `{original}`" in card
+    assert "`AutoModelForCausalLM` opens it" in card
+    assert "6,144 tokens of stdlib" in card  # 96 x 64
+    found = json.loads((hardened / "hardened.json").read_text())
+    for one in (*found["before"], *found["after"]):
+        assert f"{one['cost']:.4f}".replace("-", "−") in card
+    assert "flipproof eval out --bitflip.guards out" in card
+    assert 'id="hardening"' in (hardened / "report.html").read_text()
+
+
+def test_a_model_that_is_rotated_when_it_runs_says_so_to_who_opens_it(original, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    to = tmp_path / "full"
+    few = ["--calibrate", "70", "--p", "1e-3", "--sweep.seeds", "1", "--num-samples", "8", "--eval.trials", "1"]
+    assert main(["harden", str(original), *SMALL, *few, "--rotate", "full", "--to", str(to)]) == 0
+    out, card = capsys.readouterr().out, (to / "README.md").read_text()
+    assert "transformers alone does not" in out
+    assert "Plain `transformers` does not compute this function" in card
+    assert "flipproof_llama" in card
+    assert "opens it" not in card.replace("flipproof opens it", "")
+    with pytest.raises(ValueError, match="flipproof_llama"):
+        AutoModelForCausalLM.from_pretrained(to)
+    assert main(["eval", str(to), *SMALL[:6], "--num-samples", "8", "--bitflip.guards", str(to)]) == 0
+
+
+def test_more_calibration_than_there_is_text_is_said(original, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harden_module, "rotate_into", interrupted)
+    argv = [str(original), *SMALL, "--to", str(tmp_path / "x"), "--calibrate", "5000"]
+    assert main(["harden", *argv]) == 130
+    out = capsys.readouterr().out
+    assert "--calibrate = 5000: the text has" in out
+    count = int(out.partition("the text has ")[2].partition(" sequences")[0].replace(",", ""))
+    config = load_config([], {"model": {"hf_model_path": "x"}, "data": {"source": "stdlib", "max_tokens": 100_000}})
+    text, _ = load_text(config.data, byte_tokenizer(), 64)
+    assert count == len(text) < 5000
+    assert main(["harden", *argv[:-2], "--calibrate", "70"]) == 130
+    assert "the text has" not in capsys.readouterr().out
+
+
+def counted(done, name, real, *args, **how):
+    """The real function, which is written down; or Ctrl-C where enough was done."""
+    if len(done) == getattr(harden_module, "_ENOUGH", None):
+        raise KeyboardInterrupt
+    done.append(name)
+    return real(*args, **how)
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt

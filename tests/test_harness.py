@@ -11,6 +11,7 @@ import lm_eval.tasks
 import numpy as np
 import pytest
 import torch
+from guards_by_hand import guards_of
 from lm_eval import simple_evaluate
 
 import flipproof
@@ -188,6 +189,7 @@ def test_lm_evals_command_line_without_faults_and_with_an_adapter(command_line, 
     [
         ("w_p_exq=1e-3", [], "bitflip.w_p_exq: unknown key; did you mean w_p_exp?"),
         ("w_p_exp=0.7", [], "w_p_exp = 0.7"),
+        ("pretrained=./modle", [], "pretrained = './modle': no local directory has this path"),
         ("w_p_exp=0.1", ["--batch_size", "auto"], "batch_size = 'auto': a number is allowed"),
         ("w_p_exp=0.1", ["--use_cache", "CACHE"], "--use_cache: its answers know neither weights nor faults"),
     ],
@@ -198,6 +200,25 @@ def test_lm_evals_command_line_tells_what_is_wrong(model_args, flags, told, comm
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert told in lines[0]
+
+
+def test_guards_of_another_model_or_dtype_are_refused(model, model_dir, command_line, capsys, tmp_path):
+    """By the one line that eval says."""
+    guards_of(model).write(tmp_path / "own")
+    guards_of(model.bfloat16(), "bfloat16").write(tmp_path / "rounded")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    guards_of(model.float()).write(tmp_path / "other")
+    words = {"other": "was fitted to another model, the-model", "rounded": "of dtype 'bfloat16'; it is 'float32' here"}
+    for name, told in words.items():
+        assert command_line("toy_choice", f"w_p_exp=0.1,guards={tmp_path / name}") == (2, {})
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(lines) == 1
+        assert told in lines[0]
+    harness.FlipproofLM(str(model_dir), guards=str(tmp_path / "own"), device="cpu")
+    rounded = {"guards": str(tmp_path / "rounded"), "mixed_precision_dtype": "bfloat16"}
+    harness.FlipproofLM(str(model_dir), device="cpu", **rounded)
 
 
 def test_a_chat_template_that_is_not_there_is_refused(model_dir):

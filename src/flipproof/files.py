@@ -174,6 +174,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def is_path(name: str) -> bool:
+    """Whether a text is meant as a path, and cannot be a name on the Hub, of which the longest are owner/name."""
+    return name.startswith(("/", "~", "./", "../")) or name.count("/") > 1 or name.endswith(".gguf")
+
+
 def check_writable(path: Path, what: str) -> None:
     """Raises ConfigError where ``path`` could not be made, or written into where it is a directory. Writes nothing.
 

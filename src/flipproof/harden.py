@@ -6,8 +6,9 @@ two sweeps say what flips cost before and after, on held-out text that neither h
 its own basis behind one fitted threshold for all layers, and behind guards as fine as those after.
 """
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flipproof.config import RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import Granularity
-from flipproof.files import check_writable, discard
+from flipproof.files import check_writable, discard, finite, write_atomically
 from flipproof.log import logger
 from flipproof.measure.arms import Arm
 from flipproof.measure.evaluate import evaluate
@@ -26,19 +27,23 @@ from flipproof.models.layerwise import rotate_into
 from flipproof.models.load import load_tokenizer
 from flipproof.models.rotate import How
 from flipproof.models.save import new_directory
-from flipproof.records import read_record, write_new_record
+from flipproof.records import GUARDS, HARDENED, RESULTS, read_record, write_record
+from flipproof.report.hardening import cost_table, in_words
 from flipproof.report.page import report
+from flipproof.report.read import Hardened, read_hardened
 from flipproof.sweep.run import sweep
-from flipproof.sweep.store import HEADER, read_points
+from flipproof.sweep.store import HEADER, depends_on, read_points, refuse_other
 from flipproof.sweep.table import resolved
 from flipproof.world import World, join_world
 
-HARDENED = "hardened.json"
+CARD = "README.md"
+"""Written last: a directory without it is not complete."""
 CALIBRATE = 512
 """Sequences: with few, channels that they hardly used clip other text (``benchmarks/README.md``)."""
 DEFAULT_P = "3.814697265625e-06:0.0009765625:5"
 """2⁻¹⁸, 2⁻¹⁶, … 2⁻¹⁰: from what a guard alone bears to where nothing helps."""
 _BEFORE, _AFTER, _OLD_GUARDS = "before", "after", "before-guards"
+_WHAT_COSTS = "what flips cost, in nats per token, with 95% over fault seeds"
 
 
 def harden(
@@ -68,6 +73,41 @@ def harden(
             written.
     """
     calibrate = CALIBRATE if calibrate is None else calibrate
+    _check(config, to, by, calibrate)
+    fitting = replace(config, eval=replace(config.eval, num_samples=calibrate))
+    arguments = _arguments(config, how, by, calibrate)
+    with join_world(config.parallelism) as world:
+        say = tell if tell and world.first else (lambda _: None)
+        about = world.once(lambda: _begun(to, arguments))
+        tokenizer = load_tokenizer(config.model)
+        check_length(config, tokenizer)
+        if (there := len(calibration_text(fitting, tokenizer))) < calibrate:
+            size = f"{there:,} sequences of {config.training.seq_len:,} tokens"
+            say(f"--calibrate = {calibrate}: the text has {size}; all of them are used")
+        if fresh := about is None:
+            with new_directory(to, world) as new:
+                of = config.model, tokenizer, config.training.dtype, how, config.training.seed
+                rotation, dtype = rotate_into(new, *of, world)
+            say(str(rotation))
+            about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
+            about |= {"guards": by, "arguments": arguments}
+            world.once(lambda: write_record(to / HARDENED, about))
+        else:
+            say(f"{to}: goes on where it was; the model is rotated")
+        try:
+            _guard_and_measure(config, fitting, to, by, about, world, say)
+        except ConfigError:
+            if fresh and world.first and not (to / _BEFORE).exists():
+                discard(to)  # what was wrong with it would stand in the way of the next try
+            raise
+        except BaseException:
+            logger.warning("%s is not complete: the same command goes on", to)
+            raise
+    return to
+
+
+def _check(config: RunConfig, to: Path, by: Granularity, calibrate: int) -> None:
+    """Raises ConfigError for what can be known to be wrong without the model."""
     if calibrate < 1:
         raise ConfigError([f"--calibrate = {calibrate}: a whole number from 1 is allowed"])
     if config.bitflip.guards:
@@ -77,31 +117,37 @@ def harden(
     if set_here := [f.name for f in fields(config.sweep) if f.name not in ("p", "seeds") and _is_set(config.sweep, f)]:
         names = " and ".join(f"sweep.{name}" for name in set_here)
         raise ConfigError([f"{names}: harden flips every bit of weights and inputs; of [sweep] it takes p and seeds"])
-    if os.path.lexists(to):
-        raise ConfigError([f"--to {to} exists already; name a new directory"])
+    if 0 in (measured := _measured(config, to, f"guard-{by}")).sweep.probabilities():
+        raise ConfigError(
+            ["sweep.p = 0: nothing flips there; the guard alone is measured in any case, so leave it out"]
+        )
+    resolved(measured)
+
+
+def _arguments(config: RunConfig, how: How, by: Granularity, calibrate: int) -> dict[str, Any]:
+    """All that a hardened directory depends on, as JSON has it."""
+    points = depends_on(replace(config, sweep=replace(config.sweep, p=config.sweep.p or DEFAULT_P)))
+    found = {"rotate": how, "guards": by, "calibrate": calibrate, "eval.trials": config.eval.trials, **points}
+    return dict(json.loads(json.dumps(finite(found))))
+
+
+def _begun(to: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """What an interrupted start of the same arguments has written; None where there is nothing.
+
+    Raises:
+        ConfigError: where there is anything else.
+    """
     check_writable(to, "--to")
-    resolved(_measured(config, to, f"guard-{by}"))
-    fitting = replace(config, eval=replace(config.eval, num_samples=calibrate))
-    with join_world(config.parallelism) as world:
-        say = tell if tell and world.first else (lambda _: None)
-        tokenizer = load_tokenizer(config.model)
-        check_length(config, tokenizer)
-        calibration_text(fitting, tokenizer)
-        with new_directory(to, world) as new:
-            of = config.model, tokenizer, config.training.dtype, how, config.training.seed
-            rotation, dtype = rotate_into(new, *of, world)
-        say(str(rotation))
-        about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
-        try:
-            _guard_and_measure(config, fitting, to, by, about, world, say)
-        except ConfigError:
-            if world.first:
-                discard(to)  # what was wrong with it would stand in the way of the next try
-            raise
-        except BaseException:
-            logger.warning("%s is not complete: a rotated model without all that was to be measured; delete it", to)
-            raise
-    return to
+    if not os.path.lexists(to):
+        return None
+    try:
+        about = read_record(to / HARDENED)
+    except (OSError, ValueError):
+        about = {}
+    if "arguments" not in about or (to / CARD).exists():
+        raise ConfigError([f"--to {to} exists already; name a new directory"])
+    refuse_other(to, "hardening", about["arguments"], arguments)
+    return about
 
 
 def _guard_and_measure(
@@ -113,22 +159,33 @@ def _guard_and_measure(
     world: World,
     say: Callable[[str], None],
 ) -> None:
-    """What follows on the rotated model that ``to`` holds."""
+    """What follows on the rotated model that ``to`` holds, but for what is there already."""
+
+    def missing(path: Path) -> bool:
+        return world.once(lambda: not path.exists())
+
     after = replace(config, model=replace(config.model, hf_model_path=str(to)))
-    fit_guards(replace(fitting, model=after.model), by, to, tell=say)
-    fit_guards(fitting, by, to / _OLD_GUARDS)
+    if missing(to / GUARDS):
+        fit_guards(replace(fitting, model=after.model), by, to, tell=say)
+    if missing(to / _OLD_GUARDS / GUARDS):
+        fit_guards(fitting, by, to / _OLD_GUARDS)
     one_for_all = dict.fromkeys(["guard-tensor", f"guard-{by}"])
     sweep(_measured(config, to / _OLD_GUARDS, ",".join(one_for_all)), to / _BEFORE)
     measured = _measured(after, to, f"guard-{by}")
     sweep(measured, to / _AFTER)
-    probabilities = measured.sweep.probabilities()
-    evaluate(_flipping(measured, probabilities[len(probabilities) // 2]), to=to)
+    if missing(to / RESULTS):
+        probabilities = measured.sweep.probabilities()
+        evaluate(_flipping(measured, probabilities[len(probabilities) // 2]), to=to)
     if not world.first:
         return
+    header = read_record(to / _AFTER / HEADER)
+    about |= {"text": header["text"], "tokens": header["tokens"], "fitted": header["fitted"]["texts"]}
     points = {name: _points(to / name) for name in (_BEFORE, _AFTER)}
-    write_new_record(to / HARDENED, {**about, "guards": by, **points}, "--to")
+    write_record(to / HARDENED, {**about, **points})
+    found = read_hardened(to / HARDENED)
     page = report(to)
-    say(f"{_table(points)}\n\n{_how_to_use(to, about['rotation'])}; {page} shows what was measured")
+    write_atomically(to / CARD, _card(to, found, header))
+    say(f"{_table(found)}\n\n{_how_to_use(to, found.rotation)}; {page} shows what was measured")
 
 
 def _is_set(table: SweepConfig, key: Field[Any]) -> bool:
@@ -167,30 +224,55 @@ def _points(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _table(points: dict[str, list[dict[str, Any]]]) -> str:
-    """A row for each probability, a column for each model and guard."""
-    columns = list(dict.fromkeys((name, one["protection"]) for name, of in points.items() for one in of))
-    cells = {(name, one["protection"], one["sites"], one["p"]): one for name, of in points.items() for one in of}
-    rows = sorted({(sites, p) for _, _, sites, p in cells})
-    words = {_BEFORE: "as it was", _AFTER: "hardened"}
-    titles = [f"{words[name]}, {protection}" for name, protection in columns]
-    lines = ["what flips cost, in nats per token, with 95% over fault seeds"]
-    lines.append(f"{'p of every bit':<22}" + "".join(f"{title:>30}" for title in titles))
-    for sites, p in rows:
-        row = [cells.get((*column, sites, p)) for column in columns]
-        what = f"{p:.3g} ({sites})" if p else "0, the guard alone"
-        lines.append(f"{what:<22}" + "".join(f"{_cell(one):>30}" for one in row))
-    return "\n".join(lines)
+def _table(of: Hardened) -> str:
+    """``cost_table`` in columns of a terminal."""
+    columns, rows = cost_table(of)
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in (columns, *rows)]  # fmt: skip
+    return "\n".join([_WHAT_COSTS, *lines])
 
 
-def _cell(one: dict[str, Any] | None) -> str:
-    if one is None:
-        return "-"
-    interval = f" ({one['interval'][0]:.4f} to {one['interval'][1]:.4f})" if one["interval"] else ""
-    return f"{one['cost']:.4f}{interval}"
-
-
-def _how_to_use(to: Path, rotation: dict[str, Any]) -> str:
+def _how_to_use(to: Path, rotation: Mapping[str, Any]) -> str:
     opens = "flipproof opens it, transformers alone does not" if rotation["online"] else "transformers opens it"
     left = "" if rotation["stream"] or rotation["how"] == "none" else "; its residual stream could not be rotated"
     return f"{to}: {opens}{left}; its guards: --bitflip.guards {to}"
+
+
+def _card(to: Path, of: Hardened, header: Mapping[str, Any]) -> str:
+    """The directory's README: what the model is, how to open it, and what it bears."""
+    online = len(of.rotation["online"])
+    if online:
+        kind = json.loads((to / "config.json").read_text("utf-8"))["model_type"]
+        opens = (
+            f"**Plain `transformers` does not compute this function**: the inputs of {online} layers are rotated when "
+            f"the model runs, and only flipproof does that. So `config.json` says `{kind}`, which `transformers` "
+            "refuses; under another name the weights are those of no model. Its own commands open it:"
+        )
+    else:
+        opens = (
+            "`AutoModelForCausalLM` opens it: it is the function of the original, up to rounding. The thresholds in "
+            "`guards.safetensors` are flipproof's, which puts them in front of what flips:"
+        )
+    left = "".join(f"\n- `{name}`: {why}" for name, why in of.rotation["left"].items())
+    columns, rows = cost_table(of)
+    lines = [columns, ["---"] * len(columns), *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"""# {Path(of.model).name}, hardened against bit flips
+
+`flipproof harden` made this of `{of.model}` ({header["dtype"]}), without training. {in_words(of)}
+{f"{chr(10)}Left as they are:{chr(10)}{left}{chr(10)}" if left else ""}
+## Opening it
+
+{opens}
+
+```
+flipproof eval {to.name} --bitflip.guards {to.name} --bitflip.w_p_exp 1e-5 --bitflip.x_p_exp 1e-5
+```
+
+## What flips cost
+
+{_WHAT_COSTS.capitalize()}, on {header["tokens"]:,} tokens of {header["text"]}. `report.html` shows more.
+
+{table}
+"""

@@ -19,8 +19,10 @@ from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import inject
 from flipproof.faults.spec import BitFlipSpec, field_names
+from flipproof.files import is_path
 from flipproof.log import logger, set_up_logging
 from flipproof.models.adapter import adapter_spec, load_adapter
+from flipproof.models.hub import expand
 from flipproof.models.load import byte_tokenizer
 
 try:
@@ -29,6 +31,7 @@ except ConfigError as error:
     sys.exit(f"flipproof.harness: error: {error}") if __name__ == "__main__" else None
     raise
 from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import get_dtype
 
 
 @register_model("flipproof")
@@ -60,20 +63,25 @@ class FlipproofLM(HFLM):
         one_process("--model flipproof")
         if str(batch_size).startswith("auto"):
             raise ConfigError([f"batch_size = {batch_size!r}: a number is allowed; which bits flip depends on it"])
+        if is_path(pretrained) and not Path(expand(pretrained)).exists():
+            raise ConfigError([f"pretrained = {pretrained!r}: no local directory has this path"])
         keys = [key for key in more if key in field_names(BitFlipSpec) or re.match(r"(w|x|kv)_", key)]
         bitflip = {key: more.pop(key) for key in keys} | ({} if seed is None else {"base_seed": seed})
         self._faults = load_config(
             [config] if config else [], {"bitflip": bitflip, "model": {"hf_model_path": pretrained}}
         )
         self._adapter = Path(adapter) if adapter else None
+        computed = more.get("mixed_precision_dtype")
+        self._computed = None if computed is None else get_dtype(computed)
         tokenizer = byte_tokenizer() if tokenizer == "bytes" else tokenizer
         super().__init__(pretrained, tokenizer=tokenizer, batch_size=batch_size, **more)
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)
         spec, adapter = self._faults.bitflip, self._adapter
+        lora = adapter_spec(adapter) if adapter else None
         if adapter or spec.any_fault:
-            logger.info("%s", inject(self._model, spec, adapter_spec(adapter) if adapter else None))
+            logger.info("%s", inject(self._model, spec, lora, computed=self._computed))
         if adapter:
             load_adapter(self._model, adapter)
 

@@ -17,6 +17,8 @@ from flipproof.files import finite, named, write_atomically
 
 CONFIG, METRICS, RESULTS, GUARDS = "config.toml", "metrics.jsonl", "results.json", "guards.safetensors"
 """What the files of a run are called."""
+HARDENED = "hardened.json"
+"""What ``flipproof harden`` did, and what it measured."""
 
 HASH = "blake2b"
 CHANGED = f"it is not what was written; take out its {HASH} if you changed it yourself"

@@ -100,6 +100,12 @@ def parsed(argv):
         ("eval m --tasks a --num_fewshot 2 --output_path o", "eval m --tasks a --num-fewshot 2 --to o"),
         ("eval m --tasks a --use_cache c --batch_size 2", "eval m --tasks a --cache c --training.local_batch_size 2"),
         ("eval m --tasks a --fewshot_as_multiturn true", "eval m --tasks a --fewshot-as-multiturn true"),
+        # a switch is no flag with a value
+        ("generate --do-sample m --prompt a", "generate m --prompt a --do-sample true"),
+        ("generate --prompt a --do_sample m", "generate m --prompt a --do-sample"),
+        ("generate m --prompt a --do-sample false", "generate m --do-sample=false --prompt a"),
+        ("generate m --do-sample --prompt a", "generate m --do-sample=true --prompt a"),
+        ("eval --tasks a --fewshot-as-multiturn m --limit 3", "eval m --tasks a --fewshot-as-multiturn --limit 3"),
         # spelling, and bare names of keys
         ("train --dry_run --lr 1", "train --dry-run --training.lr 1"),
         ("train --seq-len=3 --dtype float32", "train --training.seq_len=3 --training.dtype float32"),

@@ -103,11 +103,12 @@ def test_an_empty_model_is_not_the_directory_here(run, monkeypatch, capsys):
     assert config_of(".", [], {})[0].training.lr == 0.5
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere", "~nosuch/x"])
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere", "~nosuch/x", "a/b/c", "a.gguf"])
 def test_a_path_that_is_not_there_is_told_at_once(name):
     with pytest.raises(ConfigError) as error:
         config_of(name, [], {})
-    assert error.value.problems == [f"MODEL = {name!r}: there is no such directory"]
+    what = "file" if name == "a.gguf" else "directory"
+    assert error.value.problems == [f"MODEL = {name!r}: there is no such {what}"]
 
 
 @pytest.mark.parametrize("name", ["m", "owner/name", "owner/name-1.5_b"])

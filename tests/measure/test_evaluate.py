@@ -254,7 +254,7 @@ def test_what_autocast_does_not_compute_in_is_refused(model_dir):
 @pytest.mark.parametrize("flag", ["--to", "--flip-log"])
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys, flag):
     (tmp_path / "file").write_text("")
-    assert main(["eval", "no/such/model", "--bitflip.w_p_frac", "0.1", flag, str(tmp_path / "file" / "out")]) == 2
+    assert main(["eval", "no/model", "--bitflip.w_p_frac", "0.1", flag, str(tmp_path / "file" / "out")]) == 2
     assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err
 
 

@@ -185,6 +185,6 @@ def test_texts_are_of_the_arms_that_differ(model_dir, tiny_llama, tmp_path, bitf
 @pytest.mark.parametrize("flag", ["--to", "--flip-log"])
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys, flag):
     (tmp_path / "file").write_text("")
-    argv = ["generate", "no/such/model", "--prompt", "a", "--bitflip.w_p_frac", "0.1"]
+    argv = ["generate", "no/model", "--prompt", "a", "--bitflip.w_p_frac", "0.1"]
     assert main([*argv, flag, str(tmp_path / "file" / "out")]) == 2
     assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err

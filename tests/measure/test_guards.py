@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
+import guards_by_hand
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,8 +19,10 @@ from flipproof.data.sequences import load_text
 from flipproof.errors import ConfigError
 from flipproof.faults.fitted import Guards, read_guards
 from flipproof.faults.spec import Fitted
+from flipproof.measure import guards as measure_guards
 from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import fit_guards
+from flipproof.models import build
 from flipproof.models.load import byte_tokenizer
 from flipproof.models.rotate import rotate
 from flipproof.sweep.run import sweep
@@ -183,6 +187,66 @@ def test_other_text_is_merged(model_dir, fitted, tmp_path):
     assert [text["source"] for text in both.texts] == ["stdlib", str(tmp_path / "text.txt")]
 
 
+def test_what_is_merged_is_known_by_its_weights_not_by_its_path(model_dir, fitted, tmp_path, monkeypatch):
+    """A copy, a link and a relative path are the same model."""
+    to, guards = fitted
+    shutil.copytree(model_dir, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(model_dir)
+    monkeypatch.chdir(tmp_path)
+    for name in ("copy/", "./copy", "link"):
+        again = fit_guards(settings(name), "channel", tmp_path / "to", [str(to)])
+        assert again.digest == guards.digest  # it was the same text
+        assert again.model == name
+        (tmp_path / "to" / "guards.safetensors").unlink()
+
+
+class ItWasRead(Exception):
+    pass
+
+
+@pytest.mark.parametrize("what", ["weights", "row", "layers", "dtype", "basis", "by", "each other"])
+def test_guards_that_do_not_go_together_are_told_before_anything_is_read(
+    tiny_llama, model_dir, fitted, tmp_path, monkeypatch, what
+):
+    to, guards = fitted
+    others = guards_by_hand.guards_of(tiny_llama(num_hidden_layers=1)) if what == "layers" else guards
+    maxima = dict(guards.maxima)
+    small = min((name for name in maxima if name.endswith("_proj/w")), key=lambda name: maxima[name].numel())
+    if what in ("weights", "each other"):
+        maxima = {name: t * 1.1 if name.endswith("/w") else t for name, t in maxima.items()}
+    if what == "row":  # of the smallest weight, and just so
+        maxima[small] = maxima[small].index_fill(0, torch.tensor(3), float(maxima[small][3]) * 1.001)
+    others = {
+        "dtype": replace(guards, dtype="bfloat16"), "basis": replace(guards, basis={"how": "full", "seed": 0}),
+        "by": guards.coarser("layer"), "layers": others,
+    }.get(what, replace(guards, maxima=maxima))  # fmt: skip
+    others.write(tmp_path / "other")
+    words = {
+        "weights": r"--merge: .*other.* was fitted to another model, .*: \d+ layers have other weights here",
+        "row": r"--merge: .*other.* was fitted to another model, .*: 1 layers have other weights here",
+        "each other": r"other.*: it was fitted to another model, .* differs",
+        "layers": r"--merge: .*other.* has no thresholds for model\.layers\.1",
+        "dtype": r"--merge: .*other.* was fitted to a model of dtype 'bfloat16'; it is 'float32' here",
+        "basis": r"--merge: .*other.* a model of basis 'rotated \(full, seed 0\)'; it is 'not rotated' here",
+        "by": r"other.*: guards of by 'layer' do not go with those of by 'channel'",
+    }[what]
+
+    def read(*_args, **_more):
+        raise ItWasRead
+
+    monkeypatch.setattr(build, "load_model", read)
+    monkeypatch.setattr(measure_guards, "load_text", read)
+    merge = [str(tmp_path / "other")]
+    with pytest.raises(ConfigError, match=words) as raised:
+        fit_guards(
+            settings(model_dir), "channel", tmp_path / "to", [str(to), *merge] if what == "each other" else merge
+        )
+    assert len(raised.value.problems) == 1
+    assert not (tmp_path / "to").exists()
+    with pytest.raises(ItWasRead):
+        fit_guards(settings(model_dir), "channel", tmp_path / "to", [str(to)])
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(tiny_llama, model_dir, fitted, tmp_path, capsys):
     to, _ = fitted
     small = ["--data.source", "stdlib", "--data.max_tokens", "40000", "--training.seq_len", "64"]
@@ -248,7 +312,7 @@ def test_guards_of_another_model_dtype_or_basis_are_refused(tiny_llama, model_di
     rotate(model, "residual", 0)
     model.save_pretrained(tmp_path / "rotated")
     byte_tokenizer().save_pretrained(tmp_path / "rotated")
-    with pytest.raises(ConfigError, match=r"was fitted to a model of basis None; it is \{'how': 'residual'"):
+    with pytest.raises(ConfigError, match=r"of basis 'not rotated'; it is 'rotated \(residual, seed \d+\)' here"):
         evaluate(settings(tmp_path / "rotated", **p))
 
 
@@ -298,7 +362,7 @@ def model_of(path):
     return AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
+def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path, caplog):
     to, _ = fitted
     p = {f"{operand}_p_{bits}": 1e-3 for operand in "wx" for bits in ("exp", "frac")}
     arms = evaluate(settings(model_dir, guards=str(to), **p))
@@ -340,3 +404,5 @@ def test_eval_and_sweep_use_them(model_dir, fitted, tmp_path):
         point = json.loads(file.read_text())
         found[point["id"]] = point["loss"]
     assert len(found) == len(set(found.values())) == 5
+    # what flips has a guard, or is asked for without
+    assert not [line for line in caplog.messages if "without a guard" in line]

@@ -372,5 +372,5 @@ def test_four_processes_count_what_one_does(tiny_llama, tmp_path):
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for to in (tmp_path / "file", tmp_path / "file" / "out"):
-        assert main(["profile", "no/such/model", "--to", str(to)]) == 2
+        assert main(["profile", "no/model", "--to", str(to)]) == 2
         assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err

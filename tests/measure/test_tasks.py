@@ -363,7 +363,7 @@ def test_the_chat_template_is_lm_evals(model, model_dir, lm_eval_tasks, tmp_path
 @pytest.mark.parametrize("flag", ["--to", "--cache"])
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, capsys, flag):
     (tmp_path / "file").write_text("")
-    assert main(["eval", "no/such/model", "--tasks", "toy_choice", flag, str(tmp_path / "file" / "out")]) == 2
+    assert main(["eval", "no/model", "--tasks", "toy_choice", flag, str(tmp_path / "file" / "out")]) == 2
     assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from flipproof.config import ModelConfig
 from flipproof.errors import ConfigError
-from flipproof.models.hub import reason
+from flipproof.models.hub import from_hub, reason
 from flipproof.models.load import load_model, load_tokenizer, model_on_meta
 from flipproof.models.tokenizer import byte_tokenizer
 
@@ -116,7 +116,20 @@ def test_without_a_network_it_says_so():
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set, and it is not in the cache"):
         load_tokenizer(ModelConfig(tokenizer="no/such"))
     with pytest.raises(ConfigError, match=r"it is no Hub name either \(those are owner/name\)"):
-        load_tokenizer(ModelConfig(tokenizer="not a/hub/name"))
+        load_tokenizer(ModelConfig(tokenizer="not a/hub name"))
+
+
+@pytest.mark.parametrize("name", ["./modle", "../modle", "/no/modle", "~/modle", "runs/x/modle", "modle.gguf"])
+def test_what_is_meant_as_a_path_is_not_asked_for_on_the_hub(name, tmp_path, monkeypatch):
+    def ask(*_, **__):
+        raise AssertionError("asked")
+
+    with pytest.raises(ConfigError, match=f"^key = '{re.escape(name)}': no local directory has this path$"):
+        from_hub(ask, name, "key", "a model")
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "x")
+    (tmp_path / "runs" / "modle").mkdir()
+    assert from_hub(lambda name, **_: name, "../modle", "key", "a model") == "../modle"
 
 
 def test_a_full_disk_says_so():

@@ -3,7 +3,10 @@
 import json
 
 import pytest
-from sharded_runs import make_home, run_jobs
+import torch
+from guards_by_hand import guards_of
+from sharded_runs import make_home, run_jobs, stderr
+from transformers import AutoModelForCausalLM
 
 LOADS = {"untied": ("base", "float32"), "bfloat16": ("base", "bfloat16"), "tied": ("tied", "float32")}
 
@@ -46,3 +49,23 @@ def test_each_process_reads_its_share(loaded, processes, name):
         assert result["read"] == result["held"]
         assert result["held"] <= result["total"] / processes + result["rows"]
     assert results[0]["rows"] < results[0]["total"] / processes / 4
+
+
+def test_guards_of_another_model_end_all_processes(tmp_path):
+    """Also where one of them alone can see it: the last rows of the last layer, of which the first holds none."""
+    home = make_home(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(home / "base")
+    guards_of(model).write(home / "own")
+    name = "model.layers.2.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[-2:] *= 3
+    guards_of(model).write(home / "other")
+    argv = ["eval", str(home / "base"), "--data.source", str(home / "text.txt"), "--training.seq_len", "32"]
+    argv += ["--num-samples", "2", "--trials", "1", "--bitflip.w_p_exp", "1e-3"]
+    jobs = {guards: [*argv, "--bitflip.guards", str(home / guards)] for guards in ("own", "other")}
+    run_jobs(home / "jobs", 2, jobs, codes={"other": [2, 2]})
+    assert "were fitted" not in stderr(home / "jobs", "own")
+    assert "other weights" not in stderr(home / "jobs", "own")
+    lines = [line for line in stderr(home / "jobs", "other").splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert f"was fitted to another model, the-model: 12% of the rows of {name} are far" in lines[0]

@@ -119,10 +119,10 @@ def test_a_sweep_says_where_it_falls_off_and_what_moves_that():
     assert second == f"Of the 2 protections tried, secded does most: there {moved}"
     _, second = sentences(finding.of_sweep(*sweep(straight | worse)))
     assert second == "The one protection tried, parity, does not help: there this is at p = 5.00e-05, 0.5 times that."
-    worse |= {("all", "ecc", 0.9 * p): cost for (_, _, p), cost in straight.items()}
-    _, second = sentences(finding.of_sweep(*sweep(straight | worse)))
+    worst = {("all", "ecc", 0.01 * p): cost for (_, _, p), cost in straight.items()}
+    _, second = sentences(finding.of_sweep(*sweep(straight | worse | worst)))
     assert second == (
-        "None of the 2 protections tried helps: with ecc, the best of them, this is at p = 9.00e-05, 0.9 times that."
+        "None of the 2 protections tried helps: with parity, the best of them, this is at p = 5.00e-05, 0.5 times that."
     )
     layered = straight | {("a", "none", 1e-4): 0.1, ("b", "none", 1e-4): 0.2}
     _, second = sentences(finding.of_sweep(*sweep(layered)))
@@ -130,6 +130,41 @@ def test_a_sweep_says_where_it_falls_off_and_what_moves_that():
     assert "no interval" in finding.of_sweep(*sweep(straight, seeds=1))
     assert "is never 10% above" in finding.of_sweep(*sweep({("all", "none", 1e-5): 0.0}))
     assert "nothing can be said" in finding.of_sweep(*sweep({}))
+
+
+def test_protections_whose_intervals_overlap_have_no_winner():
+    limit = math.log(1.1)
+    straight = {("all", "none", p): c for p, c in ((1e-5, 0.5 * limit), (1e-4, limit), (1e-3, 1.5 * limit))}
+    moved = {
+        ("all", name, times * p): cost
+        for name, times in (("parity", 30), ("secded", 40), ("ecc", 1.1))
+        for (_, _, p), cost in straight.items()
+    }
+    _, second = sentences(finding.of_sweep(*sweep(straight | moved)))
+    assert second == (
+        "Of the 3 protections tried, parity and secded cannot be told apart, and do most: there this is at "
+        "p = 3.00e-03 and 4.00e-03."
+    )
+    _, second = sentences(finding.of_sweep(*sweep(moved)))  # without an unprotected curve the worst one is told first
+    assert "parity and secded cannot be told apart" in second
+    bad = {("all", name, times * p): cost for name, times in (("parity", 0.5), ("ecc", 0.6))
+           for (_, _, p), cost in straight.items()}  # fmt: skip
+    _, second = sentences(finding.of_sweep(*sweep(straight | bad)))
+    assert second.startswith(
+        "None of the 2 protections tried helps: ecc and parity cannot be told apart, and with them this"
+    )
+    # neither falls off where it was measured: that says nothing of which is better
+    flat = {("all", name, p): 0.0 for name in ("parity", "ecc") for p in (1e-4, 1e-3)}
+    _, second = sentences(finding.of_sweep(*sweep(straight | flat)))
+    assert "protections tried, ecc and parity cannot be told apart: this is above p = 1.00e-03." in second
+
+
+def test_layers_whose_costs_overlap_have_no_worst():
+    straight = {("all", "none", p): 0.01 for p in (1e-5, 1e-4)}
+    layered = straight | {("a", "none", 1e-4): 0.2, ("b", "none", 1e-4): 0.21, ("c", "none", 1e-4): 0.01}
+    _, second = sentences(finding.of_sweep(*sweep(layered)))
+    assert "those in b (all bits) cost most at p = 10⁻⁴" in second
+    assert second.endswith("; intervals of 1 other overlaps with that.")
 
 
 def test_a_text_parts_where_its_letters_do():

@@ -365,8 +365,7 @@ def test_tasks_have_a_table(tmp_path):
     page = report(tmp_path).read_text()
     assert 'id="tasks"' in page
     assert 'id="arms"' not in page
-    with (tmp_path / "report" / "tasks.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = table(tmp_path / "report" / "tasks.csv")
     assert row == {
         "run": tmp_path.name,
         "task": "mini",

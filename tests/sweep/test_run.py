@@ -5,15 +5,19 @@ import shutil
 import time
 import tomllib
 from dataclasses import replace
+from functools import partial
 
 import preloaded
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.files import temporary_name
 from flipproof.measure.evaluate import evaluate
+from flipproof.models import recompute
 from flipproof.models.load import byte_tokenizer
 from flipproof.records import unsealed
 from flipproof.sweep import run as sweep_run
@@ -199,6 +203,36 @@ def test_two_processes_share_a_sweep(model_dir, tmp_path, monkeypatch):
     assert (tmp_path / "two" / "sweep.json").read_text() == (tmp_path / "one" / "sweep.json").read_text()
 
 
+@pytest.fixture
+def guards_alone(monkeypatch):
+    """torch.compile without its slow half, and with patience for next to nothing that is done otherwise."""
+    recompute._recomputing.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(recompute, "_VARIANTS", 1)
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        yield
+    recompute._recomputing.cache_clear()
+
+
+@pytest.mark.usefixtures("guards_alone")
+def test_a_compiled_sweep_compiles_each_curve_once_whatever_its_rates(model_dir, tmp_path):
+    """And measures what one that is not compiled does."""
+    grid = {"sites": "w,wx", "layers": "all,block", "protection": "none,guard", "seeds": "1"}
+    graphs = []
+    for p in ("1e-3", "1e-4,1e-3,1e-2"):
+        config = settings(model_dir, p=p, **grid)
+        before = counters["stats"]["unique_graphs"]
+        sweep(replace(config, training=replace(config.training, compile=True)), tmp_path / p)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        torch._dynamo.reset()
+    assert graphs[0] == graphs[1] > 1
+    assert resolved(config).training.compile is None  # as an evaluation has it
+    sweep(config, tmp_path / "plain")
+    assert points(tmp_path / "plain") == points(tmp_path / p)
+
+
 def test_a_budget_stops_and_the_next_start_goes_on(model_dir, tmp_path, monkeypatch):
     """On a clock where everything takes a second, so 10 minutes are a few hundred looks at it."""
     from flipproof.sweep import run as module
@@ -312,3 +346,4 @@ def test_a_guard_that_cuts_is_warned_of_with_the_base_first(learned_llama_dir, t
     said = [line for line in err.splitlines() if base in line or "the guard alone, before" in line]
     assert len(said) == 2
     assert f"costs {header['guard']['loss'] - header['clean']['loss']:.4g} nats" in said[1]
+    assert "without a guard" not in err  # there is one

@@ -1,5 +1,6 @@
 import pytest
 import transformers
+from guards_by_hand import guards_of
 
 import flipproof
 from flipproof.config import load_config
@@ -103,6 +104,57 @@ def test_what_both_tables_say_is_refused(bitflip, sweep, words):
         resolved(config(bitflip, **sweep))
     (problem,) = error.value.problems
     assert words in problem
+
+
+BOTH = {"guards": "DIR", "w_zero_out_t": 1.0, "x_zero_out_t": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("bitflip", "sweep", "words"),
+    [
+        ({"x_margin": 3.0, "w_zero_out_t": 1.0}, {"sites": "w"}, "x_margin = 3.0: it says how fitted guards are used"),
+        ({"guards_by": "layer"}, {"protection": "none"}, "guards_by = 'layer': it says how fitted guards are used"),
+        (BOTH, {}, "bitflip.guards = 'DIR': sweep.protection = guard: the guard is that of bitflip.w_zero_out_t and"),
+        (BOTH, {"protection": "none,guard,guard-layer"}, ""),
+        (BOTH, {"protection": "none"}, ""),
+        (BOTH | {"x_zero_out_t": None}, {"sites": "w,x"}, ""),
+        (BOTH | {"x_zero_out_t": None}, {"sites": "x"}, "bitflip.w_zero_out_t = 1.0: bitflip.guards = 'DIR' has"),
+        (
+            {"guards": "DIR", "w_zero_out_t": 1.0},
+            {"protection": "guard-layer"},
+            "bitflip.w_zero_out_t = 1.0: bitflip.guards = 'DIR' has thresholds in its place",
+        ),
+        (
+            {"guards": "DIR", "layer_name_to_config": {"a": {"x_zero_out_t": 2.0}}},
+            {"protection": "none,guard"},
+            "layer_name_to_config 'a': x_zero_out_t = 2.0: bitflip.guards",
+        ),
+    ],
+)
+def test_guards_that_no_protection_has_are_told(bitflip, sweep, words):
+    if not words:
+        resolved(config(bitflip, **sweep))
+        return
+    with pytest.raises(ConfigError) as error:
+        resolved(config(bitflip, **sweep))
+    (problem,) = error.value.problems
+    assert words in problem
+
+
+def test_each_protection_has_the_keys_of_its_own_guard(tiny_llama, tmp_path):
+    model = tiny_llama()
+    guards_of(model).write(tmp_path)
+    own = {".*up_proj": {"w_margin": 3.0, "w_zero_out_t": 0.5}}
+    keys = BOTH | {"guards": str(tmp_path), "x_margin": 4.0, "layer_name_to_config": own}
+    found = grid(model, keys, protection="none,guard,guard-layer,guard-channel+parity")
+    for spec in [*found.guards.values(), *(found.spec(curve[0]) for curve in found.plan.curves)]:
+        assert not spec.in_vain()
+        flipproof.set_faults(model, spec)
+    by_name = {curve[0].protection: found.spec(curve[0]).for_layer("a.up_proj") for curve in found.plan.curves}
+    assert [by_name[name].w.zero_out_t for name in ("none", "guard", "guard-layer")] == [None, 0.5, None]
+    assert [by_name[name].w.fitted is None for name in ("none", "guard", "guard-layer")] == [True, True, False]
+    fitted = by_name["guard-channel+parity"]
+    assert (fitted.w.fitted.by, fitted.w.fitted.margin, fitted.x.fitted.margin) == ("channel", 3.0, 4.0)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import pytest
 import torch
 from peft import PeftModel
 from rounding import assert_same_function
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flipproof.train.export as export_module
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.faults.spec import LoraSpec
 from flipproof.models.load import byte_tokenizer
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights
 from flipproof.train.export import export
@@ -105,6 +107,93 @@ def test_what_is_rotated_at_run_time_is_trained_and_exported_so(tiny_llama, tmp_
     recorded = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
     assert mean_loss(opened, text, 8, 4)[0] == pytest.approx(math.log(recorded["recovered_clean"]["perplexity"]))
     assert recorded["recovered_clean"]["perplexity"] < 0.95 * recorded["clean"]["perplexity"]
+
+
+@pytest.mark.parametrize("rotated", [None, "residual", "full"])
+def test_guards_and_basis_come_along(tiny_llama, tmp_path, caplog, rotated):
+    """An exported model is measured behind the guards of its run, and so is the run's base behind those of an exported
+    adapter; after guards and base of the run have gone. Its config has the basis that the guards are of."""
+    import json
+
+    from flipproof.faults.fitted import read_guards
+    from flipproof.measure.evaluate import evaluate
+    from flipproof.measure.guards import fit_guards
+    from flipproof.models.rotate import rotate
+
+    model = tiny_llama()
+    if rotated:
+        rotate(model, rotated, 5)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    settings = {
+        "model": {"hf_model_path": str(tmp_path / "base")},
+        "training": {"seq_len": 32, "local_batch_size": 4, "steps": 2, "lr": 1e-3},
+        "lora": {"r": 2},
+        "data": {"source": "stdlib", "max_tokens": 20_000},
+        "eval": {"num_samples": 140, "trials": 2},
+        "logging": {"run_dir": str(tmp_path / "run")},
+    }
+    fit_guards(load_config([], settings), "channel", tmp_path / "guards")
+    faulty = settings | {"bitflip": {"x_p_frac": 0.05, "guards": str(tmp_path / "guards")}}
+    faulty["eval"] = {"num_samples": 8, "trials": 2}
+    train(load_config([], faulty))
+    shutil.rmtree(tmp_path / "guards")
+    with caplog.at_level("INFO", "flipproof"):
+        export(tmp_path / "run", tmp_path / "model")
+        export(tmp_path / "run", tmp_path / "adapter", "adapter")
+    for to in ("model", "adapter"):
+        assert f"its guards came along: --bitflip.guards {tmp_path / to}" in caplog.text
+        found, trained = (read_guards(str(tmp_path / name)).maxima for name in (to, "run"))
+        if to == "model":  # whose weights the adapters have moved
+            trained = trained | largest_weights(tmp_path / to, trained)
+        assert found.keys() == trained.keys()
+        assert all(torch.equal(maxima, trained[name]) for name, maxima in found.items())
+    assert ("as a Hugging Face model, which flipproof opens" in caplog.text) == (rotated == "full")
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written.get("flipproof_rotation", {"how": None})["how"] == rotated
+    recorded = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
+    for name, adapter in (("model", None), ("base", tmp_path / "adapter")):
+        guards = {"x_p_frac": 0.05, "guards": str(adapter or tmp_path / name)}
+        config = load_config([], faulty | {"model": {"hf_model_path": str(tmp_path / name)}, "bitflip": guards})
+        found = evaluate(config, adapter)["flipped" if name == "model" else "recovered"]
+        assert found.loss == pytest.approx(recorded["recovered"]["loss"], rel=1e-3)  # merged weights are rounded
+
+
+def largest_weights(directory, names):
+    """Name in guards -> the largest value of each row, as the files have it."""
+    held = load_file(directory / "model.safetensors")
+    keys = {name: f"{name.removesuffix('/w')}.weight" for name in names if name.endswith("/w")}
+    return {name: held[key].abs().amax(1, keepdim=True) for name, key in keys.items()}
+
+
+def test_a_model_far_from_the_one_that_guards_were_fitted_to_is_exported_with_its_own(run, tmp_path, caplog):
+    """The run's guards, which are its base model's, no longer fit what strong adapters make of it."""
+    from dataclasses import replace
+
+    from guards_by_hand import guards_of
+
+    from flipproof.measure.evaluate import evaluate
+
+    guards_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).write(tmp_path / "guards")
+    config = load_config([run / "config.toml"])
+    strong = replace(
+        config,
+        bitflip=replace(config.bitflip, guards=str(tmp_path / "guards")),
+        training=replace(config.training, lr=0.3),
+        logging=replace(config.logging, run_dir=str(tmp_path / "strong")),
+    )
+    train(strong)
+    export(tmp_path / "strong", tmp_path / "model")
+
+    def behind(guards):
+        model = replace(config.model, hf_model_path=str(tmp_path / "model"))
+        evaluate(replace(config, model=model, lora=LoraSpec(), bitflip=replace(config.bitflip, guards=str(guards))))
+
+    with pytest.raises(ConfigError, match="was fitted to another model"):
+        behind(tmp_path / "strong")
+    caplog.clear()
+    behind(tmp_path / "model")
+    assert not [line for line in caplog.messages if "fitted to other weights" in line]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("model", r"q_proj\.weight"), ("adapter", r"q_proj\.lora_B\.weight")])

@@ -117,6 +117,15 @@ def test_wandb_is_told_the_config_and_a_resumed_run_goes_on_under_its_id(config,
     assert fake_wandb.calls[0][1]["id"] == identity
 
 
+def test_wandb_tells_the_controls_of_several_runs_apart(config, tmp_path, fake_wandb):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    logging = LoggingConfig(run_dir=str(tmp_path / "run" / "control"), wandb="online")
+    (tmp_path / "run" / "control").mkdir()
+    Trackers(RunConfig(logging=logging), 0).close()
+    assert fake_wandb.calls[0][1]["name"] == "run-control"
+
+
 def test_where_wandb_lets_nobody_in_there_is_one_line(config, fake_wandb):
     def refuse(**_):
         raise fake_wandb.Error("No API key configured.\nUse `wandb login` to log in.")

@@ -7,10 +7,12 @@ launch: see ``sharded_jobs.py``. What torchrun does is looked at where a rank or
 
 import json
 import re
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
+from guards_by_hand import guards_of
 from rounding import ROUNDED, assert_same_function, loading_moved, training_moved
 from safetensors.torch import load_file
 from sharded_runs import (
@@ -31,6 +33,7 @@ from sharded_runs import (
 from transformers import AutoModelForCausalLM
 
 import flipproof.train.step as step_module
+from flipproof.faults.fitted import read_guards
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,15 @@ def generates(home):
     return ["generate", "--config", f"{home}/run.toml", *faults]
 
 
+def behind_guards(home):
+    """Fitted ones of the tied model, in which the embedding's are the head's."""
+    guards = guards_of(AutoModelForCausalLM.from_pretrained(home / "tied"))
+    maxima = {name: maxima for name, maxima in guards.maxima.items() if name != "lm_head/w"}
+    replace(guards, maxima=maxima).write(home / "guards")
+    none = ("--bitflip.w_zero_out_t", "None", "--bitflip.x_zero_out_t", "None")
+    return "--bitflip.guards", f"{home}/guards", *none
+
+
 @pytest.fixture(scope="module")
 def pair(home, single):
     """The runs on two processes, and what is exported, measured and generated there."""
@@ -141,7 +153,8 @@ def pair(home, single):
         home, "pair/bfloat16", 2, "--training.mixed_precision_param", "bfloat16", *MEASURED_LITTLE
     )
     jobs["export"] = ["export", f"{home}/pair/full_shard", "--to", f"{home}/pair/exported/model"]
-    jobs["tied"] = arguments(home, "pair/tied", 2, "--model.hf_model_path", f"{home}/tied", *ALL_LINEAR)
+    tied_model = ("--model.hf_model_path", f"{home}/tied", *ALL_LINEAR, *behind_guards(home))
+    jobs["tied"] = arguments(home, "pair/tied", 2, *tied_model)
     jobs["export_tied"] = ["export", f"{home}/pair/tied", "--to", f"{home}/pair/exported_tied/model"]
     jobs["eval"] = eval_lora(home, "two", 2)
     jobs["eval_peft"] = eval_peft(home, "two", 2)
@@ -302,6 +315,9 @@ def test_several_processes_export_an_adapter_on_a_tied_head_as_one_does(home, pa
     atol = ROUNDED * float(expected.abs().max())
     torch.testing.assert_close(opened.lm_head.weight.double(), expected, rtol=0, atol=atol)
     assert torch.equal(opened.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    own, found = guards_of(opened), read_guards(str(pair / "exported_tied/model"))
+    assert found.maxima.keys() == own.maxima.keys()
+    assert all(torch.equal(maxima, own.maxima[name]) for name, maxima in found.maxima.items())
 
 
 def test_the_adapter_opens_with_peft_and_says_what_the_merged_model_says(home, pair, exported):

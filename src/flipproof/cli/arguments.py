@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from flipproof.config import aliases, described_keys, sections_help, split_overrides, warn_of_two
+from flipproof.config.flags import TRUTHS
 from flipproof.config.names import KEYS, MEANT, is_named, keys_meant, nearest, plain
 from flipproof.config.schema import SECTIONS
 from flipproof.config.texts import readings
@@ -103,6 +104,7 @@ class Parser(argparse.ArgumentParser):
         own = {flag: argument.name for flag, argument in self.verb.flags.items() if not argument.key}
         own |= {word: f"--{flag}" for flag, words in aliases.FLAGS.items() if flag in own for word in words}
         own |= {"help": "--help", "help_all": "--help-all", "h": "-h"}
+        switches = [flag for flag, argument in self.verb.flags.items() if argument.options.get("const") is True]
         problems = []
         end = rest.index("--") if "--" in rest else len(rest)
         for place, argument in enumerate(rest[:end]):
@@ -111,6 +113,9 @@ class Parser(argparse.ArgumentParser):
                 continue
             if plain(flag) in own and (flag.startswith("--") or flag == "-h"):
                 rest[place] = own[plain(flag)] + equals + value
+                following = rest[place + 1] if place + 1 < end else "--"
+                if not equals and plain(flag) in switches and following.lower() not in TRUTHS:
+                    rest[place] += "=true"  # what follows is not its value, but mostly MODEL
             else:
                 problems.append(f"{flag}: unknown flag{self._meant(flag)}")
         if problems:

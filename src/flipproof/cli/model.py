@@ -9,6 +9,7 @@ from typing import Any
 
 from flipproof.config import RunConfig, load_config
 from flipproof.errors import ConfigError
+from flipproof.files import is_path
 from flipproof.log import logger
 from flipproof.records import CONFIG, GUARDS, check_toml
 
@@ -49,8 +50,9 @@ def config_of(
         if not resume:
             _say_if_it_went_on(run)
         return config, adapter
-    if re.match(r"~|\.{0,2}/", model) and not run.exists():  # what may be a name on the Hub is asked for there
-        raise ConfigError([f"MODEL = {model!r}: there is no such directory"])
+    if is_path(model) and not run.exists():  # what may be a name on the Hub is asked for there
+        what = "file" if run.suffix == ".gguf" else "directory"
+        raise ConfigError([f"MODEL = {model!r}: there is no such {what}"])
     if "hf_model_path" in overrides.get("model", {}):
         logger.warning("MODEL is --model.hf_model_path, which is given as well; MODEL counts")
     return load_config(files, _under(overrides, {"model": {"hf_model_path": model}})), None

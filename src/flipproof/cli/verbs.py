@@ -182,7 +182,11 @@ def _short(name: str, key: str, metavar: str, what: str) -> Argument:
 def _config_of(run: str) -> tuple[Argument, Argument]:
     """MODEL and --config, where the directory of a run stands for what ``run`` says."""
     return (
-        Argument("model", f"A directory, a Hub name, or a run's directory: {run}.", {"metavar": "MODEL", "nargs": "?"}),
+        Argument(
+            "model",
+            f"A directory, a GGUF file, a Hub name, or a run's directory: {run}.",
+            {"metavar": "MODEL", "nargs": "?"},
+        ),
         Argument(
             "--config",
             "A TOML or YAML file or a preset's name; repeat it, later ones count.",

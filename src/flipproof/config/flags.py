@@ -68,7 +68,7 @@ def _values(declared: Any) -> str:
 
 
 _CALLED = {tuple: "list", Mapping: "table"}
-_TRUTHS = ("", "true", "false", *map(str.lower, NULL), "yes", "no", "on", "off", "1", "0")
+TRUTHS = ("", "true", "false", *map(str.lower, NULL), "yes", "no", "on", "off", "1", "0")
 """What stands behind a switch as its value and not as MODEL; those that are not allowed are told so."""
 
 
@@ -96,7 +96,7 @@ def split_overrides(
             rest.append(argument)
             continue
         truth, following = _is_truth(section, key), waiting[0] if waiting else "--"
-        if not equals and (following.lower() in _TRUTHS if truth else not following.startswith("--")):
+        if not equals and (following.lower() in TRUTHS if truth else not following.startswith("--")):
             value = waiting.pop(0)
         elif not equals and truth:
             value = "true"

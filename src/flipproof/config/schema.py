@@ -27,7 +27,7 @@ class ModelConfig(Table):
     flavor: str | None = None
     """Shape by name: 8B, 70B, 405B (Llama 3), clm-60M to clm-1.1B (AICrossSim-CLM), demo."""
     hf_model_path: str | None = None
-    """Weights, shape and tokenizer: a Hugging Face Hub name or a directory."""
+    """Weights, shape and tokenizer: a Hugging Face Hub name, a directory or a GGUF file."""
     init: Literal["pretrained", "random"] = "pretrained"
     """pretrained loads hf_model_path's weights; random starts from scratch and needs no weights."""
     tokenizer: str | None = None

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
+from flipproof.faults.draw import FaultData
+from flipproof.faults.fitted import Guards
 from flipproof.faults.spec import BitFlipSpec, Fault
 from flipproof.faults.state import FaultSite, FaultState
 
@@ -32,12 +34,14 @@ class FaultyKeysValues(FaultSite, nn.Module):
         super().__init__()
         self.site, self.state = site, state
         self._device = torch.device("cpu")
-        self.faults = tuple(self.data_of(operand, fault) for operand in "kv")
+        self.faults = self._data_of(fault, state.guards)
         self.refresh_keys()
 
-    def set_faults(self, spec: BitFlipSpec | None) -> None:
-        fault = spec.kv if spec else Fault()
-        self.faults = tuple(self.data_of(operand, fault) for operand in "kv")
+    def faults_of(self, spec: BitFlipSpec | None, guards: Guards | None) -> dict[str, Any]:
+        return {"faults": self._data_of(spec.kv if spec else Fault(), guards)}
+
+    def _data_of(self, fault: Fault, guards: Guards | None) -> tuple[FaultData, ...]:
+        return tuple(self.data_of(operand, fault, guards) for operand in "kv")
 
     def refresh_keys(self) -> None:
         self.keys = tuple(self._key(self.draw_name(operand), self._device) for operand in "kv")

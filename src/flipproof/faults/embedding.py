@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flipproof.faults.draw import FaultData
+from flipproof.faults.fitted import Guards
 from flipproof.faults.linear import key_device
 from flipproof.faults.spec import BitFlipSpec, Fault
 from flipproof.faults.state import FaultSite, FaultState
@@ -21,6 +23,7 @@ class FaultyEmbedding(FaultSite):
     plain: type[Any]
     """The class that it had before."""
     weight: Tensor
+    fault: FaultData
     _parameters: dict[str, Any]
 
     @staticmethod
@@ -29,7 +32,7 @@ class FaultyEmbedding(FaultSite):
         faulty: Any = embedding
         faulty.__class__ = _faulty_embedding(faulty.__class__)
         faulty.site, faulty.state = site, state
-        faulty.fault = faulty.data_of("w", fault, (embedding.num_embeddings, 1))
+        faulty.fault = faulty.data_of("w", fault, state.guards, (embedding.num_embeddings, 1))
         faulty.refresh_keys()
 
     def unmake(self) -> None:
@@ -40,8 +43,8 @@ class FaultyEmbedding(FaultSite):
     def __reduce_ex__(self, _protocol: Any) -> Any:
         return _new_faulty_embedding, (self.plain,), self.__dict__
 
-    def set_faults(self, spec: BitFlipSpec | None) -> None:
-        self.fault = self.data_of("w", spec.w if spec else Fault(), (len(self.weight), 1))
+    def faults_of(self, spec: BitFlipSpec | None, guards: Guards | None) -> dict[str, Any]:
+        return {"fault": self.data_of("w", spec.w if spec else Fault(), guards, (len(self.weight), 1))}
 
     def refresh_keys(self) -> None:
         device = key_device(self.weight)

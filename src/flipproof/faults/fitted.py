@@ -20,14 +20,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flipproof.dtensor import held, local
 from flipproof.errors import ConfigError, first_of
 from flipproof.faults.guard import guard_of
 from flipproof.faults.spec import GRANULARITIES, Fault, Fitted, Granularity
 from flipproof.files import named, replace_file
+from flipproof.log import logger
 from flipproof.records import GUARDS, sealed, unsealed
 
+ROTATION = "flipproof_rotation"
+"""What the config of a rotated model calls the record of it: {"how", "seed", "online": [names of layers]}."""
 _ABOUT = "flipproof"
 """The key of the metadata."""
+_FAR = 1.25
+_STRAY = 0.01
+"""Of a weight's rows, more than so many are not so far off: training moves some."""
+_ROWS = 4096
+"""Whose largest values are sought at a time."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +105,72 @@ class Guards:
         """As fine as ``by``, from finer ones."""
         return replace(self, by=by, maxima={name: self._as_fine(name, by) for name in self.maxima})
 
-    def check_model(self, dtype: str, basis: Any, weights: Mapping[str, Tensor]) -> None:
-        """Raises ConfigError where they were fitted to a model of another dtype, in another basis, or other than one
-        with these ``weights``, site -> (out, in): where more than a hundredth of a layer's rows reach beyond their
-        maxima by a quarter. (Training may move some.)"""
-        for what, its in (("dtype", dtype), ("basis", json.loads(json.dumps(basis)))):
-            if (mine := getattr(self, what)) != its:
-                raise ConfigError(
-                    [f"bitflip.guards: {self.path} was fitted to a model of {what} {mine!r}; it is {its!r} here"]
-                )
+    def check_model(
+        self,
+        dtype: str,
+        basis: Any,
+        weights: Mapping[str, Tensor],
+        computed: torch.dtype | None = None,
+        near: bool = True,
+    ) -> None:
+        """See that they were fitted to this very model, whose weights' largest values they hold. Where its weights are
+        others but near, as training leaves them, a warning says so.
+
+        Args:
+            dtype: of the values that flip, such as "bfloat16".
+            basis: how the model's was rotated.
+            weights: site -> (out, in), of all modules that have one. Of a sharded one the part that this process holds
+                is looked at, on the meta device none.
+            computed: the dtype that weights are cast to before their bits flip, where that is another.
+            near: whether they may be others at all.
+
+        Raises:
+            ConfigError: where dtype or basis are others, or a weight is not there; where in one of them the largest
+                values of more than a hundredth of the rows are off by more than a quarter, or any at all.
+        """
+        same = set(dtype.split(" and ")) <= set(self.dtype.split(" and ")), self.basis == json.loads(json.dumps(basis))
+        for fits, (what, its) in zip(same, (("dtype", dtype), ("basis", basis)), strict=True):
+            if not fits:
+                told = f"was fitted to a model of {what} {said(getattr(self, what))}; it is {said(its)} here"
+                raise ConfigError([f"bitflip.guards: {self.path} {told}"])
+        another = f"bitflip.guards: {self.path} was fitted to another model, {self.model}"
+        sites = (name.removesuffix("/w") for name in self.maxima if _operand(name) == "w")
+        if missing := [site for site in sites if site not in weights]:
+            raise ConfigError([f"{another}: there is no {first_of(missing)} here"])
+        moved = 0
         for site, weight in weights.items():
-            if (maxima := self.maxima.get(f"{site}/w")) is not None:
-                own = weight.detach().abs().amax(1, keepdim=True).float().cpu()
-                beyond = float((own > 1.25 * maxima).float().mean())
-                if beyond > 0.01:
-                    raise ConfigError(
-                        [
-                            f"bitflip.guards: {self.path} was fitted to another model, {self.model}: {beyond:.0%} of "
-                            f"the rows of {site} are far beyond what was seen there; fit them anew"
-                        ]
-                    )
+            if f"{site}/w" not in self.maxima:
+                continue
+            far, differs = self._compared(site, weight, computed)
+            if far > _STRAY:
+                raise ConfigError(
+                    [f"{another}: {far:.0%} of the rows of {site} are far beyond or below those there; fit them anew"]
+                )
+            moved += differs
+        if moved and not near:
+            raise ConfigError([f"{another}: {moved} layers have other weights here"])
+        if moved:
+            logger.warning("bitflip.guards: %s was fitted to other weights, which are near: %d layers have been "
+                           "trained since, or are of another model", self.path, moved)  # fmt: skip
+
+    def _compared(self, site: str, weight: Tensor, computed: torch.dtype | None) -> tuple[float, bool]:
+        """(which share of the maxima of a weight are far from those that were fitted, whether any differ)."""
+        part, known = local(weight.detach()), self.maxima[f"{site}/w"]
+        if part.device.type == "meta" or not part.numel():
+            return 0.0, False
+        own = torch.cat([rows.abs().amax(1, keepdim=True) for rows in part.split(_ROWS)])
+        own = (own if computed is None else own.to(computed)).float().cpu()
+        whole = part.shape == weight.shape
+        if self.by == "channel":
+            if len(known) != len(weight):  # tokens were added; where these thresholds are used, that is refused
+                return 0.0, True
+            known, whole = known[held(weight)[0]], part.shape[1] == weight.shape[1]
+        else:  # the largest of all layers may be in another one
+            own, whole = own.max(), whole and self.by == "layer"
+        far = own > _FAR * known
+        if not whole:  # and what is largest of a row or layer may be in another process's part
+            return float(far.float().mean()), bool((own > known).any())
+        return float((far | (known > _FAR * own)).float().mean()), not torch.equal(own, known)
 
     def check(self, names: Iterable[str], fault: Fault, shape: tuple[int, ...] | None = None) -> None:
         """Raises ConfigError where a fault wants thresholds that are missing, too coarse, or not of the ``shape``."""
@@ -124,16 +179,23 @@ class Guards:
                 self.thresholds(name, fault.fitted, shape)
 
     def merged(self, other: "Guards") -> "Guards":
-        """The larger of both maxima. Raises ConfigError where they are not of one model."""
-        for what in ("model", "dtype", "by", "basis"):
+        """The larger of both maxima. Raises ConfigError where they are not of one model: its weights tell, wherever it
+        lay."""
+        for what in ("dtype", "by", "basis"):
             mine, its = getattr(self, what), getattr(other, what)
             if mine != its:
-                raise ConfigError([f"{other.path}: guards of {what} {its!r} do not go with those of {what} {mine!r}"])
+                raise ConfigError(
+                    [f"{other.path}: guards of {what} {said(its)} do not go with those of {what} {said(mine)}"]
+                )
         shapes, its_shapes = ({name: t.shape for name, t in one.maxima.items()} for one in (self, other))
         if shapes != its_shapes:
             raise ConfigError([f"{other.path}: its layers are others than those of {self.model} here"])
+        others = [name for name, t in self.maxima.items() if _operand(name) == "w" and not t.equal(other.maxima[name])]
+        if others:
+            its = f"{other.path}: it was fitted to another model, {other.model}"
+            raise ConfigError([f"{its}, whose weights are not those of {self.model}: {first_of(others)} differs"])
         maxima = {name: torch.maximum(t, other.maxima[name]) for name, t in self.maxima.items()}
-        return Guards(maxima, self.by, self.model, self.dtype, self.basis, (*other.texts, *self.texts))
+        return replace(self, maxima=maxima, texts=(*other.texts, *self.texts))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -158,9 +220,16 @@ class Guards:
     def write(self, directory: Path) -> None:
         """Write ``guards.safetensors``. Raises OSError."""
         directory.mkdir(parents=True, exist_ok=True)
-        maxima = {name: maxima.contiguous() for name, maxima in self.maxima.items()}
+        maxima = {name: maxima.clone(memory_format=torch.contiguous_format) for name, maxima in self.maxima.items()}
         with named(directory / GUARDS), replace_file(directory / GUARDS) as file:
             file.write(save(maxima, {_ABOUT: json.dumps(sealed(self.about))}))
+
+
+def said(value: Any) -> str:
+    """A model's name, dtype or basis in words: the last is what a config says of a rotation, or None."""
+    if isinstance(value, Mapping):
+        return f"'rotated ({value.get('how')}, seed {value.get('seed')})'"
+    return repr("not rotated" if value is None else value)
 
 
 def _operand(name: str) -> str:

@@ -23,13 +23,13 @@ from flipproof.faults.fitted import read_guards
 from flipproof.faults.linear import FaultyLinear, keep_hooks
 from flipproof.faults.matching import unmatched_patterns
 from flipproof.faults.philox import check_tick
+from flipproof.faults.same_model import check_fitted, site_name
 from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
 from flipproof.faults.ties import merge_adapters
 from flipproof.log import logger
 from flipproof.values import Seed, checked
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _SPREADS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 _HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
 
@@ -67,7 +67,13 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, LoraSpec] | None = None) -> Coverage:
+def inject(
+    model: nn.Module,
+    spec: BitFlipSpec,
+    lora: LoraSpec | Mapping[str, LoraSpec] | None = None,
+    *,
+    computed: torch.dtype | None = None,
+) -> Coverage:
     """Make the linear layers of ``model`` faulty, in place; and its head, embedding and KV cache, if ``spec`` says so.
 
     Every ``nn.Linear`` but the output head is swapped, unless ``spec`` says otherwise. With adapters (``lora.r`` > 0)
@@ -77,17 +83,21 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         model: any module; its forward is what a tick counts. May be on the meta device.
         spec: what flips where.
         lora: adapters for the same linear layers, or for some of them by name. None or r = 0 is none.
+        computed: the dtype that autocast or FSDP casts weights to, where that is another than theirs: bits flip in it,
+            and fitted guards are to be of it.
 
     Returns:
         What was covered.
 
     Raises:
         ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
-            without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped.
+            without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped; where
+            fitted guards are of another model, dtype or basis.
             ValueError: where the model is injected already, or wrapped by what spreads it over processes.
     """
     if not isinstance(spec, BitFlipSpec):
         raise ConfigError([f"spec = {spec!r}: a BitFlipSpec is allowed, such as BitFlipSpec(w_p_exp=1e-5)"])
+    _check_use(spec)
     lora = lora or LoraSpec()
     if is_faulty(model):
         raise ValueError("this model has faulty layers already; flipproof.remove(model) takes them out")
@@ -102,7 +112,7 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear:
             continue
-        site = planned[id(module)][0] if id(module) in planned else _site(name)
+        site = planned[id(module)][0] if id(module) in planned else site_name(name)
         kind = "head" if module is head or (head is None and site in _HEAD_NAMES) else "linear"
         layer_spec = spec.for_layer(site)
         if kind not in spec.sites:
@@ -129,12 +139,13 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         raise ConfigError([_nothing_matched(spec, skipped)])
     _check_layers(model, names)
     state = FaultState(spec.base_seed, spec.exact_gradient)
+    state.computed = computed
     if spec.guards:
         state.guards = read_guards(spec.guards)
         for name, fault in kv_faults.items():
             state.guards.check([f"{name}/k", f"{name}/v"], fault)
         if table_spec:
-            state.guards.check([f"{_site(table_name)}/w"], table_spec.w, (table.num_embeddings, 1))
+            state.guards.check([f"{site_name(table_name)}/w"], table_spec.w, (table.num_embeddings, 1))
     swapped: dict[int, FaultyLinear] = {}
     for name, which in names.items():
         if which in swapped:
@@ -143,15 +154,18 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
         layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
         assert layer_spec is not None
         # tied weights are one memory
-        w_site = _site(table_name) if getattr(table, "weight", None) is linear.weight else None
+        w_site = site_name(table_name) if getattr(table, "weight", None) is linear.weight else None
         own = _lora_of(lora, site)
         swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
+    if state.guards is not None:
+        faulty = [*swapped.values(), *([table] if table_spec else [])]
+        check_fitted(model, state.guards, state, faulty)
 
     # Whatever can fail has not: from here on the model changes.
     for name, which in names.items():
         _put(model, name, swapped[which])
     if table_spec is not None:
-        FaultyEmbedding.make(table, _site(table_name), table_spec.w, state)
+        FaultyEmbedding.make(table, site_name(table_name), table_spec.w, state)
     attention.install(model, kv_faults, state)
     if lora:
         for parameter_name, parameter in model.named_parameters():
@@ -159,6 +173,11 @@ def inject(model: nn.Module, spec: BitFlipSpec, lora: LoraSpec | Mapping[str, Lo
     state.sites = list(fault_sites(model).values())
     state.watch(model)
     return replace(coverage, memories=(*([table_name] if table_spec else []), *kv_faults))
+
+
+def _check_use(spec: BitFlipSpec) -> None:
+    if problems := spec.in_vain():
+        raise ConfigError(problems)
 
 
 def _check_unwrapped(model: nn.Module) -> None:
@@ -211,15 +230,11 @@ def _matchable(model: nn.Module, spec: BitFlipSpec) -> list[str]:
     return [
         *_HEAD_NAMES,
         *(
-            _site(name)
+            site_name(name)
             for name, module in model.named_modules(remove_duplicate=False)
             if name in attentions or any(weight.dim() >= 2 for weight in module.parameters(recurse=False))
         ),
     ]
-
-
-def _site(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -255,7 +270,7 @@ def _table_spec(table: Any, name: str, spec: BitFlipSpec) -> BitFlipSpec | None:
     """The spec of the input embedding, where it is to be faulty."""
     if "embedding" not in spec.sites:
         return None
-    layer_spec = spec.for_layer(_site(name))
+    layer_spec = spec.for_layer(site_name(name))
     if layer_spec is None or not layer_spec.w.active:
         return None
     if not isinstance(table, nn.Embedding):
@@ -370,11 +385,24 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
     """Give what ``inject`` made faulty other faults, adapters unchanged; what ``spec`` leaves alone becomes clean.
 
     The seed is ``spec.base_seed``, from tick 0.
+
+    Raises:
+        ConfigError: where ``spec`` has guards that are not of this model, as ``inject`` does; the faults stay as they
+            were then.
     """
-    fault_state(model).guards = read_guards(spec.guards) if spec.guards else None
-    for site in fault_sites(model).values():
-        site.set_faults(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None)
-    fault_state(model).exact_gradient = spec.exact_gradient
+    _check_use(spec)
+    state, guards = fault_state(model), read_guards(spec.guards) if spec.guards else None
+    if guards is not None and guards is not state.fitting:
+        check_fitted(model, guards, state)
+    found = [
+        (site, site.faults_of(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None, guards))
+        for site in fault_sites(model).values()
+    ]
+    # Whatever can fail has not.
+    for site, own in found:
+        for name, value in own.items():
+            setattr(site, name, value)
+    state.guards, state.exact_gradient = guards, spec.exact_gradient
     set_seed(model, spec.base_seed)
 
 

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flipproof.dtensor import assign_, local, whole
-from flipproof.faults.draw import Draw, run_name
+from flipproof.faults.draw import Draw, FaultData, run_name
+from flipproof.faults.fitted import Guards
 from flipproof.faults.philox import derive_key
 from flipproof.faults.spec import BitFlipSpec, Fault, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
@@ -84,7 +85,7 @@ class FaultyLinear(FaultSite, nn.Linear):
         self.site, self.kind = site, kind
         self.w_site = w_site or site
         self.lora, self.state = lora, state
-        self.take_faults(x_fault, w_fault)
+        self.x_fault, self.w_fault = self._data_of(x_fault, w_fault, state.guards)
         if lora.r:
             # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
             device = self.weight.device
@@ -111,13 +112,13 @@ class FaultyLinear(FaultSite, nn.Linear):
     def draw_name(self, operand: str, run: int = 0) -> str:
         return f"{self.w_site if operand == 'w' else self.site}{run_name(run)}/{operand}"
 
-    def set_faults(self, spec: BitFlipSpec | None) -> None:
-        self.take_faults(*((spec.x, spec.w) if spec else (Fault(), Fault())))
+    def faults_of(self, spec: BitFlipSpec | None, guards: Guards | None) -> dict[str, Any]:
+        x_fault, w_fault = self._data_of(*((spec.x, spec.w) if spec else (Fault(), Fault())), guards)
+        return {"x_fault": x_fault, "w_fault": w_fault}
 
-    def take_faults(self, x_fault: Fault, w_fault: Fault) -> None:
-        """Have these faults, with thresholds as fitted for this very layer."""
-        self.x_fault = self.data_of("x", x_fault, (self.in_features,))
-        self.w_fault = self.data_of("w", w_fault, (self.out_features, 1))
+    def _data_of(self, x_fault: Fault, w_fault: Fault, guards: Guards | None) -> tuple[FaultData, FaultData]:
+        x = self.data_of("x", x_fault, guards, (self.in_features,))
+        return x, self.data_of("w", w_fault, guards, (self.out_features, 1))
 
     def refresh_keys(self) -> None:
         device = key_device(self.weight)

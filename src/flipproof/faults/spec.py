@@ -265,6 +265,8 @@ class LayerFaults(Table):
 
 
 LAYER_KEYS = tuple(LayerFaults.declared())
+FITTED_KEYS = (*(f"{operand}_margin" for operand in OPERANDS), "guards_by", "guards_floor")
+"""Keys that say how fitted guards are used."""
 Override = Annotated[Annotated[Mapping[str, Any], LayerFaults] | Literal[False] | None, "a table of keys, or false,"]
 Layers = Annotated[Mapping[Regex, Override], "a table of regular expressions and the keys to change"]
 
@@ -278,8 +280,8 @@ class BitFlipSpec(LayerFaults):
     """
 
     guards: str | None = None
-    """Fitted guards: a directory with guards.safetensors, which flipproof profile --guards writes. Their thresholds
-    take the place of w_zero_out_t, x_zero_out_t and kv_zero_out_t."""
+    """Fitted guards: a directory with guards.safetensors, which flipproof profile --guards writes, of this very model.
+    Their thresholds take the place of w_zero_out_t, x_zero_out_t and kv_zero_out_t, which are left out."""
     guards_by: Granularity | None = None
     """How fine fitted guards are: one threshold for a whole tensor of all layers (tensor), for each layer, or for each
     channel: a feature of inputs, an output row of weights, a component of a head's keys and values. Default: as fine as
@@ -313,6 +315,28 @@ class BitFlipSpec(LayerFaults):
             if isinstance(override, Mapping) and not problems:
                 problems = _burst_problems({**vars(self), **override}, f"layer_name_to_config {pattern!r}.")
         return problems
+
+    def in_vain(self) -> list[str]:
+        """A line for each key that says nothing beside the others: how fitted guards are used where there are none, or
+        a threshold where they take its place. Not among ``problems``, since a sweep chooses between the two and harden
+        fits its own."""
+        lines = []
+        of_layers = {f"layer_name_to_config {name!r}: ": keys for name, keys in self.layer_name_to_config.items()}
+        for where, keys in {"": vars(self), **of_layers}.items():
+            given = {key: value for key, value in keys.items() if value != DEFAULTS.get(key)} if keys else {}
+            for key, value in given.items():
+                if key in FITTED_KEYS and not self.guards:
+                    lines.append(
+                        f"bitflip.{where}{key} = {value!r}: it says how fitted guards are used; set bitflip.guards to "
+                        "the directory that holds some, or leave it out"
+                    )
+                elif key.endswith("_zero_out_t") and self.guards and value != math.inf:
+                    off = "" if where else f" (--bitflip.{key} None overrides a file)"
+                    lines.append(
+                        f"bitflip.{where}{key} = {value!r}: bitflip.guards = {self.guards!r} has thresholds in its "
+                        f"place; leave one of the two out{off}"
+                    )
+        return lines
 
     def for_layer(self, name: str) -> "BitFlipSpec | None":
         """The spec of the module called ``name``, overrides applied; None where it is to be left alone."""
@@ -387,6 +411,9 @@ class BitFlipSpec(LayerFaults):
 
     def _of(self, operand: Operand, key: str) -> Any:
         return getattr(self, f"{operand}_{key}")
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(BitFlipSpec)}
 
 
 def storage_overhead(spec: BitFlipSpec, dtype: str) -> dict[Operand, float]:

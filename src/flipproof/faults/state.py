@@ -65,6 +65,10 @@ class FaultState:
         self.guard = True
         self.guards: Guards | None = None
         """Fitted ones, where faults have them."""
+        self.computed: torch.dtype | None = None
+        """The dtype that weights are cast to before their bits flip, where that is another than theirs."""
+        self.fitting: Guards | None = None
+        """The last that were found to be of this model."""
         self.adapters = True
         """Whether LoRA adapters are part of the weight."""
         self.flip_hook: FlipHook | None = None
@@ -189,7 +193,9 @@ class FaultSite:
     runs: int = 0
     """How often it has run in the root module's present or last pass."""
 
-    def data_of(self, operand: str, fault: Fault, shape: tuple[int, ...] | None = None) -> FaultData:
+    def data_of(
+        self, operand: str, fault: Fault, guards: Guards | None, shape: tuple[int, ...] | None = None
+    ) -> FaultData:
         """The fault of an operand as data, with its thresholds where they were fitted.
 
         Raises:
@@ -197,11 +203,14 @@ class FaultSite:
         """
         if fault.fitted is None:
             return FaultData(fault)
-        assert self.state.guards is not None
-        return FaultData(fault, self.state.guards.thresholds(self.draw_name(operand), fault.fitted, shape))
+        assert guards is not None
+        return FaultData(fault, guards.thresholds(self.draw_name(operand), fault.fitted, shape))
 
-    def set_faults(self, spec: BitFlipSpec | None) -> None:
-        """Take the faults of a spec for this very site; None is none."""
+    def faults_of(self, spec: BitFlipSpec | None, guards: Guards | None) -> dict[str, Any]:
+        """Attribute -> value, of what is set to take the faults of a spec for this very site; None is none.
+
+        Raises as ``data_of`` does.
+        """
         raise NotImplementedError
 
     def refresh_keys(self) -> None:

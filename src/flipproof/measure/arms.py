@@ -56,6 +56,8 @@ ARMS = {
     "clean": ArmKind("✘", "✘", "without faults", against=None),
     "guard": ArmKind("guard only", "✘", "behind the guard alone", guard=True),
     "flipped": ArmKind("✔", "✘", "flipped, not trained", flips=True, guard=True),
+    "guarded": ArmKind("✔", "✘", "flipped, behind guards by channel", flips=True, guard=True, weights=None),
+    "hardened": ArmKind("✔", "✘", "flipped, hardened, not trained", flips=True, guard=True, weights=None),
     "control": ArmKind("✔", "no faults", "flipped, trained without flips", flips=True, guard=True, weights="control"),
     "control_clean": ArmKind("✘", "no faults", "trained without flips, without faults", weights="control"),
     "recovered": ArmKind("✔", "✔", "flipped, trained with flips", flips=True, guard=True, weights="trained"),
@@ -65,7 +67,8 @@ ARMS = {
     "recovered_clean": ArmKind("✘", "✔", "trained with flips, without faults", weights="trained"),
     "replayed": ArmKind("from a log", "-", "with the flips of a log", weights=None),
 }
-"""In the order of tables: the last of a model's arms that has faults is the one that a log of flips is of."""
+"""In the order of tables: the last of a model's arms that has faults is the one that a log of flips is of. The demo has
+models beside each other, of which "guarded" and "hardened" are the arms ``flipped``."""
 
 
 def arm_names(flips: bool, guard: bool, trained: bool, control: bool = False) -> tuple[str, ...]:

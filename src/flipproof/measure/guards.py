@@ -4,6 +4,7 @@ All that faults may reach is looked at: weights and inputs of linear layers, the
 The text is the part that training reads, so that held-out text stays unseen by the thresholds, too.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,22 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flipproof.config import RunConfig
+from flipproof.config import RunConfig, TrainingConfig
 from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError
 from flipproof.faults.attention import reachable
 from flipproof.faults.draw import Draw
 from flipproof.faults.fitted import Guards, read_guards
 from flipproof.faults.flip_log import hooked
+from flipproof.faults.inject import fault_state, inject, set_faults
+from flipproof.faults.same_model import check_fitted
 from flipproof.faults.spec import BitFlipSpec, Granularity
 from flipproof.files import check_new
 from flipproof.log import bar
 from flipproof.measure.evaluate import evaluating, passes_of
-from flipproof.models.build import build_model, check_length, flipped_dtype
+from flipproof.models.build import build_model, check_guards, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
 from flipproof.models.loss import next_token_loss
 from flipproof.models.online import ENTRY
+from flipproof.models.parallelize import cast_to
+from flipproof.models.weights import read_tensor
 from flipproof.records import GUARDS
 from flipproof.world import World, join_world
 
@@ -114,15 +119,22 @@ def fit_guards(
     """
     check_new(to / GUARDS, "--to")
     others = [read_guards(path) for path in merge]
+    for other in others:  # first with each other
+        others[0].merged(other)
+        if other.by != by:
+            raise ConfigError([f"{other.path}: guards of by {other.by!r} do not go with those of by {by!r}"])
     training = replace(config.training, compile=False, activation_checkpointing="none")
     config = replace(config, training=training)
     with join_world(config.parallelism) as world:
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
+        unread = model_on_meta(config.model, tokenizer, training.dtype)
+        spec = fitting_spec(config.bitflip, reachable(unread))
+        _check_merged(merge, unread, spec, training)
         text, samples = calibration_text(config, tokenizer), config.eval.num_samples
-        keys_and_values = reachable(model_on_meta(config.model, tokenizer, training.dtype))
-        spec = fitting_spec(config.bitflip, keys_and_values)
         model = build_model(replace(config, bitflip=spec), tokenizer, world)
+        for path in merge:
+            check_guards(path, model, world, near=False)
         check_ids(model, tokenizer, text.sequences)
         with compute_context(training, model):
             maxima, tokens = largest_magnitudes(model, text, samples, training.local_batch_size, world)
@@ -145,6 +157,26 @@ def fit_guards(
             if tell:
                 tell(guards_table(found, to))
     return found
+
+
+def _check_merged(merge: Sequence[str], unread: nn.Module, spec: BitFlipSpec, training: TrainingConfig) -> None:
+    """Raises ConfigError for guards that are not of a model that is still to be read: by its names, shapes, dtype and
+    basis, and by the smallest of its weights."""
+    if not merge:
+        return
+    inject(unread, spec, computed=cast_to(training, unread))
+    stored = getattr(unread, "stored", {})
+    try:
+        for guards in map(read_guards, merge):
+            set_faults(unread, replace(spec, guards=guards.path))
+            sites = (name.removesuffix("/w") for name in guards.maxima if name.endswith("/w"))
+            sizes = {site: math.prod(stored[key].shape) for site in sites if (key := f"{site}.weight") in stored}
+            if sizes:
+                site = min(sizes, key=sizes.__getitem__)
+                read = {site: read_tensor(unread, f"{site}.weight")}
+                check_fitted(unread, guards, fault_state(unread), read=read, near=False)
+    except ConfigError as error:
+        raise ConfigError(line.replace("bitflip.guards: ", "--merge: ", 1) for line in error.problems) from error
 
 
 def calibration_text(config: RunConfig, tokenizer: Any) -> PackedText:

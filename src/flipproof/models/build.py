@@ -2,26 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from flipproof.config import RunConfig, TrainingConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.fitted import read_guards
-from flipproof.faults.inject import check_bits, fault_sites, inject, iter_faulty
+from flipproof.faults.inject import check_bits, fault_state, inject
 from flipproof.faults.op import BACKENDS
+from flipproof.faults.same_model import check_fitted, dtype_that_flips
 from flipproof.faults.spec import OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.log import logger
 from flipproof.models.gguf import plain_directory
 from flipproof.models.limits import check_positions, watch_ids
 from flipproof.models.load import load_model, materialise, model_config, model_on_meta
 from flipproof.models.loss import fuse_loss
-from flipproof.models.online import ENTRY
 from flipproof.models.parallelize import cast_to, parallelize
 from flipproof.models.weights import KEY, own_dtype
 from flipproof.world import World
@@ -79,15 +77,14 @@ def build_model(
                        "flipproof profile proposes thresholds", keys)  # fmt: skip
     check_computed_bits(config, model)
     if lora or config.bitflip.any_fault:
-        logger.info("%s", inject(model, config.bitflip, lora))
+        logger.info("%s", inject(model, config.bitflip, lora, computed=cast_to(config.training, model)))
     fuse_loss(model)
     parallelize(model, config, world)
     if in_one_piece:
         model.to(world.device)
     else:
         materialise(model, config.model, seed, torch.device("cpu") if config.parallelism.cpu_offload else world.device)
-    if config.bitflip.guards:
-        check_guards(config, model)
+        check_guards(config.bitflip.guards, model, world)  # ``inject`` saw no weights
     # no backend is chosen silently
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "the CPU"
     spread = f" in each of {world.size} processes" if world.size > 1 else ""
@@ -95,17 +92,18 @@ def build_model(
     return model
 
 
-_LOOKED_AT = 4
-"""Layers whose weights are compared with those that guards were fitted to."""
-
-
-def check_guards(config: RunConfig, model: nn.Module) -> None:
-    """Raises ConfigError where fitted guards are of another model, dtype or basis. Of sharded weights dtype and basis
-    are looked at."""
-    assert config.bitflip.guards is not None
-    whole = ((layer.w_site, layer.weight) for _, layer in iter_faulty(model) if not isinstance(layer.weight, DTensor))
-    dtype, basis = flipped_dtype(config.training, model), getattr(model.config, ENTRY, None)
-    read_guards(config.bitflip.guards).check_model(dtype, basis, dict(islice(whole, _LOOKED_AT)))
+def check_guards(path: str | None, model: nn.Module, world: World, near: bool = True) -> None:
+    """Raises ConfigError, in all processes, where the fitted guards of a directory, if there is one, are of another
+    model, dtype or basis. Of a sharded model each looks at its part. ``near`` as for ``Guards.check_model``."""
+    problems: list[str] = []
+    if path:
+        try:
+            check_fitted(model, read_guards(path), fault_state(model), near=near)
+        except ConfigError as error:
+            problems = error.problems
+    for found in world.gathered(problems):
+        if found:
+            raise ConfigError(found)
 
 
 def check_computed_bits(config: RunConfig, model: nn.Module) -> None:
@@ -129,14 +127,8 @@ def _check_computed(dtype: torch.dtype, model: nn.Module) -> None:
 
 
 def flipped_dtype(training: TrainingConfig, model: nn.Module) -> str:
-    """The name of the dtype whose bits flip: the one that is computed in, else that of the faulty weights, or of the
-    model where it has none. Where weights of several dtypes are faulty, all of them, as "bfloat16 and float32"."""
-    computed = cast_to(training, model)
-    if computed is None:
-        weights = (getattr(site, "weight", None) for site in fault_sites(model).values())
-        if held := {dtype_name(weight.dtype) for weight in weights if weight is not None}:
-            return " and ".join(sorted(held))
-    return dtype_name(computed or next(model.parameters()).dtype)
+    """The name of the dtype whose bits flip, as ``dtype_that_flips`` has it."""
+    return dtype_that_flips(model, cast_to(training, model))
 
 
 def unguarded(spec: BitFlipSpec) -> str:

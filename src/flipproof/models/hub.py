@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from flipproof.errors import ConfigError
+from flipproof.files import is_path
 
 
 def expand(name: str) -> str:
@@ -35,6 +36,8 @@ def from_hub(load: Any, name: str, key: str, what: str, **kwargs: Any) -> Any:
         raise ConfigError(
             [f"{key} = {name!r}: is a file; name the directory that it is in (by itself only a .gguf file is read)"]
         )
+    if is_path(name) and not path.exists():  # the Hub's client would ask for it, and ask again
+        raise ConfigError([f"{key} = {name!r}: no local directory has this path"])
     try:
         return load(str(path) if path.is_dir() else expand(name), trust_remote_code=False, **kwargs)
     except ConfigError:

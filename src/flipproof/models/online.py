@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
+from flipproof.faults.fitted import ROTATION
 from flipproof.models.basis import Basis, kronecker, signs, split, spread
 from flipproof.values import Seed, checked
 
-ENTRY = "flipproof_rotation"
-"""What the config of a rotated model calls the record of it: {"how", "seed", "online": [names of layers]}."""
+ENTRY = ROTATION
 _MARK = "flipproof_"
 _MARKED = ("model_type", "hidden_act", "hidden_activation", "activation_function")
 """Keys of a written config whose value is marked. By the first ``AutoModelForCausalLM`` refuses it; by the activation,

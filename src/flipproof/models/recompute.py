@@ -33,6 +33,8 @@ from flipproof.log import logger
 
 Keep = Literal["nothing", "products", "everything", "weights"]
 
+_VARIANTS = 64
+"""Of a compiled block, in a training or evaluation."""
 _aten = torch.ops.aten
 _PRODUCTS = {
     _aten.mm.default,
@@ -94,8 +96,15 @@ def prepare(blocks: list[nn.Module], compiled: bool) -> None:
         block.__class__ = _recomputing(type(block), compiled)  # type: ignore[arg-type]
     if compiled:
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
-        # every arm of an evaluation and every ``keep`` is a variant of the one function
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        expect_variants(_VARIANTS)
+
+
+def expect_variants(count: int) -> None:
+    """Let torch.compile compile a block so many times: each arm of an evaluation, each ``keep``, and whatever else is
+    done otherwise and not just with other values, is a variant of the one function."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(count, limits.recompile_limit)
+    limits.accumulated_recompile_limit = max(4 * count, limits.accumulated_recompile_limit)
 
 
 def _not_of_contexts(record: logging.LogRecord) -> bool:

@@ -123,6 +123,16 @@ def read_weights(model: nn.Module, name: str) -> None:
                 local(tensor).copy_(read)
 
 
+def read_tensor(model: nn.Module, key: str) -> Tensor:
+    """One tensor of a model of ``unread_model``, by its name there, in the model's dtype."""
+    from safetensors import safe_open
+
+    stored: Stored = model.stored[key]  # type: ignore[index, assignment]
+    with safe_open(stored.file, framework="pt") as opened:
+        read: Tensor = opened.get_tensor(stored.key)
+    return read.to(model.get_parameter(key).dtype)
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, tied ones under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)

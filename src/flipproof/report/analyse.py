@@ -155,6 +155,11 @@ def bits_in_words(bits: str) -> str:
     return names.get(bits, f"bits {bits}" if "-" in bits else f"bit {bits}")
 
 
+def apart(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
+    """Whether two intervals tell two numbers apart: both are there, and they do not overlap."""
+    return one is not None and other is not None and (one[1] < other[0] or other[1] < one[0])
+
+
 def protection_in_words(protection: str) -> str:
     return "no protection" if protection == "none" else protection
 

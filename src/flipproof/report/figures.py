@@ -212,6 +212,30 @@ def perplexity_curves(
     return figure
 
 
+def cost_curves(curves: Mapping[tuple[str, str], Mapping[float, Cost]]) -> Figure:
+    """What flips cost against p on logarithmic axes, with 95% intervals: words of a curve -> p -> its cost. What is not
+    above 0 has no place there; the first ``SHOWN_CURVES`` are drawn."""
+    labels = [", ".join(words) for words in curves][:SHOWN_CURVES]
+    with _styled(3.0 + _legend_height(labels)) as (figure, axis):
+        axis.set_yscale("log", nonpositive="clip")
+        values = []
+        for label, costs, colour, marker in zip(labels, curves.values(), PALETTE, MARKERS, strict=False):
+            ps = sorted(p for p in costs if p > 0)
+            middle = [cost if 0 < (cost := costs[p].cost) <= CEILING else math.nan for p in ps]  # a gap
+            ends = np.array([costs[p].interval or (cost,) * 2 for p, cost in zip(ps, middle, strict=True)])
+            off = np.nan_to_num(np.abs(ends.reshape(-1, 2).T - middle))
+            axis.errorbar(ps, middle, yerr=off, elinewidth=1, color=colour, marker=marker, label=label)
+            _at_edge(axis, [p for p in ps if not costs[p].cost <= CEILING], color=colour, marker=marker)
+            values += [cost for cost in middle if not math.isnan(cost)]
+        low, high = min(values, default=COST_FLOOR) / 2, max(values, default=1.0) * 2
+        axis.set_ylim(low, high)
+        _label_log_values(axis.yaxis, low, high)
+        axis.set_ylabel("cost over clean (nats per token)")
+        _label_p_axis(axis, [p for costs in curves.values() for p in costs if p > 0])
+        _legend_above(figure, axis)
+    return figure
+
+
 def cost_heat_map(of: CostMap) -> Figure:
     """Layers by bits, coloured by what flips there cost; ∞ where they break the model, blank where not measured."""
     costs = of.grid

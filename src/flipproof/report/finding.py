@@ -12,7 +12,9 @@ from typing import Any
 from flipproof.measure.arms import Arm, Cost, costs, gain, gap_closed
 from flipproof.report.analyse import (
     CLIFF_THRESHOLD,
+    Cliff,
     Curve,
+    apart,
     bits_in_words,
     cost_maps,
     cost_of,
@@ -20,7 +22,7 @@ from flipproof.report.analyse import (
     protection_in_words,
     sites_in_words,
 )
-from flipproof.report.read import Logged, Sweep
+from flipproof.report.read import Hardened, Logged, Sweep
 
 
 def of_arms(found: Mapping[str, Mapping[str, Arm]]) -> str:
@@ -85,6 +87,47 @@ def _clean_gain(trained: Mapping[str, Mapping[str, Arm]], part: str) -> str:
     return f", which without flips won {_number(won.cost)}{_interval(won)}" if math.isfinite(won.cost) else ""
 
 
+_GUARDS = {
+    "guard-tensor": "one fitted threshold for all layers",
+    "guard-layer": "guards by layer",
+    "guard-channel": "guards by channel",
+}
+
+
+def of_hardening(of: Hardened) -> str:
+    """What flips cost before and after at the middle probability, and where intervals tell the rotation's part."""
+    probabilities = [p for p in of.probabilities if p]
+    if not probabilities:
+        return "No probability was measured. So nothing can be said of what hardening is worth."
+    p = probabilities[len(probabilities) // 2]
+    told = {of_: costs[p] for of_, costs in of.costs.items() if p in costs}
+    before = " and ".join(f"{_much(cost)} behind {_GUARDS.get(guard, guard)}"
+                          for (model, guard), cost in told.items() if model == "as it was")  # fmt: skip
+    after = next((_much(cost) for (model, _), cost in told.items() if model == "hardened"), "an unknown number")
+    first = f"At p = {p_text(p)} of every bit, flips cost the hardened model {after}, and the model as it was {before}."
+    own, hard = (of.costs.get((model, f"guard-{of.guards}"), {}) for model in ("as it was", "hardened"))
+    return f"{first} {_rotation_is_worth(own, hard)}"
+
+
+def _rotation_is_worth(own: Mapping[float, Cost], hard: Mapping[float, Cost]) -> str:
+    """Of the same guards before (``own``) and after the rotation."""
+    both = [p for p in hard if p and p in own]
+    differ = [p for p in both if apart(hard[p].interval, own[p].interval)]
+    lower = sum(hard[p].cost < own[p].cost for p in differ)
+    of_all = f"of {len(both)} probabilities"
+    if not differ:
+        return f"Behind the same guards the two cannot be told apart at any of the {len(both)} probabilities."
+    counts = ((lower, "less"), (len(differ) - lower, "more"))
+    told = " and ".join(f"{word} at {count} {of_all}" for count, word in counts if count)
+    rest = len(both) - len(differ)
+    others = "" if not rest else f"; intervals at the other {'one' if rest == 1 else rest} cannot tell them apart"
+    return f"Behind the same guards the hardened model costs {told} than the model as it was{others}."
+
+
+def _much(cost: Cost) -> str:
+    return f"{_number(cost.cost)} nats per token{_interval(cost)}" if math.isfinite(cost.cost) else "an infinite loss"
+
+
 def of_sweep(sweep: Sweep, curves: Sequence[Curve]) -> str:
     """Where the worst of these curves falls off, and what moves that."""
     if not math.isfinite(sweep.clean_loss):
@@ -125,14 +168,22 @@ def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str |
     if not others:
         return None
     best = max(others, key=lambda curve: curve.cliff.p or curve.cliff.above or 0.0)
-    protection, cliff = best.setting.protection, best.cliff
+    tied = [one for one in alike if one.setting.protection != "none" and one.positive and not _falls_before(one, best)]
+    where = _places([one.cliff for one in tied])
+    gain = best.cliff.p / worst.cliff.p if best.cliff.p and worst.cliff.p else None
+    if len(tied) > 1:
+        names = " and ".join(one.setting.protection for one in tied)
+        if gain is not None and gain <= 1:
+            return (
+                f"None of the {tried} protections tried helps: {names} cannot be told apart, and with them this is "
+                f"{where}."
+            )
+        most = ", and do most: there" if len(tied) < tried else ":"
+        return f"Of the {tried} protections tried, {names} cannot be told apart{most} this is {where}."
+    protection = best.setting.protection
     extra = sweep.overhead.get(protection)
     price = "" if extra is None else f", for {100 * extra:.3g}% more storage"
-    gain = cliff.p / worst.cliff.p if cliff.p and worst.cliff.p else None
-    moved = "" if gain is None else f", {gain:.3g} times that"
-    place = "at" if cliff.p is not None else "between" if cliff.above and cliff.up_to else ""
-    where = f"{place} p = {cliff}".replace(" to ", " and ") if place else f"{cliff}".replace("above", "above p =")
-    there = f"this is {where}{moved}{price}."
+    there = f"this is {where}{'' if gain is None else f', {gain:.3g} times that'}{price}."
     if gain is not None and gain <= 1:
         if tried == 1:
             return f"The one protection tried, {protection}, does not help: there {there}"
@@ -142,13 +193,41 @@ def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str |
     return f"Of the {tried} protections tried, {protection} does most: there {there}"
 
 
+def _falls_before(one: Curve, best: Curve) -> bool:
+    """Whether a curve surely falls off at a smaller p: by the intervals of the cliffs, or what is known of these."""
+    own, its = (
+        curve.cliff_interval or (curve.cliff.above or 0.0, curve.cliff.up_to or math.inf) for curve in (one, best)
+    )
+    return own != its and own[1] <= its[0]
+
+
+def _places(cliffs: Sequence[Cliff]) -> str:
+    """Where curves fall off: "at p = 1.00e-03", "between p = 1.00e-03 and 1.00e-02", "above p = 1.00e-02"."""
+    if all(cliff.p is not None for cliff in cliffs):
+        return f"at p = {' and '.join(map(str, cliffs))}"
+    places = []
+    for text, cliff in zip(map(str, cliffs), cliffs, strict=True):
+        if cliff.p is not None:
+            places.append(f"at p = {text}")
+        elif cliff.above and cliff.up_to:
+            places.append(f"between p = {text.replace(' to ', ' and ')}")
+        else:
+            places.append(text.replace("above", "above p =").replace("below", "below p ="))
+    return " and ".join(dict.fromkeys(places))
+
+
 def _what_hurts(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str:
     maps = cost_maps([curve for curve in curves if curve.setting.layers != "all"], sweep.clean_loss)
     if maps:
-        (layers, bits), cost = next(iter(maps[0].costs.items()))
+        ((layers, bits), cost), *others = maps[0].costs.items()
         arm = maps[0].arms[layers, bits]
         much = _nats(cost, arm) if math.isfinite(cost.cost) else "an infinite loss"
-        return f"Of single layers, those in {layers} ({bits_in_words(bits)}) cost most at {maps[0].label}: {much}."
+        tied = sum(bool(cost.interval and other.interval) and not apart(cost.interval, other.interval)
+                   for _, other in others)  # fmt: skip
+        rest = f"; intervals of {tied} {'other overlaps' if tied == 1 else 'others overlap'} with that" if tied else ""
+        return (
+            f"Of single layers, those in {layers} ({bits_in_words(bits)}) cost most at {maps[0].label}: {much}{rest}."
+        )
     p, arm = max(worst.arms.items())
     cost = cost_of(arm, sweep.clean_loss)
     if not math.isfinite(cost.cost):

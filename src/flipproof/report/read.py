@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from flipproof.errors import ConfigError
-from flipproof.measure.arms import Arm
+from flipproof.measure.arms import Arm, Cost
 from flipproof.measure.points import Point
-from flipproof.records import CONFIG, METRICS, RESULTS, check_toml, lines, read_record
+from flipproof.records import CONFIG, HARDENED, METRICS, RESULTS, check_toml, lines, read_record
 from flipproof.sweep.store import HEADER as SWEEP
 from flipproof.sweep.store import POINTS, read_points
 from flipproof.train.checkpoint import list_checkpoints, planted
 
 PROFILE, GENERATED, SAMPLES = "profile.json", "generate.json", "samples.txt"
-_KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES)
+_KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES, HARDENED)
 _LEVELS = 2
-_ARMS = ("clean", "flipped", "control", "recovered")
+_ARMS = ("clean", "flipped", "guarded", "hardened", "control", "recovered")
 T = TypeVar("T")
 
 
@@ -59,6 +59,26 @@ class About:
 
 
 @dataclass(frozen=True)
+class Hardened:
+    """``hardened.json``."""
+
+    model: str
+    """The one that was hardened."""
+    guards: str
+    """How fine they are: "channel", "layer" or "tensor"."""
+    rotation: Mapping[str, Any]
+    """The fields of ``flipproof.models.rotate.Rotation``."""
+    fitted: tuple[Mapping[str, Any], ...]
+    """Of each text that guards were fitted to, its ``source`` and how many ``tokens``."""
+    costs: Mapping[tuple[str, str], Mapping[float, Cost]]
+    """("as it was" or "hardened", protection) -> p -> what flips cost, 95% over fault seeds; 0 is the guard alone."""
+
+    @property
+    def probabilities(self) -> list[float]:
+        return sorted({p for costs in self.costs.values() for p in costs})
+
+
+@dataclass(frozen=True)
 class Sweep:
     """``sweep.json`` and its points; losses in nats per token."""
 
@@ -70,6 +90,8 @@ class Sweep:
     clean_loss: float
     clean_perplexity: float
     points: tuple[Point, ...]
+    guards: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Guard, such as "guard-channel" -> (loss, perplexity) behind it alone, before any bit flips."""
 
 
 @dataclass
@@ -80,6 +102,7 @@ class Sources:
     arms: dict[str, dict[str, Arm]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tasks of lm-eval, as ``flipproof.measure.tasks`` writes them."""
+    hardened: dict[str, Hardened] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``profile.json``, as ``flipproof.measure.magnitudes`` writes it."""
@@ -236,6 +259,37 @@ def _read_results(sources: Sources, directory: Path, path: Path) -> None:
         sources.tasks[name] = tasks
 
 
+def read_hardened(path: Path) -> Hardened:
+    """What ``flipproof harden`` has written. Raises ConfigError where it is anything else, or not measured to the
+    end."""
+    values = _json(path)
+    with _as_written(str(path)):
+        rotation = values["rotation"]
+        for key in ("stream", "folded", "values", "online", "left"):
+            len(rotation[key])
+        costs: dict[tuple[str, str], dict[float, Cost]] = {}
+        for side, model in (("before", "as it was"), ("after", "hardened")):
+            for one in values[side]:
+                ends = one["interval"] and (float(one["interval"][0]), float(one["interval"][1]))
+                cost = Cost(_number(one["cost"]), ends)
+                costs.setdefault((model, str(one["protection"])), {})[float(one["p"])] = cost
+        fitted = tuple(
+            {"source": str(text["source"]), "tokens": int(text["tokens"])} for text in values.get("fitted") or ()
+        )
+        return Hardened(str(values["model"]), str(values["guards"]), rotation, fitted, costs)
+
+
+def _read_hardened(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    if {"before", "after"} <= values.keys():
+        sources.hardened[_name(directory, path)] = read_hardened(path)
+    else:
+        name = path.relative_to(directory).as_posix()
+        sources.notes.append(f"{name}: it is not measured to the end; the same flipproof harden goes on.")
+    with _as_written(str(path)):
+        sources.about.append(_about(directory, path, values))
+
+
 def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
     values = _json(path)
     name = path.relative_to(directory).as_posix()
@@ -248,11 +302,17 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
             voltages=tuple((float(volts), float(ber)) for volts, ber in values.get("voltages") or ()),
             clean_loss=_number(clean["loss"]),
             clean_perplexity=_number(clean["perplexity"]),
+            guards={key: (_number(one["loss"]), _number(one["perplexity"])) for key, one in _alone(values).items()},
             points=tuple(points.values()),
         )
         sources.about.append(_about(directory, path, values))
     if len(points) < planned:
         sources.notes.append(f"{name}: {len(points)} of {planned} points are measured so far.")
+
+
+def _alone(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Guard -> what the model is behind it alone; sweeps of a single guard have it under "guard"."""
+    return values.get("guards") or ({"guard": values["guard"]} if values.get("guard") else {})
 
 
 def _size(value: Any) -> float | int | None:
@@ -329,6 +389,7 @@ def _read_samples(sources: Sources, directory: Path, path: Path) -> None:
 
 
 _READERS: dict[str, Callable[[Sources, Path, Path], None]] = {
+    HARDENED: _read_hardened,
     RESULTS: _read_results,
     METRICS: _read_metrics,
     SWEEP: _read_sweep,

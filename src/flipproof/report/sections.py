@@ -7,7 +7,7 @@ section, and nothing is drawn twice: what a figure shows of a sweep, a later sec
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.measure.arms import ARMS, Arm, Cost, costs
 from flipproof.measure.points import Setting
-from flipproof.report import figures, finding
+from flipproof.report import figures, finding, hardening
 from flipproof.report.analyse import (
     CEILING,
     CLIFF_THRESHOLD,
@@ -32,13 +32,12 @@ from flipproof.report.analyse import (
     sites_in_words,
 )
 from flipproof.report.read import Logged, Sources, Sweep
+from flipproof.report.section import COST, PERPLEXITY, Drawing, Section, cost_cells, perplexity_cells
 from flipproof.report.table import Table
 
 _LONGEST_SLUG = 50
 _MOST_FIGURES = 6
 """Of one section that has many views."""
-_PERPLEXITY = ("PPL", "95% low", "95% high")
-_COST = ("cost", "cost low", "cost high")
 _SETTING = Setting._fields
 _OF_A_RUN = (
     ("model", "hf_model_path"), ("model", "flavor"), ("model", "init"), ("lora", "r"), ("training", "lr"),
@@ -48,34 +47,13 @@ _OF_A_RUN = (
 """Keys that the table of configs has beside those of ``[bitflip]`` that are not as they are by default."""
 
 
-@dataclass
-class Drawing:
-    """A picture, and what became of it."""
-
-    draw: Callable[[], Figure]
-    svg: str = ""
-    png: str = ""
-    """Where it lies, as a URL relative to the page; both are filled in when it is drawn."""
-
-
-@dataclass
-class Section:
-    """A part of the page; its id is also the name of its files."""
-
-    id: str
-    title: str
-    caption: str
-    tables: list[Table] = field(default_factory=list)
-    drawings: list[Drawing] = field(default_factory=list)
-    """The first is shown at once."""
-    finding: str = ""
-    """Two sentences."""
-    texts: Mapping[str, str] = field(default_factory=dict)
-
-
 def sections_of(sources: Sources) -> list[Section]:
     """What there is to show, in the page's order."""
-    sections = [_configs(sources.configs)] if sources.configs else []
+    sections: list[Section] = []
+    for name, hardened in sources.hardened.items():
+        sections.append(_named(hardening.section(hardened), name, len(sources.hardened), sections))
+    if sources.configs:
+        sections.append(_configs(sources.configs))
     if sources.arms:
         sections.append(_arms(sources.arms))
     if sources.tasks:
@@ -148,10 +126,10 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
             kind = ARMS.get(name)  # None: of another version
             cost = of_run.get(name)
             flipped, tuned = (kind.bitflipped, kind.tuned) if kind else (None, None)
-            rows.append([run, name, flipped, tuned, *_perplexity_cells(arm), *_cost_cells(cost), arm.loss, arm.trials,
+            rows.append([run, name, flipped, tuned, *perplexity_cells(arm), *cost_cells(cost), arm.loss, arm.trials,
                          arm.tokens])  # fmt: skip
         drawn |= {f"{run}: {name}" if len(found) > 1 else name: cost for name, cost in of_run.items()}
-    columns = ["run", "arm", "Bitflipped", "Fine-tuned", *_PERPLEXITY, *_COST, "loss", "seeds", "tokens"]
+    columns = ["run", "arm", "Bitflipped", "Fine-tuned", *PERPLEXITY, *COST, "loss", "seeds", "tokens"]
     clean = max((arms["clean"].loss for arms in found.values() if "clean" in arms), default=0.0)
     more = f" The first {figures.SHOWN_BARS} are drawn." if len(drawn) > figures.SHOWN_BARS else ""
     return Section(
@@ -171,14 +149,6 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
 def _only_csv(runs: Collection[str]) -> frozenset[str]:
     """One run needs no column that names it."""
     return frozenset() if len(runs) > 1 else frozenset({"run"})
-
-
-def _perplexity_cells(arm: Arm) -> list[float | None]:
-    return [arm.perplexity, *(arm.perplexity_interval or (None, None))]
-
-
-def _cost_cells(cost: Cost | None) -> list[float | None]:
-    return [cost.cost, *(cost.interval or (None, None))] if cost else [None] * 3
 
 
 def _tasks(found: Mapping[str, Mapping[str, Any]]) -> Section:
@@ -242,13 +212,13 @@ def _points(file: str, sweep: Sweep, curves: Sequence[Curve]) -> Table:
     """Everything measured in a sweep."""
     clean = sweep.clean_loss
     points = [
-        [*curve.setting, p, curve.voltages.get(p), *_perplexity_cells(arm), arm.loss,
-         *(arm.loss_interval or (None, None)), *_cost_cells(cost_of(arm, clean) if math.isfinite(clean) else None),
+        [*curve.setting, p, curve.voltages.get(p), *perplexity_cells(arm), arm.loss,
+         *(arm.loss_interval or (None, None)), *cost_cells(cost_of(arm, clean) if math.isfinite(clean) else None),
          arm.trials, arm.tokens]
         for curve in curves
         for p, arm in curve.arms.items()
     ]  # fmt: skip
-    columns = [*_SETTING, "p", "voltage", *_PERPLEXITY, "loss", "loss low", "loss high", *_COST, "seeds", "tokens"]
+    columns = [*_SETTING, "p", "voltage", *PERPLEXITY, "loss", "loss low", "loss high", *COST, "seeds", "tokens"]
     return Table(file, columns, points)
 
 
@@ -305,11 +275,11 @@ def _sensitivity(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
     if not maps:
         return None
     rows = [
-        [of.p, of.sites, of.protection, layers, bits, *_cost_cells(cost), of.arms[layers, bits].trials]
+        [of.p, of.sites, of.protection, layers, bits, *cost_cells(cost), of.arms[layers, bits].trials]
         for of in maps
         for (layers, bits), cost in of.costs.items()
     ]
-    columns = ["p", "sites", "protection", "layers", "bits", *_COST, "seeds"]
+    columns = ["p", "sites", "protection", "layers", "bits", *COST, "seeds"]
     more = f" {_MOST_FIGURES} of {len(maps)} views are drawn; the table has all." if len(maps) > _MOST_FIGURES else ""
     return Section(
         "sensitivity",
@@ -343,20 +313,36 @@ def _protection(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
             gain = cliff.p / bare if cliff.p and bare else None
             rows.append([*curve.setting, None if overhead is None else 100 * overhead, str(cliff), cliff.p, gain])
     columns = [*_SETTING, "extra storage (%)", "cliff", "cliff p", "cliff over none"]
-    if not rows:
+    tables = [Table("protection.csv", columns, rows, only_csv=frozenset({"cliff p"}))] if rows else []
+    if sweep.guards:
+        tables.append(_guards_alone(sweep))
+    if not tables:
         return None
+    compared = "Where perplexity falls off under each protection, all else equal; p is the rate at which the memory "
+    compared = f"{compared}itself flips bits, before any correction. " if rows else ""
     return Section(
         "protection",
         "What protects, and what it costs",
-        "Where perplexity falls off under each protection, all else equal. Extra storage is in per cent of the bits "
-        "stored. p is the rate at which the memory itself flips bits, before any correction.",
-        [Table("protection.csv", columns, rows, only_csv=frozenset({"cliff p"}))],
+        f"{compared}Extra storage is in per cent of the bits stored. A guard sees clean values, too: its cost alone "
+        "is loss over the clean one, in nats per token.",
+        tables,
     )
+
+
+def _guards_alone(sweep: Sweep) -> Table:
+    """What thresholds cost where nothing flips, since they see clean values, too; in nats per token."""
+    clean = sweep.clean_loss
+    rows: list[list[Any]] = [["none (clean)", sweep.clean_perplexity, None, None]]
+    for name, (loss, perplexity) in sweep.guards.items():
+        cost, extra = loss - clean if math.isfinite(clean) else None, sweep.overhead.get(name)
+        rows.append([name, perplexity, cost, None if extra is None else 100 * extra])
+    columns = ["guard", "PPL", "cost", "extra storage (%)"]
+    return Table("protection-guards.csv", columns, rows, title="The guard alone, where nothing flips")
 
 
 def _voltage(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
     rows = [
-        [volts, ber, *curve.setting, *_perplexity_cells(curve.arms[ber]), curve.arms[ber].trials]
+        [volts, ber, *curve.setting, *perplexity_cells(curve.arms[ber]), curve.arms[ber].trials]
         for volts, ber in sorted(sweep.voltages, reverse=True)
         for curve in curves
         if curve.voltages and ber in curve.arms
@@ -368,7 +354,7 @@ def _voltage(sweep: Sweep, curves: Sequence[Curve]) -> Section | None:
         "From voltage to perplexity",
         "Bit-error rate of the memory at each supply voltage, as given to the sweep, and the perplexity of the model "
         "there; 95% intervals over fault seeds.",
-        [Table("voltage.csv", ["voltage (V)", "bit-error rate", *_SETTING, *_PERPLEXITY, "seeds"], rows)],
+        [Table("voltage.csv", ["voltage (V)", "bit-error rate", *_SETTING, *PERPLEXITY, "seeds"], rows)],
     )
 
 

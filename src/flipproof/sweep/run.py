@@ -29,6 +29,8 @@ from flipproof.measure.evaluate import mean_loss, measure_arms
 from flipproof.models.build import build_model, check_computed_bits, check_guards, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
+from flipproof.models.parallelize import cast_to
+from flipproof.models.recompute import expect_variants
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
 from flipproof.sweep.store import SweepDirectory
 from flipproof.sweep.table import Grid, all_that_flips, rates_of, resolved
@@ -36,6 +38,8 @@ from flipproof.world import World, join_world
 
 _LOG_EVERY_S = 30.0
 _TABLE_COLUMNS = 6
+_VARIANTS = 8
+"""Of a compiled block, for each curve: kinds of blocks, with its faults and without."""
 
 
 def sweep(config: RunConfig, to: Path) -> str:
@@ -64,9 +68,9 @@ def sweep(config: RunConfig, to: Path) -> str:
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
         check_ids(model, tokenizer, text.sequences)
-        if config.bitflip.guards:
-            check_guards(config, model)
+        check_guards(config.bitflip.guards, model, world)
         grid = Grid(config, rates, model, flipped_dtype(config.training, model))
+        expect_variants(_VARIANTS * len(grid.plan.curves))
         with compute_context(config.training, model):
             header = _begin(grid, directory, model, text, world)
             _measure(grid, directory, model, text, world, started)
@@ -87,7 +91,7 @@ def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
     weights and text are read."""
     skeleton = model_on_meta(config.model, tokenizer, config.training.dtype)
     check_computed_bits(config, skeleton)
-    inject(skeleton, all_that_flips(config))
+    inject(skeleton, all_that_flips(config), computed=cast_to(config.training, skeleton))
     grid = Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))
     for spec in grid.guards.values():
         set_faults(skeleton, spec)

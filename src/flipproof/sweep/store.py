@@ -106,6 +106,18 @@ def depends_on(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def refuse_other(path: Path, kind: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises ConfigError where what is there in a directory is another sweep, or ``kind``, than the one here: a line
+    for each key that differs."""
+    problems = [
+        f"--to {path}: holds another {kind}, of {key} = {_short(there.get(key))}; here it is {_short(value)}"
+        for key, value in here.items()
+        if there.get(key) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 class SweepDirectory:
     """One process's view of a sweep's directory."""
 
@@ -130,17 +142,8 @@ class SweepDirectory:
                 shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
                 raise ConfigError([f"--to {self.path}: holds something that is no sweep ({shown}); name another one"])
             return
-        self._refuse(depends_on(load_written(self.path / CONFIG)), depends_on(config))
+        refuse_other(self.path, "sweep", depends_on(load_written(self.path / CONFIG)), depends_on(config))
         self.header(known or {})
-
-    def _refuse(self, there: dict[str, Any], here: dict[str, Any]) -> None:
-        problems = [
-            f"--to {self.path}: holds another sweep, of {key} = {_short(there.get(key))}; here it is {_short(value)}"
-            for key, value in here.items()
-            if there.get(key) != value
-        ]
-        if problems:
-            raise ConfigError(problems)
 
     def begin(self, config: RunConfig, known: dict[str, Any] | None = None) -> FileLock:
         """Make the directory, or find this sweep in it. The lock is to be held until the header is written."""
@@ -173,7 +176,7 @@ class SweepDirectory:
                     one |= {key: None if one[key] is None else float(one[key]) for key in ("loss", "perplexity")}
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ConfigError([f"{path}: not as a sweep writes it ({error}); delete it to measure it anew"]) from error
-        self._refuse(there, json.loads(json.dumps(finite(expected))))
+        refuse_other(self.path, "sweep", there, json.loads(json.dumps(finite(expected))))
         if missing := {"clean", "guard"} - there.keys():
             raise ConfigError([f"{path}: not as a sweep writes it (no {min(missing)}); delete it to measure it anew"])
         return there

@@ -22,7 +22,9 @@ from flipproof.errors import ConfigError
 from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import fault_sites, iter_faulty
 from flipproof.faults.spec import (
+    DEFAULTS,
     ELEMENT_BITS,
+    FITTED_KEYS,
     OPERANDS,
     BitFlipSpec,
     Granularity,
@@ -38,7 +40,8 @@ from flipproof.values import check_all
 
 _SET_BY_A_SWEEP = {"p_bits": "bits", "protection": "protection", "protected_bits": "protection"}
 """Keys of an operand in [bitflip] -> the key of [sweep] that takes their place."""
-_EVERY = Rate(0.5, None, 0.5, 0.5)
+_THRESHOLDS = tuple(f"{operand}_zero_out_t" for operand in OPERANDS)
+_NO_RATE = Rate(0.0, None, 0.0, 0.0)
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -82,12 +85,31 @@ def resolved(config: RunConfig) -> RunConfig:
             f"sweep.protection = {', '.join(protections)}: the guard needs bitflip.{' and bitflip.'.join(missing)}; "
             "set it, or say --protection none"
         )
+    problems += _guards_in_vain(config, parts)
     if problems:
         raise ConfigError(problems)
-    training = config.training
-    # What is kept for a backward pass does not matter here. A compiled block is compiled anew for other probabilities.
-    training = replace(training, activation_checkpointing="none", compile=training.compile or False)
+    # what is kept for a backward pass does not matter here
+    training = replace(config.training, activation_checkpointing="none")
     return replace(config, sweep=replace(sweep, protection=",".join(protections)), training=training)
+
+
+def _guards_in_vain(config: RunConfig, protections: Sequence[ProtectionParts]) -> list[str]:
+    """What is said of guards that none of the protections has: of the keys that say how fitted ones are used, and where
+    there are both kinds, of the kind that is not used."""
+    base, named = config.bitflip, config.sweep.protection or "guard"
+    if not base.guards:
+        return base.in_vain()
+    operands = [operands_of(sites) for sites in config.sweep.site_names()]
+    fitted = {_is_fitted(base, part, flipping) for part in protections if part.guard for flipping in operands}
+    if fitted == {True}:
+        return base.in_vain()
+    if fitted == {False}:
+        keys = " and ".join(f"bitflip.{key}" for key in _THRESHOLDS if getattr(base, key) is not None)
+        return [
+            f"bitflip.guards = {base.guards!r}: sweep.protection = {named}: the guard is that of {keys}; leave these "
+            "out, or name guard-tensor, guard-layer or guard-channel"
+        ]
+    return []
 
 
 def rates_of(sweep: SweepConfig) -> list[Rate]:
@@ -159,10 +181,12 @@ def read_voltages(path: Path) -> list[Rate]:
 
 
 def all_that_flips(config: RunConfig) -> BitFlipSpec:
-    """Faults wherever the grid needs them: what the model is built with."""
+    """A guard that is never on, wherever the grid needs faults: what the model is built with."""
     sites = config.sweep.site_names()
     operands = "".join(operand for operand in OPERANDS if any(operand in operands_of(name) for name in sites))
-    spec = cell_spec(config.bitflip, Cell(_EVERY, operands, "all", "all", "none"))
+    spec = cell_spec(config.bitflip, Cell(_NO_RATE, operands, "all", "all", "none"))
+    never: dict[str, Any] = {f"{operand}_zero_out_t": math.inf for operand in OPERANDS if operand in operands}
+    spec = replace(spec, **never)
     alone = _alone(sites)
     if not alone:
         return spec
@@ -254,7 +278,7 @@ class Grid:
         """How fine the fitted guard of a protection is; None where it has none."""
         base, parts = self.config.bitflip, parse_protection(protection)
         flipping = {operand for sites in self.sites for operand in operands_of(sites)}
-        if not base.guards or "guards" in _fitted(base, parts, flipping):
+        if base.guards is None or not _is_fitted(base, parts, flipping):
             return None
         return parts.by or base.guards_by or read_guards(base.guards).by
 
@@ -263,15 +287,15 @@ class Grid:
         """Each guard of the protections, such as "guard" and "guard-channel": its thresholds alone, on all layers."""
         off: dict[str, Any] = {f"{operand}_{key}": None for operand in OPERANDS for key in ("p_exp", "p_frac", "p_row")}
         flipping = {operand for sites in self.sites for operand in operands_of(sites)}
-        found = {}
+        base, found = self.config.bitflip, {}
         for protection in map(parse_protection, self.protections):
             if protection.guard:
                 name = f"guard-{protection.by}" if protection.by else "guard"
-                fitted = _fitted(self.config.bitflip, protection, flipping)
-                if "kv" in flipping and self.config.bitflip.guards and "guards" not in fitted:
-                    fitted["kv_zero_out_t"] = math.inf  # which says that keys and values have a guard
-                sites = tuple(dict.fromkeys((*self.config.bitflip.sites, *_alone(self.sites))))
-                found[name] = replace(self.config.bitflip, **off, **fitted, sites=sites)
+                guard = _guard_of(base, protection, flipping)
+                if "kv" in flipping and _is_fitted(base, protection, flipping):
+                    guard["kv_zero_out_t"] = math.inf  # which says that keys and values have a guard
+                sites = tuple(dict.fromkeys((*base.sites, *_alone(self.sites))))
+                found[name] = replace(base, **off, **guard, sites=sites)
         return found
 
 
@@ -328,13 +352,31 @@ def _block_of(site: str) -> str | None:
     return ".".join(parts[: numbers[0] + 1]) + "." if numbers else None
 
 
-def _fitted(base: BitFlipSpec, protection: ProtectionParts, flipping: Collection[Operand]) -> dict[str, Any]:
-    """Which fitted guards stand in for thresholds: those that the protection names; "guard" is what is configured, the
-    thresholds where all that flips has one."""
+def _is_fitted(base: BitFlipSpec, protection: ProtectionParts, flipping: Collection[Operand]) -> bool:
+    """Whether a protection has fitted guards: those that it names; "guard" is what is configured, the thresholds where
+    all that flips has one."""
     configured = all(getattr(base, f"{operand}_zero_out_t") is not None for operand in flipping)
-    if not protection.guard or (protection.by is None and configured):
-        return {"guards": None, "guards_by": None}
-    return {"guards_by": protection.by or base.guards_by}
+    return protection.guard and bool(base.guards) and (protection.by is not None or not configured)
+
+
+def _guard_of(base: BitFlipSpec, protection: ProtectionParts, flipping: Collection[Operand]) -> dict[str, Any]:
+    """The keys of a protection's guard: fitted ones, thresholds, or neither."""
+    if _is_fitted(base, protection, flipping):
+        changes: dict[str, Any] = {"guards_by": protection.by or base.guards_by, **dict.fromkeys(_THRESHOLDS)}
+    else:
+        changes = {key: DEFAULTS[key] for key in ("guards", *FITTED_KEYS)}
+        changes |= {} if protection.guard else dict.fromkeys(_THRESHOLDS)
+    return changes | {"layer_name_to_config": _without(base, changes)}
+
+
+def _without(base: BitFlipSpec, keys: Collection[str]) -> dict[str, Any]:
+    """The overrides of single layers, less some keys."""
+    return {
+        pattern: {key: value for key, value in override.items() if key not in keys}
+        if isinstance(override, Mapping)
+        else override
+        for pattern, override in base.layer_name_to_config.items()
+    }
 
 
 def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = ()) -> BitFlipSpec:
@@ -361,19 +403,9 @@ def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = ()) -> BitFli
         changes[f"{operand}_protected_bits"] = protection.tripled if flips else ()
         if not flips:
             changes[f"{operand}_p_row"] = None
-        if not protection.guard:
-            changes[f"{operand}_zero_out_t"] = None
-    changes |= _fitted(base, protection, flipping)
-    drop: set[str] = set()
-    if not protection.guard:
-        drop = {f"{operand}_zero_out_t" for operand in OPERANDS}
-    drop |= {f"{operand}_p_row" for operand in OPERANDS if operand not in flipping}
-    changes["layer_name_to_config"] = {
-        pattern: {key: value for key, value in override.items() if key not in drop}
-        if isinstance(override, Mapping)
-        else override
-        for pattern, override in base.layer_name_to_config.items()
-    }
+    guard = _guard_of(base, protection, flipping)
+    still = {f"{operand}_p_row" for operand in OPERANDS if operand not in flipping}
+    changes |= guard | {"layer_name_to_config": _without(base, guard.keys() | still)}
     if cell.sites in ("head", "embedding"):  # asked for by name
         changes |= {"sites": (cell.sites,), "include_patterns": (), "skip_patterns": ()}
     elif cell.layers != "all":

@@ -3,25 +3,30 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
 from flipproof.config import load_written
 from flipproof.errors import ConfigError
+from flipproof.faults.fitted import read_guards
+from flipproof.faults.inject import fault_state
+from flipproof.faults.same_model import with_own_weights
 from flipproof.files import check_writable
 from flipproof.log import logger
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model
 from flipproof.models.load import load_tokenizer, save_model
+from flipproof.models.online import ENTRY
 from flipproof.models.save import new_directory
-from flipproof.records import CONFIG
+from flipproof.records import CONFIG, GUARDS
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, whole_checkpoint
 from flipproof.world import join_world
 
 
 def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model") -> Path:
-    """Write the last checkpoint of a run, finished or not, into the new directory ``to``, which is whole or not there.
+    """Write the last checkpoint of a run, finished or not, into the new directory ``to``, which is whole or not there;
+    with the fitted guards that it was trained behind, if any; of merged weights with their own largest values.
 
     Args:
         kind: "model" for a Hugging Face model with the adapters merged, "adapter" for PEFT.
@@ -41,6 +46,10 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
         raise ConfigError([f"{run_dir} holds no complete checkpoint"])
     if kind == "adapter" and not config.lora.r:
         raise ConfigError([f"{run_dir} trained no adapter (lora.r = 0); export it with --format model"])
+    guards = None
+    if (run_dir / GUARDS).is_file():  # the run's own copy, whatever became of those that it was begun with
+        guards = read_guards(str(run_dir))
+        config = replace(config, bitflip=replace(config.bitflip, guards=str(run_dir)))
     # as many processes as there are, whatever trained it
     parallelism = replace(
         config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy="full_shard", cpu_offload=False
@@ -58,7 +67,20 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
                     save_adapter(model, new, config.model.hf_model_path, world.first, what)
                 else:
                     save_model(model, new, tokenizer, world, what)
+                    if guards:
+                        guards = with_own_weights(guards, model, fault_state(model))
+                if guards and world.first:
+                    guards.write(new)
         except (OSError, SafetensorError) as error:
             raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
-    logger.info("step %d of %s as a %s", step, run_dir, "PEFT adapter" if kind == "adapter" else "Hugging Face model")
+    kind_of = "PEFT adapter" if kind == "adapter" else "Hugging Face model"
+    opened = ", which flipproof opens, transformers alone does not" if _rotates(model) else ""
+    logger.info("step %d of %s as a %s%s", step, run_dir, kind_of, opened)
+    if guards:
+        logger.info("its guards came along: --bitflip.guards %s", to)
     return to
+
+
+def _rotates(model: Any) -> bool:
+    """Whether inputs are rotated when the model runs, which only flipproof does."""
+    return bool((getattr(model.config, ENTRY, None) or {}).get("online"))

@@ -31,7 +31,7 @@ from flipproof.config import LoggingConfig, RunConfig
 from flipproof.errors import ConfigError
 from flipproof.files import named, sync, write_atomically
 from flipproof.log import bar, logger
-from flipproof.records import METRICS, append_line, lines
+from flipproof.records import CONFIG, METRICS, append_line, lines
 from flipproof.train.checkpoint import logged_lines, step_of
 from flipproof.train.throughput import communication_share, flops_per_token, peak_flops
 from flipproof.train.trace import StepProfiler
@@ -243,7 +243,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> "wandb.Run":
     try:
         return wandb.init(
             project=config.logging.wandb_project,
-            name=run_dir.name,
+            name=_name_of(run_dir),
             dir=run_dir,
             mode=config.logging.wandb,
             config=dataclasses.asdict(config),
@@ -252,6 +252,13 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> "wandb.Run":
         )
     except wandb.Error as error:  # no key, no network, no such entity
         raise ConfigError([_refused(config.logging, error)]) from error
+
+
+def _name_of(run_dir: Path) -> str:
+    """That of a run is its directory's; of what lies in a run's directory, as its control does, that run's comes
+    first."""
+    of_run = (run_dir.parent / CONFIG).is_file()
+    return f"{run_dir.parent.name}-{run_dir.name}" if of_run else run_dir.name
 
 
 def _wandb_id(run_dir: Path) -> str:

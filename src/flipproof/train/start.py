@@ -23,6 +23,7 @@ from flipproof.files import check_writable
 from flipproof.log import logger
 from flipproof.models.build import check_computed_bits, check_length, with_trainable_weights
 from flipproof.models.load import load_tokenizer, model_config, skeleton
+from flipproof.models.parallelize import cast_to
 from flipproof.train.checkpoint import find_checkpoint
 from flipproof.train.metrics import check_trackers, log_in
 from flipproof.train.resume import begun_with
@@ -182,7 +183,7 @@ def _without_weights(config: RunConfig, tokenizer: Any) -> nn.Module:
     model = skeleton(config.model, tokenizer, held)
     check_computed_bits(config, model)
     if config.faulty:
-        logger.info("%s", inject(model, config.bitflip, config.lora))
+        logger.info("%s", inject(model, config.bitflip, config.lora, computed=cast_to(config.training, model)))
     return model
 
 
