@@ -17,7 +17,7 @@ from flipproof.config import RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import Granularity
-from flipproof.files import check_writable, discard, finite, write_atomically
+from flipproof.files import check_writable, finite, write_atomically
 from flipproof.log import logger
 from flipproof.measure.arms import Arm
 from flipproof.measure.evaluate import evaluate
@@ -84,22 +84,18 @@ def harden(
         if (there := len(calibration_text(fitting, tokenizer))) < calibrate:
             size = f"{there:,} sequences of {config.training.seq_len:,} tokens"
             say(f"--calibrate = {calibrate}: the text has {size}; all of them are used")
-        if fresh := about is None:
+        if about is None:
             with new_directory(to, world) as new:
                 of = config.model, tokenizer, config.training.dtype, how, config.training.seed
                 rotation, dtype = rotate_into(new, *of, world)
-            say(str(rotation))
             about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
             about |= {"guards": by, "arguments": arguments}
             world.once(lambda: write_record(to / HARDENED, about))
+            say(str(rotation))
         else:
             say(f"{to}: goes on where it was; the model is rotated")
         try:
             _guard_and_measure(config, fitting, to, by, about, world, say)
-        except ConfigError:
-            if fresh and world.first and not (to / _BEFORE).exists():
-                discard(to)  # what was wrong with it would stand in the way of the next try
-            raise
         except BaseException:
             logger.warning("%s is not complete: the same command goes on", to)
             raise

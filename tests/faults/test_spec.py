@@ -68,6 +68,19 @@ def test_the_first_matching_override_counts_and_null_leaves_alone():
     assert spec.for_layer("ab").w.p_exp == 0.0
 
 
+def test_keys_that_say_nothing_can_be_left_out():
+    layers = {"a": {"w_zero_out_t": 3.0, "w_p_exp": 0.2}, "b": None}
+    both = BitFlipSpec(w_p_exp=0.1, guards="d", x_zero_out_t=2.0, x_margin=3.0, layer_name_to_config=layers)
+    words = ["x_zero_out_t = 2.0: bitflip.guards = 'd'", "layer_name_to_config 'a': w_zero_out_t = 3.0"]
+    assert len(both.in_vain()) == len(words)
+    assert all(word in line for word, line in zip(words, both.in_vain(), strict=True))
+    kept = {"a": {"w_p_exp": 0.2}, "b": None}
+    assert both.without_vain() == BitFlipSpec(w_p_exp=0.1, guards="d", x_margin=3.0, layer_name_to_config=kept)
+    alone = BitFlipSpec(w_p_exp=0.1, x_zero_out_t=2.0, x_margin=3.0)
+    assert alone.without_vain() == BitFlipSpec(w_p_exp=0.1, x_zero_out_t=2.0)
+    assert kept != layers == both.layer_name_to_config
+
+
 def test_lora_scaling_and_its_limits():
     assert LoraSpec(r=8, lora_alpha=16).scaling == 2.0
     assert LoraSpec().scaling == 0.0

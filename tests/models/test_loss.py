@@ -446,10 +446,12 @@ def test_the_teacher_is_the_model_before_it_had_faults_and_adapters(telling_llam
         return [loss.detach().double(), *torch.autograd.grad(loss, parameters)]
 
     flipproof.set_tick(student, 5)
+    student.model.norm.eval()
     for tick in (5, 6):
         torch.manual_seed(tick)
         teacher = ask_teacher(student, token_ids, 0.4)
         assert student.training
+        assert not student.model.norm.training
         assert int(fault_state(student)._next) == tick
         taught = clean.lm_head(teacher.states) if makes == "a head" else teacher.states
         assert torch.equal(taught, others)

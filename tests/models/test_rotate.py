@@ -63,6 +63,13 @@ def test_a_rotated_model_is_the_same_function_in_another_basis(kind, how, token_
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_a_float64_model_is_the_same_function_too(token_ids):
+    model = bumpy("Llama").double()
+    before = logits(model, token_ids)
+    assert rotate(model, "residual", 7).difference < 1e-5  # its norms compute in float32
+    assert_same_logits(model, before, token_ids)
+
+
 @pytest.mark.parametrize("kind", PARTLY)
 def test_what_cannot_be_rotated_is_left_and_named(kind, token_ids):
     model = bumpy(kind)

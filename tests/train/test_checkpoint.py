@@ -181,6 +181,14 @@ def test_weight_decay_is_the_configs_and_not_the_checkpoints(tiny_llama, tmp_pat
     assert optimizer.param_groups[0]["weight_decay"] == 0.25
 
 
+def test_how_steps_are_carried_out_is_the_devices_and_not_the_checkpoints(tiny_llama, tmp_path):
+    path = save(tmp_path, 1, *trained(tiny_llama))
+    model, optimizer = trained(tiny_llama)
+    optimizer.param_groups[0] |= {"foreach": False, "fused": True}
+    load_checkpoint(path, model, optimizer, progress())
+    assert {key: optimizer.param_groups[0][key] for key in ("foreach", "fused")} == {"foreach": False, "fused": True}
+
+
 def test_a_failed_write_is_noticed_without_waiting(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_record", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     checkpoints = saver(tmp_path)

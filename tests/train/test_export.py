@@ -1,4 +1,5 @@
 import errno
+import json
 import math
 import os
 import shutil
@@ -15,9 +16,11 @@ from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import LoraSpec
 from flipproof.models.load import byte_tokenizer
+from flipproof.records import write_toml
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights
 from flipproof.train.export import export
 from flipproof.train.loop import train
+from flipproof.train.resume import begun_with
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +53,6 @@ def run(trained, tmp_path):
 
 
 def test_the_exported_model_has_the_perplexity_of_recovered_clean(run, tmp_path):
-    import json
-
     from flipproof.data.sequences import load_held_out
     from flipproof.measure.evaluate import mean_loss
 
@@ -75,8 +76,6 @@ def test_adapter_and_model_are_the_same_function(run, tmp_path, token_ids):
 
 
 def test_what_is_rotated_at_run_time_is_trained_and_exported_so(tiny_llama, tmp_path):
-    import json
-
     from flipproof.config import ModelConfig
     from flipproof.data.sequences import load_held_out
     from flipproof.measure.evaluate import mean_loss
@@ -113,8 +112,6 @@ def test_what_is_rotated_at_run_time_is_trained_and_exported_so(tiny_llama, tmp_
 def test_guards_and_basis_come_along(tiny_llama, tmp_path, caplog, rotated):
     """An exported model is measured behind the guards of its run, and so is the run's base behind those of an exported
     adapter; after guards and base of the run have gone. Its config has the basis that the guards are of."""
-    import json
-
     from flipproof.faults.fitted import read_guards
     from flipproof.measure.evaluate import evaluate
     from flipproof.measure.guards import fit_guards
@@ -183,6 +180,11 @@ def test_a_model_far_from_the_one_that_guards_were_fitted_to_is_exported_with_it
         logging=replace(config.logging, run_dir=str(tmp_path / "strong")),
     )
     train(strong)
+    # as it may be written by a version that took guards in the place of a threshold
+    both = replace(strong, bitflip=replace(strong.bitflip, w_zero_out_t=5.0))
+    write_toml(tmp_path / "strong" / "config.toml", both.to_toml())
+    was, _ = begun_with(strong, tmp_path / "strong" / "checkpoints" / "step-4")
+    assert was.bitflip == strong.bitflip
     export(tmp_path / "strong", tmp_path / "model")
 
     def behind(guards):
@@ -194,6 +196,35 @@ def test_a_model_far_from_the_one_that_guards_were_fitted_to_is_exported_with_it
     caplog.clear()
     behind(tmp_path / "model")
     assert not [line for line in caplog.messages if "fitted to other weights" in line]
+
+
+def test_what_was_trained_wider_than_its_bits_says_how_its_guards_are_used(tiny_llama, tmp_path, caplog):
+    from guards_by_hand import guards_of
+
+    from flipproof.measure.evaluate import evaluate
+
+    model = tiny_llama().bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    guards_of(model, "bfloat16").write(tmp_path / "guards")
+    settings = {
+        "model": {"hf_model_path": str(tmp_path / "base")},
+        "training": {"seq_len": 32, "local_batch_size": 4, "steps": 1, "mixed_precision_param": "bfloat16"},
+        "lora": {"r": 0},
+        "bitflip": {"x_p_frac": 0.05, "guards": str(tmp_path / "guards")},
+        "data": {"source": "stdlib", "max_tokens": 20_000},
+        "eval": {"num_samples": 8, "trials": 2},
+        "logging": {"run_dir": str(tmp_path / "run")},
+    }
+    train(load_config([], settings))
+    with caplog.at_level("INFO", "flipproof"):
+        export(tmp_path / "run", tmp_path / "model")
+    assert f"--bitflip.guards {tmp_path / 'model'} --training.dtype bfloat16" in caplog.text
+    own = {"model": {"hf_model_path": str(tmp_path / "model")}, "training": {"seq_len": 32, "dtype": "bfloat16"}}
+    own["bitflip"] = settings["bitflip"] | {"guards": str(tmp_path / "model")}
+    found = evaluate(load_config([], settings | own | {"lora": {"r": 0}}))["flipped"]
+    recorded = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
+    assert found.loss == pytest.approx(recorded["recovered"]["loss"], rel=0.01)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("model", r"q_proj\.weight"), ("adapter", r"q_proj\.lora_B\.weight")])

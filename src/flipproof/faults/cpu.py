@@ -117,7 +117,7 @@ def new_zeroed(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(x.shape, dtype=torch.bool, device=x.device)
 
 
-new_marks = new_zeroed
+new_marks = new_zeroed  # a GPU keeps the two differently
 
 
 def zeroed_correction(

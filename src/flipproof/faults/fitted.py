@@ -33,6 +33,7 @@ ROTATION = "flipproof_rotation"
 _ABOUT = "flipproof"
 """The key of the metadata."""
 _FAR = 1.25
+"""So many times as large, or as small, is far off for the largest value of a row."""
 _STRAY = 0.01
 """Of a weight's rows, more than so many are not so far off: training moves some."""
 _ROWS = 4096

@@ -93,7 +93,7 @@ def inject(
         ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
             without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped; where
             fitted guards are of another model, dtype or basis.
-            ValueError: where the model is injected already, or wrapped by what spreads it over processes.
+        ValueError: where the model is injected already, or wrapped by what spreads it over processes.
     """
     if not isinstance(spec, BitFlipSpec):
         raise ConfigError([f"spec = {spec!r}: a BitFlipSpec is allowed, such as BitFlipSpec(w_p_exp=1e-5)"])

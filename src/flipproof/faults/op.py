@@ -121,7 +121,7 @@ def _flip_marked(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @_implement("zero_marked_")
 def _zero_marked_in_place(zeroed: Tensor, grad: Tensor) -> None:
-    if zeroed.dtype == torch.bool:
+    if zeroed.dtype == torch.bool:  # a mask, as ``cpu`` and ``memory`` make it wherever they run
         grad.masked_fill_(zeroed, 0)
         return
     target = grad.contiguous()

@@ -7,7 +7,7 @@ Python code and the papers' tables say the same words. A key of a fault begins w
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -320,23 +320,32 @@ class BitFlipSpec(LayerFaults):
         """A line for each key that says nothing beside the others: how fitted guards are used where there are none, or
         a threshold where they take its place. Not among ``problems``, since a sweep chooses between the two and harden
         fits its own."""
-        lines = []
-        of_layers = {f"layer_name_to_config {name!r}: ": keys for name, keys in self.layer_name_to_config.items()}
-        for where, keys in {"": vars(self), **of_layers}.items():
+        return [line for _, _, line in self._in_vain()]
+
+    def without_vain(self) -> "BitFlipSpec":
+        """The same without keys that say nothing, for runs from before they were refused."""
+        changes: dict[str, Any] = {}
+        layers = dict(self.layer_name_to_config)
+        for layer, key, _ in self._in_vain():
+            if layer is None:
+                changes[key] = DEFAULTS[key]
+            else:
+                layers[layer] = {name: value for name, value in (layers[layer] or {}).items() if name != key}
+        return replace(self, **changes, layer_name_to_config=layers)
+
+    def _in_vain(self) -> Iterator[tuple[str | None, str, str]]:
+        """(expression of an override or None, key, line) of each."""
+        for layer, keys in (None, vars(self)), *self.layer_name_to_config.items():
+            where = "bitflip." if layer is None else f"bitflip.layer_name_to_config {layer!r}: "
             given = {key: value for key, value in keys.items() if value != DEFAULTS.get(key)} if keys else {}
             for key, value in given.items():
                 if key in FITTED_KEYS and not self.guards:
-                    lines.append(
-                        f"bitflip.{where}{key} = {value!r}: it says how fitted guards are used; set bitflip.guards to "
-                        "the directory that holds some, or leave it out"
-                    )
+                    why = "it says how fitted guards are used; set bitflip.guards to the directory that holds some, or "
+                    yield layer, key, f"{where}{key} = {value!r}: {why}leave it out"
                 elif key.endswith("_zero_out_t") and self.guards and value != math.inf:
-                    off = "" if where else f" (--bitflip.{key} None overrides a file)"
-                    lines.append(
-                        f"bitflip.{where}{key} = {value!r}: bitflip.guards = {self.guards!r} has thresholds in its "
-                        f"place; leave one of the two out{off}"
-                    )
-        return lines
+                    off = f" (--bitflip.{key} None overrides a file)" if layer is None else ""
+                    why = f"bitflip.guards = {self.guards!r} has thresholds in its place; leave one of the two out"
+                    yield layer, key, f"{where}{key} = {value!r}: {why}{off}"
 
     def for_layer(self, name: str) -> "BitFlipSpec | None":
         """The spec of the module called ``name``, overrides applied; None where it is to be left alone."""
@@ -414,6 +423,7 @@ class BitFlipSpec(LayerFaults):
 
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(BitFlipSpec)}
+"""Of a ``BitFlipSpec``'s keys."""
 
 
 def storage_overhead(spec: BitFlipSpec, dtype: str) -> dict[Operand, float]:

@@ -20,7 +20,7 @@ from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError
 from flipproof.faults.attention import reachable
 from flipproof.faults.draw import Draw
-from flipproof.faults.fitted import Guards, read_guards
+from flipproof.faults.fitted import ROTATION, Guards, read_guards
 from flipproof.faults.flip_log import hooked
 from flipproof.faults.inject import fault_state, inject, set_faults
 from flipproof.faults.same_model import check_fitted
@@ -32,7 +32,6 @@ from flipproof.models.build import build_model, check_guards, check_length, flip
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
 from flipproof.models.loss import next_token_loss
-from flipproof.models.online import ENTRY
 from flipproof.models.parallelize import cast_to
 from flipproof.models.weights import read_tensor
 from flipproof.records import GUARDS
@@ -143,7 +142,7 @@ def fit_guards(
             by="channel",
             model=str(config.model.hf_model_path or config.model.flavor),
             dtype=flipped_dtype(training, model),
-            basis=getattr(model.config, ENTRY, None),
+            basis=getattr(model.config, ROTATION, None),
             texts=({"source": text.source, "tokens": tokens},),
         ).coarser(by)
         for other in others:

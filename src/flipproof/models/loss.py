@@ -144,7 +144,8 @@ def next_token_loss(
 def ask_teacher(model: nn.Module, ids: Tensor, share: float) -> Teacher:
     """What a model with faulty layers says of ``ids`` (rows, s) without faults, adapters and dropout. Its next pass has
     the tick that it would have had without this one."""
-    head, training = model.get_output_embeddings(), model.training  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with faults(model, flips=False, guard=False, adapters=False):
@@ -153,7 +154,8 @@ def ask_teacher(model: nn.Module, ids: Tensor, share: float) -> Teacher:
             else:
                 states = model(input_ids=ids, use_cache=False).logits
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     return Teacher(states, share)
 
 

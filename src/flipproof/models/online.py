@@ -25,7 +25,6 @@ from flipproof.faults.fitted import ROTATION
 from flipproof.models.basis import Basis, kronecker, signs, split, spread
 from flipproof.values import Seed, checked
 
-ENTRY = ROTATION
 _MARK = "flipproof_"
 _MARKED = ("model_type", "hidden_act", "hidden_activation", "activation_function")
 """Keys of a written config whose value is marked. By the first ``AutoModelForCausalLM`` refuses it; by the activation,
@@ -113,7 +112,7 @@ def attach(model: nn.Module) -> None:
     Raises:
         ConfigError: where the list is not of this model.
     """
-    entry: Any = getattr(model.config, ENTRY, None)
+    entry: Any = getattr(model.config, ROTATION, None)
     if entry is None or (isinstance(entry, dict) and not entry.get("online")):
         return
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -121,11 +120,11 @@ def attach(model: nn.Module) -> None:
         strange = [name for name in entry["online"] if not can_rotate(linear[name].in_features)]
         hook = RotateInput(checked("seed", entry["seed"], Seed))
     except (TypeError, ValueError) as error:
-        raise ConfigError([f"config.json: {ENTRY} is damaged ({error})"]) from error
+        raise ConfigError([f"config.json: {ROTATION} is damaged ({error})"]) from error
     except KeyError as error:
         strange = [error.args[0]]
     if strange:
-        raise ConfigError([f"config.json: {ENTRY} lists {strange[0]!r}, which is no linear layer of this model"])
+        raise ConfigError([f"config.json: {ROTATION} lists {strange[0]!r}, which is no linear layer of this model"])
     for name in entry["online"]:
         linear[name].register_forward_pre_hook(hook)
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -169,8 +168,8 @@ def marked_config(name: str, **how: Any) -> Any:
     kind = str(written.get("model_type"))
     if not kind.startswith(_MARK) or kind.removeprefix(_MARK) not in CONFIG_MAPPING:
         return None
-    if ENTRY not in written:
-        raise ConfigError([f"{name}: its config.json is of a rotated model, and {ENTRY} is missing there"])
+    if ROTATION not in written:
+        raise ConfigError([f"{name}: its config.json is of a rotated model, and {ROTATION} is missing there"])
     written |= {key: written[key].removeprefix(_MARK) for key in _MARKED if isinstance(written.get(key), str)}
     written["architectures"] = [name.removeprefix(_MARK) for name in written.get("architectures") or []]
     return CONFIG_MAPPING[written["model_type"]].from_dict(written, name_or_path=name)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
 from flipproof.faults.attention import attention_modules
+from flipproof.faults.fitted import ROTATION
 from flipproof.faults.inject import is_faulty
 from flipproof.faults.ties import cut_ties
 from flipproof.models import online
@@ -170,7 +171,7 @@ def rotate(model: Any, how: How, seed: int, weights: Weights | None = None) -> R
         steps.add(weight, partial(rotate_in, basis=online.inverse(weight.shape[1], seed).to(weights.device)))
     weights.change(steps.of)
     if not trouble or values or downs:
-        setattr(model.config, online.ENTRY, {"how": how, "seed": seed} | ({"online": list(downs)} if downs else {}))
+        setattr(model.config, ROTATION, {"how": how, "seed": seed} | ({"online": list(downs)} if downs else {}))
     online.attach(model)
     return Rotation(
         how,
@@ -210,8 +211,8 @@ def _check_model(model: Any) -> None:
     kind = type(model).__name__
     if is_faulty(model):
         raise ConfigError([f"this {kind} has faulty layers; rotate it first, then inject"])
-    if getattr(model.config, online.ENTRY, None) is not None:
-        raise ConfigError([f"this {kind} is rotated already ({online.ENTRY} in its config); rotate the original"])
+    if getattr(model.config, ROTATION, None) is not None:
+        raise ConfigError([f"this {kind} is rotated already ({ROTATION} in its config); rotate the original"])
 
 
 def _width(model: Any) -> int:
@@ -272,7 +273,7 @@ def gain_of(norm: nn.Module) -> tuple[Tensor, float] | None:
     RMSNorm. Which function of the weight the gain is, w or 1 + w (Gemma), is asked of the norm itself."""
     if [name for name, _ in norm.named_parameters()] != ["weight"]:
         return None
-    weight: Tensor = norm.weight.detach().double()  # type: ignore[operator]
+    weight: Tensor = norm.weight.detach().to(torch.float64, copy=True)  # type: ignore[operator]
     probe = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * 8
     probe = probe.to(weight.device)
     given = copy.deepcopy(norm).float()(probe).double()

@@ -43,6 +43,8 @@ from flipproof.world import ALONE, World
 
 MANIFEST = "manifest.json"
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
+_OWN = ("weight_decay", "fused", "foreach")
+"""Of an optimizer, what the config and the device decide, whatever a checkpoint holds."""
 Progress = dict[str, Tensor]
 """What a run has used beside its steps, by name: scalar tensors, changed in place when a checkpoint is loaded."""
 
@@ -179,12 +181,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
     _load(state, path)
-    decay = [group["weight_decay"] for group in optimizer.param_groups]
+    own = [{key: group[key] for key in _OWN if key in group} for group in optimizer.param_groups]
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINABLE
     )
-    for group, value in zip(optimizer.param_groups, decay, strict=True):  # the config's, not the checkpoint's
-        group["weight_decay"] = value
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
     return step_of(path)
 
 

@@ -38,6 +38,8 @@ class Recorded:
         self._run, self._several = run, several
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._gradients: list[Tensor] = []
+        self._sums: list[Tensor] = []
         self._masks: dict[nn.Module, Any] = {}
         self._hooks = [block.register_forward_pre_hook(self._same_mask, with_kwargs=True) for block in blocks]
         self._calls = 0
@@ -68,11 +70,12 @@ class Recorded:
         if self._graph is not None:
             for parameter in self._trained:
                 parameter.grad = None
-            del self._ids, self._loss, self._gradients, self._sums
-            self._graph = None
+            del self._ids, self._loss
+            self._gradients, self._sums, self._graph = [], [], None
             torch.cuda.empty_cache()
 
     def _record(self, ids: Tensor) -> None:
+        """Record the micro-batch, or leave everything as it was."""
         self._ids, self._factor = ids.clone(), torch.ones((), device=ids.device)
         sums = [parameter.grad for parameter in self._trained]
         for parameter in self._trained:
@@ -83,6 +86,12 @@ class Recorded:
             # a record that fails leaves its stream the current one
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self._loss = self._run(self._ids, self._factor)
+            made = [(p, p.grad, own) for p, own in zip(self._trained, sums, strict=True) if p.grad is not None]
+            self._with_gradient = [parameter for parameter, _, _ in made]
+            self._gradients = [gradient for _, gradient, _ in made]
+            self._sums = self._gradients
+            if self._several:  # and this is the second of its step: what the first made goes on being used
+                self._sums = [torch.empty_like(gradient) if own is None else own for _, gradient, own in made]
             self._graph = graph
         except RuntimeError as error:
             why = str(error.__context__ or error).splitlines()[0]
@@ -90,9 +99,6 @@ class Recorded:
             fresh = torch.Generator(ids.device)  # the old one counts as one that is recorded
             fresh.set_state(random)
             generator.graphsafe_set_state(fresh.graphsafe_get_state())
-        self._with_gradient = [parameter for parameter in self._trained if parameter.grad is not None]
-        self._gradients = [parameter.grad for parameter in self._with_gradient if parameter.grad is not None]
-        self._sums = [torch.empty_like(gradient) for gradient in self._gradients] if self._several else self._gradients
         for parameter, gradient in zip(self._trained, sums, strict=True):
             parameter.grad = gradient
         self._remove_hooks()

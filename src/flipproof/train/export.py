@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 
 from flipproof.config import load_written
 from flipproof.errors import ConfigError
-from flipproof.faults.fitted import read_guards
+from flipproof.faults.dtypes import dtype_name
+from flipproof.faults.fitted import ROTATION, Guards, read_guards
 from flipproof.faults.inject import fault_state
 from flipproof.faults.same_model import with_own_weights
 from flipproof.files import check_writable
@@ -17,7 +18,6 @@ from flipproof.log import logger
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model
 from flipproof.models.load import load_tokenizer, save_model
-from flipproof.models.online import ENTRY
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, GUARDS
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, whole_checkpoint
@@ -41,6 +41,7 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     if not (run_dir / CONFIG).exists():
         raise ConfigError([f"{run_dir} holds no run ({CONFIG} is missing)"])
     config = load_written(run_dir / CONFIG)
+    config = replace(config, bitflip=config.bitflip.without_vain())
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:
         raise ConfigError([f"{run_dir} holds no complete checkpoint"])
@@ -77,10 +78,16 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     opened = ", which flipproof opens, transformers alone does not" if _rotates(model) else ""
     logger.info("step %d of %s as a %s%s", step, run_dir, kind_of, opened)
     if guards:
-        logger.info("its guards came along: --bitflip.guards %s", to)
+        logger.info("its guards came along: --bitflip.guards %s%s", to, _as_trained(model, guards))
     return to
+
+
+def _as_trained(model: Any, guards: Guards) -> str:
+    """The flag with which a model that is written in a wider dtype than the run flipped bits of flips those."""
+    written = {dtype_name(parameter.dtype) for parameter in model.parameters()}
+    return f" --training.dtype {guards.dtype}" if written == {"float32"} != {guards.dtype} else ""
 
 
 def _rotates(model: Any) -> bool:
     """Whether inputs are rotated when the model runs, which only flipproof does."""
-    return bool((getattr(model.config, ENTRY, None) or {}).get("online"))
+    return bool((getattr(model.config, ROTATION, None) or {}).get("online"))

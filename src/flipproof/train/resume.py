@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ def begun_with(config: RunConfig, checkpoint: Path) -> tuple[RunConfig, Record |
             [f"--resume: {run_dir / CONFIG} is gone, and with it what the checkpoints there were trained with"]
         )
     was = load_written(run_dir / CONFIG)
+    was = replace(was, bitflip=was.bitflip.without_vain())
     check_fixed(was, config, run_dir)
     _check_guards(config, run_dir)
     if steps is not None and steps < done:
