@@ -190,6 +190,7 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         "harden": ["--to", "x"],
         "export": ["run", "--to", "x"],
         "report": ["run"],
+        "config": ["tiny"],
     }
     seen = {}
 
@@ -207,7 +208,8 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
     ):
         monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_, **__: (_ for _ in ()).throw(Reached))
     monkeypatch.setattr("flipproof.cli.verbs.described_keys", lambda *_: (_ for _ in ()).throw(Reached))
-    monkeypatch.setattr("flipproof.cli.verbs.preset_names", lambda: (_ for _ in ()).throw(Reached))
+    for name in ("preset_names", "changed_preset"):
+        monkeypatch.setattr(f"flipproof.cli.verbs.{name}", lambda *_: (_ for _ in ()).throw(Reached))
     for flag, takes in flags.items():
         if flag in ("--help", "--help-all"):
             continue
@@ -215,8 +217,10 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         argv = [verb, *needed.get(verb, ()), flag]
         if flag in needed.get(verb, ()):
             argv = argv[:-1]
+        elif takes and "." in flag:
+            argv.append(example(flag))
         elif takes:
-            argv.append(example(flag) if "." in flag else takes.split("|")[0] if "|" in takes else "1")
+            argv.append("lr=1" if "=" in takes else takes.split("|")[0] if "|" in takes else "1")
         with pytest.raises(Reached):
             main(argv)
         if "." in flag:
