@@ -16,10 +16,10 @@ import torch
 
 import flipproof
 import flipproof.cli.model
-from flipproof.cli.arguments import Verb
+from flipproof.cli.arguments import Parser, Verb
 from flipproof.cli.main import main
 from flipproof.cli.verbs import VERBS
-from flipproof.config import SECTIONS
+from flipproof.config import SECTIONS, load_config
 from flipproof.config.names import KEYS
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
@@ -157,6 +157,9 @@ def test_every_key_that_the_help_prints_is_set_by_its_flag(flag, capsys, config_
     assert main(base) == 0
     plain = tomllib.loads(capsys.readouterr().out)
     section, key = flag.removeprefix("--").split(".")
+    if key == "precision":  # which is written down as what it means
+        assert "precision" not in config[section]
+        key = "dtype"
     assert config[section].pop(key) != plain[section].pop(key, None)
     assert config == plain  # and nothing else
 
@@ -187,6 +190,7 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         "harden": ["--to", "x"],
         "export": ["run", "--to", "x"],
         "report": ["run"],
+        "config": ["tiny"],
     }
     seen = {}
 
@@ -204,7 +208,8 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
     ):
         monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_, **__: (_ for _ in ()).throw(Reached))
     monkeypatch.setattr("flipproof.cli.verbs.described_keys", lambda *_: (_ for _ in ()).throw(Reached))
-    monkeypatch.setattr("flipproof.cli.verbs.preset_names", lambda: (_ for _ in ()).throw(Reached))
+    for name in ("preset_names", "changed_preset"):
+        monkeypatch.setattr(f"flipproof.cli.verbs.{name}", lambda *_: (_ for _ in ()).throw(Reached))
     for flag, takes in flags.items():
         if flag in ("--help", "--help-all"):
             continue
@@ -212,8 +217,10 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         argv = [verb, *needed.get(verb, ()), flag]
         if flag in needed.get(verb, ()):
             argv = argv[:-1]
+        elif takes and "." in flag:
+            argv.append(example(flag))
         elif takes:
-            argv.append(example(flag) if "." in flag else takes.split("|")[0] if "|" in takes else "1")
+            argv.append("lr=1" if "=" in takes else takes.split("|")[0] if "|" in takes else "1")
         with pytest.raises(Reached):
             main(argv)
         if "." in flag:
@@ -241,6 +248,26 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(capsys, tmp_path,
     assert (config["training"]["steps"], config["training"]["lr"]) == (21000, 1e-4)
     assert config["bitflip"]["skip_patterns"] == ["output"]
     assert not list(tmp_path.iterdir())
+
+
+def test_config_prints_presets_with_other_values(capsys, tmp_path):
+    """Which read back, and say what the preset with the same flags says."""
+    settings = ["local_batch_size=24", "token_num_scale=10", "replicas=2", "wandb_tags=a,b", "precision=bf16-true"]
+    assert main(["config", "clm-60m", "--set", *settings[:3], "--set", *settings[3:]]) == 0
+    (tmp_path / "clm-60m.toml").write_text(capsys.readouterr().out)
+    flags = [f"--{setting}" for setting in settings]
+    _, overrides = Parser("train", VERBS).parse(flags)
+    assert load_config([tmp_path / "clm-60m.toml"]) == load_config(["clm-60m"], overrides)
+    changed = tomllib.loads((tmp_path / "clm-60m.toml").read_text())
+    assert "eval" not in changed  # what the preset leaves out
+    assert changed["parallelism"] == {"replicas": 2}
+    fails(capsys, ["config", "clm-60m", "--set", "lr"], "--set lr: KEY=VALUE is allowed")
+    fails(
+        capsys, ["config", "clm-60m", "--set", "seed=1"], "several keys are called seed; did you mean training.seed or"
+    )
+    fails(capsys, ["config", "clm-60m", "--set", "lrr=1"], "--set lrr=1: unknown key; did you mean training.lr?")
+    fails(capsys, ["config", "clm-60m", "--set", "lr=many"], "training.lr = 'many'")
+    fails(capsys, ["config", "--set", "lr=1"], "flipproof config NAME --set")
 
 
 def test_config_prints_presets(capsys):

@@ -16,8 +16,9 @@ from flipproof.values import checked
         ("lr", ["training.lr"]),
         ("learning-rate", ["training.lr"]),
         ("seed", ["training.seed", "bitflip.base_seed"]),
-        ("precision", ["training.dtype", "training.mixed_precision_param"]),
-        ("num_train_epochs", ["training.steps", "training.tokens_per_parameter"]),
+        ("bf16", ["training.precision", "training.dtype", "training.mixed_precision_param"]),
+        ("num_train_epochs", ["training.epochs"]),
+        ("max_tokens_to_train", ["training.steps", "training.epochs", "training.tokens_per_parameter"]),
         ("seq-len", ["training.seq_len"]),
         ("lora_r", ["lora.r"]),
         ("gradient_accumulation", ["training.gradient_accumulation_steps"]),
@@ -78,9 +79,9 @@ def test_an_unknown_key_of_a_file_is_told_the_right_one(section, key, hint):
 @pytest.mark.parametrize(
     ("section", "key", "words"),
     [
-        ("training", "num_train_epochs", "training.tokens_per_parameter"),
-        ("training", "global_batch_size", "training.local_batch_size x processes"),
-        ("training", "precision", "bf16-mixed"),
+        ("training", "max_tokens_to_train", "training.tokens_per_parameter"),
+        ("training", "total_batch_size", "training.global_batch_size"),
+        ("training", "mixed_precision", "bf16-mixed"),
         ("parallelism", "tensor_parallel_degree", "parallelism.fsdp_degree"),
     ],
 )

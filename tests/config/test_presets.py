@@ -98,6 +98,57 @@ def test_clm_has_the_steps_of_its_published_configs(flavor, batch, processes, st
     assert (found, int(0.2 * found)) == (steps, warmup)
 
 
+@pytest.mark.parametrize(
+    ("name", "flavor", "rows", "steps", "warmup"),
+    [
+        ("clm-60m", "clm-60M", 96, 7075, 1415),
+        ("clm-200m", "clm-200M", 76, 31686, 6337),
+        ("clm-400m", "clm-400M", 96, 45712, 9142),
+        # which AICrossSim has published no config of: 22 x 622,929,024 / (96 x 2048) = 69704.4
+        ("clm-600m", "clm-600M", 96, 69705, 13941),
+        ("clm-1.1b", "clm-1.1B", 192, 59846, 11969),
+    ],
+)
+def test_clm_presets_have_those_steps_on_any_number_of_gpus(name, flavor, rows, steps, warmup):
+    config = load_config([name])
+    assert (config.model.flavor, config.model.init) == (flavor, "random")
+    counted = counted_parameters(skeleton(flavor), config.training.tokens_per_parameter_of)
+    for processes in (1, 2):
+        resolved = resolve_steps(config, counted, processes)
+        assert resolved.sequences_per_step(processes) == rows
+        assert (resolved.training.steps, resolved.training.warmup_steps) == (steps, warmup)
+
+
+def test_clm_60m_has_the_tutorials_faults():
+    """fc-only-w-a-exp-frac.yaml: 2^-17 on all bits, thresholds 1.25 and 30."""
+    faults = load_config(["clm-60m"]).bitflip
+    assert {faults.w_p_exp, faults.w_p_frac, faults.x_p_exp, faults.x_p_frac} == {2**-17}
+    assert (faults.w_zero_out_t, faults.x_zero_out_t) == (1.25, 30.0)
+
+
+def test_the_tutorials_budgets_with_and_without_accumulation():
+    """8B: 4,883 steps are of 8 x 1 x 2048 tokens, and its command line accumulates 2, hence half. 70B: 1% of its tokens
+    are 10,681 steps of 32 sequences and a sixth of one more; 21,000 leave the accumulation out, and train on twice as
+    many."""
+    training = TrainingConfig(tokens_per_parameter=0.01, seq_len=2048)
+    for more, counted, processes, steps in (
+        ({}, 8_000_000_000, 8, STEPS_8B),
+        ({"gradient_accumulation_steps": 2}, 8_000_000_000, 8, 2442),
+        ({"global_batch_size": 32, "local_batch_size": 2}, 70_000_000_000, 4, 10_681 + 1),
+    ):
+        config = replace(RunConfig(), training=replace(training, **more))
+        assert resolve_steps(config, counted, processes).training.steps == steps
+    assert 700_000_000 // (32 * 2048) == 10_681
+    assert pytest.approx(1.97, abs=0.01) == 21_000 * 32 * 2048 / 700_000_000
+
+
+@pytest.mark.parametrize(
+    ("flavor", "parameters"), [("1B", 1_235_814_400), ("3B", 3_212_749_824), ("70B", 70_553_706_496)]
+)
+def test_llama_shapes_have_the_published_number_of_parameters(flavor, parameters):
+    assert counted_parameters(skeleton(flavor), "all") == parameters
+
+
 def test_all_parameters_are_what_the_model_has():
     assert counted_parameters(skeleton("8B"), "all") == 8_030_261_248
     embedding = 128256 * 4096

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 import yaml
 
 from flipproof import BitFlipSpec, Fault, LoraSpec
@@ -459,3 +460,41 @@ def test_a_value_that_holds_a_separator_is_one_problem(write):
     assert "'a; b'" in problem
     (problem,) = problems([write("[model]\nhf_model_path = 'm'\n[bitflip.layer_name_to_config]\n'(a; b' = false")])
     assert problem.startswith("bitflip.layer_name_to_config key = '(a; b': a regular expression is allowed (missing )")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "kept"),
+    [
+        ({"steps": 9}, {"epochs": "2"}, {"steps": None, "epochs": 2.0}),
+        ({"tokens_per_parameter": 9}, {"epochs": "2"}, {"tokens_per_parameter": None, "epochs": 2.0}),
+        ({"epochs": 2}, {"steps": "9"}, {"steps": 9, "epochs": None}),
+        ({"steps": 9}, {"tokens_per_parameter": "2"}, {"steps": None, "tokens_per_parameter": 2.0}),
+        ({"steps": 9}, {"epochs": "null"}, {"steps": 9, "epochs": None}),
+        ({"warmup_steps": 9}, {"warmup_ratio": "0.5"}, {"warmup_steps": 0, "warmup_ratio": 0.5}),
+        ({"gradient_accumulation_steps": 2}, {"global_batch_size": "8"},
+         {"gradient_accumulation_steps": 1, "global_batch_size": 8}),
+        ({"dtype": "bfloat16"}, {"precision": "bf16-mixed"}, {"dtype": "float32", "mixed_precision_param": "bfloat16"}),
+        ({"precision": "bf16-mixed"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "mixed_precision_param": None}),
+    ],
+)  # fmt: skip
+def test_what_a_file_said_by_one_word_a_flag_may_say_by_another(write, earlier, later, kept):
+    path = write(tomli_w.dumps({"model": {"hf_model_path": "m"}, "training": earlier}))
+    training = load_config([path], {"training": later}).training
+    assert {key: getattr(training, key) for key in kept} == kept
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype", "computed"),
+    [
+        ("bf16-true", "bfloat16", None),
+        ("bf16-mixed", "float32", "bfloat16"),
+        ("16-true", "float16", None),
+        ("16-mixed", "float32", "float16"),
+        ("32-true", "float32", None),
+    ],
+)
+def test_litgpts_precisions_are_two_dtypes(word, dtype, computed):
+    model = {"hf_model_path": "m"}
+    named = load_config([], {"model": model, "training": {"precision": word}})
+    assert named == load_config([], {"model": model, "training": {"dtype": dtype, "mixed_precision_param": computed}})
+    assert "precision =" not in named.to_toml()

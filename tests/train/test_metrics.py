@@ -98,13 +98,15 @@ def test_tensorboard_loses_nothing_when_the_process_is_killed(config, tmp_path):
 
 
 def test_wandb_is_told_the_config_and_a_resumed_run_goes_on_under_its_id(config, tmp_path, fake_wandb):
-    settings = config(wandb="online", wandb_project="faults")
+    settings = config(wandb="online", wandb_project="faults", wandb_group="8B", wandb_tags=("lr1e-5", "steps4883"))
     run(settings, 0, 2)
     (_, first), *rest = fake_wandb.calls
     assert rest == [("log", {"loss": 1.0, "mfu": 0.25}, 1), ("log", {"loss": 0.5}, 2), ("finish",)]
     identity = first.pop("id")
     assert first == {
         "project": "faults",
+        "group": "8B",
+        "tags": ["lr1e-5", "steps4883"],
         "name": "run",
         "dir": tmp_path / "run",
         "mode": "online",

@@ -152,6 +152,7 @@ def pair(home, single):
     jobs["bfloat16"] = arguments(
         home, "pair/bfloat16", 2, "--training.mixed_precision_param", "bfloat16", *MEASURED_LITTLE
     )
+    jobs["every_third"] = arguments(home, "pair/every_third", 2, "--training.log_freq", "3", *MEASURED_LITTLE)
     jobs["export"] = ["export", f"{home}/pair/full_shard", "--to", f"{home}/pair/exported/model"]
     tied_model = ("--model.hf_model_path", f"{home}/tied", *ALL_LINEAR, *behind_guards(home))
     jobs["tied"] = arguments(home, "pair/tied", 2, *tied_model)
@@ -227,6 +228,11 @@ def test_two_processes_distil_as_one(single, pair, strategy):
 def test_from_scratch_starts_and_trains_as_in_one_process(single, pair):
     assert list(arms(single / "scratch")) == ["recovered", "recovered_clean"]
     assert_same_run(pair / "scratch", single / "scratch")
+
+
+def test_a_logged_loss_is_the_mean_over_steps_and_processes(pair):
+    each, thirds = ([line[3] for line in curve(pair / name)] for name in ("full_shard", "every_third"))
+    assert thirds == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3], rel=1e-12)
 
 
 def test_mixed_precision_is_near_float32(single, pair):

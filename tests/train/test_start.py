@@ -8,7 +8,7 @@ from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
-from flipproof.train.start import check
+from flipproof.train.start import check, resolve_batch, resolve_steps
 
 
 @pytest.fixture
@@ -98,6 +98,39 @@ def test_a_budget_of_tokens_is_a_number_of_steps_before_there_are_weights(config
     assert any("; 7 steps take" in line for line in caplog.messages)
 
 
+def test_a_global_batch_is_accumulated(config, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(parts(config, training={"global_batch_size": 24, "gradient_accumulation_steps": 1}))
+    line = "a step takes 24 sequences of 32 tokens (local_batch_size 3 x processes 2 x gradient_accumulation_steps 4)"
+    assert any(said.startswith(line) for said in caplog.messages)
+    # LitGPT's example: 512 in micro-batches of 2 on 8 devices
+    training = replace(config.training, global_batch_size=512, local_batch_size=2, gradient_accumulation_steps=1)
+    assert resolve_batch(replace(config, training=training), 8).training.gradient_accumulation_steps == 32
+
+
+def test_a_length_in_epochs_is_known_with_the_text(config, caplog):
+    caplog.set_level("INFO")
+    by_epochs = parts(config, training={"steps": None, "epochs": 2.5})
+    check(by_epochs)
+    assert any(line.endswith("; it takes 2.5 passes over the text; the steps are known once it is tokenised")
+               for line in caplog.messages)  # fmt: skip
+    for epochs, sequences, steps in ((2.5, 100, 42), (3, 24, 12), (0.3, 60, 3), (1, 1, 1)):  # of 6 sequences a step
+        by_epochs = parts(config, training={"steps": None, "epochs": epochs})
+        assert resolve_steps(by_epochs, 0, 1).training.steps is None
+        resolved = resolve_steps(by_epochs, 0, 1, sequences).training
+        assert (resolved.steps, resolved.epochs) == (steps, None)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "warmup"), [(0.2, 7075, 1415), (0.2, 45712, 9142), (0.29, 100, 29), (0.0, 9, 0), (1.0, 9, 9)]
+)
+def test_a_share_of_the_steps_is_warm_up(config, ratio, steps, warmup):
+    """The second is AICrossSim's 400M, of 9142.4 rounded down; the third is less in floating point."""
+    resolved = resolve_steps(parts(config, training={"steps": steps, "warmup_ratio": ratio}), 0, 1).training
+    assert (resolved.warmup_steps, resolved.warmup_ratio) == (warmup, None)
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
@@ -114,6 +147,15 @@ def test_a_budget_of_tokens_is_a_number_of_steps_before_there_are_weights(config
         (
             {"training": {"distill": 0.5}, "lora": {"r": 0}},
             r"distill = 0\.5 with lora\.r = 0: .*0 is allowed, or lora\.r",
+        ),
+        (
+            {"training": {"global_batch_size": 16}},
+            r"global_batch_size = 16: a multiple of local_batch_size x processes = 3 x 1 = 3 is allowed$",
+        ),
+        ({"training": {"global_batch_size": 2}}, r"global_batch_size = 2: a multiple of"),
+        (
+            {"training": {"global_batch_size": 12}},
+            r"gradient_accumulation_steps = 2: global_batch_size = 12 with local_batch_size x processes = 3 x 1 is 4; ",
         ),
         ({"training": {"distill": 1.0}, "model": {"init": "random"}}, r"distill = 1 with model\.init = 'random'"),
     ],

@@ -3,11 +3,12 @@
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from flipproof.cli.arguments import Argument, Verb, checkpoint_of, path_of, value_of
-from flipproof.config import SECTIONS, RunConfig, described_keys, preset_names, preset_text
+from flipproof.config import SECTIONS, RunConfig, changed_preset, described_keys, preset_names, preset_text
 from flipproof.config.names import keys_called, keys_meant, near_key, nearest, plain
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
@@ -123,10 +124,35 @@ def _export(args: Namespace) -> None:
 
 
 def _config(args: Namespace) -> None:
-    if args.list or args.name is None:
+    if args.set and (args.list or args.name is None):
+        raise ConfigError(["--set changes a preset: flipproof config NAME --set KEY=VALUE"])
+    if args.set:
+        print(_escaped(changed_preset(args.name, _settings(item for items in args.set for item in items))), end="")
+    elif args.list or args.name is None:
         print("\n".join(preset_names()))
     else:
         print(preset_text(args.name), end="")
+
+
+def _settings(items: Iterable[str]) -> dict[str, dict[str, str]]:
+    """section -> key -> text of several KEY=VALUE. Raises ConfigError with all that set no key."""
+    settings: dict[str, dict[str, str]] = {}
+    problems = []
+    for item in items:
+        word, equals, value = item.partition("=")
+        found = keys_called(word)
+        if not (equals and value):
+            problems.append(f"--set {item}: KEY=VALUE is allowed")
+        elif len(found) != 1:
+            meant = found or keys_meant(word)
+            hint = f"did you mean {' or '.join(meant)}?" if meant else "flipproof keys prints all that there are"
+            problems.append(f"--set {item}: {f'several keys are called {word}' if found else 'unknown key'}; {hint}")
+        else:
+            section, _, key = found[0].partition(".")
+            settings.setdefault(section, {})[key] = value
+    if problems:
+        raise ConfigError(problems)
+    return settings
 
 
 def _keys(args: Namespace) -> None:
@@ -386,13 +412,21 @@ VERBS = {
         ("flipproof export runs/default --to merged", "flipproof export runs/default --to adapter --format adapter"),
     ),
     "config": Verb(
-        "Print a preset config, or list them.",
+        "Print a preset config, as it is or with other values, or list them.",
         _config,
         (
             Argument("name", "A preset's name.", {"metavar": "NAME", "nargs": "?"}),
             _flag("--list", "Print the names of the presets."),
+            Argument(
+                "--set",
+                "Values of keys in it.",
+                {"metavar": "KEY=VALUE", "nargs": "+", "action": "append"},
+            ),
         ),
-        ("flipproof config --list", "flipproof config tiny > my.toml"),
+        (
+            "flipproof config --list",
+            "flipproof config clm-60m --set local_batch_size=24 compile=false > my.toml",
+        ),
     ),
     "keys": Verb(
         "All keys of a config: type, default and meaning.",

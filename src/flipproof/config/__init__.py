@@ -3,7 +3,7 @@ and flags (``flags.py``) become it, and what was meant by a name that nobody kno
 which other tools may (``aliases.py``)."""
 
 from flipproof.config.flags import described_keys, sections_help, split_overrides, warn_of_two
-from flipproof.config.read import load_config, load_written, preset_names, preset_text
+from flipproof.config.read import changed_preset, load_config, load_written, preset_names, preset_text
 from flipproof.config.schema import (
     SECTIONS,
     CheckpointConfig,
@@ -26,6 +26,7 @@ __all__ = [
     "ParallelismConfig",
     "RunConfig",
     "TrainingConfig",
+    "changed_preset",
     "described_keys",
     "load_config",
     "load_written",

@@ -21,11 +21,17 @@ KEYS = {
     ),
     "training.local_batch_size": ("micro_batch_size", "per_device_train_batch_size"),
     "training.gradient_accumulation_steps": ("gradient_accumulation", "grad_accum", "gradient_accumulation_iters"),
+    "training.epochs": ("num_epochs", "num_train_epochs"),
     "training.steps": ("max_steps", "max_train_steps", "num_steps", "train_steps"),
     "training.tokens_per_parameter": ("token_num_scale",),
     "training.lr": ("learning_rate",),
+    "training.beta1": ("adam_beta1",),
+    "training.beta2": ("adam_beta2",),
+    "training.eps": ("adam_epsilon", "adam_eps"),
     "training.lr_scheduler": ("lr_scheduler_type",),
+    "training.min_lr_ratio": ("min_lr_rate", "min_lr_factor"),
     "training.warmup_steps": ("num_warmup_steps", "lr_warmup_steps"),
+    "training.warmup_ratio": ("lr_warmup_fraction",),
     "training.max_norm": ("max_grad_norm", "grad_clip", "gradient_clip_val"),
     "training.log_freq": ("log_train_loss_steps", "logging_steps", "log_interval"),
     "training.save_freq": ("save_steps", "checkpointing_steps", "save_interval"),
@@ -53,16 +59,13 @@ _PROCESSES = (
     "processes are started by a launcher: torchrun --nproc_per_node 4 -m flipproof train MODEL …; "
     "parallelism.sharding_strategy and parallelism.fsdp_degree say how they share the model"
 )
-_LENGTH = "the length of a run is training.steps, or training.tokens_per_parameter"
+_LENGTH = "the length of a run is training.steps, training.epochs or training.tokens_per_parameter"
 _PRECISION = (
-    "bf16-true is training.dtype = 'bfloat16', 32-true 'float32', and bf16-mixed 'float32' with "
-    "training.mixed_precision_param = 'bfloat16'"
+    "it is training.precision = 'bf16-mixed', which is training.dtype = 'float32' with "
+    "training.mixed_precision_param = 'bfloat16'; bf16-true, 16-mixed, 16-true and 32-true are known, too"
 )
 _TRACKER = "Weights & Biases is logging.wandb = 'online' or 'offline', TensorBoard logging.tensorboard = true"
-_BATCH = (
-    "sequences per step are training.local_batch_size x processes x training.gradient_accumulation_steps; set the "
-    "first and the last"
-)
+_OPTIMIZER = "the optimizer is AdamW; training.lr, weight_decay, beta1, beta2 and eps are its keys"
 _CHECKPOINTING = "activations are recomputed as training.activation_checkpointing says"
 _FAULTS = "faults are keys (bitflip.w_p_exp and more), as flags or in a file that --config names"
 _NO_CODE = "code that comes with a model or a task is never run"
@@ -74,18 +77,12 @@ ANSWERS = {
     "seed": "training.seed is of the initial weights and of the order of the data, bitflip.base_seed of the faults",
     "random_seed": "training.seed is of the initial weights and the data, bitflip.base_seed of the faults",
     "batch_size": "sequences per process and micro-batch are training.local_batch_size",
-    "global_batch_size": _BATCH,
-    "total_batch_size": _BATCH,
+    "total_batch_size": "sequences per step are training.global_batch_size",
     "per_device_eval_batch_size": "eval takes as many sequences at a time as training: training.local_batch_size",
-    "epochs": _LENGTH,
-    "num_epochs": _LENGTH,
-    "num_train_epochs": _LENGTH,
     "max_tokens_to_train": _LENGTH,
-    "warmup_ratio": "the warm-up is in steps: training.warmup_steps",
-    "precision": _PRECISION,
     "mixed_precision": _PRECISION,
     "bf16": _PRECISION,
-    "fp16": "it is training.dtype = 'float32' with training.mixed_precision_param = 'float16'",
+    "fp16": "it is training.precision = '16-mixed'",
     "quantize": "there are no quantized weights; training.dtype is bfloat16, float16 or float32",
     "devices": _PROCESSES,
     "num_nodes": _PROCESSES,
@@ -98,8 +95,8 @@ ANSWERS = {
     "deepspeed": _PROCESSES,
     "device": "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses which, or none",
     "tensor_parallel_degree": "parameters are sharded, matrices are not split: parallelism.fsdp_degree",
-    "optim": "the optimizer is AdamW; training.lr and training.weight_decay are its keys",
-    "optimizer": "the optimizer is AdamW; training.lr and training.weight_decay are its keys",
+    "optim": _OPTIMIZER,
+    "optimizer": _OPTIMIZER,
     "lora_dropout": "adapters have no dropout; lora.r and lora.lora_alpha are their keys",
     "target_modules": "adapters are on every faulty layer; bitflip.include_patterns chooses among them",
     "lora_target_modules": "adapters are on every faulty layer; bitflip.include_patterns chooses among them",
@@ -111,7 +108,6 @@ ANSWERS = {
     "enable_wandb": _TRACKER,
     "enable_tensorboard": "it is logging.tensorboard = true",
     "logger_name": _TRACKER,
-    "wandb_tags": "runs are told apart by logging.run_dir, which is a run's name there",
     "enable_profiling": "traces are written with logging.profile = true",
     "async_mode": "checkpoints are written while training goes on: checkpoint.asynchronous",
     "bitflip_config": _FAULTS,
@@ -129,8 +125,8 @@ TABLES = {
     "datasets": "the table is [data], and the text its source",
     "train": "the table is [training]",
     "trainer": "the table is [training]",
-    "optimizer": "AdamW's keys are training.lr and training.weight_decay",
-    "lr_scheduler": "its keys are training.lr_scheduler and training.warmup_steps",
+    "optimizer": _OPTIMIZER,
+    "lr_scheduler": "its keys are training.lr_scheduler, min_lr_ratio, warmup_steps and warmup_ratio",
     "activation_checkpoint": _CHECKPOINTING,
     "job": "where a run writes is logging.run_dir",
     "metrics": "its keys are training.log_freq, logging.tensorboard and logging.wandb",
@@ -178,7 +174,7 @@ VERBS = {
     "merge": "flipproof export RUN --to DIR",
     "merge_lora": "flipproof export RUN --to DIR",
     "plot": "flipproof report DIR",
-    "generate_cfg": "flipproof config NAME",
+    "generate_cfg": "flipproof config clm-60m --set KEY=VALUE",
     "presets": "flipproof config --list",
     "benchmark": "flipproof bench",
 }

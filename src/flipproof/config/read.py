@@ -17,12 +17,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import yaml
 
 from flipproof.config.aliases import VALUES
 from flipproof.config.names import near_key, near_table, nearest
 from flipproof.config.schema import SECTIONS, RunConfig
-from flipproof.config.texts import parse_yaml, readings
+from flipproof.config.texts import NULL, parse_yaml, readings
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import LAYER_KEYS, BitFlipSpec, LoraSpec
 from flipproof.records import check_toml
@@ -80,7 +81,26 @@ def load_written(path: Path) -> RunConfig:
     return load_config([path])
 
 
+_INSTEAD_OF = {
+    "steps": ("epochs",),
+    "epochs": ("steps", "tokens_per_parameter"),
+    "tokens_per_parameter": ("steps", "epochs"),
+    "warmup_steps": ("warmup_ratio",),
+    "warmup_ratio": ("warmup_steps",),
+    "gradient_accumulation_steps": ("global_batch_size",),
+    "global_batch_size": ("gradient_accumulation_steps",),
+    "precision": ("dtype", "mixed_precision_param"),
+    "dtype": ("precision",),
+    "mixed_precision_param": ("precision",),
+}
+"""Key of [training] -> other words for the same: what an earlier file said by them, a later one has taken back."""
+
+
 def _merge_into(tree: dict[str, dict[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> None:
+    for key, value in other.get("training", {}).items():
+        if value not in (None, *NULL):
+            for replaced in _INSTEAD_OF.get(key, ()):
+                tree["training"].pop(replaced, None)
     for section, values in other.items():
         tree.setdefault(section, {}).update(values)
 
@@ -194,6 +214,23 @@ def preset_text(name: str) -> str:
         hint = f"did you mean {near}?" if near else f"known are {', '.join(preset_names())}"
         raise ConfigError([f"no preset is called {name!r}; {hint}"])
     return (_presets() / f"{name}.toml").read_text("utf-8")
+
+
+def changed_preset(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The TOML of a preset with other values of some keys (section -> key -> value), without its comments.
+
+    Raises as ``load_config`` and ``preset_text`` do.
+    """
+    said = tomllib.loads(preset_text(name))
+    config = tomllib.loads(load_config([name], overrides).to_toml())
+    default = tomllib.loads(RunConfig().to_toml())
+    if "run_dir" not in overrides.get("logging", {}):
+        del config["logging"]["run_dir"]  # a run is called after the file that this becomes
+    tables = {}
+    for section, values in config.items():
+        named = said.get(section, {}).keys() | overrides.get(section, {}).keys()
+        tables[section] = {k: v for k, v in values.items() if k in named or v != default[section].get(k)}
+    return f"# The preset {name}, changed.\n\n" + tomli_w.dumps({k: v for k, v in tables.items() if v})
 
 
 def _presets() -> Any:

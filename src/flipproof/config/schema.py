@@ -13,11 +13,22 @@ from typing import Annotated, Any, Literal
 import tomli_w
 
 from flipproof.config.sweep import SweepConfig, Trials
+from flipproof.errors import ConfigError
 from flipproof.faults.spec import BitFlipSpec, LoraSpec
-from flipproof.values import Between, Count, Positive, Seed, Table, Whole
+from flipproof.values import Between, Count, Positive, Seed, Table, Texts, Whole
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Magnitude = Annotated[float, lambda value: 0 <= value < 2**63, "a number of at least 0, below 2^63,"]
+Decay = Annotated[float, lambda value: 0 <= value < 1, "a number of at least 0, below 1,"]
+
+PRECISIONS: dict[str, tuple[Dtype, Dtype | None]] = {
+    "bf16-true": ("bfloat16", None),
+    "bf16-mixed": ("float32", "bfloat16"),
+    "16-true": ("float16", None),
+    "16-mixed": ("float32", "float16"),
+    "32-true": ("float32", None),
+}
+"""LitGPT's word -> (dtype, mixed_precision_param)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class ModelConfig(Table):
     """Which model."""
 
     flavor: str | None = None
-    """Shape by name: 8B, 70B, 405B (Llama 3), clm-60M to clm-1.1B (AICrossSim-CLM), demo."""
+    """Shape by name: 1B, 3B (Llama 3.2), 8B, 70B, 405B (Llama 3), clm-60M to clm-1.1B (AICrossSim-CLM), demo."""
     hf_model_path: str | None = None
     """Weights, shape and tokenizer: a Hugging Face Hub name, a directory or a GGUF file."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -54,6 +65,9 @@ class TrainingConfig(Table):
     mixed_precision_param: Dtype | None = None
     """Dtype to compute in, where it is not dtype; bits then flip in this one. Default: dtype, or where a 16-bit
     checkpoint's weights train the checkpoint's."""
+    precision: Literal["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"] | None = None
+    """LitGPT's word for both dtypes together: true holds and computes in one, mixed holds float32 and computes in 16
+    bits. It is written down as dtype and mixed_precision_param."""
     mixed_precision_reduce: Dtype = "float32"
     """Dtype of gradient reductions between processes."""
     seq_len: Annotated[int, Between(2)] = 2048
@@ -61,9 +75,14 @@ class TrainingConfig(Table):
     local_batch_size: Count = 1
     """Sequences per process and micro-batch; the global micro-batch is those of all processes."""
     gradient_accumulation_steps: Count = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step. Where global_batch_size is given, what follows from it."""
+    global_batch_size: Count | None = None
+    """Sequences per optimizer step, of all processes and micro-batches: a multiple of local_batch_size x processes."""
     steps: Count | None = None
-    """Optimizer steps. Default: what tokens_per_parameter gives, or 1000."""
+    """Optimizer steps. Default: what tokens_per_parameter or epochs give, or 1000."""
+    epochs: Positive | None = None
+    """Length of the run in passes over the training text, rounded up to whole steps: 0.5 is half of it. All of the text
+    is read before the first step. Not together with steps or tokens_per_parameter."""
     tokens_per_parameter: Positive | None = None
     """Length of the run where steps is not given, in training tokens per parameter of the model: 0.01 is 1%. The steps
     follow from it with batch, accumulation and number of processes."""
@@ -71,17 +90,27 @@ class TrainingConfig(Table):
     """Which parameters tokens_per_parameter counts: all; non-embedding, without the input embedding but with the output
     head, as AICrossSim-CLM counts its 22 tokens per parameter; or a number, such as 8000000000 for an "8B"."""
     lr: Positive = 2e-4
-    """Peak learning rate of AdamW (betas 0.9 and 0.95)."""
+    """Peak learning rate of AdamW."""
+    beta1: Decay = 0.9
+    """AdamW's decay of the mean of gradients."""
+    beta2: Decay = 0.95
+    """AdamW's decay of the mean of their squares."""
+    eps: Positive = 1e-8
+    """What AdamW adds to the root that it divides by."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    """Course of the learning rate after the warm-up; linear and cosine end at min_lr_ratio of the peak."""
+    min_lr_ratio: Annotated[float, Between(0, 1)] = 0.0
+    """What is left of the peak learning rate at the end of linear and cosine."""
     weight_decay: Magnitude = 0.01
     """AdamW's weight decay, on matrices only."""
     warmup_steps: Whole = 0
     """Steps over which the learning rate rises linearly to its peak."""
+    warmup_ratio: Annotated[float, Between(0, 1)] | None = None
+    """The same as a share of the steps, rounded down. Not together with warmup_steps."""
     max_norm: Magnitude = 1.0
     """Gradients are clipped to this norm; 0 is no clipping."""
     log_freq: Count = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl, whose loss is the mean over these steps."""
     save_freq: Whole = 500
     """Steps between checkpoints; 0 saves at the end only."""
     seed: Seed = 0
@@ -99,6 +128,35 @@ class TrainingConfig(Table):
     control: bool = False
     """Train a control as well, into control/ of the run's directory: the same model, text, order and steps, without
     faults. What training with faults is worth is what it wins over that. It doubles the cost of the run."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where ``precision`` says another dtype than the key that is given beside it."""
+        if self.precision not in PRECISIONS:
+            return
+        problems = []
+        for key, means in zip(("dtype", "mixed_precision_param"), PRECISIONS[self.precision], strict=True):
+            if (given := getattr(self, key)) not in (None, means):
+                problems.append(
+                    f"precision = {self.precision!r}: it means {key} = {means!r}, and {key} = {given!r} is given as "
+                    "well; drop one"
+                )
+            object.__setattr__(self, key, means)
+        if problems:
+            raise ConfigError(problems)
+        object.__setattr__(self, "precision", None)
+
+    def problems(self) -> list[str]:
+        problems = [
+            f"epochs = {self.epochs:g}: {key} = {given!r} gives the length of the run as well; drop one"
+            for key in ("steps", "tokens_per_parameter")
+            if self.epochs is not None and (given := getattr(self, key)) is not None
+        ]
+        if self.warmup_ratio is not None and self.warmup_steps:
+            problems.append(
+                f"warmup_ratio = {self.warmup_ratio:g}: warmup_steps = {self.warmup_steps} gives the warm-up as well; "
+                "drop one"
+            )
+        return problems
 
 
 @dataclass(frozen=True)
@@ -190,6 +248,10 @@ class LoggingConfig(Table):
     """Log to Weights & Biases: to its server, or into the run's directory for wandb sync."""
     wandb_project: str = "flipproof"
     """The W&B project."""
+    wandb_group: str | None = None
+    """The W&B group of the run."""
+    wandb_tags: Texts = ()
+    """The W&B tags of the run."""
     profile: bool = False
     """Write torch.profiler traces of a few steps and a snapshot of GPU memory into the run's directory."""
 

@@ -1,4 +1,4 @@
-"""Shapes by name: the Llama 3 family, AICrossSim-CLM, and the small ones of the demo and the tests."""
+"""Shapes by name: the Llama 3 and 3.2 families, AICrossSim-CLM, and the small ones of the demo and the tests."""
 
 from typing import Any
 
@@ -8,6 +8,18 @@ _LLAMA3: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+_LLAMA32: dict[str, Any] = _LLAMA3 | {
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 _CLM: dict[str, Any] = {  # AICrossSim-CLM; the feed-forward width follows from ffn_dim_multiplier 1.3, multiple_of 128
     "vocab_size": 49152,
@@ -33,6 +45,8 @@ def _clm_ffn(dim: int) -> int:
 
 
 FLAVORS: dict[str, dict[str, Any]] = {
+    "1B": _shape(_LLAMA32, 2048, 16, 32, 8192, head_dim=64),
+    "3B": _shape(_LLAMA32, 3072, 28, 24, 8192, head_dim=128),
     "8B": _shape(_LLAMA3, 4096, 32, 32, 14336),
     "70B": _shape(_LLAMA3, 8192, 80, 64, 28672),
     "405B": _shape(_LLAMA3, 16384, 126, 128, 53248),

@@ -54,9 +54,9 @@ from flipproof.train.checkpoint import (
 )
 from flipproof.train.metrics import StepLog, check_trackers, log_in, logged_before
 from flipproof.train.optimizer import learning_rate
-from flipproof.train.resume import begun_with, compare, examine_model, text_fingerprint, text_segments
+from flipproof.train.resume import begun_with, check_not_done, compare, examine_model, text_fingerprint, text_segments
 from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held
-from flipproof.train.start import check_trainable, planned, say_size
+from flipproof.train.start import check_trainable, planned, resolve_steps, say_size
 from flipproof.train.step import Training
 from flipproof.world import World, join_world
 
@@ -126,6 +126,10 @@ class _Run:
             self.logged, self.metrics_from = world.once(lambda: logged_before(self.run_dir, checkpoint, begins))
         lengths = () if record is None else tuple(count for count, _ in record.text)
         self.text, self.held_out = self._load_text(sum(lengths))
+        if config.training.steps is None:  # which follow from epochs of this text
+            self.config = config = resolve_steps(config, 0, world.size, len(self.text))
+            if checkpoint is not None:
+                check_not_done(config.training.steps, checkpoint)
         self.model = build_model(config, self.tokenizer, world, config.lora)
         check_ids(self.model, self.tokenizer, self.text.sequences, self.held_out.sequences)
         self.record = self._record(lengths)
@@ -147,8 +151,8 @@ class _Run:
     def _load_text(self, at_least: int) -> tuple[PackedText, PackedText]:
         """(training text of at least so many sequences, held-out text)."""
         training = self.config.training
-        assert training.steps is not None
-        needed, tokenizer = training.steps * self.config.sequences_per_step(self.world.size), self.tokenizer
+        a_step, tokenizer = self.config.sequences_per_step(self.world.size), self.tokenizer
+        needed = None if training.steps is None else training.steps * a_step
         text, held_out = load_text(self.config.data, tokenizer, training.seq_len, needed)
         if len(text) < at_least:  # the run was begun with more steps, hence with more text in another order
             text, held_out = load_text(self.config.data, tokenizer, training.seq_len, at_least)
@@ -335,7 +339,7 @@ class _Course:
                 if done % config.log_freq == 0 or done == config.steps:
                     tokens, skipped = (int(run.progress[name]) for name in ("sequences", "skipped"))
                     tokens *= config.seq_len
-                    log.write(done, tokens, world.mean(loss), lr, float(grad_norm), skipped)
+                    log.write(done, tokens, run.mean_loss(loss), lr, float(grad_norm), skipped)
                     self.logged += 1
                 if run.goes_nowhere:
                     checkpoints.wait()
@@ -343,7 +347,7 @@ class _Course:
                 if (config.save_freq and done % config.save_freq == 0) or done == config.steps or stopping:
                     run.check_finite(done)
                     log.sync()
-                    checkpoints.save(done, self.model, run.optimizer, run.progress, self.logged)
+                    checkpoints.save(done, self.model, run.optimizer, run.saved(), self.logged)
                 if stopping:
                     break
             checkpoints.wait()

@@ -243,6 +243,8 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> "wandb.Run":
     try:
         return wandb.init(
             project=config.logging.wandb_project,
+            group=config.logging.wandb_group,
+            tags=list(config.logging.wandb_tags),
             name=_name_of(run_dir),
             dir=run_dir,
             mode=config.logging.wandb,

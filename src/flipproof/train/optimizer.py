@@ -20,23 +20,24 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=training.lr,
-        betas=(0.9, 0.95),
+        betas=(training.beta1, training.beta2),
+        eps=training.eps,
         fused=fused,
         foreach=not fused,
     )
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The learning rate of the ``step``-th step, counted from 0: linear warm-up, then the schedule down to 0."""
+    """The learning rate of the ``step``-th step, counted from 0: linear warm-up, then the schedule down to its
+    floor."""
     assert training.steps is not None  # resolve_steps
     if step < training.warmup_steps:
         return training.lr * (step + 1) / training.warmup_steps
     if training.lr_scheduler == "constant":
         return training.lr
     progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
-    if training.lr_scheduler == "linear":
-        return training.lr * (1 - progress)
-    return training.lr * (1 + math.cos(math.pi * progress)) / 2
+    left = 1 - progress if training.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return training.lr * (training.min_lr_ratio + (1 - training.min_lr_ratio) * left)
 
 
 class LossScale:

@@ -52,13 +52,17 @@ RULES = {
     "training.mixed_precision_reduce": Rule.SAID,
     **{
         f"training.{key}": Rule.SAID
-        for key in ("steps", "lr", "lr_scheduler", "weight_decay", "warmup_steps", "max_norm")
+        for key in ("steps", "lr", "lr_scheduler", "min_lr_ratio", "weight_decay", "warmup_steps", "max_norm")
     },
     **{
         f"training.{key}": Rule.FREE
         for key in (
             "tokens_per_parameter",
             "tokens_per_parameter_of",
+            # what follows from these is compared: steps, warmup_steps, gradient_accumulation_steps
+            "epochs",
+            "warmup_ratio",
+            "global_batch_size",
             "log_freq",
             "save_freq",
             "activation_checkpointing",
@@ -90,7 +94,7 @@ def begun_with(config: RunConfig, checkpoint: Path) -> tuple[RunConfig, Record |
     Raises:
         ConfigError: where they are gone or damaged, or it would be another run by keys alone, or a shorter one.
     """
-    run_dir, steps, done = Path(config.logging.run_dir), config.training.steps, step_of(checkpoint)
+    run_dir = Path(config.logging.run_dir)
     if not (run_dir / CONFIG).exists():
         raise ConfigError(
             [f"--resume: {run_dir / CONFIG} is gone, and with it what the checkpoints there were trained with"]
@@ -99,6 +103,13 @@ def begun_with(config: RunConfig, checkpoint: Path) -> tuple[RunConfig, Record |
     was = replace(was, bitflip=was.bitflip.without_vain())
     check_fixed(was, config, run_dir)
     _check_guards(config, run_dir)
+    check_not_done(config.training.steps, checkpoint)
+    return was, Record.read(run_dir)
+
+
+def check_not_done(steps: int | None, checkpoint: Path) -> None:
+    """Raises ConfigError where a checkpoint has done more steps than the run has; None is not known yet."""
+    done = step_of(checkpoint)
     if steps is not None and steps < done:
         raise ConfigError(
             [
@@ -106,7 +117,6 @@ def begun_with(config: RunConfig, checkpoint: Path) -> tuple[RunConfig, Record |
                 "--resume, or more steps"
             ]
         )
-    return was, Record.read(run_dir)
 
 
 def _check_guards(config: RunConfig, run_dir: Path) -> None:

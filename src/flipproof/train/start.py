@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from flipproof.config import DataConfig, RunConfig
+from flipproof.config import DataConfig, RunConfig, TrainingConfig
 from flipproof.data.document import Part, pieces
 from flipproof.data.packing import beginning
 from flipproof.data.source import HubData, check_apart, open_source
@@ -34,13 +34,53 @@ DEFAULT_STEPS = 1000
 Result = TypeVar("Result")
 
 
-def resolve_steps(config: RunConfig, parameters: int, processes: int) -> RunConfig:
-    """``config`` with its number of steps, which may follow from a budget of tokens per parameter."""
+def resolve_batch(config: RunConfig, processes: int) -> RunConfig:
+    """``config`` with the accumulation that gives its global batch, if it names one.
+
+    Raises:
+        ConfigError: where none does, or another is given. 1, the default, counts as not given.
+    """
+    training, total = config.training, config.training.global_batch_size
+    if total is None:
+        return config
+    rows, given = training.local_batch_size * processes, training.gradient_accumulation_steps
+    each = f"local_batch_size x processes = {training.local_batch_size} x {processes}"
+    micro_batches, rest = divmod(total, rows)
+    if rest:
+        raise ConfigError([f"training.global_batch_size = {total}: a multiple of {each} = {rows} is allowed"])
+    if given not in (1, micro_batches):
+        raise ConfigError(
+            [
+                f"training.gradient_accumulation_steps = {given}: global_batch_size = {total} with {each} is "
+                f"{micro_batches}; drop one of the two"
+            ]
+        )
+    return replace(config, training=replace(training, gradient_accumulation_steps=micro_batches))
+
+
+def resolve_steps(config: RunConfig, parameters: int, processes: int, sequences: int | None = None) -> RunConfig:
+    """``config`` with its accumulation, its number of steps and its warm-up in steps, whatever they follow from.
+
+    Args:
+        sequences: of the training text; while they are not known, a length in epochs stays what it is.
+    """
+    config = resolve_batch(config, processes)
     training, steps = config.training, config.training.steps
-    if steps is None and training.tokens_per_parameter is not None:
-        tokens_per_step = config.sequences_per_step(processes) * training.seq_len
-        steps = math.ceil(training.tokens_per_parameter * parameters / tokens_per_step)
-    return replace(config, training=replace(training, steps=steps or DEFAULT_STEPS))
+    a_step = config.sequences_per_step(processes)
+    if training.epochs is not None:
+        if sequences is None:
+            return config
+        steps = max(1, math.ceil(round(training.epochs * sequences / a_step, 6)))
+    elif steps is None and training.tokens_per_parameter is not None:
+        steps = math.ceil(training.tokens_per_parameter * parameters / (a_step * training.seq_len))
+    steps, warmup = steps or DEFAULT_STEPS, training.warmup_steps
+    if training.warmup_ratio is not None:
+        warmup = int(round(training.warmup_ratio * steps, 6))
+    if warmup > steps:
+        logger.warning("training.warmup_steps = %d: the run ends after %d steps, and its learning rate never reaches "
+                       "training.lr", warmup, steps)  # fmt: skip
+    resolved = replace(training, steps=steps, epochs=None, warmup_steps=warmup, warmup_ratio=None)
+    return replace(config, training=resolved)
 
 
 def counted_parameters(model: nn.Module, of: str | int) -> int:
@@ -71,23 +111,18 @@ def check_trainable(config: RunConfig) -> None:
 
 
 def planned(config: RunConfig, tokenizer: Any, processes: int) -> RunConfig:
-    """``config`` with its number of steps.
+    """``config`` as ``resolve_steps`` has it, before its text is read.
 
     Raises:
-        ConfigError: where there is no such model, or its sequences have more positions than it.
+        ConfigError: where there is no such model, or its sequences have more positions than it; and as
+            ``resolve_batch`` does.
     """
     check_length(config, tokenizer)
     training, counted = config.training, 0
     if training.steps is None and training.tokens_per_parameter is not None:
         shape = skeleton(config.model, tokenizer, training.dtype)
         counted = counted_parameters(shape, training.tokens_per_parameter_of)
-    config = resolve_steps(config, counted, processes)
-    steps = config.training.steps
-    assert steps is not None
-    if training.warmup_steps > steps:
-        logger.warning("training.warmup_steps = %d: the run ends after %d steps, and its learning rate never reaches "
-                       "training.lr", training.warmup_steps, steps)  # fmt: skip
-    return config
+    return resolve_steps(config, counted, processes)
 
 
 def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: float | None) -> None:
@@ -98,31 +133,37 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
         sequences: that the training text has, as far as the run needs them; None where that is not known.
     """
     training = config.training
-    assert training.steps is not None
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%s parameters, of which %s train (%.3g%%)", f"{total:,}", f"{trained:,}", 100 * trained / total)
     if config.lora.r and not config.bitflip.any_fault:
         logger.warning("no faults are configured (bitflip.w_p_exp and more): the adapters train without any")
     a_step = config.sequences_per_step(processes)
-    needed = a_step * training.steps
-    if sequences is None:
-        passes = "passes over the text are known once it is tokenised"
-    else:
-        passes = (
-            f"{needed / sequences:.1f} passes over the text" if needed > sequences else "at most one pass over the text"
-        )
     logger.info(
         "a step takes %d sequences of %d tokens (local_batch_size %d x processes %d x gradient_accumulation_steps %d); "
-        "%d steps take %s tokens, %s",
+        "%s",
         a_step, training.seq_len, training.local_batch_size, processes, training.gradient_accumulation_steps,
-        training.steps, f"{needed * training.seq_len:,}", passes,
+        _length(training, a_step, sequences),
     )  # fmt: skip
     if training.control and config.bitflip.any_fault:
         logger.info("its control, trained without faults, takes as much again (training.control)")
     if training.distill:
         logger.info("a step runs the model once more, without faults, to distil from it (training.distill)")
     logger.info("all of it is written into %s", config.logging.run_dir)
+
+
+def _length(training: TrainingConfig, a_step: int, sequences: float | None) -> str:
+    """Of a run whose steps take so many sequences of a text that has so many."""
+    if training.steps is None:
+        return f"it takes {training.epochs:g} passes over the text; the steps are known once it is tokenised"
+    needed = a_step * training.steps
+    if sequences is None:
+        passes = "passes over the text are known once it is tokenised"
+    elif needed > sequences:
+        passes = f"{needed / sequences:.1f} passes over the text"
+    else:
+        passes = "at most one pass over the text"
+    return f"{training.steps} steps take {needed * training.seq_len:,} tokens, {passes}"
 
 
 # -- a dry run ---------------------------------------------------------------------------------------------------------
@@ -159,10 +200,13 @@ def check(config: RunConfig, resume: str | None = None) -> None:
         check_trackers(config.logging)
         log_in(config.logging)
 
+    processes = tried(lambda: processes_of(config.parallelism)) or 1
+    config = tried(lambda: resolve_batch(config, processes)) or replace(
+        config, training=replace(config.training, global_batch_size=None)
+    )
     tried(lambda: check_trainable(config))
     tried(directory)
     tried(trackers)
-    processes = tried(lambda: processes_of(config.parallelism)) or 1
     tokenizer = tried(lambda: load_tokenizer(config.model))
     if tokenizer is None:
         raise ConfigError(problems)

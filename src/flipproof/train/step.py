@@ -71,7 +71,11 @@ class Training:
             "good_steps": self.loss_scale.good_steps,
             "skipped": torch.tensor(0),
             "skipped_in_a_row": torch.tensor(0),
+            "loss_sum": torch.zeros((), dtype=torch.float64),
+            "loss_sequences": torch.tensor(0),
         }
+        self._losses = 0.0
+        """Of this process's sequences since ``progress`` has those of all."""
 
     def step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns (mean loss of this process's rows, global gradient norm)."""
@@ -90,10 +94,26 @@ class Training:
             self.progress["sequences"] += rows * self.world.size
         self.loss_scale.unscale(self.trainable)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.trainable, self.config.training.max_norm or math.inf))
-        if self._is_finite(step, loss_sum, grad_norm):
+        loss = loss_sum / accumulation
+        if self._is_finite(step, loss, grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum / accumulation, grad_norm
+        return loss, grad_norm
+
+    def saved(self) -> Progress:
+        """``progress`` with what all processes have used. All call."""
+        self.progress["loss_sum"] += self.world.total(self._losses)
+        self._losses = 0.0
+        return self.progress
+
+    def mean_loss(self, last: Tensor) -> float:
+        """The mean over the steps since the last call, and over the processes, which all call; of those whose loss was
+        finite, else of the ``last`` one alone."""
+        loss_sum, sequences = (self.saved()[name] for name in ("loss_sum", "loss_sequences"))
+        mean = float(loss_sum) / int(sequences) if sequences else self.world.mean(last)
+        loss_sum.zero_()
+        sequences.zero_()
+        return mean
 
     def release(self) -> None:
         """Give back what only training needs."""
@@ -134,6 +154,10 @@ class Training:
         scaled = worst == 1 and self.loss_scale.used and float(self.loss_scale.scale) > 1
         if worst < 2:  # no scale makes a loss finite
             self.loss_scale.update(worst == 0)
+            # in float64 sums of float32 are exact, whatever their order, so that lines do not tell where a run stopped
+            rows = self.config.training.local_batch_size
+            self._losses += rows * float(loss)
+            self.progress["loss_sequences"] += rows * self.world.size
         if worst == 0:
             self.progress["skipped_in_a_row"].zero_()
             return True
