@@ -61,6 +61,7 @@ RULES = {
             "tokens_per_parameter_of",
             "log_freq",
             "save_freq",
+            "eval_freq",
             "activation_checkpointing",
             "compile",
             "control",
