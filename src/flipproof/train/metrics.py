@@ -199,7 +199,7 @@ class Trackers:
         append_line(self._path, {"step": step, **values})
         self.track(step, {name: value for name, value in values.items() if value is not None})
 
-    def track(self, step: int, measured: Mapping[str, float]) -> None:
+    def track(self, step: int, measured: dict[str, float]) -> None:
         """What is no metric of a step, to TensorBoard and Weights & Biases alone."""
         if self._tensorboard is not None:
             for name, value in measured.items():
