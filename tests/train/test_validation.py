@@ -1,7 +1,6 @@
 """Validation while training against the final evaluation, and against a run that is not validated."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import preloaded
@@ -67,9 +66,9 @@ def test_each_point_is_what_the_final_evaluation_finds_of_such_a_model(base, run
     assert last["eval_loss_flipped"] == arms(run)["recovered"]["trial_losses"][0]
     assert last["eval_loss_clean"] == arms(run)["recovered_clean"]["loss"]
     # the checkpoint of step 4, exported and measured by itself
-    only = shutil.ignore_patterns("step-6", "control", "adapter")
-    shutil.copytree(run, tmp_path / "four", ignore=only)
-    adapter = export(tmp_path / "four", tmp_path / "adapter", "adapter")
+    adapter = export(run, tmp_path / "adapter", "adapter", step=4)
+    with pytest.raises(ConfigError, match=r"--step 5: .* has checkpoints of steps 4, 6"):
+        export(run, tmp_path / "other", step=5)
     found = evaluate(settings(base, run), adapter)
     four = split(run)[1][1]
     assert four["eval_loss_flipped"] == found["recovered"].trial_losses[0] != last["eval_loss_flipped"]

@@ -420,8 +420,8 @@ def _training(runs: Mapping[str, Sequence[Logged]], validation: Mapping[str, Seq
         "training",
         "Training",
         f"Training loss by optimizer step, as logged, with flips on where the run has them{edge}.{dashed}{more} "
-        "Tokens per second and model FLOPs utilisation are medians over what was logged, and the memory is the largest that one "
-        "device held.",
+        "Tokens per second and model FLOPs utilisation are medians over what was logged, and the memory is the largest "
+        "that one device held.",
         [
             Table("training-took.csv", columns, took, only_csv=_only_csv(runs)),
             Table("training.csv", ["run", *Logged._fields], steps, shown=False),

@@ -25,7 +25,8 @@ from flipproof.world import join_world
 
 
 def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model", step: int | None = None) -> Path:
-    """Write the last checkpoint of a run, finished or not, or that of a step, into the new directory ``to``, which is whole or not there;
+    """Write the last checkpoint of a run, finished or not, or that of a step, into the new directory ``to``, which
+    is whole or not there;
     with the fitted guards that it was trained behind, if any; of merged weights with their own largest values.
 
     Args:
