@@ -23,6 +23,7 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
 from flipproof.faults.flip_log import hooked
+from flipproof.faults.inject import fault_sites, fault_state
 
 FLIPS = BitFlipSpec(w_p_exp=0.01, w_p_frac=0.01, x_p_exp=0.01, x_p_frac=0.01, w_zero_out_t=1.0, x_zero_out_t=8.0)
 
@@ -174,6 +175,23 @@ def test_faults_switches_and_restores(tiny_llama, token_ids):
         with flipproof.faults(model, seed=5):
             assert torch.equal(model(token_ids).logits, one)
         assert torch.equal(model(token_ids).logits, expected_next)
+
+
+def test_after_another_seed_the_keys_are_the_same_tensors(tiny_llama):
+    """A CUDA graph that was recorded before reads them where they were."""
+    model = tiny_llama()
+    everything = replace(FLIPS, sites=("linear", "head", "embedding"), kv_p_exp=0.1)
+    flipproof.inject(model, everything)
+    sites, state = fault_sites(model).values(), fault_state(model)
+    assert {site.kind for site in sites} == {"linear", "head", "embedding", "kv"}
+    before, place = [site.keys_held() for site in sites], state._next
+    with flipproof.faults(model, seed=5):
+        assert state.seed == 5
+        within = [site.keys_held() for site in sites]
+    assert state.seed == everything.base_seed
+    assert state._next is place
+    for site, held, other in zip(sites, before, within, strict=True):
+        assert all(value is held[name] is not other[name] for name, value in site.keys_held().items())
 
 
 def test_merge_and_remove_give_plain_layers_back(tiny_llama, token_ids):

@@ -8,7 +8,7 @@ from flipproof.measure.arms import Arm, Cost
 from flipproof.measure.points import Setting
 from flipproof.report import figures
 from flipproof.report.analyse import CEILING, Curve, find_cliff
-from flipproof.report.read import Logged
+from flipproof.report.read import Logged, Validated
 
 
 def curve(losses):
@@ -92,6 +92,17 @@ def test_a_training_loss_is_not_below_zero_and_infinity_is_on_the_edge():
     assert axis.get_ylim()[0] == 0
     assert axis.get_ylim()[1] < CEILING
     assert list(axis.get_lines()[1].get_xdata()) == [3]
+
+
+def test_validations_are_drawn_beside_the_training_loss():
+    rows = [Logged(step, 3.0 / step, *[None] * 4) for step in (1, 2, 3)]
+    found = [Validated(2, 2.5, None, 2.0), Validated(3, math.inf, None, 1.5)]
+    lines = axis_of(figures.training_curves({"run": rows}, {"run": found})).get_lines()
+    drawn = {line.get_label(): line for line in lines}
+    assert list(drawn["run validated, clean"].get_ydata()) == [2.0, 1.5]
+    assert list(drawn["run validated, flipped"].get_xdata()) == [2, 3]
+    assert drawn["run validated, flipped"].get_ydata()[0] == 2.5
+    assert "run validated, guard" not in drawn
 
 
 def test_an_svg_is_equal_for_equal_data_well_formed_and_escapes_names():

@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flipproof
+from flipproof.data.sequences import PackedText
 from flipproof.faults.inject import set_tick
+from flipproof.measure.evaluate import measure_arms
 from flipproof.models import recompute
 from flipproof.models.loss import fuse_loss, next_token_loss
 from flipproof.models.parallelize import blocks
@@ -20,8 +23,9 @@ def plain_attention():
         yield
 
 
-def gradients(tiny_llama, recorded, several, compiled=False, waits=False):
-    """Those of each of four steps, and the losses of all micro-batches."""
+def gradients(tiny_llama, recorded, several, compiled=False, waits=False, validated=False):
+    """Those of each of four steps, and the losses of all micro-batches. ``validated``: with an evaluation after each
+    step, of other rows under another seed."""
     model = tiny_llama(attention_dropout=0.1).cuda()
     flipproof.inject(model, SPEC, flipproof.LoraSpec(r=2))
     fuse_loss(model)
@@ -49,10 +53,28 @@ def gradients(tiny_llama, recorded, several, compiled=False, waits=False):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found += [parameter.grad.clone() for parameter in trained]
         model.zero_grad(set_to_none=True)
+        if validated:
+            validate(model)
     if recorded:
         assert (run._graph is None) == waits
         run.release()
     return found, losses
+
+
+def validate(model):
+    text = PackedText(np.arange(3 * 16, dtype=np.int32).reshape(3, 16), "text")
+    for name in ("recovered", "recovered_clean"):
+        measure_arms(model, [name], text, seeds=[7], num_samples=3, batch_size=2)
+    kept = [torch.full((64,), -1, device="cuda") for _ in range(1000)]  # where something freed may have been
+    assert len(kept) == 1000
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_validation_between_replays_changes_nothing(tiny_llama, several):
+    plain = gradients(tiny_llama, recorded=False, several=several)
+    recorded = gradients(tiny_llama, recorded=True, several=several, validated=True)
+    for one, other in zip(plain, recorded, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -120,7 +120,7 @@ def _export(args: Namespace) -> None:
         raise ConfigError([f"{args.run} holds no run ({CONFIG} is missing)"])
     from flipproof.train.export import export
 
-    _say(export(args.run, args.to, args.format))
+    _say(export(args.run, args.to, args.format, args.step))
 
 
 def _config(args: Namespace) -> None:
@@ -408,6 +408,7 @@ VERBS = {
                 Literal["model", "adapter"],
                 default="model",
             ),
+            _flag("--step", "That step's checkpoint; default: the last one.", "N", int),
         ),
         ("flipproof export runs/default --to merged", "flipproof export runs/default --to adapter --format adapter"),
     ),

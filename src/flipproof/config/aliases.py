@@ -35,6 +35,7 @@ KEYS = {
     "training.max_norm": ("max_grad_norm", "grad_clip", "gradient_clip_val"),
     "training.log_freq": ("log_train_loss_steps", "logging_steps", "log_interval"),
     "training.save_freq": ("save_steps", "checkpointing_steps", "save_interval"),
+    "training.eval_freq": ("eval_steps", "eval_interval", "validation_freq", "validation_steps", "eval_every"),
     "parallelism.fsdp_degree": ("data_parallel_shard_degree",),
     "parallelism.replicas": ("data_parallel_replicate_degree",),
     "lora.r": ("lora_r", "lora_rank"),
@@ -43,6 +44,7 @@ KEYS = {
     "logging.run_dir": ("output", "output_dir", "out_dir", "save_dir", "save_path", "dump_folder"),
     "logging.wandb_project": ("project_name",),
     "checkpoint.keep_last": ("save_total_limit", "keep_latest_k"),
+    "eval.num_samples": ("max_eval_samples",),
 }
 """Key -> words for it."""
 
@@ -66,6 +68,7 @@ _PRECISION = (
 )
 _TRACKER = "Weights & Biases is logging.wandb = 'online' or 'offline', TensorBoard logging.tensorboard = true"
 _OPTIMIZER = "the optimizer is AdamW; training.lr, weight_decay, beta1, beta2 and eps are its keys"
+_VALIDATED = "sequences are counted, not batches: eval.num_samples, training.local_batch_size of them to a batch"
 _CHECKPOINTING = "activations are recomputed as training.activation_checkpointing says"
 _FAULTS = "faults are keys (bitflip.w_p_exp and more), as flags or in a file that --config names"
 _NO_CODE = "code that comes with a model or a task is never run"
@@ -78,6 +81,13 @@ ANSWERS = {
     "random_seed": "training.seed is of the initial weights and the data, bitflip.base_seed of the faults",
     "batch_size": "sequences per process and micro-batch are training.local_batch_size",
     "total_batch_size": "sequences per step are training.global_batch_size",
+    "eval_batches": _VALIDATED,
+    "num_eval_batches": _VALIDATED,
+    "limit_val_batches": _VALIDATED,
+    "eval_iters": _VALIDATED,
+    "eval_strategy": "validation while training is training.eval_freq, in steps or 'epoch'",
+    "evaluation_strategy": "validation while training is training.eval_freq, in steps or 'epoch'",
+    "load_best_model_at_end": "the best checkpoint is kept with checkpoint.keep_best = true and training.eval_freq",
     "per_device_eval_batch_size": "eval takes as many sequences at a time as training: training.local_batch_size",
     "max_tokens_to_train": _LENGTH,
     "mixed_precision": _PRECISION,
@@ -131,7 +141,7 @@ TABLES = {
     "job": "where a run writes is logging.run_dir",
     "metrics": "its keys are training.log_freq, logging.tensorboard and logging.wandb",
     "profiling": "traces are written with logging.profile = true",
-    "validation": "its keys are those of [eval], and data.eval_source",
+    "validation": "its keys are training.eval_freq, those of [eval], and data.eval_source",
     "comm": "its key is parallelism.timeout_minutes",
     "experimental": "there are no experimental keys; flipproof keys prints all that there are",
     "fsdp": "the table is [parallelism]",

@@ -113,6 +113,9 @@ class TrainingConfig(Table):
     """Steps between lines of metrics.jsonl, whose loss is the mean over these steps."""
     save_freq: Whole = 500
     """Steps between checkpoints; 0 saves at the end only."""
+    eval_freq: Whole | Literal["epoch"] = 0
+    """Steps between validations, or "epoch" for one at the end of each pass over the text, and one after the last step:
+    the loss on eval.num_samples held-out sequences, without faults and with those of one fault seed. 0 is none."""
     seed: Seed = 0
     """Seed of the initial weights and of the order of the data."""
     activation_checkpointing: Literal["none", "full", "selective", "auto"] | Count = "auto"
@@ -265,6 +268,9 @@ class CheckpointConfig(Table):
 
     keep_last: Count = 2
     """How many checkpoints are kept; older ones are deleted after a newer one is complete."""
+    keep_best: bool = False
+    """Save the model wherever validation (training.eval_freq) finds its least loss under faults so far, and keep that
+    checkpoint whatever its age."""
     asynchronous: bool = True
     """Write while training goes on; False waits for the disk."""
     state_dict_type: Literal["sharded", "full"] = "sharded"

@@ -28,7 +28,7 @@ _ROW = 2**40
 class FaultyKeysValues(FaultSite, nn.Module):
     """The faults of one attention module's keys and values; a child of it without parameters."""
 
-    kind = "kv"
+    kind, keyed = "kv", ("keys",)
 
     def __init__(self, site: str, fault: Fault, state: FaultState) -> None:
         super().__init__()

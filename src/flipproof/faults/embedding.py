@@ -19,7 +19,7 @@ from flipproof.faults.state import FaultSite, FaultState
 class FaultyEmbedding(FaultSite):
     """Mixed into the class of an embedding, whose table suffers bit flips; what else it does, as scaling, stays."""
 
-    kind = "embedding"
+    kind, keyed = "embedding", ("key",)
     plain: type[Any]
     """The class that it had before."""
     weight: Tensor

@@ -424,17 +424,14 @@ def faults(
         if not isinstance(value, bool):
             raise ConfigError([f"{name} = {value!r}: True or False is allowed"])
     before = (state.flips, state.guard, state.adapters)
-    seed_before = state.seed
     state.flips, state.guard, state.adapters = flips, guard, adapters
-    with state.ticks_apart():
+    with state.draws_apart():
         try:
             if seed is not None:
                 set_seed(model, seed)
             yield
         finally:
             state.flips, state.guard, state.adapters = before
-            if state.seed != seed_before:
-                set_seed(model, seed_before)
 
 
 def remove(model: nn.Module) -> None:

@@ -60,6 +60,7 @@ class FaultyLinear(FaultSite, nn.Linear):
     Made by ``flipproof.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
     """
 
+    keyed = ("x_key", "w_key")
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     checkpointed = False

@@ -25,7 +25,7 @@ pass has the first one's draw.
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -110,14 +110,19 @@ class FaultState:
         self.tick = self._next.clone()
 
     @contextmanager
-    def ticks_apart(self) -> Iterator[None]:
-        """Within the block ticks are counted apart; afterwards they go on from where they were."""
+    def draws_apart(self) -> Iterator[None]:
+        """Within the block ticks are counted apart, and the seed may be another. Afterwards they go on from where they
+        were, with the very tensors, which a CUDA graph may read."""
         place = self._next, self.tick, self.resumed_at
+        seed, keys = self.seed, [site.keys_held() for site in self.sites]
         self._next = self._next.clone()
         try:
             yield
         finally:
+            self.seed = seed
             self._next, self.tick, self.resumed_at = place
+            for site, held in zip(self.sites, keys, strict=True):
+                vars(site).update(held)
 
     def move_to(self, device: torch.device) -> None:
         """Keep the ticks where the layers are."""
@@ -189,6 +194,8 @@ class FaultSite:
     """The module's name in the whole model."""
     kind: str
     """"linear", "head", "embedding" or "kv"."""
+    keyed: ClassVar[tuple[str, ...]]
+    """The attributes that hold keys, the tensors that draws read."""
     state: FaultState
     runs: int = 0
     """How often it has run in the root module's present or last pass."""
@@ -216,6 +223,10 @@ class FaultSite:
     def refresh_keys(self) -> None:
         """Derive the keys from the state's seed, on the device of what is flipped."""
         raise NotImplementedError
+
+    def keys_held(self) -> dict[str, Any]:
+        """Attribute -> key, or keys, as they are now."""
+        return {name: getattr(self, name) for name in self.keyed}
 
     def next_run(self) -> int:
         """The number of the run that begins, 0 for the first of a pass; 0 outside of the root module's forward too.

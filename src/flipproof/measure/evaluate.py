@@ -33,7 +33,7 @@ from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer
 from flipproof.models.loss import loss_by_row
-from flipproof.records import RESULTS, write_new_record, write_record
+from flipproof.records import RESULTS, write_new_record
 from flipproof.world import World, join_world
 
 _NO_FAULTS = "no faults are configured (bitflip.*), so there is nothing to log or to replay"
@@ -353,10 +353,3 @@ def results(
         "dtype": flipped_dtype(config.training, model),
         "text": text.source if text else None,
     }
-
-
-def write_results(
-    directory: Path, config: RunConfig, arms: dict[str, Arm], model: nn.Module, text: PackedText | None
-) -> None:
-    """Write ``results.json`` of a run, or write it anew."""
-    write_record(directory / RESULTS, results(config, arms, model, text))

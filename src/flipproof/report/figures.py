@@ -25,13 +25,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from flipproof.measure.arms import Cost
 from flipproof.report.analyse import CEILING, CostMap, Curve, is_power_of_two, p_text
-from flipproof.report.read import Logged
+from flipproof.report.read import Logged, Validated
 
 DPI = 200
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHOWN_CURVES, SHOWN_BARS = 7, 40
 """More curves or bars than this cannot be told apart."""
+_VALIDATED = {"flipped": "--", "guard": "-.", "clean": ":"}
+"""How lines of validations are drawn."""
 COST_FLOOR = 1e-3
 """Nats; the heat map's darkest colour. Smaller costs drown in the noise of the seeds."""
 _WIDTH = 4.8
@@ -329,20 +331,36 @@ def magnitude_panels(histograms: Mapping[str, Sequence[tuple[int, int]]],
     return figure
 
 
-def training_curves(runs: Mapping[str, Sequence[Logged]]) -> Figure:
-    """Training loss by step; the first ``SHOWN_CURVES`` runs."""
-    names = list(runs)[:SHOWN_CURVES]
-    with _styled(2.7 + _legend_height(names) * (len(names) > 1)) as (figure, axis):
-        for name, colour, marker in zip(names, PALETTE, MARKERS, strict=False):
+def training_curves(
+    runs: Mapping[str, Sequence[Logged]], validation: Mapping[str, Sequence[Validated]] | None = None
+) -> Figure:
+    """Training loss by step, and what validation found beside it: dashed with flips, dash-dotted behind the guard
+    alone, dotted without; the first ``SHOWN_CURVES`` runs."""
+    names, validation = list(runs)[:SHOWN_CURVES], validation or {}
+    found = {
+        (name, kind): [(row.step, loss) for row in validation.get(name, ()) if (loss := getattr(row, kind)) is not None]
+        for name in names
+        for kind in _VALIDATED
+    }
+    found = {key: points for key, points in found.items() if points}
+    labels = [*(name or "training" for name in names), *(f"{name} validated, {kind}" for name, kind in found)]
+    with _styled(2.7 + _legend_height(labels) * (len(labels) > 1)) as (figure, axis):
+        for name, label, colour, marker in zip(names, labels, PALETTE, MARKERS, strict=False):
             steps = [row.step for row in runs[name]]
             losses = [row.loss if row.loss <= CEILING else math.nan for row in runs[name]]
-            axis.plot(steps, losses, color=colour, label=name, marker="." if len(steps) < 40 else None)
+            axis.plot(steps, losses, color=colour, label=label, marker="." if len(steps) < 40 else None)
             _at_edge(axis, [row.step for row in runs[name] if not row.loss <= CEILING], color=colour, marker=marker)
+        for ((name, kind), points), label in zip(found.items(), labels[len(names) :], strict=True):
+            colour, marker = PALETTE[names.index(name)], MARKERS[names.index(name)]
+            shown = [loss if loss <= CEILING else math.nan for _, loss in points]
+            style = {"color": colour, "ls": _VALIDATED[kind], "label": label}
+            axis.plot([step for step, _ in points], shown, marker="." if len(points) < 40 else None, **style)
+            _at_edge(axis, [step for step, loss in points if not loss <= CEILING], color=colour, marker=marker)
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, 0.0), high)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set_xlabel("step")
-        axis.set_ylabel("training loss (nats per token)")
-        if len(names) > 1:
+        axis.set_ylabel("loss (nats per token)" if found else "training loss (nats per token)")
+        if len(labels) > 1:
             _legend_above(figure, axis)
     return figure

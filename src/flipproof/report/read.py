@@ -44,6 +44,16 @@ class Logged(NamedTuple):
     """Share of the devices' peak FLOPs."""
 
 
+class Validated(NamedTuple):
+    """A line of ``metrics.jsonl`` that validation wrote: losses on held-out text, in nats per token; infinity where
+    there was no number, None where the model has no such faults."""
+
+    step: int
+    flipped: float | None
+    guard: float | None
+    clean: float | None
+
+
 @dataclass(frozen=True)
 class About:
     """What was measured on what, as the foot of the page has it."""
@@ -109,6 +119,7 @@ class Sources:
     configs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """The tables of a run's config, by their names."""
     training: dict[str, list[Logged]] = field(default_factory=dict)
+    validation: dict[str, list[Validated]] = field(default_factory=dict)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """Arm -> sample of text."""
     notes: list[str] = field(default_factory=list)
@@ -346,7 +357,8 @@ def _read_profile(sources: Sources, directory: Path, path: Path) -> None:
 
 def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
     name = path.relative_to(directory).as_posix()
-    rows = _lines(sources, name, path, _logged)
+    read = _lines(sources, name, path, _logged)
+    rows = [line for line in read if isinstance(line, Logged)]
     with _as_written(str(path.with_name(CONFIG))):
         if config := _config(path):
             sources.configs.setdefault(_name(directory, path), config)
@@ -356,9 +368,14 @@ def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
             sources.notes.append(f"{name}: it ends at step {last} of {steps}.")
     if rows:
         sources.training[_name(directory, path)] = rows
+    if validated := [line for line in read if isinstance(line, Validated)]:
+        sources.validation[_name(directory, path)] = validated
 
 
-def _logged(values: dict[str, Any]) -> Logged:
+def _logged(values: dict[str, Any]) -> Logged | Validated:
+    keys = [f"eval_loss_{name}" for name in Validated._fields[1:]]
+    if "loss" not in values and any(key in values for key in keys):
+        return Validated(int(values["step"]), *(_number(values[key]) if key in values else None for key in keys))
     measured = [_size(values.get(key)) for key in Logged._fields[2:]]
     return Logged(int(values["step"]), _number(values["loss"]), *measured)
 

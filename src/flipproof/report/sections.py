@@ -31,7 +31,7 @@ from flipproof.report.analyse import (
     protection_in_words,
     sites_in_words,
 )
-from flipproof.report.read import Logged, Sources, Sweep
+from flipproof.report.read import Logged, Sources, Sweep, Validated
 from flipproof.report.section import COST, PERPLEXITY, Drawing, Section, cost_cells, perplexity_cells
 from flipproof.report.table import Table
 
@@ -71,7 +71,7 @@ def sections_of(sources: Sources) -> list[Section]:
     for name, profile in sources.profiles.items():
         sections.append(_named(_magnitudes(profile), name, len(sources.profiles), sections))
     if sources.training:
-        sections.append(_training(sources.training))
+        sections.append(_training(sources.training, sources.validation))
     for name, texts in sources.texts.items():
         sections.append(_named(_texts(texts), name, len(sources.texts), sections))
     return sections
@@ -394,7 +394,7 @@ def _magnitudes(profile: Mapping[str, Any]) -> Section:
     )  # fmt: skip
 
 
-def _training(runs: Mapping[str, Sequence[Logged]]) -> Section:
+def _training(runs: Mapping[str, Sequence[Logged]], validation: Mapping[str, Sequence[Validated]]) -> Section:
     steps = [[run, *row] for run, rows in runs.items() for row in rows]
     took = [
         [run, rows[-1].step, rows[-1].tokens, _of(median, rows, "tokens_per_second"), _of(max, rows, "peak_memory_gib"),
@@ -409,17 +409,25 @@ def _training(runs: Mapping[str, Sequence[Logged]]) -> Section:
         if len(drawn) > figures.SHOWN_CURVES
         else ""
     )
+    validated = [[run, *row] for run, rows in validation.items() for row in rows]
+    dashed = (
+        " Beside it the loss on held-out text at that step: dashed under the flips of one fault seed, dash-dotted "
+        "behind the guard alone, dotted without faults."
+        if validated and drawn
+        else ""
+    )
     return Section(
         "training",
         "Training",
-        f"Training loss by optimizer step, as logged, with flips on where the run has them{edge}.{more} Tokens per "
-        "second and model FLOPs utilisation are medians over what was logged, and the memory is the largest that one "
-        "device held.",
+        f"Training loss by optimizer step, as logged, with flips on where the run has them{edge}.{dashed}{more} "
+        "Tokens per second and model FLOPs utilisation are medians over what was logged, and the memory is the largest "
+        "that one device held.",
         [
             Table("training-took.csv", columns, took, only_csv=_only_csv(runs)),
             Table("training.csv", ["run", *Logged._fields], steps, shown=False),
+            *([Table("validation.csv", ["run", *Validated._fields], validated, shown=False)] if validated else []),
         ],
-        [Drawing(partial(figures.training_curves, drawn))] if drawn else [],
+        [Drawing(partial(figures.training_curves, drawn, validation))] if drawn else [],
         finding.of_training(runs),
     )
 

@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,20 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, logged: int = 0
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        logged: int = 0,
+        validated: float | None = None,
     ) -> None:
-        """Write ``step-N`` after the one before it, then delete all but the last ``keep_last``, and any of later steps,
-        which this run does not go on from. All processes call.
+        """Write ``step-N`` after the one before it, then delete all but the last ``keep_last`` and, with ``keep_best``,
+        the best; and any of later steps, which this run does not go on from. All processes call.
 
         Args:
             logged: how many lines the run's metrics have by then.
+            validated: the loss that says which checkpoint is best, where the step was validated.
         """
         self.wait()
         full = self.config.state_dict_type == "full"
@@ -74,9 +81,9 @@ class Checkpointer:
         # a copy: training goes on with the tensors themselves, which on a CPU these are
         state = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
         if self.config.asynchronous:
-            self._pending = self._thread.submit(self._write, step, state, logged)
+            self._pending = self._thread.submit(self._write, step, state, logged, validated)
         else:
-            self._write(step, state, logged)
+            self._write(step, state, logged, validated)
 
     def wait(self) -> None:
         """Until the last checkpoint is complete. Raises what writing it raised, in any process."""
@@ -89,7 +96,7 @@ class Checkpointer:
         if self._pending is not None and self._pending.done():
             self.wait()
 
-    def _write(self, step: int, state: dict[str, Any], logged: int) -> None:
+    def _write(self, step: int, state: dict[str, Any], logged: int, validated: float | None) -> None:
         first = self.world.first
 
         def begin() -> str:
@@ -100,24 +107,27 @@ class Checkpointer:
         unfinished = self.directory / self._together(begin if first else None)[0]
         try:
             files = self._together(lambda: self._write_files(state, unfinished))
-            self._complete(step, unfinished, files, logged)
+            self._complete(unfinished, files, {"step": step, "metrics": logged, "validated": validated})
         finally:
             if first:  # on a full disk, what was begun is in the way of all that comes
                 shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _complete(self, step: int, unfinished: Path, files: list[dict[str, str]], logged: int) -> None:
+    def _complete(self, unfinished: Path, files: list[dict[str, str]], about: dict[str, Any]) -> None:
         """Give the checkpoint its name, and delete those that are no longer to be kept."""
+        step = about["step"]
 
         def complete() -> None:
             written = {name: value for part in files for name, value in part.items()}
-            write_record(unfinished / MANIFEST, {"step": step, "metrics": logged, "files": written})
+            write_record(unfinished / MANIFEST, {**about, "files": written})
             # another of its name was left by a run that resumed from an earlier step
             put_in_place(unfinished, self.directory / f"step-{step}")
             there = list_checkpoints(self.directory)
             # later ones were left by a run that this one does not go on from
             stale = [path for path in there if step_of(path) > step]
+            kept = best_checkpoint(self.directory, step) if self.config.keep_best else None
             for path in stale + there[: -self.config.keep_last - len(stale)]:
-                discard(path)
+                if kept is None or path != kept[0]:
+                    discard(path)
 
         self._together(complete if self.world.first else None)
 
@@ -333,6 +343,18 @@ def logged_lines(path: Path) -> int:
     ``whole_checkpoint`` has found whole."""
     lines = read_record(path / MANIFEST).get("metrics")
     return lines if isinstance(lines, int) else 0
+
+
+def best_checkpoint(directory: Path, until: int) -> tuple[Path, float] | None:
+    """(the checkpoint of the least validation loss, that loss in nats per token), the first of several; of those until
+    a step. None where none was validated."""
+    found = []
+    for path in list_checkpoints(directory):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # what is damaged is told by who goes on from it
+            loss = read_record(path / MANIFEST)["validated"]
+            if step_of(path) <= until and isinstance(loss, float):
+                found.append((path, loss))
+    return min(found, key=lambda one: one[1], default=None)
 
 
 @contextmanager

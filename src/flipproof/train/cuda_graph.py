@@ -115,5 +115,6 @@ class Recorded:
             return None
         if torch.cuda.is_current_stream_capturing():
             return args, kwargs | {"attention_mask": self._masks[block]}
-        self._masks[block] = kwargs["attention_mask"]
+        if block.training:  # a validation in between may have other rows
+            self._masks[block] = kwargs["attention_mask"]
         return None

@@ -20,12 +20,13 @@ from flipproof.models.build import build_model
 from flipproof.models.load import load_tokenizer, save_model
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, GUARDS
-from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, whole_checkpoint
+from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, step_of, whole_checkpoint
 from flipproof.world import join_world
 
 
-def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model") -> Path:
-    """Write the last checkpoint of a run, finished or not, into the new directory ``to``, which is whole or not there;
+def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model", step: int | None = None) -> Path:
+    """Write the last checkpoint of a run, finished or not, or that of a step, into the new directory ``to``, which
+    is whole or not there;
     with the fitted guards that it was trained behind, if any; of merged weights with their own largest values.
 
     Args:
@@ -45,6 +46,12 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:
         raise ConfigError([f"{run_dir} holds no complete checkpoint"])
+    if step is not None:
+        chosen = [path for path in checkpoints if step_of(path) == step]
+        if not chosen:
+            there = ", ".join(str(step_of(path)) for path in checkpoints)
+            raise ConfigError([f"--step {step}: {run_dir} has checkpoints of steps {there}"])
+        checkpoints = chosen
     if kind == "adapter" and not config.lora.r:
         raise ConfigError([f"{run_dir} trained no adapter (lora.r = 0); export it with --format model"])
     guards = None
@@ -60,7 +67,7 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
         whole_checkpoint(checkpoints[-1], world=world)
         tokenizer = load_tokenizer(config.model)
         model = build_model(config, tokenizer, world, config.lora)
-        step = load_trained_weights(checkpoints[-1], model)
+        done = load_trained_weights(checkpoints[-1], model)
         what = f"checkpoint {checkpoints[-1]}"
         try:
             with new_directory(to, world) as new:
@@ -76,7 +83,7 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model")
             raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
     kind_of = "PEFT adapter" if kind == "adapter" else "Hugging Face model"
     opened = ", which flipproof opens, transformers alone does not" if _rotates(model) else ""
-    logger.info("step %d of %s as a %s%s", step, run_dir, kind_of, opened)
+    logger.info("step %d of %s as a %s%s", done, run_dir, kind_of, opened)
     if guards:
         logger.info("its guards came along: --bitflip.guards %s%s", to, _as_trained(model, guards))
     return to

@@ -14,18 +14,19 @@ faults is worth. Text, model and settings are the run's, so it has metrics and c
 import gc
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import nn
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_text
@@ -36,15 +37,16 @@ from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_writable, discard
 from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
-from flipproof.measure.evaluate import arms_of, measure_config_arms, write_results
+from flipproof.measure.evaluate import arms_of, measure_config_arms, results
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model, with_trainable_weights
 from flipproof.models.limits import check_ids
 from flipproof.models.load import load_tokenizer, save_model
 from flipproof.models.save import new_directory
-from flipproof.records import CONFIG, RESULTS, read_record, write_toml
+from flipproof.records import CONFIG, RESULTS, read_record, write_record, write_toml
 from flipproof.train.checkpoint import (
     Checkpointer,
+    best_checkpoint,
     clear_unfinished,
     find_checkpoint,
     list_checkpoints,
@@ -58,6 +60,7 @@ from flipproof.train.resume import begun_with, check_not_done, compare, examine_
 from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held
 from flipproof.train.start import check_trainable, planned, resolve_steps, say_size
 from flipproof.train.step import Training
+from flipproof.train.validation import Validation
 from flipproof.world import World, join_world
 
 LOG = "run.log"
@@ -141,12 +144,18 @@ class _Run:
             )
             self.measured_before = not self.differences.measured
         say_size(config, self.model, world.size, len(self.text))
-        self.course = self._course(config, self.model, checkpoint, self.logged)
+        names = arms_of(self.model, config.bitflip, trained=True)
+        self.trained_arms = tuple(name for name in names if ARMS[name].trained)
+        if config.model.init == "random" and not config.faulty:
+            self.trained_arms = ("clean",)  # made without faults, it is what others are measured against
+        self.course = self._course(config, self.trained_arms, checkpoint, self.logged)
 
-    def _course(self, config: RunConfig, model: nn.Module, checkpoint: Path | None, logged: int) -> "_Course":
+    def _course(self, config: RunConfig, names: Sequence[str], checkpoint: Path | None, logged: int) -> "_Course":
         segments = [count for count, _ in self.record.text]
-        training = Training(config, model, self.world, self.text, segments)
-        return _Course(config, self.world, training, checkpoint, logged)
+        training = Training(config, self.model, self.world, self.text, segments)
+        # under the run's faults, in a control too
+        validation = Validation(self.config, names, self.model, self.held_out, self.world, len(self.text))
+        return _Course(config, self.world, training, validation, checkpoint, logged)
 
     def _load_text(self, at_least: int) -> tuple[PackedText, PackedText]:
         """(training text of at least so many sequences, held-out text)."""
@@ -185,9 +194,6 @@ class _Run:
         # What the model was before training; a model from scratch was nothing.
         names, scratch = arms_of(self.model, config.bitflip, trained=True), config.model.init == "random"
         base_arms = () if scratch else tuple(name for name in names if not ARMS[name].trained)
-        trained_arms = tuple(name for name in names if ARMS[name].trained)
-        if scratch and not config.faulty:
-            trained_arms = ("clean",)  # made without faults, it is what others are measured against
         arms = _saved_arms(run_dir) if self.measured_before else None
         if arms is not None and self.first_step != config.training.steps:  # else they are of these very weights
             arms = {name: arm for name, arm in arms.items() if name in base_arms}
@@ -197,7 +203,7 @@ class _Run:
             logger.info("before training:\n%s", arms_table({name: arms[name] for name in base_arms}))
         self.course.load()
         self._begin(arms)
-        self._finish(self.course, run_dir, trained_arms, arms)
+        self._finish(self.course, run_dir, self.trained_arms, arms)
         if config.training.control and "recovered" not in names:
             logger.info("training.control: nothing flips here, so that the run would be its own control")
         elif config.training.control:
@@ -209,15 +215,17 @@ class _Run:
         """Train to the end, write adapter or model into the directory, and add those of the named arms that are not
         measured yet."""
         config, model = self.config, course.model
-        course.train(self._goes_on())
-        with new_directory(directory / ("adapter" if config.lora.r else "model"), self.world, replace=True) as new:
-            if config.lora.r:
-                save_adapter(model, new, config.model.hf_model_path, writes=self.world.first)
-            else:
-                save_model(model, new, self.tokenizer, self.world)
-        if missing := tuple(name for name in names if name not in arms):
-            arms |= self._measure(missing)
-            self.world.once(lambda: self._write_results(arms))
+        with StepLog(course.config, model, self.world, course.first_step) as log:
+            course.train(log, self._goes_on())
+            with new_directory(directory / ("adapter" if config.lora.r else "model"), self.world, replace=True) as new:
+                if config.lora.r:
+                    save_adapter(model, new, config.model.hf_model_path, writes=self.world.first)
+                else:
+                    save_model(model, new, self.tokenizer, self.world)
+            if missing := tuple(name for name in names if name not in arms):
+                arms |= self._measure(missing)
+                self.world.once(lambda: self._write_results(arms))
+                log.measured({name: arm.loss for name, arm in in_order(arms).items()})
 
     def _train_control(self, arms: dict[str, Arm]) -> None:
         """Train the control, or go on with it, and add its arms; nothing where they are there already."""
@@ -237,7 +245,7 @@ class _Run:
         checkpoint, logged = self._control_checkpoint(directory), 0
         if checkpoint is not None:
             logged, _ = self.world.once(lambda: logged_before(directory, checkpoint, 0))
-        course = self._course(without, self.model, checkpoint, logged)
+        course = self._course(without, _OF_CONTROL, checkpoint, logged)
         course.load()
         with faults(self.model, flips=False, guard=False):  # which its arms switch themselves
             self._finish(course, directory, _OF_CONTROL, arms)
@@ -289,7 +297,12 @@ class _Run:
         return measure_config_arms(self.config, names, self.model, self.held_out, self.world)
 
     def _write_results(self, arms: dict[str, Arm]) -> None:
-        write_results(self.run_dir, self.config, in_order(arms), self.model, self.held_out)
+        best: dict[str, Any] = {}
+        if self.config.checkpoint.keep_best and self.config.training.steps is not None:
+            found = best_checkpoint(self.run_dir / "checkpoints", self.config.training.steps)
+            best = {} if found is None else {"best": {"checkpoint": found[0].name, "eval_loss": found[1]}}
+        values = results(self.config, in_order(arms), self.model, self.held_out)
+        write_record(self.run_dir / RESULTS, values | best)
 
     def _goes_on(self) -> str:
         start = "flipproof" if self.world.size == 1 else "torchrun … -m flipproof"
@@ -300,7 +313,13 @@ class _Course:
     """One training to its last step, of the run or of its control, in one of its processes."""
 
     def __init__(
-        self, config: RunConfig, world: World, training: Training, checkpoint: Path | None, logged: int
+        self,
+        config: RunConfig,
+        world: World,
+        training: Training,
+        validation: Validation,
+        checkpoint: Path | None,
+        logged: int,
     ) -> None:
         """
         Args:
@@ -308,8 +327,8 @@ class _Course:
             checkpoint: what ``load`` goes on from.
             logged: lines of metrics that there are until then.
         """
-        self.config, self.world, self.training, self.checkpoint, self.logged = (
-            config, world, training, checkpoint, logged
+        self.config, self.world, self.training, self.validation, self.checkpoint, self.logged = (
+            config, world, training, validation, checkpoint, logged
         )  # fmt: skip
         self.model = training.model
         self.first_step = 0 if checkpoint is None else step_of(checkpoint)
@@ -319,23 +338,22 @@ class _Course:
             load_checkpoint(self.checkpoint, self.model, self.training.optimizer, self.training.progress)
             logger.info("resumed from %s", self.checkpoint)
 
-    def train(self, goes_on: str) -> None:
+    def train(self, log: StepLog, goes_on: str) -> None:
         """``goes_on``: what an interrupted one says at last."""
         config, run, world = self.config.training, self.training, self.world
         assert config.steps is not None
-        log = StepLog(self.config, self.model, world, self.first_step)
-        checkpoints = Checkpointer(Path(self.config.logging.run_dir) / "checkpoints", self.config.checkpoint, world)
+        checkpoints = Checkpointer(self._checkpoints, self.config.checkpoint, world)
         self.model.train()
         run.fit_memory()
-        done = self.first_step
-        with _StopRequest() as stop, log:
+        self.validation.announce()
+        best = self._best_so_far()
+        with _StopRequest() as stop, log.training():
             for step in range(self.first_step, config.steps):
                 lr = learning_rate(config, step)
                 with log.step(step):
                     loss, grad_norm = run.step(step, lr)
                 done = step + 1
                 checkpoints.check()
-                stopping = world.largest(stop.came) > 0
                 if done % config.log_freq == 0 or done == config.steps:
                     tokens, skipped = (int(run.progress[name]) for name in ("sequences", "skipped"))
                     tokens *= config.seq_len
@@ -344,16 +362,40 @@ class _Course:
                 if run.goes_nowhere:
                     checkpoints.wait()
                     raise run.diverged(done, loss, grad_norm)
-                if (config.save_freq and done % config.save_freq == 0) or done == config.steps or stopping:
+                validated = self._validated(done, log)
+                is_best = validated is not None and validated < best
+                best = validated if validated is not None and is_best else best
+                stopping = world.largest(stop.came) > 0
+                due = (config.save_freq and done % config.save_freq == 0) or done == config.steps
+                if due or stopping or (is_best and self.config.checkpoint.keep_best):
                     run.check_finite(done)
                     log.sync()
-                    checkpoints.save(done, self.model, run.optimizer, run.saved(), self.logged)
+                    checkpoints.save(done, self.model, run.optimizer, run.saved(), self.logged, validated)
                 if stopping:
                     break
             checkpoints.wait()
             run.release()
             if by := int(world.largest(stop.came)):
                 raise Interrupted(f"stopped by {_SAID[by]} after step {done}; {goes_on}")
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.config.logging.run_dir) / "checkpoints"
+
+    def _best_so_far(self) -> float:
+        """The least validation loss of the checkpoints that it goes on from, which all processes know alike."""
+        found = self.world.once(lambda: best_checkpoint(self._checkpoints, self.first_step))
+        return math.inf if found is None else found[1]
+
+    def _validated(self, done: int, log: StepLog) -> float | None:
+        """The validation loss that says which checkpoint is best, logged with the others; None where none is due."""
+        if not self.validation.due(done):
+            return None
+        with log.paused():
+            losses = self.validation.losses()
+        log.validated(done, losses)
+        self.logged += 1
+        return next(iter(losses.values()))
 
 
 _SAID = {int(signal.SIGTERM): "SIGTERM", int(signal.SIGINT): "Ctrl-C"}

@@ -18,7 +18,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,8 @@ _PROFILED_STEP = 2
 
 
 class StepLog:
-    """Measures and reports the steps of one run; all processes have one, the first reports."""
+    """Measures and reports the steps of one run; all processes have one, the first reports. A context, which ends when
+    the trackers have all that there is to tell: the steps (``training``), and the arms after them."""
 
     def __init__(self, config: RunConfig, model: nn.Module, world: World, first_step: int) -> None:
         """What was logged of steps after ``first_step``, the last one done, is dropped or hidden. All processes call.
@@ -78,19 +79,25 @@ class StepLog:
         self._communication: tuple[float, float] | None = None
 
     def __enter__(self) -> "StepLog":
-        """Training begins now."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._trackers is not None:
+            self._trackers.close()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around all steps: training begins now."""
         self._bar = bar(self.steps, "step", self.world.first, initial=self.first_step, leave=True)
         if self._profile:
             self._profiler = StepProfiler(self.run_dir, self.world.rank, self.first_step)
         self._timed_from, self._since = self.first_step, time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        if self._trackers is not None:
-            self._trackers.close()
-        if self._profiler is not None:
-            self._profiler.close()
+        try:
+            yield
+        finally:
+            self._bar.close()
+            if self._profiler is not None:
+                self._profiler.close()
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -107,6 +114,27 @@ class StepLog:
         if self._profiler is not None:
             self._profiler.step()
         self._bar.update()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step: its time does not count in tokens per second."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def validated(self, done: int, losses: Mapping[str, float]) -> None:
+        """Report what validation after the ``done``-th step found: a line of metrics of its own."""
+        if self._trackers is None:
+            return
+        self._trackers.write(step=done, **losses)
+        said = ", ".join(f"{loss:.4f} {name.removeprefix('eval_loss_')}" for name, loss in losses.items())
+        self._bar.set_postfix_str(f"validation loss {said}")
+        logger.info("step %d/%d  validation loss %s", done, self.steps, said)
+
+    def measured(self, losses: Mapping[str, float]) -> None:
+        """Tell the trackers the losses of arms, by name; ``results.json`` has all else of them."""
+        if self._trackers is not None:
+            self._trackers.track(self.steps, {f"arm_loss_{name}": loss for name, loss in losses.items()})
 
     def sync(self) -> None:
         """Until the metrics of all logged steps are on the disk."""
@@ -169,7 +197,10 @@ class Trackers:
         """The metrics after ``step`` steps. None, for what was not measured, is null in ``metrics.jsonl`` and absent
         elsewhere."""
         append_line(self._path, {"step": step, **values})
-        measured = {name: value for name, value in values.items() if value is not None}
+        self.track(step, {name: value for name, value in values.items() if value is not None})
+
+    def track(self, step: int, measured: dict[str, float]) -> None:
+        """What is no metric of a step, to TensorBoard and Weights & Biases alone."""
         if self._tensorboard is not None:
             for name, value in measured.items():
                 self._tensorboard.add_scalar(name, value, step)

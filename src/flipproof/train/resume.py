@@ -65,6 +65,7 @@ RULES = {
             "global_batch_size",
             "log_freq",
             "save_freq",
+            "eval_freq",
             "activation_checkpointing",
             "compile",
             "control",

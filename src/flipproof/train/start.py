@@ -93,7 +93,8 @@ def counted_parameters(model: nn.Module, of: str | int) -> int:
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Raises ConfigError for weights that AdamW could not train, and where there is no clean model to distil from."""
+    """Raises ConfigError for weights that AdamW could not train, and where there is no clean model to distil from or no
+    validation that says which checkpoint is best."""
     problems, dtype, distill = [], config.training.dtype, config.training.distill
     if not config.lora.r and dtype in ("float16", "bfloat16"):
         problems.append(
@@ -105,6 +106,11 @@ def check_trainable(config: RunConfig) -> None:
         problems.append(
             f"training.distill = {distill:g} with {seen}: it learns from pretrained weights without their adapters; "
             "0 is allowed, or lora.r above 0 and model.init = 'pretrained'"
+        )
+    if config.checkpoint.keep_best and config.training.eval_freq == 0:
+        problems.append(
+            "checkpoint.keep_best = True with training.eval_freq = 0: the best checkpoint is the one of the least "
+            "validation loss; set eval_freq to a number of steps or 'epoch'"
         )
     if problems:
         raise ConfigError(problems)
