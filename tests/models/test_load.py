@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_named(tiny_llama, tmp_path):
     tiny_llama(vocab_size=100).save_pretrained(tmp_path)
     tokenizer = byte_tokenizer()
     cases = [
-        (ModelConfig(flavor="9B", init="random"), "model.flavor = '9B': known are 8B"),
+        (ModelConfig(flavor="9B", init="random"), "model.flavor = '9B': known are 1B"),
         (ModelConfig(flavor="8B", hf_model_path=str(tmp_path)), "hidden_size 4096.* has 32"),
         (ModelConfig(hf_model_path="no/such-model"), "no local directory, and the Hub did not give a model"),
         (ModelConfig(hf_model_path=str(tmp_path.parent)), "holds no readable model"),
