@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from texts import sentences
 
 from flipproof.config import load_config
+from flipproof.train import loop
 from flipproof.train.optimizer import learning_rate
 
 # below 1/128, from where on each bit of a block is drawn
@@ -95,3 +96,11 @@ def child_paused_at(step, tmp_path, config):
             pytest.fail(f"the child did not reach step {step}: {(tmp_path / 'said').read_text()}")
         time.sleep(0.05)
     return process
+
+
+def train_until_crash(config, step, resume=None):
+    """Train, and end in the middle of a step, counted from 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "learning_rate", crash_at(step))
+        with pytest.raises(RuntimeError, match="power cut"):
+            loop.train(config, resume)

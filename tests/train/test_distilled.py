@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import assert_same_function
-from tiny_runs import assert_same_run, crash_at, metrics, settings, weights
+from tiny_runs import assert_same_run, metrics, settings, train_until_crash, weights
 from transformers import AutoModelForCausalLM
 
 import flipproof
-import flipproof.train.loop as train_module
 import flipproof.train.step as step_module
 from flipproof import BitFlipSpec
 from flipproof.train.loop import train
@@ -66,12 +65,9 @@ def test_a_share_of_0_asks_no_teacher(base, whole, tmp_path, monkeypatch):
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_a_run_killed_and_resumed_equals_one_never_killed(base, distilled, whole, tmp_path, monkeypatch):
+def test_a_run_killed_and_resumed_equals_one_never_killed(base, distilled, whole, tmp_path):
     config = settings(base, tmp_path / "run", distill=SHARE, activation_checkpointing="full")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "learning_rate", crash_at(3))
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(config)
+    train_until_crash(config, 3)
     train(config, resume="auto")
     assert_same_run(distilled, tmp_path / "run")
     assert any(not torch.equal(value, weights(whole)[name]) for name, value in weights(distilled).items())

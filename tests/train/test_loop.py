@@ -6,7 +6,7 @@ import pytest
 import torch
 from rounding import ROUNDED, training_moved
 from safetensors.torch import load_file
-from tiny_runs import FAULTS, assert_same_run, crash_at, metrics, settings, weights
+from tiny_runs import FAULTS, assert_same_run, metrics, settings, train_until_crash, weights
 
 import flipproof.train.loop as train_module
 import flipproof.train.step as step_module
@@ -271,12 +271,9 @@ def test_where_the_run_cannot_be_written_nothing_is_loaded(base, tmp_path, monke
 # -- what is said before the first step --------------------------------------------------------------------------------
 
 
-def test_the_arms_before_training_are_printed_before_the_first_step(base, tmp_path, monkeypatch, caplog):
+def test_the_arms_before_training_are_printed_before_the_first_step(base, tmp_path, caplog):
     caplog.set_level("INFO")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "learning_rate", crash_at(0))
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(settings(base, tmp_path / "run"))
+    train_until_crash(settings(base, tmp_path / "run"), 0)
     (table,) = (line for line in caplog.messages if line.startswith("before training:"))
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["arm", "clean", "guard", "flipped"]
 

@@ -4,9 +4,8 @@ import functools
 import statistics
 
 import pytest
-from tiny_runs import assert_same_run, crash_at, metrics, settings
+from tiny_runs import assert_same_run, metrics, settings, train_until_crash
 
-import flipproof.train.loop as train_module
 from flipproof.data.sequences import load_text
 from flipproof.errors import ConfigError
 from flipproof.models.load import load_tokenizer
@@ -29,15 +28,12 @@ def test_a_loss_is_the_mean_since_the_last_line(base, whole, tmp_path):
 
 
 @pytest.mark.parametrize("crash", [3, 5])
-def test_a_run_that_goes_on_between_two_lines_writes_those_of_one_never_stopped(base, tmp_path, monkeypatch, crash):
+def test_a_run_that_goes_on_between_two_lines_writes_those_of_one_never_stopped(base, tmp_path, crash):
     """From the checkpoints of steps 2 and 4, with lines after steps 3 and 6. The run that was never stopped has no
     checkpoint before its end."""
     train(settings(base, tmp_path / "whole", log_freq=3, save_freq=0))
     config = settings(base, tmp_path / "stopped", log_freq=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "learning_rate", crash_at(crash))
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(config)
+    train_until_crash(config, crash)
     train(config, resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 

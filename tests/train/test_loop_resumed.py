@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, child_paused_at, crash_at, metrics, settings
+from tiny_runs import assert_same_run, child_paused_at, crash_at, metrics, settings, train_until_crash
 
 import flipproof.train.loop as train_module
 from flipproof.cli.main import main
@@ -99,12 +99,9 @@ def test_a_second_ctrl_c_ends_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_resume_after_a_crash_with_lines_beyond_the_checkpoint(base, whole, tmp_path, monkeypatch):
+def test_resume_after_a_crash_with_lines_beyond_the_checkpoint(base, whole, tmp_path):
     config = settings(base, tmp_path / "crashed")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "learning_rate", crash_at(5))
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(config)
+    train_until_crash(config, 5)
     with (tmp_path / "crashed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "los')
     assert len((tmp_path / "crashed" / "metrics.jsonl").read_text().splitlines()) == 6
@@ -112,16 +109,13 @@ def test_resume_after_a_crash_with_lines_beyond_the_checkpoint(base, whole, tmp_
     assert_same_run(whole, tmp_path / "crashed")
 
 
-def test_dropout_is_resumed_too(tiny_llama, whole, tmp_path, monkeypatch):
+def test_dropout_is_resumed_too(tiny_llama, whole, tmp_path):
     """It is drawn per step: no RNG state is carried, and what ran before (here a whole run) does not matter."""
     tiny_llama(num_hidden_layers=1, attention_dropout=0.1).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     train(settings(tmp_path / "base", tmp_path / "whole"))
     config = settings(tmp_path / "base", tmp_path / "crashed")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "learning_rate", crash_at(3))
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(config)
+    train_until_crash(config, 3)
     torch.manual_seed(99)
     train(config, resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "crashed")
@@ -300,7 +294,7 @@ def test_a_start_that_dies_while_it_measures_anew_leaves_no_mixture(finished, tm
     assert json.loads((tmp_path / "run" / "results.json").read_text())["arms"]["flipped"] == old
 
 
-def test_going_back_is_decided_before_the_first_step(base, whole, tmp_path, monkeypatch):
+def test_going_back_is_decided_before_the_first_step(base, whole, tmp_path):
     """Killed before its first save, a run that went back to step 2 with another learning rate goes on from step 2."""
     for name in ("whole", "killed"):
         shutil.copytree(whole, tmp_path / name)
@@ -310,10 +304,7 @@ def test_going_back_is_decided_before_the_first_step(base, whole, tmp_path, monk
         for name in ("whole", "killed")
     }
     train(slower["whole"], resume="step-2")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "learning_rate", crash_at(2))
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(slower["killed"], resume="step-2")
+    train_until_crash(slower["killed"], 2, resume="step-2")
     assert [path.name for path in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-2"]
     assert load_config([tmp_path / "killed" / "config.toml"]).training.lr == 1e-3
     train(slower["killed"], resume="auto")
