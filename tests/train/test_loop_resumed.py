@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from flipproof.errors import ConfigError
 from flipproof.measure.evaluate import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.train import rundir
-from flipproof.train.checkpoint import list_checkpoints
+from flipproof.train.checkpoint import Checkpointer, list_checkpoints
 from flipproof.train.loop import train
 from flipproof.train.optimizer import learning_rate
 from flipproof.train.step import chosen_sequences
@@ -107,6 +108,27 @@ def test_resume_after_a_crash_with_lines_beyond_the_checkpoint(base, whole, tmp_
     assert len((tmp_path / "crashed" / "metrics.jsonl").read_text().splitlines()) == 6
     train(config, resume="auto")
     assert_same_run(whole, tmp_path / "crashed")
+
+
+def test_a_run_that_fails_leaves_its_last_checkpoint_written(base, tmp_path, monkeypatch):
+    """What comes next in the same process would meet the thread that writes it."""
+    may_be_written, complete = threading.Event(), Checkpointer._complete
+
+    def complete_later(self, unfinished, files, about):
+        may_be_written.wait()
+        complete(self, unfinished, files, about)
+
+    def power_cut(training, step):
+        if step == 2:
+            threading.Timer(0.3, may_be_written.set).start()
+            raise RuntimeError("power cut")
+        return learning_rate(training, step)
+
+    monkeypatch.setattr(Checkpointer, "_complete", complete_later)
+    monkeypatch.setattr(train_module, "learning_rate", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(settings(base, tmp_path / "run"))
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-2"]
 
 
 def test_dropout_is_resumed_too(tiny_llama, whole, tmp_path):

@@ -24,9 +24,7 @@ KEYS = {"step", "eval_loss_flipped", "eval_loss_clean", "blake2b"}
 
 def validated(base, run_dir, keep_best=False, keep_last=2, **training):
     config = settings(base, run_dir, **{"eval_freq": 2, **training})
-    # not asynchronous: a run that a test ends would leave the thread that writes to the one that goes on
-    checkpoint = replace(config.checkpoint, keep_best=keep_best, keep_last=keep_last, asynchronous=False)
-    return replace(config, checkpoint=checkpoint)
+    return replace(config, checkpoint=replace(config.checkpoint, keep_best=keep_best, keep_last=keep_last))
 
 
 def split(run_dir):

@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,28 @@ Progress = dict[str, Tensor]
 """What a run has used beside its steps, by name: scalar tensors, changed in place when a checkpoint is loaded."""
 
 
+_OTHERS_S = 60.0
+"""How long a run that fails waits for a checkpoint that others write with it; these may hang, or be gone."""
+
+
 class Checkpointer:
-    """Writes the checkpoints of a run into ``directory``, one at a time."""
+    """Writes the checkpoints of a run into ``directory``, one at a time. A context: who leaves it finds the last one
+    written, so that what comes next in this process can go on from it."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, world: World) -> None:
         self.directory, self.config, self.world = directory, config, world
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._pending is not None:  # what ends the run says why, and not what the checkpoint may fail of
+            wait_for([self._pending], timeout=None if self.world.size == 1 else _OTHERS_S)
+        self._thread.shutdown(wait=False)
 
     def save(
         self,

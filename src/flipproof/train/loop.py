@@ -342,12 +342,12 @@ class _Course:
         """``goes_on``: what an interrupted one says at last."""
         config, run, world = self.config.training, self.training, self.world
         assert config.steps is not None
-        checkpoints = Checkpointer(self._checkpoints, self.config.checkpoint, world)
         self.model.train()
         run.fit_memory()
         self.validation.announce()
         best = self._best_so_far()
-        with _StopRequest() as stop, log.training():
+        writer = Checkpointer(self._checkpoints, self.config.checkpoint, world)
+        with _StopRequest() as stop, log.training(), writer as checkpoints:
             for step in range(self.first_step, config.steps):
                 lr = learning_rate(config, step)
                 with log.step(step):
@@ -360,7 +360,6 @@ class _Course:
                     log.write(done, tokens, run.mean_loss(loss), lr, float(grad_norm), skipped)
                     self.logged += 1
                 if run.goes_nowhere:
-                    checkpoints.wait()
                     raise run.diverged(done, loss, grad_norm)
                 validated = self._validated(done, log)
                 is_best = validated is not None and validated < best
