@@ -12,7 +12,9 @@ from flipproof import BitFlipSpec
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.data.sequences import load_held_out, load_text
+from flipproof.files import put_in_place
 from flipproof.measure.evaluate import measure_arms
+from flipproof.models import save
 from flipproof.models.load import byte_tokenizer, load_model
 
 SMALL = [
@@ -136,6 +138,21 @@ def test_what_was_interrupted_goes_on_where_it_was(original, hardened, tmp_path,
         assert once == again
     assert main(argv) == 2  # it is finished
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_kill_in_the_instant_of_the_rename_leaves_what_goes_on(original, tmp_path, monkeypatch, capsys):
+    argv = ["harden", str(original), *SMALL, "--to", str(tmp_path / "out")]
+
+    def killed_after(new, to, replace):
+        put_in_place(new, to, replace)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(save, "put_in_place", killed_after)
+    assert main(argv) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(harden_module, "_guard_and_measure", lambda *_: None)
+    assert main(argv) == 0
+    assert "goes on where it was; the model is rotated" in capsys.readouterr().out
 
 
 def test_the_directory_says_what_it_is(original, hardened):

@@ -85,12 +85,13 @@ def harden(
             size = f"{there:,} sequences of {config.training.seq_len:,} tokens"
             say(f"--calibrate = {calibrate}: the text has {size}; all of them are used")
         if about is None:
-            with new_directory(to, world) as new:
+            # with its record from the beginning, by which a run that is killed at any time goes on
+            with new_directory(to, world, unfinished=[HARDENED]) as new:
                 of = config.model, tokenizer, config.training.dtype, how, config.training.seed
                 rotation, dtype = rotate_into(new, *of, world)
-            about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
-            about |= {"guards": by, "arguments": arguments}
-            world.once(lambda: write_record(to / HARDENED, about))
+                about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
+                about |= {"guards": by, "arguments": arguments}
+                world.once(lambda: write_record(new / HARDENED, about))
             say(str(rotation))
         else:
             say(f"{to}: goes on where it was; the model is rotated")

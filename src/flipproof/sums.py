@@ -7,7 +7,7 @@ They find accidents, not forgers (docs/security.md).
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +20,10 @@ SUMS = "B2SUMS"
 _LINE = re.compile(r"([0-9a-f]{128})  (.+)")
 
 
-def write_sums(directory: Path) -> None:
-    """Hash all files of a directory."""
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+def write_sums(directory: Path, unfinished: Collection[str] = ()) -> None:
+    """Hash all files of a directory, but those of these names, which are still to change."""
+    files = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    names = sorted(name for name in files if name not in unfinished)
     hashes = _hashes(directory / name for name in names)
     write_atomically(directory / SUMS, "".join(f"{mark}  {name}\n" for mark, name in zip(hashes, names, strict=True)))
 

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,13 @@ def _begun(i: int) -> str:
 
 
 @contextmanager
-def new_directory(to: Path, world: World, replace: bool = False) -> Iterator[Path]:
+def new_directory(to: Path, world: World, replace: bool = False, unfinished: Collection[str] = ()) -> Iterator[Path]:
     """What a directory is called until all processes have written into it; then it gets its name, or what was begun
     goes. All processes must call.
 
     Args:
         replace: whether the directory that has the name goes; for who holds a lock on the place.
+        unfinished: files in it that are written on when it has its name, and have no sums.
     """
     with ExitStack() as stack:
 
@@ -182,7 +183,7 @@ def new_directory(to: Path, world: World, replace: bool = False) -> Iterator[Pat
             return new
 
         def end() -> None:
-            write_sums(new)
+            write_sums(new, unfinished)
             put_in_place(new, to, replace)
 
         new = world.once(begin)
