@@ -358,6 +358,30 @@ def test_a_run_goes_on_behind_the_guards_that_it_was_begun_with(model_dir, fitte
     assert json.loads((tmp_path / "again" / "results.json").read_text())["fitted"] == guards.about
 
 
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+def test_weights_that_train_are_not_compared_with_those_that_guards_were_fitted_to(init, model_dir, fitted, tmp_path):
+    """From scratch in the model's shape, or away from where it began, by more than any model is near to another."""
+    to, guards = fitted
+    run = tmp_path / "run"
+    argv = [*("train", str(model_dir), "--model.init", init, "--training.seq_len", "32", "--data.source", "stdlib")]
+    argv += ["--data.max_tokens", "20000", "--lora.r", "0", "--training.lr", "0.1", "--training.warmup_steps", "0"]
+    argv += ["--eval.num_samples", "2", "--eval.trials", "1", "--logging.run_dir", str(run)]
+    argv += ["--bitflip.guards", str(to), "--bitflip.w_p_exp", "1e-3"]
+    assert main([*argv, "--training.steps", "2"]) == 0
+    with pytest.raises(ConfigError, match="fitted to another model"):
+        evaluate(settings(run / "model", guards=str(to), w_p_exp=1e-3))
+    assert read_guards(str(run)).digest == guards.digest
+    assert main(["eval", str(run), "--to", str(tmp_path / "again")]) == 0
+    assert main(["train", "--config", str(run / "config.toml"), "--training.steps", "3", "--resume"]) == 0
+    assert main([*argv, "--training.steps", "2", "--training.dtype", "bfloat16"]) == 2  # of the same dtype all the same
+    # what is written has its own weights' largest values, and is compared
+    assert main(["export", str(run), "--to", str(tmp_path / "new")]) == 0
+    own = read_guards(str(tmp_path / "new"))
+    weight = load_file(tmp_path / "new" / "model.safetensors")[f"{DOWN}.weight"]
+    assert torch.equal(own.maxima[f"{DOWN}/w"], weight.abs().amax(1, keepdim=True))
+    assert not own.moved
+
+
 def model_of(path):
     return AutoModelForCausalLM.from_pretrained(path)
 

@@ -57,6 +57,9 @@ class Guards:
     """What was run: for each text its ``source`` and how many ``tokens``."""
     path: str = ""
     """Where they were read."""
+    moved: bool = False
+    """Whether the model's weights have been trained behind them, from whatever they were: those have no largest values
+    here to be compared with."""
 
     @cached_property
     def _of_all(self) -> dict[str, Tensor]:
@@ -114,8 +117,8 @@ class Guards:
         computed: torch.dtype | None = None,
         near: bool = True,
     ) -> None:
-        """See that they were fitted to this very model, whose weights' largest values they hold. Where its weights are
-        others but near, as training leaves them, a warning says so.
+        """See that they were fitted to this very model, whose weights' largest values they hold, unless these have
+        moved. Where its weights are others but near, as training leaves them, a warning says so.
 
         Args:
             dtype: of the values that flip, such as "bfloat16".
@@ -140,7 +143,7 @@ class Guards:
             raise ConfigError([f"{another}: there is no {first_of(missing)} here"])
         moved = 0
         for site, weight in weights.items():
-            if f"{site}/w" not in self.maxima:
+            if self.moved or f"{site}/w" not in self.maxima:
                 continue
             far, differs = self._compared(site, weight, computed)
             if far > _STRAY:
@@ -207,6 +210,7 @@ class Guards:
             "by": self.by,
             "basis": self.basis,
             "texts": [dict(text) for text in self.texts],
+            "moved": self.moved,
             "maxima": self.digest,
         }
 
@@ -264,7 +268,8 @@ def _read(path: str, _changed: int, _size: int) -> Guards:
         about = unsealed((file.metadata() or {})[_ABOUT], needs_hash=True)
         maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     texts = tuple(about["texts"])
-    found = Guards(maxima, about["by"], about["model"], about["dtype"], about["basis"], texts, path)
+    moved = about.get("moved", False)  # which versions before this one did not say
+    found = Guards(maxima, about["by"], about["model"], about["dtype"], about["basis"], texts, path, moved)
     if about["maxima"] != found.digest:
         raise ValueError("the thresholds are not those that were written")
     return found

@@ -392,7 +392,7 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
     """
     _check_use(spec)
     state, guards = fault_state(model), read_guards(spec.guards) if spec.guards else None
-    if guards is not None and guards is not state.fitting:
+    if guards is not None and (state.fitting is None or guards.digest != state.fitting.digest):
         check_fitted(model, guards, state)
     found = [
         (site, site.faults_of(spec.for_layer(site.site) if site.kind in (*spec.sites, "kv") else None, guards))

@@ -56,7 +56,7 @@ def with_own_weights(guards: Guards, model: nn.Module, state: FaultState) -> Gua
             weight = like(module.merged_weight(), module.weight) if adapted else module.weight
             largest = whole(weight.detach().abs().amax(1, keepdim=True))
             maxima[key] = largest.to(state.computed or largest.dtype).float().cpu()
-    return replace(guards, maxima=maxima).coarser(guards.by)
+    return replace(guards, maxima=maxima, moved=False).coarser(guards.by)
 
 
 def _weighted(model: nn.Module) -> Iterator[tuple[str, Any]]:

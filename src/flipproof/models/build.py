@@ -84,7 +84,8 @@ def build_model(
         model.to(world.device)
     else:
         materialise(model, config.model, seed, torch.device("cpu") if config.parallelism.cpu_offload else world.device)
-        check_guards(config.bitflip.guards, model, world)  # ``inject`` saw no weights
+        # ``inject`` saw no weights
+        check_guards(config.bitflip.guards, model, world, from_scratch=config.model.init == "random")
     # no backend is chosen silently
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "the CPU"
     spread = f" in each of {world.size} processes" if world.size > 1 else ""
@@ -92,13 +93,23 @@ def build_model(
     return model
 
 
-def check_guards(path: str | None, model: nn.Module, world: World, near: bool = True) -> None:
+def check_guards(
+    path: str | None, model: nn.Module, world: World, near: bool = True, from_scratch: bool = False
+) -> None:
     """Raises ConfigError, in all processes, where the fitted guards of a directory, if there is one, are of another
-    model, dtype or basis. Of a sharded model each looks at its part. ``near`` as for ``Guards.check_model``."""
+    model, dtype or basis. Of a sharded model each looks at its part.
+
+    Args:
+        near: as for ``Guards.check_model``.
+        from_scratch: whether the weights are still to be trained, behind guards that were fitted to a model of this
+            shape.
+    """
     problems: list[str] = []
     if path:
         try:
-            check_fitted(model, read_guards(path), fault_state(model), near=near)
+            guards = read_guards(path)
+            guards = replace(guards, moved=True) if from_scratch else guards
+            check_fitted(model, guards, fault_state(model), near=near)
         except ConfigError as error:
             problems = error.problems
     for found in world.gathered(problems):

@@ -284,7 +284,7 @@ class _Run:
                     discard(control / result)
             self._write_results(arms)
             if path := self.config.bitflip.guards:
-                read_guards(path).write(self.run_dir)
+                replace(read_guards(path), moved=not self.config.lora).write(self.run_dir)
             write_toml(self.run_dir / CONFIG, self.config.to_toml())
             self.record.write(self.run_dir)
             self.log.begin()
