@@ -195,10 +195,17 @@ def test_a_process_for_each_gpu_or_as_many_as_are_asked_for(machine, caplog, gpu
 
 
 @pytest.mark.parametrize(("gpus", "said"), [(0, []), (1, []), (8, ["8 GPUs are here and one is used"])])
-def test_idle_gpus_are_told_of(machine, caplog, gpus, said):
+def test_idle_gpus_are_told_of_once(machine, monkeypatch, caplog, gpus, said):
     machine(gpus)
     with caplog.at_level(logging.INFO, "flipproof"):
+        monkeypatch.setattr(launch, "_could_start", False)
+        for _ in range(2):  # as a program that calls train
+            with join_world(ParallelismConfig()):
+                assert caplog.messages == []
         assert start_processes("train", ["train", "m"], None) is None
+        for _ in range(2):
+            with join_world(ParallelismConfig()):
+                pass
     assert [message.partition(";")[0] for message in caplog.messages] == said
 
 

@@ -30,6 +30,8 @@ EXIT_REQUEUE = 75
 """sysexits.h's EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C with a checkpoint, so starting again with --resume goes on."""
 _OURS = "flipproof-"
 """How torchrun's run id begins where it was ``--devices`` that started the processes."""
+_could_start = False
+"""Whether the command line could have asked for more processes, and has not."""
 
 
 def join_srun() -> None:
@@ -140,13 +142,13 @@ def start_processes(verb: str, argv: Sequence[str], devices: int | str | None) -
         if devices in (None, "auto", here):
             return None
         raise ConfigError([f"--devices {devices}: torchrun or srun has started {here} processes here; leave it out"])
+    if devices is None:
+        global _could_start
+        _could_start = True
+        return None
     import torch  # not before the command line and the config are found to be right
 
     gpus = torch.cuda.device_count()
-    if devices is None:
-        if gpus > 1:
-            logger.info("%d GPUs are here and one is used; --devices auto uses all", gpus)
-        return None
     size = max(1, gpus) if devices == "auto" else int(devices)
     if 0 < gpus < size:
         raise ConfigError([f"--devices {size}: at most {gpus} is allowed here, one for each GPU"])
@@ -155,6 +157,14 @@ def start_processes(verb: str, argv: Sequence[str], devices: int | str | None) -
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // size)))
     with tempfile.TemporaryDirectory(prefix=_OURS) as told:
         return _run_agent(verb, argv, size, Path(told))
+
+
+def tell_of_idle(gpus: int) -> None:
+    """Say once that a process alone uses one of several GPUs, where its command line has ``--devices``."""
+    global _could_start
+    if _could_start and gpus > 1:
+        logger.info("%d GPUs are here and one is used; --devices auto uses all", gpus)
+        _could_start = False
 
 
 def _run_agent(verb: str, argv: Sequence[str], size: int, told: Path) -> int:

@@ -230,8 +230,8 @@ _SWEPT = (("p", "Flip probabilities"), ("seeds", "Fault seeds for each"))
 _SAMPLES = _short("--num-samples", "eval.num_samples", "N", "Held-out sequences")
 _DEVICES = Argument(
     "--devices",
-    "Processes to start on this machine: as many, or one for each GPU.",
-    {"metavar": "N|auto", "type": devices_of},
+    "Processes to start on this machine: one for each GPU, or so many.",
+    {"metavar": "auto|N", "type": devices_of},
 )
 _LOGS = (
     _flag("--flip-log", "Every flip of the last faulty arm: JSON lines, .gz compressed.", "FILE", Path),
@@ -261,8 +261,7 @@ VERBS = {
             Argument("--profile", "Write traces (--logging.profile).", {"action": "store_true"}, "logging.profile"),
         ),
         (
-            "flipproof train unsloth/Llama-3.2-1B --lora.r 8 --bitflip.w_p_exp 1e-6 --steps 500",
-            "flipproof train unsloth/Llama-3.1-8B --config 8b --devices auto",
+            "flipproof train unsloth/Llama-3.2-1B --lora.r 8 --bitflip.w_p_exp 1e-6 --steps 500 --devices auto",
             "flipproof train runs/default --resume",
         ),
         tuple(section for section in SECTIONS if section != "sweep"),
