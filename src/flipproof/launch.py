@@ -155,7 +155,7 @@ def start_processes(verb: str, argv: Sequence[str], devices: int | str | None) -
     if size == 1:
         return None
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // size)))
-    with tempfile.TemporaryDirectory(prefix=_OURS) as told:
+    with tempfile.TemporaryDirectory(prefix=_OURS, ignore_cleanup_errors=True) as told:
         return _run_agent(verb, argv, size, Path(told))
 
 

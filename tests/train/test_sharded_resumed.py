@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import preloaded
 import pytest
 from sharded_runs import (
     arguments,
@@ -21,6 +22,7 @@ from sharded_runs import (
     stopped_after,
 )
 
+from flipproof.cli.main import main
 from flipproof.train.checkpoint import checkpoint_problems, list_checkpoints
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -166,6 +168,25 @@ def test_train_as_users_start_it(home, pair):
     assert code == 0, err
     assert out == f"{home}/cli\n"
     assert_bitwise_the_same_run(home / "cli", pair / "full_shard")
+
+
+def test_tasks_of_srun_are_one_run_in_one_directory(home, pair):
+    """Two processes that know nothing but what SLURM calls them; another port than that of another test run."""
+    names = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(os.getpid()), "CUDA_VISIBLE_DEVICES": ""}
+    tasks = [
+        preloaded.start(
+            main,
+            short(home, "srun"),
+            environment=names | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            said=home / f"srun.{rank}.err",
+        )
+        for rank in (0, 1)
+    ]
+    for task in tasks:
+        task.join(300)
+    assert [task.exitcode for task in tasks] == [0, 0], (home / "srun.0.err").read_text()
+    assert (home / "srun.1.err").read_text() == ""  # one of them speaks for both
+    assert_bitwise_the_same_run(home / "srun", pair / "full_shard")
 
 
 def test_devices_start_a_run_that_sigterm_stops_with_its_checkpoint(home):
