@@ -110,8 +110,16 @@ def arguments(home, run, rows, *flags):
 
 
 def start(processes, *command):
+    return _python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command)
+
+
+def start_alone(*argv):
+    return _python("-m", "flipproof", *argv)
+
+
+def _python(*command):
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command],
+        [sys.executable, *command],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,7 +129,7 @@ def start(processes, *command):
 
 
 def finish(process, timeout=3000):
-    """(exit code, stdout, stderr) of torchrun."""
+    """(exit code, stdout, stderr) of what was started."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

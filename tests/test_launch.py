@@ -1,17 +1,21 @@
 """Fake environments of SLURM, as its manual describes them (srun, OUTPUT ENVIRONMENT VARIABLES)."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
+import by_devices
+import preloaded
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from flipproof import launch
 from flipproof.config import ParallelismConfig
 from flipproof.errors import ConfigError
-from flipproof.launch import check_joined, first_host, join_srun, tell_launcher
+from flipproof.launch import check_joined, first_host, join_srun, start_processes, tell_launcher
 from flipproof.world import join_world
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -163,3 +167,122 @@ def test_a_process_that_the_user_started_outlives_its_shell(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(launch.ctypes, "CDLL", lambda *_: pytest.fail("no signal was asked for"))
     launch.end_with_launcher()
+
+
+# -- --devices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with so many GPUs, and what is started there in the place of processes."""
+
+    def make(gpus, **environ):
+        monkeypatch.setattr(os, "environ", environ)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(launch, "_run_agent", lambda verb, argv, size, told: size)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "started"),
+    [(0, 2, 2), (0, "auto", None), (0, 1, None), (4, "auto", 4), (4, 3, 3), (4, 1, None), (1, "auto", None)],
+)
+def test_a_process_for_each_gpu_or_as_many_as_are_asked_for(machine, caplog, gpus, devices, started):
+    machine(gpus)
+    assert start_processes("train", ["train", "m"], devices) == started
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(0, []), (1, []), (8, ["8 GPUs are here and one is used"])])
+def test_idle_gpus_are_told_of_once(machine, monkeypatch, caplog, gpus, said):
+    machine(gpus)
+    with caplog.at_level(logging.INFO, "flipproof"):
+        monkeypatch.setattr(launch, "_could_start", False)
+        for _ in range(2):  # as a program that calls train
+            with join_world(ParallelismConfig()):
+                assert caplog.messages == []
+        assert start_processes("train", ["train", "m"], None) is None
+        for _ in range(2):
+            with join_world(ParallelismConfig()):
+                pass
+    assert [message.partition(";")[0] for message in caplog.messages] == said
+
+
+def test_more_processes_than_gpus_are_refused(machine):
+    machine(4)
+    with pytest.raises(ConfigError, match=r"^--devices 5: at most 4 is allowed here, one for each GPU$"):
+        start_processes("train", ["train", "m"], 5)
+
+
+@pytest.mark.parametrize("devices", [None, "auto", 2, 3])
+def test_what_was_started_by_others_is_not_started_again(machine, devices):
+    machine(8, WORLD_SIZE="6", LOCAL_WORLD_SIZE="2")
+    if devices == 3:
+        with pytest.raises(ConfigError, match=r"^--devices 3: torchrun or srun has started 2 processes here"):
+            start_processes("train", ["train", "m"], devices)
+    else:
+        assert start_processes("train", ["train", "m"], devices) is None
+
+
+PROGRAM = """#!{python}
+import json, os, signal, sys, time
+from pathlib import Path
+
+names = "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE", "MASTER_ADDR"
+here, rank = Path({home!r}), int(os.environ["RANK"])
+(here / f"{{rank}}.json").write_text(json.dumps([sys.argv[1:], [os.environ[name] for name in names]]))
+
+def end(message, at, code):
+    told = {{"message": message, "timestamp": at, "exit_code": code}}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(told))
+    os._exit(code)
+
+def save_at(number):
+    signal.signal(number, lambda *_: end("saved", 1, 75))
+
+def both_are_here():
+    (here / f"ready {{rank}}").touch()
+    while not all((here / f"ready {{other}}").exists() for other in (0, 1)):
+        time.sleep(0.01)
+
+def stop_all(number):
+    both_are_here()
+    os.kill(os.getppid(), number)
+    time.sleep(600)
+
+{job}
+"""
+FAIL, ENDED = "flipproof train: error: the disk is full", "flipproof train: error: process 1 ended with"
+
+
+@pytest.mark.parametrize(
+    ("rank_0", "rank_1", "code", "last"),
+    [
+        ("both_are_here()", "both_are_here()", 0, []),
+        # the first of two reasons counts, and a process that waits is not waited for
+        (f"both_are_here(); end({FAIL!r}, 1, 2)", "both_are_here(); end('closed by peer', 2, 1)", 2, [FAIL]),
+        ("stop_all(0)", "both_are_here(); sys.exit(3)", 3, [f"{ENDED} exit code 3, and so did all"]),
+        ("stop_all(0)", "both_are_here(); os.kill(os.getpid(), 9)", 1, [f"{ENDED} SIGKILL, and so did all"]),
+        # saved, after a signal of their own or after one to the process that the user sees
+        ("both_are_here(); end('saved', 1, 75)", "both_are_here(); end('saved', 1, 75)", 75, []),
+        ("save_at(15); stop_all(15)", "save_at(15); both_are_here(); time.sleep(600)", 75, []),
+        ("save_at(2); stop_all(2)", "save_at(2); both_are_here(); time.sleep(600)", 75, []),
+        # in the middle of what cannot be saved
+        ("stop_all(15)", "save_at(15); both_are_here(); time.sleep(600)", 143, ["flipproof train: ended by SIGTERM"]),
+    ],
+)
+def test_started_processes_end_as_one(tmp_path, rank_0, rank_1, code, last):
+    """Real ones, by torchrun's own agent; each leaves its arguments and names, and then does as told."""
+    program, said = tmp_path / "program", tmp_path / "said"
+    job = f"if rank == 0:\n    {rank_0}\nelse:\n    {rank_1}\n"
+    program.write_text(PROGRAM.format(python=sys.executable, home=str(tmp_path), job=job))
+    program.chmod(0o755)
+    process = preloaded.start(by_devices.main, program, ["train", "m", "--devices", "2"], 2, said=said)
+    process.join(120)
+    assert process.exitcode == code, said.read_text()
+    assert said.read_text().splitlines() == last
+    for rank in (0, 1):
+        argv, names = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert argv == ["-u", "-P", "-m", "flipproof", "train", "m", "--devices", "2"]
+        assert names == [str(rank), "2", str(rank), "2", "localhost"]

@@ -47,35 +47,35 @@ def test_layout(parallelism, size, node_size, expected):
             1,
             1,
             "1 process was started, but parallelism.fsdp_degree x replicas = 4 x 1 = 4; "
-            "start 4 (torchrun --nproc_per_node) or set --parallelism.fsdp_degree 1",
+            "start 4 (--devices, or torchrun --nproc_per_node) or set --parallelism.fsdp_degree 1",
         ),
         (
             {"fsdp_degree": 2, "replicas": 2},
             6,
             6,
             "6 processes were started, but parallelism.fsdp_degree x replicas = 2 x 2 = 4; "
-            "start 4 (torchrun --nproc_per_node) or set --parallelism.fsdp_degree 3",
+            "start 4 (--devices, or torchrun --nproc_per_node) or set --parallelism.fsdp_degree 3",
         ),
         (  # no degree makes 4 processes 3 replicas
             {"replicas": 3},
             4,
             4,
             "4 processes were started, but parallelism.fsdp_degree x replicas = 1 x 3 = 3; "
-            "start 3 (torchrun --nproc_per_node)",
+            "start 3 (--devices, or torchrun --nproc_per_node)",
         ),
         (
             {"replicas": 4},
             2,
             2,
             "2 processes were started, but parallelism.fsdp_degree x replicas = 1 x 4 = 4; "
-            "start 4 (torchrun --nproc_per_node)",
+            "start 4 (--devices, or torchrun --nproc_per_node)",
         ),
         (
             {"sharding_strategy": "hybrid_shard", "fsdp_degree": 8},
             4,
             4,
             "4 processes were started, but parallelism.fsdp_degree x replicas = 8 x 1 = 8; "
-            "start 8 (torchrun --nproc_per_node) or set --parallelism.fsdp_degree 4",
+            "start 8 (--devices, or torchrun --nproc_per_node) or set --parallelism.fsdp_degree 4",
         ),
         (
             {"sharding_strategy": "no_shard", "replicas": 4},
@@ -180,7 +180,7 @@ def test_in_one_process_nothing_is_sharded_or_wrapped(tiny_llama, token_ids):
 
 def test_offloading_needs_several_processes():
     config = ParallelismConfig(cpu_offload=True)
-    with pytest.raises(ConfigError, match=r"cpu_offload = True: 1 process .*torchrun"), join_world(config):
+    with pytest.raises(ConfigError, match=r"cpu_offload = True: 1 process .*--devices"), join_world(config):
         pass
 
 

@@ -1,20 +1,37 @@
-"""How this process was started (alone, by ``torchrun``, by ``srun``), and what its launcher is told.
+"""How this process was started (alone, by ``torchrun``, ``srun`` or ``--devices``), and what its launcher is told.
 
 torch.distributed knows processes by RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 ``torchrun`` sets them; SLURM says the same in words of its own. Without them each of the N tasks of a plain ``srun``
 would be a whole run.
+
+``--devices N`` is torchrun's own agent in the process that the user started: it runs the same command line N times.
+What is said at last is one line, and the exit code is that of the processes.
 """
 
 import ctypes
 import json
+import logging
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from flipproof.errors import ConfigError
+
+logger = logging.getLogger("flipproof")
+
+EXIT_REQUEUE = 75
+"""sysexits.h's EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C with a checkpoint, so starting again with --resume goes on."""
+_OURS = "flipproof-"
+"""How torchrun's run id begins where it was ``--devices`` that started the processes."""
+_could_start = False
+"""Whether the command line could have asked for more processes, and has not."""
 
 
 def join_srun() -> None:
@@ -90,11 +107,107 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def tell_launcher(reason: str) -> None:
-    """Why this process ends, for the summary with which torchrun ends: else the reason stands 100 lines above."""
+def tell_launcher(reason: str, code: int = 1) -> None:
+    """Why this process ends, and with which exit code, for what the launcher says at last: torchrun's summary, without
+    which the reason stands 100 lines above, or the one line of ``--devices``."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
         # the first counts, by whole seconds: one that only follows from the end of another process is not it
         follows = any(words in reason for words in ("by peer", "remote process exited"))
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": reason, "timestamp": int(time.time()) + follows}, file)
+            json.dump({"message": reason, "timestamp": int(time.time()) + follows, "exit_code": code}, file)
+
+
+def started_by_devices() -> bool:
+    """Whether this is one of the processes that ``--devices`` started, which says at last why they end."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_OURS)
+
+
+def start_processes(verb: str, argv: Sequence[str], devices: int | str | None) -> int | None:
+    """Run a command line in the processes that ``--devices`` asks for, and wait for them.
+
+    Args:
+        argv: all of it, with the verb.
+        devices: a number, "auto" for one process on each GPU (one process where there is none), or None where nothing
+            was asked for.
+
+    Returns:
+        Their exit code; None where this process is to do it: it is one of several already, or the only one.
+
+    Raises:
+        ConfigError: where other processes were started already, or more are asked for than there are GPUs.
+    """
+    if "WORLD_SIZE" in os.environ:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        if devices in (None, "auto", here):
+            return None
+        raise ConfigError([f"--devices {devices}: torchrun or srun has started {here} processes here; leave it out"])
+    if devices is None:
+        global _could_start
+        _could_start = True
+        return None
+    import torch  # not before the command line and the config are found to be right
+
+    gpus = torch.cuda.device_count()
+    size = max(1, gpus) if devices == "auto" else int(devices)
+    if 0 < gpus < size:
+        raise ConfigError([f"--devices {size}: at most {gpus} is allowed here, one for each GPU"])
+    if size == 1:
+        return None
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // size)))
+    with tempfile.TemporaryDirectory(prefix=_OURS, ignore_cleanup_errors=True) as told:
+        return _run_agent(verb, argv, size, Path(told))
+
+
+def tell_of_idle(gpus: int) -> None:
+    """Say once that a process alone uses one of several GPUs, where its command line has ``--devices``."""
+    global _could_start
+    if _could_start and gpus > 1:
+        logger.info("%d GPUs are here and one is used; --devices auto uses all", gpus)
+        _could_start = False
+
+
+def _run_agent(verb: str, argv: Sequence[str], size: int, told: Path) -> int:
+    """As ``torchrun --standalone`` does; its own log, hundreds of lines about one error, is not shown."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=f"{_OURS}{uuid.uuid4()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(told)),
+    )
+    logging.disable(logging.ERROR)
+    try:
+        # -P: as for the command itself, a file in the working directory is not what an import finds
+        elastic_launch(config, sys.executable)("-u", "-P", "-m", "flipproof", *argv)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 1
+        if code != EXIT_REQUEUE:
+            print(_reason(verb, failure), file=sys.stderr)
+        return code
+    except SignalException as stop:
+        codes = [json.loads(file.read_text("utf-8")).get("exit_code") for file in told.rglob("error.json")]
+        if codes == [EXIT_REQUEUE] * size:
+            return EXIT_REQUEUE
+        print(f"flipproof {verb}: ended by {stop.sigval.name}", file=sys.stderr)
+        return 128 + stop.sigval
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
+
+
+def _reason(verb: str, failure: Any) -> str:
+    """Of a torch ``ProcessFailure``: what the process told, or else how it ended."""
+    if os.path.isfile(failure.error_file):
+        return str(failure.message)
+    ended = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
+    return f"flipproof {verb}: error: process {failure.local_rank} ended with {ended}, and so did all"

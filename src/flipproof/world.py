@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flipproof.config import ParallelismConfig
 from flipproof.errors import ConfigError
-from flipproof.launch import check_joined, end_with_launcher, join_srun
+from flipproof.launch import check_joined, end_with_launcher, join_srun, tell_of_idle
 
 Result = TypeVar("Result")
 
@@ -141,7 +141,7 @@ def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, i
         raise ConfigError(
             [
                 f"{started}, but parallelism.fsdp_degree x replicas = {degree} x {replicas} = {degree * replicas}; "
-                f"start {degree * replicas} (torchrun --nproc_per_node){mend}"
+                f"start {degree * replicas} (--devices, or torchrun --nproc_per_node){mend}"
             ]
         )
     return replicas, degree
@@ -182,7 +182,8 @@ def join_world(config: ParallelismConfig, dumps: Path | None = None) -> Iterator
         torch.cuda.set_device(device)
     if size == 1:
         if config.cpu_offload:
-            raise ConfigError(["parallelism.cpu_offload = True: 1 process was started; it needs several (torchrun)"])
+            raise ConfigError(["parallelism.cpu_offload = True: 1 process was started; it needs several (--devices)"])
+        tell_of_idle(torch.cuda.device_count())
         yield World(0, 1, device)
         return
     # What was under way when a collective hangs: each process writes its last collectives when one times out.

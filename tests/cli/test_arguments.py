@@ -121,6 +121,10 @@ def parsed(argv):
          "eval m --eval.num_samples 4 --eval.until_ci 0.1 --eval.trials 2"),
         ("generate m --prompt a --max_new_tokens 3 --top_p 0.5 --output_dir o",
          "generate m --prompt a --max-new-tokens 3 --top-p 0.5 --to o"),
+        # LitGPT's, as its document has them
+        ("train m --devices=4 --data.json_path data/alpaca.json", "train m --devices 4 --data.source data/alpaca.json"),
+        ("eval m --nproc-per-node auto --data.json-path a", "eval m --devices auto --source a"),
+        ("train m --training.learning_rate 1e-4", "train m --training.lr 1e-4"),
         # MODEL wherever it stands
         ("eval --to x m --trials 2", "eval m --to x --trials 2"),
         ("train --lr 1 m", "train m --lr 1"),
@@ -135,7 +139,6 @@ def test_words_of_other_tools_that_mean_one_thing_work(theirs, ours):
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        ("train m --devices 4", "torchrun --nproc_per_node"),
         ("train m --num_nodes 2", "torchrun --nproc_per_node"),
         ("train m --strategy fsdp", "parallelism.sharding_strategy"),
         ("train m --bf16", "training.mixed_precision_param"),
@@ -246,3 +249,14 @@ def test_a_short_flag_and_its_key_are_one_and_the_last_counts(capsys):
     out, err = capsys.readouterr()
     assert "steps = 4\n" in out
     assert re.fullmatch(r"\d\d:\d\d:\d\d --training\.steps: given twice, '3' and '4'; the last one counts\n", err)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "2.5", "all", "m", ""])
+def test_devices_are_a_number_or_auto(number, capsys):
+    line = said(capsys, "train", f"--devices={number}")
+    assert line.startswith(f"--devices = {number!r}: a number of processes, or auto, ")
+
+
+def test_every_verb_that_runs_a_model_starts_processes():
+    verbs = {name for name, verb in VERBS.items() if "devices" in verb.flags}
+    assert verbs == {"train", "eval", "generate", "profile", "harden", "sweep", "export"}

@@ -27,6 +27,8 @@ def test_help_version_and_errors_import_nothing_heavy(tmp_path):
         ["eval", "--help", "all"],
         ["trian"],
         ["eval", "m", "--xyzzy"],
+        ["train", "m", "--devices", "many"],
+        ["train", "--config", "nowhere.toml", "--devices", "2"],
         ["train", "--config", str(tmp_path / "bad.toml")],
         ["train", "--config", "nowhere.toml"],
         ["eval", "./nowhere"],

@@ -92,7 +92,7 @@ def test_a_key_that_means_none_of_ours_is_answered(section, key, words):
 def test_tables_of_other_tools_are_told_where_their_keys_are():
     assert near_table("dataset", is_table=True) == "; the table is [data], and the text its source"
     assert "training.lr" in near_table("optimizer", is_table=True)
-    assert near_table("devices", is_table=False).startswith(" outside a table; processes are started by a launcher")
+    assert near_table("devices", is_table=False).startswith(" outside a table; processes are started by --devices N")
 
 
 def test_where_nothing_is_near_all_are_named():

@@ -2,8 +2,6 @@
 
 import copy
 
-import foreign_loops
-import preloaded
 import pytest
 import torch
 from rounding import assert_same_function
@@ -347,35 +345,3 @@ def test_keys_values_and_embedding_of_a_second_run_draw_anew(tiny_llama, token_i
         first, second = seen[name], seen[name.replace("/", "#2/")]
         assert first.any()
         assert not torch.equal(first, second)
-
-
-# -- ranks -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def loops_of_two(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("loops")
-    assert preloaded.run_ranks(2, foreign_loops.main, directory) == [0, 0]
-    return directory
-
-
-@pytest.mark.parametrize("loop", ["ddp", "accelerate", "fsdp"])
-def test_two_ranks_in_any_loop_are_one_process_on_the_whole_batch(loops_of_two, loop):
-    """Each draws its own rows' flips, bit for bit, and both draw the same weights'."""
-    alone, ids = foreign_loops.make_model(), foreign_loops.global_batch()
-    ranks = [torch.load(loops_of_two / f"{loop}.{rank}.pt") for rank in range(2)]
-    alone(input_ids=ids, labels=ids).loss.backward()
-    for name, expected in foreign_loops.gradients(alone).items():
-        for rank in ranks:
-            # sums over tokens in another order: as many roundings, in each of 28 products forward and backward
-            bound = 28 * 2.0**-24 * ids.numel() * float(expected.norm())
-            torch.testing.assert_close(rank["gradients"][name], expected, rtol=0, atol=bound)
-    if loop == "fsdp":  # whose weights a look without gradients does not see whole
-        return
-    # the second pass, after that of the gradients
-    for name, bits in foreign_loops.flips_of(alone, ids).items():
-        if name.endswith("/w"):
-            assert torch.equal(ranks[0]["flips"][name], bits)
-            assert torch.equal(ranks[1]["flips"][name], bits)
-        else:
-            assert torch.equal(torch.cat([rank["flips"][name] for rank in ranks]), bits)

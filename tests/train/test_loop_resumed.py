@@ -15,10 +15,10 @@ from tiny_runs import assert_same_run, child_paused_at, crash_at, metrics, setti
 
 import flipproof.train.loop as train_module
 from flipproof.cli.main import main
-from flipproof.cli.verbs import EXIT_REQUEUE
 from flipproof.config import load_config
 from flipproof.data.sequences import training_indices
 from flipproof.errors import ConfigError
+from flipproof.launch import EXIT_REQUEUE
 from flipproof.measure.evaluate import evaluate
 from flipproof.models.load import byte_tokenizer
 from flipproof.train import rundir

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import preloaded
 import pytest
 from sharded_runs import (
     arguments,
@@ -15,11 +16,13 @@ from sharded_runs import (
     make_home,
     run_jobs,
     start,
+    start_alone,
     start_job,
     stderr,
     stopped_after,
 )
 
+from flipproof.cli.main import main
 from flipproof.train.checkpoint import checkpoint_problems, list_checkpoints
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -165,6 +168,47 @@ def test_train_as_users_start_it(home, pair):
     assert code == 0, err
     assert out == f"{home}/cli\n"
     assert_bitwise_the_same_run(home / "cli", pair / "full_shard")
+
+
+def test_tasks_of_srun_are_one_run_in_one_directory(home, pair):
+    """Two processes that know nothing but what SLURM calls them; another port than that of another test run."""
+    names = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(os.getpid()), "CUDA_VISIBLE_DEVICES": ""}
+    tasks = [
+        preloaded.start(
+            main,
+            short(home, "srun"),
+            environment=names | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            said=home / f"srun.{rank}.err",
+        )
+        for rank in (0, 1)
+    ]
+    for task in tasks:
+        task.join(300)
+    assert [task.exitcode for task in tasks] == [0, 0], (home / "srun.0.err").read_text()
+    assert (home / "srun.1.err").read_text() == ""  # one of them speaks for both
+    assert_bitwise_the_same_run(home / "srun", pair / "full_shard")
+
+
+def test_devices_start_a_run_that_sigterm_stops_with_its_checkpoint(home):
+    """It has more steps than time, and says how to go on."""
+    argv = short(home, "devices", "--devices", "2")
+    process = start_alone(*argv, "--steps", "100000", "--training.lr_scheduler", "constant")
+    wait_for(home / "devices/metrics.jsonl", process)
+    process.terminate()
+    code, out, err = finish(process)
+    assert code == 75, err
+    assert out == ""
+    (told,) = re.findall(r"stopped by SIGTERM after step (\d+); flipproof (train .*) goes on from there", err)
+    assert [path.name for path in list_checkpoints(home / "devices/checkpoints")][-1] == f"step-{told[0]}"
+    assert told[1] == f"train --config {home}/devices/config.toml --devices 2 --resume"
+
+
+def test_devices_go_on_to_the_same_bits(home, pair):
+    stopped_after(2, pair / "full_shard", home / "devices_2")
+    code, out, err = finish(start_alone(*short(home, "devices_2", "--devices", "2", "--resume")))
+    assert code == 0, err
+    assert out == f"{home}/devices_2\n"
+    assert_bitwise_the_same_run(home / "devices_2", pair / "full_shard")
 
 
 def test_the_wrong_number_of_processes_is_told_before_anything_is_written(home):

@@ -60,6 +60,7 @@ class Verb:
         words = {KEYS[key]: key for key in reads if names.count(KEYS[key]) == 1}
         words |= {word: key for word, key in MEANT.items() if key in reads}
         words |= {f"{section}_{key}": f"{section}.{key}" for section, key in (key.split(".") for key in reads)}
+        words |= {f"{key.partition('.')[0]}.{word}": key for word, key in MEANT.items() if key in reads}
         words = {word: key for word, key in words.items() if word not in aliases.ANSWERS}
         return {word: key for word, key in (words | own).items() if key}
 
@@ -199,6 +200,15 @@ def checkpoint_of(text: str) -> str:
         seen = f"= {text!r}" if text else "is empty"
         raise argparse.ArgumentTypeError(f"{seen}: auto or a checkpoint's name (step-N) is allowed; MODEL comes first")
     return text
+
+
+def devices_of(text: str) -> int | str:
+    """What --devices takes, which may have swallowed the MODEL behind it."""
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"= {text!r}: a number of processes, or auto, one for each GPU, is allowed")
+    return int(text)
 
 
 def path_of(text: str) -> Path:

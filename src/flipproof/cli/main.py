@@ -7,16 +7,17 @@ import codecs
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 from flipproof import __version__
 from flipproof.cli.arguments import Parser
 from flipproof.cli.model import config_of, control_of
 from flipproof.cli.verbs import VERBS
-from flipproof.config import aliases
+from flipproof.config import RunConfig, aliases
 from flipproof.config.names import nearest, plain
 from flipproof.errors import ConfigError
-from flipproof.launch import join_srun, tell_launcher
+from flipproof.launch import join_srun, start_processes, started_by_devices, tell_launcher
 from flipproof.log import set_up_logging
 
 _PLAIN = {"✔": "y", "✘": "n", "±": "~", "×": "x", "−": "-", "–": "-", "…": "...", "·": "*", "→": "->", "⁻": "^-"}
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(verb, [problem])
     except KeyboardInterrupt:
-        print(f"flipproof {verb}: interrupted", file=sys.stderr)
+        if not started_by_devices():
+            print(f"flipproof {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if problem := _of_memory(error):
@@ -79,7 +81,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     chosen = VERBS[verb]
     args, overrides = Parser(verb, VERBS).parse(arguments[1:])
     if not chosen.keys:
-        return chosen.run(args) or 0
+        return _start_or(chosen.run, verb, arguments, args)
     resumes = getattr(args, "resume", None) is not None
     config, adapter = config_of(args.model, args.config or [], overrides, resumes)
     if adapter is not None and "adapter" not in args:
@@ -89,14 +91,24 @@ def _run(verb: str, arguments: list[str]) -> int:
         if not args.adapter and getattr(args, "tasks", None) is None and "control" in args:
             args.control = args.control or control_of(adapter)
         args.adapter = args.adapter or adapter
-    return chosen.run(args, config) or 0
+    return _start_or(chosen.run, verb, arguments, args, config)
+
+
+def _start_or(
+    run: Callable[..., int | None], verb: str, arguments: list[str], args: Namespace, *config: RunConfig
+) -> int:
+    """Run a verb here, or the whole command line in the processes that are to be started."""
+    if "devices" in args and (code := start_processes(verb, arguments, args.devices)) is not None:
+        return code
+    return run(args, *config) or 0
 
 
 def _complain(verb: str, problems: Sequence[str]) -> None:
     lines = [f"flipproof {verb}: error: {' '.join(problem.splitlines())}" for problem in problems]
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a node see the same
+    # all processes of a node see the same
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not started_by_devices():
         print("\n".join(lines), file=sys.stderr)
-    tell_launcher("\n".join(lines))
+    tell_launcher("\n".join(lines), 2)
 
 
 def _of_memory(error: Exception) -> str | None:

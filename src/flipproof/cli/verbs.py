@@ -7,18 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from flipproof.cli.arguments import Argument, Verb, checkpoint_of, path_of, value_of
+from flipproof.cli.arguments import Argument, Verb, checkpoint_of, devices_of, path_of, value_of
 from flipproof.config import SECTIONS, RunConfig, changed_preset, described_keys, preset_names, preset_text
 from flipproof.config.names import keys_called, keys_meant, near_key, nearest, plain
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import GRANULARITIES, field_names
-from flipproof.launch import tell_launcher
+from flipproof.launch import EXIT_REQUEUE, tell_launcher
 from flipproof.log import logger
 from flipproof.records import CONFIG
-
-EXIT_REQUEUE = 75
-"""sysexits.h's EX_TEMPFAIL: stopped by SIGTERM or Ctrl-C with a checkpoint, so starting again with --resume goes on."""
 
 
 def _say(result: object) -> None:
@@ -46,7 +43,7 @@ def _train(args: Namespace, config: RunConfig) -> int:
         _say(train(config, resume=args.resume))
     except Interrupted as reason:
         logger.warning("%s", reason)
-        tell_launcher(str(reason))
+        tell_launcher(str(reason), EXIT_REQUEUE)
         return EXIT_REQUEUE
     return 0
 
@@ -231,6 +228,11 @@ _ADAPTER = _flag("--adapter", "A PEFT adapter: adds arms of the model with it.",
 _CONTROL = _flag("--control", "Another, trained alike without faults: adds its arms.", "DIR", Path)
 _SWEPT = (("p", "Flip probabilities"), ("seeds", "Fault seeds for each"))
 _SAMPLES = _short("--num-samples", "eval.num_samples", "N", "Held-out sequences")
+_DEVICES = Argument(
+    "--devices",
+    "Processes to start on this machine: one for each GPU, or so many.",
+    {"metavar": "auto|N", "type": devices_of},
+)
 _LOGS = (
     _flag("--flip-log", "Every flip of the last faulty arm: JSON lines, .gz compressed.", "FILE", Path),
     _flag("--replay", "Such a file: its flips in the place of draws.", "FILE", Path),
@@ -249,6 +251,7 @@ VERBS = {
         (
             *_config_of("its config and the model that it trained, or with --resume the run itself"),
             _short("--steps", "training.steps", "N", "Optimizer steps"),
+            _DEVICES,
             _flag("--dry-run", "Check what needs no weights, print the resolved config and stop."),
             Argument(
                 "--resume",
@@ -258,7 +261,7 @@ VERBS = {
             Argument("--profile", "Write traces (--logging.profile).", {"action": "store_true"}, "logging.profile"),
         ),
         (
-            "flipproof train unsloth/Llama-3.2-1B --lora.r 8 --bitflip.w_p_exp 1e-6 --steps 500",
+            "flipproof train unsloth/Llama-3.2-1B --lora.r 8 --bitflip.w_p_exp 1e-6 --steps 500 --devices auto",
             "flipproof train runs/default --resume",
         ),
         tuple(section for section in SECTIONS if section != "sweep"),
@@ -274,6 +277,7 @@ VERBS = {
             _short("--trials", "eval.trials", "N", "Fault seeds"),
             _short("--until-ci", "eval.until_ci", "H", "Add fault seeds until sure"),
             _short("--batch-size", "training.local_batch_size", "N", "Sequences at a time"),
+            _DEVICES,
             _flag("--to", "Directory to write results.json into.", "DIR", Path),
             _flag("--tasks", "Tasks of lm-eval; text as well where a data.* key names one.", "A,B", tuple[str, ...]),
             _flag("--include-path", "A directory with lm-eval tasks of your own.", "DIR", Path),
@@ -311,6 +315,7 @@ VERBS = {
             _flag("--seed", "Of the draws of tokens, the same for all texts.", "N", int, default=0),
             _ADAPTER,
             _CONTROL,
+            _DEVICES,
             _flag("--to", "Directory to write generate.json into.", "DIR", Path),
             *_LOGS,
         ),
@@ -326,6 +331,7 @@ VERBS = {
         (
             *_WHOLE,
             _SAMPLES,
+            _DEVICES,
             _flag("--to", "Directory to write profile.json, or guards.safetensors, into.", "DIR", Path),
             _flag(
                 "--guards",
@@ -346,6 +352,7 @@ VERBS = {
         _harden,
         (
             *_WHOLE,
+            _DEVICES,
             _flag("--to", "New directory: model, guards, results and report.", "DIR", Path, required=True),
             _flag(
                 "--rotate",
@@ -370,6 +377,7 @@ VERBS = {
         _sweep,
         (
             *_WHOLE,
+            _DEVICES,
             _flag("--to", "Directory to write, or of the same sweep, to go on.", "DIR", Path, required=True),
             *(
                 Argument(f"--{key.replace('_', '-')}", f"The same as --sweep.{key}.", {"metavar": "…"}, f"sweep.{key}")
@@ -400,6 +408,7 @@ VERBS = {
         _export,
         (
             Argument("run", "A run's directory.", {"metavar": "RUN", "type": path_of}),
+            _DEVICES,
             _flag("--to", "Directory to write, which must not exist.", "DIR", Path, required=True),
             _flag(
                 "--format",

@@ -54,11 +54,12 @@ FLAGS = {
     "resume": ("resume_from_checkpoint",),
     "cache": ("use_cache",),
     "adapter": ("adapter_path", "adapter_name_or_path"),
+    "devices": ("nproc_per_node",),
 }
 """A verb's own flag -> words for it."""
 
 _PROCESSES = (
-    "processes are started by a launcher: torchrun --nproc_per_node 4 -m flipproof train MODEL …; "
+    "processes are started by --devices N, on several machines by torchrun --nproc_per_node N -m flipproof VERB …; "
     "parallelism.sharding_strategy and parallelism.fsdp_degree say how they share the model"
 )
 _LENGTH = "the length of a run is training.steps, training.epochs or training.tokens_per_parameter"

@@ -35,6 +35,7 @@ from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import faults
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_writable, discard
+from flipproof.launch import started_by_devices
 from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
 from flipproof.measure.evaluate import arms_of, measure_config_arms, results
@@ -305,8 +306,10 @@ class _Run:
         write_record(self.run_dir / RESULTS, values | best)
 
     def _goes_on(self) -> str:
-        start = "flipproof" if self.world.size == 1 else "torchrun … -m flipproof"
-        return f"{start} train --config {shlex.quote(str(self.run_dir / CONFIG))} --resume goes on from there"
+        start = "flipproof" if self.world.size == 1 or started_by_devices() else "torchrun … -m flipproof"
+        devices = f" --devices {self.world.size}" if started_by_devices() else ""
+        path = shlex.quote(str(self.run_dir / CONFIG))
+        return f"{start} train --config {path}{devices} --resume goes on from there"
 
 
 class _Course:
