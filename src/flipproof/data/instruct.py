@@ -9,11 +9,11 @@
 
 **What has a loss.** The answer and the end-of-text token after it; of a chat each turn of the assistant; without
 ``mask_prompt`` everything. Never a sample's first token, which nothing comes before. Which tokens of a chat are the
-assistant's a template may say itself ({% generation %}). Otherwise the chat is rendered as far as each answer begins and
-as far as it ends: each of these texts must be the beginning of the next, and what is between is the answer.
+assistant's a template may say itself ({% generation %}). Otherwise the chat is rendered as far as each answer begins
+and as far as it ends: each of these texts must be the beginning of the next, and what is between is the answer.
 
-**Tokens** of a prompt are those that it has alone, as when a model is asked; an answer goes on from there with the tokens
-of the whole where these begin with the prompt's, else with its own.
+**Tokens** of a prompt are those that it has alone, as when a model is asked; an answer goes on from there with the
+tokens of the whole where these begin with the prompt's, else with its own.
 """
 
 import re
@@ -190,8 +190,8 @@ class Encoder:
                 raise ConfigError(
                     [
                         f"{where}: the tokenizer's chat template renders the beginning of a chat otherwise when more "
-                        "follows, so that the assistant's tokens cannot be told; mark them in it with {% generation %}, "
-                        "or set data.mask_prompt = false"
+                        "follows, so that the assistant's tokens cannot be told; mark them in it with "
+                        "{% generation %}, or set data.mask_prompt = false"
                     ]
                 )
             # a turn that says nothing is not learnt

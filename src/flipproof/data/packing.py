@@ -86,12 +86,9 @@ def cache_path(
     more: dict[str, Any] | None = None,
 ) -> Path:
     """The file that these tokens are in, or will be. ``more``: what else they depend on, as JSON."""
-    import datasets
-
-    directory = Path(datasets.config.HF_DATASETS_CACHE) / "flipproof"
     if source.remote:
-        _check_cache(directory)
-    return directory / f"{_key(source, part, tokenizer, start, seq_len, limit, more or {})}.npy"
+        check_cache()
+    return _directory() / f"{_key(source, part, tokenizer, start, seq_len, limit, more or {})}.npy"
 
 
 def packed_file(
@@ -110,21 +107,33 @@ def packed_file(
     """
     if (tokens := _finished(path)) is not None:
         return tokens
-    _check_cache(path.parent)
+    check_cache()
     logger.info("data source %r is tokenised into %s", source.name, path)
     try:
         with _lock(path):
             if (tokens := _finished(path)) is None:
                 if not _write(path, make(), limit, dtype):
-                    which = "" if part == "all" else f" in its {part} part"
-                    raise ConfigError([f"data source {source.name!r} holds no {what}{which}"])
+                    raise holds_no(what, source.name, part)
                 tokens = np.load(path, mmap_mode="r")
     except OSError as error:  # of the source there are none: those are ConfigErrors
         raise _cache_error(path.parent, error) from error
     return tokens
 
 
-def _check_cache(directory: Path) -> None:
+def holds_no(what: str, name: str, part: Part) -> ConfigError:
+    which = "" if part == "all" else f" in its {part} part"
+    return ConfigError([f"data source {name!r} holds no {what}{which}"])
+
+
+def _directory() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "flipproof"
+
+
+def check_cache() -> None:
+    """Raises ConfigError where the cache cannot be written."""
+    directory = _directory()
     probe = temporary_name(directory / "probe")
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from flipproof.config import DataConfig
 from flipproof.data.document import Part
-from flipproof.data.packing import beginning, packed_tokens
+from flipproof.data.packing import beginning, check_cache, packed_tokens
 from flipproof.data.samples import BEGINS, HAS_LOSS, About, encoder, filled, instruction_format
 from flipproof.data.source import Source, check_apart, open_source
 from flipproof.errors import ConfigError
 from flipproof.log import logger
-
 
 _NO_LABEL = -100  # as in transformers
 
@@ -160,6 +159,8 @@ def _text(
     source = open_source(name, config.text_column)
     if source.splits and part != "training":
         logger.info("data source %r: %s", name, source.splits)
+    if source.remote:
+        check_cache()  # which what tells of its columns writes into
     if (format := instruction_format(config, source, part)) is not None:
         rows = None if limit is None else limit // seq_len
         made = filled(source, part, config, encoder(config, format, tokenizer), seq_len, rows)

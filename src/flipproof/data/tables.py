@@ -26,7 +26,8 @@ def reason(error: BaseException) -> str:
 
 
 def no_column(column: str, name: str, columns: Iterable[str]) -> ConfigError:
-    return ConfigError([f"data.text_column = {column!r}: {name!r} has the columns {', '.join(columns)}"])
+    known = "no text, and no instruction data (instruction, output; prompt, completion; messages)"
+    return ConfigError([f"data.text_column = {column!r}: {name!r} has the columns {', '.join(columns)}: {known}"])
 
 
 def rows(values: Iterable[Any], name: str, column: str | None) -> Iterator[Row]:
