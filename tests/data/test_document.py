@@ -171,7 +171,7 @@ def test_a_row_is_text_or_says_what_it_is():
         with pytest.raises(ConfigError) as error:
             read(value)
         assert f"data.text_column = 'text': t, row 0 holds a value of type {kind}, not text" in str(error.value)
-        assert ("not read yet" in str(error.value)) == isinstance(value, list | dict)
+        assert ("data.format = 'chat'" in str(error.value)) == isinstance(value, list)
     with pytest.raises(ConfigError, match=r"row 0 holds bytes that are not UTF-8 \(byte 1 of them\)"):
         read(b"a\xe9")
 

@@ -43,7 +43,7 @@ def bad(words, tokenizer=None, seq_len=64, **config):
 
 
 def files(cache):
-    return sorted(path for path in cache.iterdir() if path.suffix != ".lock")
+    return sorted(path for path in cache.glob("*") if path.suffix != ".lock")
 
 
 def test_tokens_are_packed_once_and_mapped_read_only(source, cache, tokenised):

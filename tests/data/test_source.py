@@ -181,8 +181,8 @@ def test_other_columns_are_of_no_matter(tmp_path):
     write_rows(tmp_path / "two" / "b.jsonl", [{"text": "c"}])
     assert read(tmp_path / "two") == ["", "", "", "c"]
     chat = write_rows(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    refused(["has the columns messages", "instruction data are not read yet"], chat)
-    refused(["chat.jsonl, line 1 holds a value of type list of dict", "not read yet"], chat, "messages")
+    refused(["has the columns messages", "no text, and no instruction data"], chat)
+    refused(["chat.jsonl, line 1 holds a value of type list of dict", "data.format = 'chat'"], chat, "messages")
 
 
 def test_json_lines_of_every_usual_form(tmp_path):

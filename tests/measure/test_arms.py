@@ -139,3 +139,51 @@ def test_a_guard_that_costs_is_warned_of_once_with_its_thresholds(arms, warned):
         assert "bitflip.w_zero_out_t = 0.5 or bitflip.x_zero_out_t = 4 or bitflip.x_zero_out_t = 8" in line
         assert "flipproof profile" in line
         assert "\n" not in line
+
+
+def test_sequences_count_by_their_tokens():
+    """The weighted means, and the error of a ratio (Cochran, 1977) by its own formula."""
+    rng = np.random.default_rng(1)
+    clean = rng.normal(3, 1, 7)
+    guard, table = clean + rng.normal(0.1, 0.1, 7), clean + 0.5 + rng.normal(0, 0.2, (4, 7))
+    tokens = rng.integers(5, 60, 7)
+    arms = {
+        "clean": Arm.from_table(clean[None], tokens.tolist()),
+        "guard": Arm.from_table(guard[None], tokens.tolist()),
+        "flipped": Arm.from_table(table, tokens.tolist()),
+    }
+    assert arms["clean"].loss == pytest.approx((clean * tokens).sum() / tokens.sum())
+    assert arms["flipped"].trial_losses == pytest.approx((table * tokens).sum(1) / tokens.sum())
+    assert arms["flipped"].tokens == tokens.sum()
+
+    def ratio(values):
+        mean = (values * tokens).sum() / tokens.sum()
+        error = math.sqrt((tokens**2 * (values - mean) ** 2).sum() / (7 * 6)) / tokens.mean()
+        return stats.t.interval(0.95, 6, loc=mean, scale=error)
+
+    assert arms["clean"].text_interval == pytest.approx(ratio(clean))
+    assert costs(arms)["guard"].interval == pytest.approx(ratio(guard - clean))
+    # as a table of as many values as tokens, whose two-way means are those of the tokens
+    again = {name: Arm.from_dict(json.loads(json.dumps(asdict(arm)))) for name, arm in arms.items()}
+    assert again == arms
+    d = table - clean
+    mean = (d * tokens).sum() / (4 * tokens.sum())
+    z = (d - mean) * tokens / tokens.mean() + mean
+    alike = {"clean": Arm.from_table(np.zeros((1, 7)), 70), "flipped": Arm.from_table(z, 70)}
+    assert costs(arms)["flipped"].interval == pytest.approx(costs(alike)["flipped"].interval)
+    broken = Arm.from_table(np.array([[1.0, math.inf]]), [3, 4])
+    assert (broken.loss, broken.text_interval) == (math.inf, None)
+
+
+def test_sequences_of_as_many_tokens_are_what_they_were_to_the_bit():
+    table = np.random.default_rng(2).normal(3, 1, (3, 7))
+    arm = Arm.from_table(table, [31] * 7)
+    assert arm == Arm.from_table(table, 7 * 31)
+    assert arm.trial_losses == tuple(math.fsum(row) / 7 for row in table.tolist())
+
+
+def test_sequence_tokens_that_fit_no_sequences_are_refused():
+    values = asdict(Arm.from_table(np.ones((1, 3)), [1, 2, 3]))
+    for wrong in ([1, 2], [0, 1, 2]):
+        with pytest.raises(ValueError, match="sequence_tokens"):
+            Arm.from_dict(values | {"sequence_tokens": wrong})

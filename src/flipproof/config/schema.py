@@ -211,6 +211,15 @@ class DataConfig(Table):
     """How many tokens of the held-out part of source are used, at most; never more than a tenth of max_tokens."""
     text_column: str = "text"
     """The column of jsonl, parquet and Hub data that holds the text."""
+    format: Literal["auto", "text", "alpaca", "prompt_completion", "chat"] = "auto"
+    """What the rows of a table are: text; alpaca (instruction, input, output), in the prompt of Stanford Alpaca;
+    prompt_completion (prompt, and completion or response); chat (messages, or conversations), in the tokenizer's chat
+    template. auto tells by the columns where there is no text_column."""
+    mask_prompt: bool = True
+    """Of instruction data only the answers have a loss; False is all of it."""
+    packing: bool = True
+    """Several samples of instruction data share a sequence, and none sees another. False gives each a sequence of its
+    own, padded."""
     max_tokens: Count | None = None
     """Use this many tokens of source at most."""
     bos: bool | None = None

@@ -95,6 +95,15 @@ class Row:
         return codecs.getincrementaldecoder("utf-8")()
 
 
+@dataclass(frozen=True)
+class Record(Row):
+    """A row that is read whole, a sample of instruction data: ``instruct`` makes tokens of it. As a span it is one byte
+    that nothing reads, so that it is held out or not, and never divided."""
+
+    size = 1
+    data = b" "
+
+
 Document = TextFile | Row
 
 
@@ -236,5 +245,5 @@ def _utf8(value: Any, where: str, column: str) -> bytes:
     kind = type(value).__name__
     if isinstance(value, list) and value:
         kind += f" of {type(value[0]).__name__}"
-    hint = "; chat messages and other instruction data are not read yet" if isinstance(value, list | dict) else ""
+    hint = "; chat messages are read with data.format = 'chat'" if isinstance(value, list) else ""
     raise ConfigError([f"data.text_column = {column!r}: {where} holds a value of type {kind}, not text{hint}"])

@@ -15,7 +15,7 @@ complete, so even where a file system has no locks the worst is that two process
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from itertools import chain
@@ -31,6 +31,7 @@ from flipproof.errors import ConfigError
 from flipproof.files import clear_dead, replace_file, temporary_name
 from flipproof.log import logger
 
+_TOKEN = np.dtype("<i4")
 _PACKING = 3  # part of every key: to be raised when other tokens are made of the same text
 _BATCH_CHARACTERS = 2**20  # enough pieces for the tokenizer's threads, and about 0.15 GB while it works
 _CONTEXT = "a"  # stands before a piece that does not begin its text: see _tokens
@@ -64,35 +65,75 @@ def packed_tokens(
     Raises:
         ConfigError: for text that cannot be read, a part without text, a cache that cannot be written.
     """
-    import datasets
 
-    directory = Path(datasets.config.HF_DATASETS_CACHE) / "flipproof"
+    def make() -> Iterator[np.ndarray]:
+        texts = (piece for span in source.spans(part) for piece in pieces(span))
+        # a token has a few characters: for a few tokens few are tokenised
+        characters = _BATCH_CHARACTERS if limit is None else min(_BATCH_CHARACTERS, 8 * limit)
+        stream = _tokens(_batches(texts, characters), tokenizer, start)
+        return _sequences(stream, start, seq_len) if start else stream
+
+    return packed_file(cache_path(source, part, tokenizer, start, seq_len, limit), source, part, make, limit)
+
+
+def cache_path(
+    source: Source,
+    part: Part,
+    tokenizer: Any,
+    start: list[int],
+    seq_len: int,
+    limit: int | None,
+    more: dict[str, Any] | None = None,
+) -> Path:
+    """The file that these tokens are in, or will be. ``more``: what else they depend on, as JSON."""
     if source.remote:
-        _check_cache(directory)
-    path = directory / f"{_key(source, part, tokenizer, start, seq_len, limit)}.npy"
+        check_cache()
+    return _directory() / f"{_key(source, part, tokenizer, start, seq_len, limit, more or {})}.npy"
+
+
+def packed_file(
+    path: Path,
+    source: Source,
+    part: Part,
+    make: Callable[[], Iterable[np.ndarray]],
+    limit: int | None = None,
+    what: str = "text",
+    dtype: np.dtype = _TOKEN,
+) -> np.memmap:
+    """What ``make`` gives, its first ``limit`` elements, from a file that whoever finds none writes.
+
+    Raises:
+        ConfigError: where it gives nothing, naming ``what`` is missing; where the cache cannot be written.
+    """
     if (tokens := _finished(path)) is not None:
         return tokens
-    _check_cache(directory)
+    check_cache()
     logger.info("data source %r is tokenised into %s", source.name, path)
     try:
         with _lock(path):
             if (tokens := _finished(path)) is None:
-                texts = (piece for span in source.spans(part) for piece in pieces(span))
-                # a token has a few characters: for a few tokens few are tokenised
-                characters = _BATCH_CHARACTERS if limit is None else min(_BATCH_CHARACTERS, 8 * limit)
-                stream = _tokens(_batches(texts, characters), tokenizer, start)
-                if start:
-                    stream = _sequences(stream, start, seq_len)
-                if not _write(path, stream, limit):
-                    which = "" if part == "all" else f" in its {part} part"
-                    raise ConfigError([f"data source {source.name!r} holds no text{which}"])
+                if not _write(path, make(), limit, dtype):
+                    raise holds_no(what, source.name, part)
                 tokens = np.load(path, mmap_mode="r")
     except OSError as error:  # of the source there are none: those are ConfigErrors
-        raise _cache_error(directory, error) from error
+        raise _cache_error(path.parent, error) from error
     return tokens
 
 
-def _check_cache(directory: Path) -> None:
+def holds_no(what: str, name: str, part: Part) -> ConfigError:
+    which = "" if part == "all" else f" in its {part} part"
+    return ConfigError([f"data source {name!r} holds no {what}{which}"])
+
+
+def _directory() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "flipproof"
+
+
+def check_cache() -> None:
+    """Raises ConfigError where the cache cannot be written."""
+    directory = _directory()
     probe = temporary_name(directory / "probe")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,7 +162,15 @@ def _lock(path: Path) -> AbstractContextManager[Any]:
         return nullcontext()
 
 
-def _key(source: Source, part: Part, tokenizer: Any, start: list[int], seq_len: int, limit: int | None) -> str:
+def _key(
+    source: Source,
+    part: Part,
+    tokenizer: Any,
+    start: list[int],
+    seq_len: int,
+    limit: int | None,
+    more: dict[str, Any],
+) -> str:
     """Equal in every process for the same tokens; another one wherever the tokens might be others."""
     depends_on = {
         "packing": _PACKING,
@@ -132,6 +181,7 @@ def _key(source: Source, part: Part, tokenizer: Any, start: list[int], seq_len: 
         "start": [start, seq_len] if start else None,
         "end": tokenizer.eos_token_id,
         "limit": limit,
+        **({"more": more} if more else {}),
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -172,7 +222,7 @@ _DIGEST = 16
 """Bytes at the end of a packed file, behind what NumPy reads: the BLAKE2b hash of its tokens."""
 
 
-def _write(path: Path, stream: Iterable[np.ndarray], limit: int | None) -> int:
+def _write(path: Path, stream: Iterable[np.ndarray], limit: int | None, dtype: np.dtype = _TOKEN) -> int:
     """Write the first ``limit`` tokens into a file that appears when it is complete, and say how many they are; without
     any, no file."""
     total, digest = 0, hashlib.blake2b(digest_size=_DIGEST)
@@ -180,7 +230,7 @@ def _write(path: Path, stream: Iterable[np.ndarray], limit: int | None) -> int:
     if (first := next(stream, None)) is None:
         return 0
     with replace_file(path) as file:
-        _write_header(file, 0)
+        _write_header(file, 0, dtype)
         for tokens in chain([first], stream):
             part = tokens if limit is None else tokens[: limit - total]
             digest.update(part.tobytes())
@@ -190,13 +240,14 @@ def _write(path: Path, stream: Iterable[np.ndarray], limit: int | None) -> int:
                 break
         file.write(digest.digest())
         file.seek(0)
-        _write_header(file, total)
+        _write_header(file, total, dtype)
     return total
 
 
-def _write_header(file: BinaryIO, total: int) -> None:
+def _write_header(file: BinaryIO, total: int, dtype: np.dtype) -> None:
     # NumPy leaves room for the first axis to grow: the header is as long for any total.
-    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (total,)})
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (total,)})
 
 
 def _batches(texts: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:

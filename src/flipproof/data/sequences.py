@@ -1,7 +1,7 @@
 """Text to packed token sequences, and which sequences make up which batch.
 
 ``source`` knows where text comes from, ``document`` which of it is held out, ``packing`` how it becomes tokens; here
-tokens are cut into sequences of ``seq_len``.
+tokens are cut into sequences of ``seq_len``. Instruction data come in sequences already (``samples``), with marks.
 
 **Order without state.** The k-th of n sequences of a training run is a function of (seed, n, k): epoch k // n has a
 permutation of its own. Step s of a run needs sequences s·batch to (s+1)·batch, so resuming needs the step number and
@@ -11,9 +11,9 @@ nothing else.
 ``document``. No more of a source is read and tokenised than a run needs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,26 @@ from torch import Tensor
 
 from flipproof.config import DataConfig
 from flipproof.data.document import Part
-from flipproof.data.packing import beginning, packed_tokens
-from flipproof.data.source import check_apart, open_source
+from flipproof.data.packing import beginning, check_cache, packed_tokens
+from flipproof.data.samples import BEGINS, HAS_LOSS, About, encoder, filled, instruction_format
+from flipproof.data.source import Source, check_apart, open_source
 from flipproof.errors import ConfigError
 from flipproof.log import logger
+
+_NO_LABEL = -100  # as in transformers
+
+
+class Batch(NamedTuple):
+    """Rows of token ids, int64 of shape (rows, seq_len), and of instruction data what else a model is given."""
+
+    ids: Tensor
+    labels: Tensor | None = None
+    """The ids where there is a loss, else -100; None where all tokens have one."""
+    positions: Tensor | None = None
+    """Of each token in its sample; None where a row holds one."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -36,13 +52,43 @@ class PackedText:
 
     sequences: np.ndarray
     source: str
+    marks: np.ndarray | None = None
+    """Of instruction data, as ``samples`` has them, uint8 of the same shape."""
+    about: About | None = None
+    """What these are."""
 
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def batch(self, indices: np.ndarray) -> Tensor:
-        """int64 token ids of shape (len(indices), seq_len)."""
-        return torch.from_numpy(self.sequences[indices].astype(np.int64))
+    @property
+    def packed(self) -> bool:
+        """Whether a sequence may hold several samples."""
+        return self.about is not None and self.about.packing
+
+    def first(self, count: int) -> "PackedText":
+        """The first so many of the sequences."""
+        marks = None if self.marks is None else self.marks[:count]
+        return replace(self, sequences=self.sequences[:count], marks=marks)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        ids = torch.from_numpy(self.sequences[indices].astype(np.int64))
+        if self.marks is None:
+            return Batch(ids)
+        marks = torch.from_numpy(self.marks[indices])
+        labels = ids.where((marks & int(HAS_LOSS)) > 0, _NO_LABEL)
+        return Batch(ids, labels, _positions((marks & int(BEGINS)) > 0) if self.packed else None)
+
+    def trained_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """How many tokens of each of these sequences have a loss: int64, shape (len(indices),)."""
+        if self.marks is None:
+            return np.full(len(indices), self.sequences.shape[1] - 1)
+        return np.asarray((self.marks[indices] & HAS_LOSS).sum(1, dtype=np.int64))
+
+
+def _positions(begins: Tensor) -> Tensor:
+    """int64 of the same shape as where samples begin."""
+    places = torch.arange(begins.shape[1]).expand(begins.shape)
+    return places - places.where(begins, 0).cummax(1).values
 
 
 def training_indices(n: int, seed: int, first: int, count: int) -> np.ndarray:
@@ -81,7 +127,7 @@ def load_text(
         limit = left if limit is None else min(limit, left)
         if left < seq_len:
             raise ConfigError([f"data.max_tokens = {config.max_tokens}: {_does_not_divide(seq_len)}"])
-    train = PackedText(_sequences(config.source, "training", config, tokenizer, seq_len, limit), config.source)
+    train = _text(config.source, "training", config, tokenizer, seq_len, limit, config.source)
     if needed is not None and needed > len(train):
         logger.warning(
             "data.source = %r has %d sequences of %d tokens to train on, and the run takes %d: each is seen %.1f times",
@@ -97,25 +143,37 @@ def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedTex
         logger.info("data.bos: each document and each sequence begins with %s", token)
     if config.eval_source is not None:
         check_apart(config.source, config.eval_source, config.text_column)
-        sequences = _sequences(config.eval_source, "all", config, tokenizer, seq_len, config.max_tokens)
-        return PackedText(sequences, config.eval_source)
+        return _text(config.eval_source, "all", config, tokenizer, seq_len, config.max_tokens, config.eval_source)
     tokens = (
         config.held_out_tokens if config.max_tokens is None else min(config.held_out_tokens, config.max_tokens // 10)
     )
     count = max(1, tokens // seq_len)
-    sequences = _sequences(config.source, "held-out", config, tokenizer, seq_len, count * seq_len)
-    return PackedText(sequences, f"held-out {config.source}")
+    called = f"held-out {config.source}"
+    return _text(config.source, "held-out", config, tokenizer, seq_len, count * seq_len, called)
 
 
-def _sequences(
-    name: str, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None
-) -> np.ndarray:
-    start = beginning(config.bos, tokenizer)
-    if len(start) >= seq_len:
-        raise ConfigError([f"training.seq_len = {seq_len}: each sequence begins with {len(start)} tokens (data.bos)"])
+def _text(
+    name: str, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None, called: str
+) -> PackedText:
+    """A part of a source in sequences, ``limit`` tokens at most; ``called``: what ``PackedText.source`` says."""
     source = open_source(name, config.text_column)
     if source.splits and part != "training":
         logger.info("data source %r: %s", name, source.splits)
+    if source.remote:
+        check_cache()  # which what tells of its columns writes into
+    if (format := instruction_format(config, source, part)) is not None:
+        rows = None if limit is None else limit // seq_len
+        made = filled(source, part, config, encoder(config, format, tokenizer), seq_len, rows)
+        return PackedText(made[0], called, *made[1:])
+    return PackedText(_sequences(source, part, config, tokenizer, seq_len, limit), called)
+
+
+def _sequences(
+    source: Source, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None
+) -> np.ndarray:
+    start, name = beginning(config.bos, tokenizer), source.name
+    if len(start) >= seq_len:
+        raise ConfigError([f"training.seq_len = {seq_len}: each sequence begins with {len(start)} tokens (data.bos)"])
     flat = packed_tokens(source, part, tokenizer, start, seq_len, limit)
     if len(flat) < seq_len:
         if part == "all":

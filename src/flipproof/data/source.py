@@ -14,7 +14,7 @@ import pkgutil
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,8 @@ class LocalFiles:
 
     name: str
     kind: str
-    column: str
+    column: str | None
+    """Of tables, that holds the text; None where rows are read whole."""
     training: list[Path]
     held_out: list[Path] | None = None
     """None where the files have no splits."""
@@ -65,8 +66,8 @@ class LocalFiles:
             raise ConfigError(
                 [f"data source {self.name!r} holds validation or test files alone: it can be data.eval_source"]
             )
-        if self.kind == "json":
-            self._check_column(part)
+        if self.kind == "json" and self.column is not None:
+            self._check_column(part, self.column)
         return spans(self._documents(part), part if self.held_out is None else "all")
 
     def signature(self, part: Part) -> Any:
@@ -86,16 +87,22 @@ class LocalFiles:
                     [f"data source {self.name!r}: {path} cannot be read ({error.strerror or error})"]
                 ) from error
 
-    def _check_column(self, part: Part) -> None:
-        columns: dict[str, None] = {}
-        for row in islice(self._documents(part), _ROWS_TO_SEE):
+    def columns(self, part: Part) -> list[str] | None:
+        """The columns of a part's tables, of those of JSON the first rows'; None where it is text."""
+        if self.kind == "text":
+            return None
+        found: dict[str, None] = {}
+        for row in islice(replace(self, column=None)._documents(part), _ROWS_TO_SEE if self.kind == "json" else 1):
             assert isinstance(row, Row)
-            item = row.item()
-            if self.column in item:
-                return
-            columns |= dict.fromkeys(item)
-        if columns:
-            raise no_column(self.column, self.name, columns)
+            found |= dict.fromkeys(row.item())
+            if self.column in found:
+                break
+        return list(found)
+
+    def _check_column(self, part: Part, column: str) -> None:
+        columns = self.columns(part)
+        if columns and column not in columns:
+            raise no_column(column, self.name, columns)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class HubData:
     """The train split of a Hub data set."""
 
     name: str
-    column: str
+    column: str | None
 
     remote = True
     splits = None
@@ -137,14 +144,18 @@ class HubData:
                     f"({reason(error)}); {_WAYS_OUT}"
                 ]
             ) from error
-        if self.column not in data.column_names:
-            raise no_column(self.column, self.name, data.column_names)
         return data
 
+    def columns(self, _part: Part) -> list[str]:
+        names: list[str] = self._data.column_names
+        return names
+
     def _values(self) -> Iterator[Any]:
-        column = self._data.data.column(self.column)
-        for start in range(0, len(column), 256):
-            yield from column.slice(start, 256).to_pylist()
+        if self.column is not None and self.column not in self._data.column_names:
+            raise no_column(self.column, self.name, self._data.column_names)
+        values = self._data.data if self.column is None else self._data.data.column(self.column)
+        for start in range(0, len(values), 256):
+            yield from values.slice(start, 256).to_pylist()
 
     def _rows(self) -> Iterator[Row]:
         return rows(self._values(), self.name, self.column)
@@ -168,6 +179,11 @@ def open_source(name: str, column: str) -> Source:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,95}(/[\w.-]{1,96})?", name, re.ASCII) or suffix in {*_KINDS, ".csv"}:
         raise ConfigError([f"data source {name!r} is no file or folder here, and no Hub data set is named so"])
     return HubData(name, column)
+
+
+def whole_rows(source: Source) -> Source:
+    """The same source, of whose tables rows are read whole (``Record``)."""
+    return replace(source, column=None)
 
 
 def check_apart(source: str, eval_source: str, column: str) -> None:

@@ -5,12 +5,12 @@ What is wrong with one column, or with one line, is of no matter to the others.
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flipproof.data.document import Row, Span, TextFile, blocks, not_utf8
+from flipproof.data.document import Record, Row, Span, TextFile, blocks, not_utf8
 from flipproof.errors import ConfigError
 
 _HEAD = 2**16  # bytes within which a file begins
@@ -26,24 +26,30 @@ def reason(error: BaseException) -> str:
 
 
 def no_column(column: str, name: str, columns: Iterable[str]) -> ConfigError:
-    hint = ""
-    if {"messages", "conversations", "instruction", "prompt"} & set(columns):
-        hint = "; chat messages and other instruction data are not read yet"
-    return ConfigError([f"data.text_column = {column!r}: {name!r} has the columns {', '.join(columns)}{hint}"])
+    known = "no text, and no instruction data (instruction, output; prompt, completion; messages)"
+    return ConfigError([f"data.text_column = {column!r}: {name!r} has the columns {', '.join(columns)}: {known}"])
 
 
-def rows(values: Iterable[Any], name: str, column: str) -> Iterator[Row]:
+def rows(values: Iterable[Any], name: str, column: str | None) -> Iterator[Row]:
+    """Rows of the values of a column, or where that is None of whole rows."""
     for number, value in enumerate(values):
-        held = len(value) if isinstance(value, str | bytes) else 100
-        yield Row(f"{name}, row {number}", column, partial(dict, [(column, value)]), held)
+        where = f"{name}, row {number}"
+        if column is None:
+            yield Record(where, "", partial(dict, value), len(str(value)))
+        else:
+            held = len(value) if isinstance(value, str | bytes) else 100
+            yield Row(where, column, partial(dict, [(column, value)]), held)
 
 
-def parquet_rows(path: Path, column: str) -> Iterator[Row]:
+def parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
+            if column is None:
+                yield from rows((row for batch in file.iter_batches(256) for row in batch.to_pylist()), str(path), None)
+                return
             if column not in file.schema_arrow.names:
                 raise no_column(column, str(path), file.schema_arrow.names)
             batches = file.iter_batches(256, columns=[column])
@@ -52,20 +58,24 @@ def parquet_rows(path: Path, column: str) -> Iterator[Row]:
         raise ConfigError([f"data source {str(path)!r} cannot be read ({reason(error)})"]) from error
 
 
-def json_rows(path: Path, column: str) -> Iterator[Row]:
+def json_rows(path: Path, column: str | None) -> Iterator[Row]:
     """The rows of a file of JSON Lines, or of one JSON array."""
     with path.open("rb") as file:
         begins = file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
         if begins.startswith(b"["):
             for number, (item, length) in enumerate(_array_items(path)):
                 where = f"{path}, item {number}"
-                yield Row(where, column, partial(_object, item, where), length)
+                yield _row(where, column, partial(_object, item, where), length)
             return
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield Row(where, column, partial(_line, line, where, path), len(line))
+                yield _row(where, column, partial(_line, line, where, path), len(line))
+
+
+def _row(where: str, column: str | None, item: Callable[[], dict[str, Any]], held: int) -> Row:
+    return Record(where, "", item, held) if column is None else Row(where, column, item, held)
 
 
 def _line(line: bytes, where: str, path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flipproof.faults.spec import OPERANDS, BitFlipSpec
-from flipproof.measure.intervals import t_interval, two_way_interval
+from flipproof.measure.intervals import around, t_interval, two_way_interval, weighted_mean, weights_of
 
 GUARD_COST = 0.01
 """Nats per token, 1% of perplexity: a guard that costs more than this by itself is warned of, and one that costs more
@@ -115,6 +115,8 @@ class Arm:
     residual_variance: float | None
     """Of the losses of single sequences under single seeds, what differs from the sum of both effects, squared and
     over (K−1)(S−1); None where there is one seed or one sequence."""
+    sequence_tokens: tuple[int, ...] = ()
+    """How many of the tokens are in each sequence; empty where these are as many in all."""
 
     @classmethod
     def from_losses(
@@ -123,10 +125,12 @@ class Arm:
         tokens: int,
         sequence_losses: Sequence[float] = (),
         residual_variance: float | None = None,
+        sequence_tokens: Sequence[int] = (),
     ) -> "Arm":
         """The arm of its trials' losses and, where they are known, its sequences'."""
         interval = t_interval(losses)
         mean = math.fsum(losses) / len(losses)
+        weights = weights_of(sequence_tokens) if sequence_tokens else []
         return cls(
             loss=mean,
             perplexity=_exp(mean),
@@ -135,21 +139,28 @@ class Arm:
             loss_interval=interval,
             perplexity_interval=None if interval is None else (_exp(interval[0]), _exp(interval[1])),
             seed_sd=None if interval is None else float(np.std(losses, ddof=1)),
-            text_interval=t_interval(sequence_losses),
+            text_interval=t_interval(around(mean, np.array(sequence_losses), weights).tolist()),
             trial_losses=tuple(losses),
             sequence_losses=tuple(sequence_losses),
             residual_variance=residual_variance,
+            sequence_tokens=tuple(sequence_tokens),
         )
 
     @classmethod
-    def from_table(cls, table: np.ndarray, tokens: int) -> "Arm":
-        """The arm of losses of shape (trials, sequences)."""
-        trials, sequences = ([math.fsum(row) / len(row) for row in side.tolist()] for side in (table, table.T))
+    def from_table(cls, table: np.ndarray, tokens: int | Sequence[int]) -> "Arm":
+        """The arm of losses of shape (trials, sequences). ``tokens``: of each sequence, or of all, which are alike."""
+        each = [] if isinstance(tokens, int) or len(set(tokens)) == 1 else list(tokens)
+        weights = weights_of(each) if each else [1.0] * table.shape[1]
+        trials = [weighted_mean(row, weights) for row in table.tolist()]
+        sequences = [math.fsum(column) / len(column) for column in table.T.tolist()]
         residual = None
         if min(table.shape) > 1 and np.isfinite(table).all():
-            rest = table - np.array(trials)[:, None] - np.array(sequences) + math.fsum(trials) / len(trials)
+            mean = math.fsum(trials) / len(trials)
+            moved, of_sequences = (around(mean, part, weights if each else []) for part in (table, np.array(sequences)))
+            rest = moved - np.array(trials)[:, None] - of_sequences + mean
             residual = float((rest**2).sum()) / ((len(trials) - 1) * (len(sequences) - 1))
-        return cls.from_losses(trials, tokens, sequences, residual)
+        total = tokens if isinstance(tokens, int) else sum(tokens)
+        return cls.from_losses(trials, total, sequences, residual, each)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Arm":
@@ -161,7 +172,10 @@ class Arm:
         residual = values.get("residual_variance")
         if residual is not None and not (residual >= 0 and min(len(trials), len(sequences)) > 1):
             raise ValueError(f"residual_variance = {residual!r} of {len(trials)} seeds and {len(sequences)} sequences")
-        return cls.from_losses(trials, int(values["tokens"]), sequences, residual)
+        each = [int(n) for n in values.get("sequence_tokens", ())]
+        if each and (len(each) != len(sequences) or min(each) < 1):
+            raise ValueError(f"sequence_tokens = {each!r} of {len(sequences)} sequences")
+        return cls.from_losses(trials, int(values["tokens"]), sequences, residual, each)
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ def costs(arms: dict[str, Arm]) -> dict[str, Cost]:
             continue
         cost, interval = arm.loss - base.loss, None
         if len(arm.sequence_losses) == len(base.sequence_losses) and math.isfinite(cost):
-            differences = np.subtract(arm.sequence_losses, base.sequence_losses).tolist()
+            differences = _differences(arm, base, cost)
             if kind and not kind.flips:
                 interval = t_interval(differences)
             elif arm.residual_variance is not None:
@@ -194,6 +208,15 @@ def costs(arms: dict[str, Arm]) -> dict[str, Cost]:
                 trials = [loss - base.loss for loss in arm.trial_losses]
                 interval = two_way_interval(trials, differences, arm.residual_variance)
         found[name] = Cost(cost if math.isfinite(cost) else math.inf, interval)
+    return found
+
+
+def _differences(one: Arm, other: Arm, mean: float) -> list[float]:
+    """By how much the loss of each sequence is higher in one arm than in the other, as intervals take it; ``mean``: of
+    all."""
+    differences = np.subtract(one.sequence_losses, other.sequence_losses)
+    weights = weights_of(one.sequence_tokens) if one.sequence_tokens else []
+    found: list[float] = around(mean, differences, weights).tolist()
     return found
 
 
@@ -237,10 +260,9 @@ def gain(arms: Mapping[str, Arm], before: str, after: str) -> Cost:
     lower = one.loss - other.loss
     if not math.isfinite(lower):
         return Cost(math.nan, None)
-    seeds, text = (
-        np.subtract(mine, theirs).tolist() if len(mine) == len(theirs) > 1 else []
-        for mine, theirs in ((one.trial_losses, other.trial_losses), (one.sequence_losses, other.sequence_losses))
-    )
+    alike, pairs = len(one.sequence_losses) == len(other.sequence_losses) > 1, len(one.trial_losses)
+    text = _differences(one, other, lower) if alike else []
+    seeds = np.subtract(one.trial_losses, other.trial_losses).tolist() if pairs == len(other.trial_losses) > 1 else []
     if not any(name not in ARMS or ARMS[name].flips for name in (before, after)):
         return Cost(lower, t_interval(text))
     return Cost(lower, two_way_interval(seeds, text, 0.0) if seeds and text else None)

@@ -1,7 +1,8 @@
 """Perplexity by arms: the same held-out text with and without faults, guard and training, each with its interval.
 
 Faulty arms are measured once per fault seed, with seeds that training never uses. Perplexity is exp of the
-token-weighted mean cross-entropy; all sequences have as many tokens, so it is the plain mean over sequences too.
+token-weighted mean cross-entropy. All sequences of text have as many tokens, so it is the plain mean over sequences
+too; those of instruction data count by their tokens that have a loss.
 
 Which arms there are is said in ``arms.py``, and how sure they are in ``intervals.py``.
 """
@@ -27,12 +28,13 @@ from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
 from flipproof.measure.arms import ARMS, Arm, arm_names, arms_table, costs, gap_closed, guard_warning, worth
-from flipproof.measure.intervals import MIN_TRIALS, sure_enough
+from flipproof.measure.intervals import MIN_TRIALS, sure_enough, weighted_mean, weights_of
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer
 from flipproof.models.loss import loss_by_row
+from flipproof.models.packed import check_packing
 from flipproof.records import RESULTS, write_new_record
 from flipproof.world import World, join_world
 
@@ -68,18 +70,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def passes_of(text: PackedText, num_samples: int, batch_size: int, world: World) -> list[tuple[int, np.ndarray]]:
     """Of each pass (the place of its first sequence among all, which sequences of the text this process has in it):
     ``batch_size`` of ``num_samples`` that are spread evenly over the text, or of all where it has fewer."""
-    n = min(num_samples, len(text))
-    chosen = np.arange(n) * len(text) // n
-    firsts = range(world.rank * batch_size, n + world.rank * batch_size, batch_size * world.size)
+    chosen = _chosen(text, num_samples)
+    firsts = range(world.rank * batch_size, len(chosen) + world.rank * batch_size, batch_size * world.size)
     return [(first, chosen[first:][:batch_size]) for first in firsts]
 
 
 def mean_loss(
     model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World | None = None
 ) -> tuple[float, int]:
-    """(mean of ``sequence_losses``, predicted tokens)."""
-    losses = sequence_losses(model, text, num_samples, batch_size, world)
-    return math.fsum(losses) / len(losses), len(losses) * (text.sequences.shape[1] - 1)
+    """(mean of ``sequence_losses`` over tokens, predicted tokens)."""
+    losses, tokens = sequence_losses(model, text, num_samples, batch_size, world), tokens_of(text, num_samples)
+    return weighted_mean(losses, weights_of(tokens)), sum(tokens)
+
+
+def tokens_of(text: PackedText, num_samples: int) -> list[int]:
+    """How many tokens each of the sequences of ``passes_of`` is measured on."""
+    tokens: list[int] = text.trained_tokens(_chosen(text, num_samples)).tolist()
+    return tokens
+
+
+def _chosen(text: PackedText, num_samples: int) -> np.ndarray:
+    n = min(num_samples, len(text))
+    return np.arange(n) * len(text) // n
 
 
 @torch.no_grad()
@@ -102,8 +114,8 @@ def sequence_losses(
         for first, here in passes_of(text, num_samples, batch_size, world):
             # Every process runs as many passes on as many rows, so that rows keep their place in the whole batch.
             short = batch_size - len(here) if world.size > 1 else 0
-            ids = text.batch(np.concatenate([here, np.zeros(short, dtype=here.dtype)])).to(world.device)
-            losses[first : first + len(here)] = loss_by_row(model, ids)[: len(here)].cpu()
+            batch = text.batch(np.concatenate([here, np.zeros(short, dtype=here.dtype)])).to(world.device)
+            losses[first : first + len(here)] = loss_by_row(model, *batch)[: len(here)].cpu()
             done()
     if world.size > 1:  # the others have 0 there: the sum is exact, in any order
         dist.all_reduce(losses, group=world.cpu_group)
@@ -144,7 +156,7 @@ def measure_arms(
     """
     arms = {}
     world = world or World(0, 1, next(model.parameters()).device)
-    passes = len(passes_of(text, num_samples, batch_size, world))
+    passes, tokens = len(passes_of(text, num_samples, batch_size, world)), tokens_of(text, num_samples)
     for name in names:
         trials, table = arm_seeds(name, seeds), list[list[float]]()
         with bar(len(trials) * passes, "batch", world.first) as shown:
@@ -152,10 +164,10 @@ def measure_arms(
                 shown.set_description(name if seed is None else f"{name}, fault seed {seed}")
                 with arm_faults(model, name, seed):
                     table.append(sequence_losses(model, text, num_samples, batch_size, world, shown.update))
-                means = [math.fsum(row) / len(row) for row in table]
+                means = [weighted_mean(row, weights_of(tokens)) for row in table]
                 if until_ci is not None and sure_enough(means, until_ci, at_least):
                     break
-        arms[name] = Arm.from_table(np.array(table), len(table[0]) * (text.sequences.shape[1] - 1))
+        arms[name] = Arm.from_table(np.array(table), tokens)
     return arms
 
 
@@ -195,6 +207,7 @@ def evaluate(
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model, names = open_model(config, tokenizer, world, adapter, control)
         check_ids(model, tokenizer, text.sequences)
+        check_samples(config, model, text)
         seed = fault_seeds(config.bitflip.base_seed, 1)[0]
         replayed = []
         if flip_log or replay:
@@ -212,12 +225,19 @@ def evaluate(
                 flip_hook.check_all_done()
         arms = measure_config_arms(config, names, model, text, world, adapters_by_arm(adapter, control))
         if replay:
-            arms["replayed"] = Arm.from_table(np.array([replayed]), arms["clean"].tokens)
+            arms["replayed"] = Arm.from_table(np.array([replayed]), tokens_of(text, config.eval.num_samples))
         if tell and world.first:
             tell(arms_table(arms))
         if to is not None and world.first:
             write_new_record(to / RESULTS, results(config, arms, model, text), "--to")
     return arms
+
+
+def check_samples(config: RunConfig, model: nn.Module, text: PackedText) -> None:
+    """Raises ConfigError where samples share sequences and would see each other in this model. All processes call."""
+    if text.packed:
+        with compute_context(config.training, model):
+            check_packing(model, config.training.local_batch_size, text.sequences.shape[1])
 
 
 def faulty_arm(names: Sequence[str]) -> str:
@@ -352,4 +372,5 @@ def results(
         **({"fitted": fitted.about} if is_faulty(model) and (fitted := fault_state(model).guards) else {}),
         "dtype": flipped_dtype(config.training, model),
         "text": text.source if text else None,
+        **({"measured_on": asdict(text.about)} if text and text.about else {}),
     }

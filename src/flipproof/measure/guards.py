@@ -27,7 +27,7 @@ from flipproof.faults.same_model import check_fitted
 from flipproof.faults.spec import BitFlipSpec, Granularity
 from flipproof.files import check_new
 from flipproof.log import bar
-from flipproof.measure.evaluate import evaluating, passes_of
+from flipproof.measure.evaluate import check_samples, evaluating, passes_of
 from flipproof.models.build import build_model, check_guards, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
@@ -81,7 +81,8 @@ def largest_magnitudes(
     with evaluating(model), hooked(model, maxima), bar(len(passes), "batch", world.first) as shown:
         for _, here in passes:
             # a sharded model needs all processes in every pass
-            next_token_loss(model, text.batch(here if len(here) else np.array([0])).to(world.device))
+            batch = text.batch(here if len(here) else np.array([0])).to(world.device)
+            next_token_loss(model, batch.ids, positions=batch.positions)
             shown.update()
     return maxima.of_all(world), min(num_samples, len(text)) * text.sequences.shape[1]
 
@@ -135,6 +136,7 @@ def fit_guards(
         for path in merge:
             check_guards(path, model, world, near=False)
         check_ids(model, tokenizer, text.sequences)
+        check_samples(config, model, text)
         with compute_context(training, model):
             maxima, tokens = largest_magnitudes(model, text, samples, training.local_batch_size, world)
         found = Guards(

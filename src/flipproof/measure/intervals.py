@@ -19,6 +19,11 @@ fault seed k.
   taken below either of its first two terms, whose expectations are never above its own; its degrees of freedom are
   Satterthwaite's (1946) over these two. Sequences of one batch share a transient draw: the seeds' means hold that.
 
+**Sequences of unequal length.** Those of instruction data have n_s tokens each that count, and means are over tokens:
+with weights w_s = n_s / mean(n), the mean loss of a seed is the mean of w_s·x_ks, a ratio whose error, to first order,
+is that of the mean of w_s·x_ks + (1 − w_s)·L around L, the loss itself (Cochran, Sampling Techniques, 1977, ch. 6).
+These stand in the place of x_ks above (``around``); where all weights are 1 they are x_ks.
+
 **Until it is sure.** ``until_ci`` adds seeds, in their fixed order, until the interval over seeds is narrow enough.
 Stopping when the data look sure covers the truth a little less often than 95%, since a spread that is by chance too
 small ends it early; Chow & Robbins (Ann. Math. Stat. 36, 1965) show that the coverage tends to 95% as the width asked
@@ -43,6 +48,26 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     half = stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     mean = math.fsum(values) / n
     return float(mean - half), float(mean + half)
+
+
+def weights_of(tokens: Sequence[int]) -> list[float]:
+    """What sequences of so many tokens count for in a mean over tokens: 1 on average, and each where all are alike."""
+    mean = math.fsum(tokens) / len(tokens)
+    return [n / mean for n in tokens]
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Of values whose weights are 1 on average."""
+    return math.fsum(w * x for w, x in zip(weights, values, strict=True)) / len(values)
+
+
+def around(mean: float, values: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Values of sequences, in the last axis, whose plain mean varies as their weighted one does (see the module)."""
+    if not weights or not math.isfinite(mean):
+        return values
+    w = np.array(weights)
+    moved: np.ndarray = w * values + (1 - w) * mean
+    return moved
 
 
 def two_way_interval(

@@ -39,7 +39,7 @@ from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
-from flipproof.measure.evaluate import evaluating, passes_of
+from flipproof.measure.evaluate import check_samples, evaluating, passes_of
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer
@@ -300,7 +300,8 @@ def count_magnitudes(
         for _, here in passes:
             # A sharded model needs all processes in every pass; one that has no sequence left counts nothing.
             with _counted_inputs(layers, inputs) if len(here) else nullcontext():
-                next_token_loss(model, text.batch(here if len(here) else np.array([0])).to(world.device))
+                batch = text.batch(here if len(here) else np.array([0])).to(world.device)
+                next_token_loss(model, batch.ids, positions=batch.positions)
             shown.update()
 
     for tally in (*weights.values(), *inputs.values()):
@@ -348,6 +349,7 @@ def profile(config: RunConfig, to: Path | None = None, tell: Callable[[str], Non
         text = load_held_out(config.data, tokenizer, training.seq_len)
         model = build_model(replace(config, bitflip=_everywhere(config.bitflip)), tokenizer, world)
         check_ids(model, tokenizer, text.sequences)
+        check_samples(config, model, text)
         dtype = cast_to(training, model)
         with compute_context(training, model):
             layers, total, tokens = count_magnitudes(

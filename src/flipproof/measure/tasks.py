@@ -35,7 +35,15 @@ from flipproof.files import check_new, check_writable
 from flipproof.log import bar, logger
 from flipproof.measure.answers import SEEDS, Answers, as_sha256, cause_of
 from flipproof.measure.arms import ARMS, Arm, arms_table
-from flipproof.measure.evaluate import arm_faults, arm_seeds, fault_seeds, measure_config_arms, open_model, results
+from flipproof.measure.evaluate import (
+    arm_faults,
+    arm_seeds,
+    check_samples,
+    fault_seeds,
+    measure_config_arms,
+    open_model,
+    results,
+)
 from flipproof.measure.intervals import MIN_TRIALS, narrow_enough, t_interval
 from flipproof.models.build import check_length
 from flipproof.models.limits import check_ids
@@ -328,6 +336,7 @@ def evaluate_tasks(
         model, names = open_model(config, tokenizer, world, adapter)
         if text:
             check_ids(model, tokenizer, text.sequences)
+            check_samples(config, model, text)
         arms = measure_config_arms(config, names, model, text, world) if text else {}
         if arms and tell:
             tell(arms_table(arms) + "\n")

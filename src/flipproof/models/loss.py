@@ -58,7 +58,7 @@ class LossHead(nn.Linear):
     targets: Tensor | None = None
     """Labels (batch, sequence): forward then gives the mean next-token loss over them."""
     by_row = False
-    """Whether the mean is taken of each row apart, without gradients and with no label ignored."""
+    """Whether the mean is taken of each row apart, without gradients."""
     teacher: Teacher | None = None
     """Whose distribution is a share of that loss's target, if any."""
     gives_hidden = False
@@ -82,9 +82,9 @@ class LossHead(nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         hidden = hidden[:, :-1].reshape(-1, self.in_features)
         if self.by_row:
-            self.gave = (
-                self._token_losses(hidden, self.targets[:, 1:].reshape(-1, 1)).view(len(self.targets), -1).mean(1)
-            )
+            targets = self.targets[:, 1:]
+            losses = self._token_losses(hidden, targets.clamp(min=0).reshape(-1, 1))
+            self.gave = _means(losses.view(targets.shape), targets)
             return self.gave
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -120,62 +120,96 @@ def next_token_loss(
     labels: Tensor | None = None,
     forward: Callable[..., Any] | None = None,
     teacher: Teacher | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy in nats of tokens 1 to s-1 of each row given those before, as a float32 scalar; with a
     teacher, its share of the loss is the mean KL divergence of the model's distribution from the teacher's.
 
     Args:
         ids: int64 token ids of shape (rows, s).
-        labels: the same shape, where they are not ``ids``; the mean is over those that are not IGNORED.
+        labels: the same shape, where they are not ``ids``; the mean is over those that are not IGNORED, and 0 where
+            all are.
         forward: what to call in the place of ``model``, where something wraps it.
-        teacher: what ``ask_teacher`` gave for the same ids.
+        teacher: what ``ask_teacher`` gave for the same ids and positions.
+        positions: of each token in its sample, where rows hold several (``packed.py``): int64 of the shape of ids.
     """
-    forward, labels = forward or model, ids if labels is None else labels
+    forward, targets = forward or model, ids if labels is None else labels
     head = model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, LossHead):
-        return _from_head(head, model, ids, forward, targets=labels, teacher=teacher)
+        return _from_head(head, model, ids, forward, positions, targets=targets, teacher=teacher)
     if teacher is not None:
-        return _distilled(forward(input_ids=ids, use_cache=False).logits, labels, teacher)
-    loss: Tensor = forward(input_ids=ids, labels=labels, use_cache=False).loss
+        return _distilled(forward(**_inputs(ids, positions)).logits, targets, teacher)
+    if labels is not None:  # of which none may count: transformers' mean would be no number
+        logits = forward(**_inputs(ids, positions)).logits[:, :-1].float()
+        counted = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        total: Tensor = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / counted
+        return total
+    loss: Tensor = forward(**_inputs(ids, positions), labels=targets).loss
     return loss
 
 
 @torch.no_grad()
-def ask_teacher(model: nn.Module, ids: Tensor, share: float) -> Teacher:
+def ask_teacher(model: nn.Module, ids: Tensor, share: float, positions: Tensor | None = None) -> Teacher:
     """What a model with faulty layers says of ``ids`` (rows, s) without faults, adapters and dropout. Its next pass has
     the tick that it would have had without this one."""
+    with faults(model, flips=False, guard=False, adapters=False):
+        return Teacher(last_states(model, ids, positions), share)
+
+
+@torch.no_grad()
+def last_states(model: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Hidden states (rows, s, d) before the output head, or logits (rows, s, v) where that is no ``LossHead``, of
+    ``ids`` (rows, s) without dropout."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with faults(model, flips=False, guard=False, adapters=False):
-            if isinstance(head, LossHead):
-                states = _from_head(head, model, ids, model, gives_hidden=True)
-            else:
-                states = model(input_ids=ids, use_cache=False).logits
+        if isinstance(head, LossHead):
+            return _from_head(head, model, ids, model, positions, gives_hidden=True)
+        states: Tensor = model(**_inputs(ids, positions)).logits
+        return states
     finally:
         for module in training:
             module.training = True
-    return Teacher(states, share)
 
 
 @torch.no_grad()
-def loss_by_row(model: nn.Module, ids: Tensor) -> Tensor:
-    """What ``next_token_loss`` is the mean of: the mean cross-entropy in nats of each row of ``ids`` (rows, s), as
-    float64 of shape (rows,). No gradients."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def loss_by_row(model: nn.Module, ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    """What ``next_token_loss`` is the mean of: the mean cross-entropy in nats of each row of ``ids`` (rows, s), over
+    its labels that are not IGNORED, as float64 of shape (rows,). No gradients."""
+    head, targets = model.get_output_embeddings(), ids if labels is None else labels  # type: ignore[operator]
     if not isinstance(head, LossHead):
-        logits = model(input_ids=ids, use_cache=False).logits
-        rows = [_cross_entropy(row, targets[:, None]) for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True)]
-        return torch.stack(rows).squeeze(2).double().mean(1)
-    return _from_head(head, model, ids, model, targets=ids, by_row=True)
+        logits, targets = model(**_inputs(ids, positions)).logits[:, :-1], targets[:, 1:]
+        rows = [_cross_entropy(row, own[:, None]) for row, own in zip(logits, targets.clamp(min=0), strict=True)]
+        return _means(torch.stack(rows).squeeze(2).double(), targets)
+    return _from_head(head, model, ids, model, positions, targets=targets, by_row=True)
 
 
-def _from_head(head: LossHead, model: nn.Module, ids: Tensor, forward: Callable[..., Any], **asked: Any) -> Tensor:
+def _means(losses: Tensor, targets: Tensor) -> Tensor:
+    """The mean of each row of losses (rows, n) over the targets that count."""
+    counts = targets != IGNORED
+    # where all count it is what it is without labels, to the bit
+    means = losses.where(counts, 0.0).sum(1) / counts.sum(1).clamp(min=1)
+    return torch.where(counts.all(1), losses.mean(1), means)
+
+
+def _inputs(ids: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    """What a model is called with. Without positions nothing is said of them: then it is called as ever."""
+    return {"input_ids": ids, "use_cache": False, **({} if positions is None else {"position_ids": positions})}
+
+
+def _from_head(
+    head: LossHead,
+    model: nn.Module,
+    ids: Tensor,
+    forward: Callable[..., Any],
+    positions: Tensor | None = None,
+    **asked: Any,
+) -> Tensor:
     """What ``head`` gives in the place of logits, where it has these attributes for one forward pass."""
     vars(head).update(asked)
     try:
-        given: Tensor = forward(input_ids=ids, use_cache=False).logits
+        given: Tensor = forward(**_inputs(ids, positions)).logits
         if head.gave is None or given.data_ptr() != head.gave.data_ptr():
             raise NotImplementedError(f"{type(model).__name__} changes its logits after the output head")
     finally:

@@ -38,7 +38,7 @@ from flipproof.files import check_writable, discard
 from flipproof.launch import started_by_devices
 from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
-from flipproof.measure.evaluate import arms_of, measure_config_arms, results
+from flipproof.measure.evaluate import arms_of, check_samples, measure_config_arms, results
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model, with_trainable_weights
 from flipproof.models.limits import check_ids
@@ -136,6 +136,8 @@ class _Run:
                 check_not_done(config.training.steps, checkpoint)
         self.model = build_model(config, self.tokenizer, world, config.lora)
         check_ids(self.model, self.tokenizer, self.text.sequences, self.held_out.sequences)
+        check_samples(config, self.model, self.text)
+        check_samples(config, self.model, self.held_out)
         self.record = self._record(lengths)
         self.differences = None if was is None else compare(was, config, record, self.record, self.run_dir)
         self.measured_before = record is not None and record.measured == self.record.measured
@@ -166,7 +168,7 @@ class _Run:
         text, held_out = load_text(self.config.data, tokenizer, training.seq_len, needed)
         if len(text) < at_least:  # the run was begun with more steps, hence with more text in another order
             text, held_out = load_text(self.config.data, tokenizer, training.seq_len, at_least)
-            text = replace(text, sequences=text.sequences[:at_least])
+            text = text.first(at_least)
         return text, held_out
 
     def _record(self, lengths: tuple[int, ...]) -> Record:
@@ -183,7 +185,10 @@ class _Run:
                 )
 
         def of_text() -> tuple[tuple[tuple[int, str], ...], str]:
-            return text_segments(self.text.sequences, lengths), text_fingerprint(self.held_out.sequences)
+            text, held_out = self.text, self.held_out
+            return text_segments(text.sequences, lengths, text.marks), text_fingerprint(
+                held_out.sequences, held_out.marks
+            )
 
         text, held_out = self.world.once(of_text)
         measured = hashlib.sha256(json.dumps([asdict(self.config.eval), held_out]).encode()).hexdigest()[:32]
@@ -303,6 +308,8 @@ class _Run:
             found = best_checkpoint(self.run_dir / "checkpoints", self.config.training.steps)
             best = {} if found is None else {"best": {"checkpoint": found[0].name, "eval_loss": found[1]}}
         values = results(self.config, in_order(arms), self.model, self.held_out)
+        if self.text.about is not None:
+            values["trained_on"] = asdict(self.text.about)
         write_record(self.run_dir / RESULTS, values | best)
 
     def _goes_on(self) -> str:

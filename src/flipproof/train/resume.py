@@ -211,19 +211,23 @@ def _changed(was: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     return changed
 
 
-def text_fingerprint(sequences: np.ndarray) -> str:
-    """Of token ids of shape (sequences, seq_len)."""
+def text_fingerprint(sequences: np.ndarray, marks: np.ndarray | None = None) -> str:
+    """Of token ids of shape (sequences, seq_len), and of their marks if there are any."""
     rows = max(1, 2**26 // max(1, sequences[:1].nbytes))
-    parts = (np.ascontiguousarray(sequences[start : start + rows]) for start in range(0, len(sequences), rows))
+    arrays = [sequences] if marks is None else [sequences, marks]
+    parts = (np.ascontiguousarray(a[start : start + rows]) for a in arrays for start in range(0, len(a), rows))
     return _combined(f"{sequences.dtype.str} {sequences.shape}", _hashes(parts))
 
 
-def text_segments(sequences: np.ndarray, lengths: tuple[int, ...]) -> tuple[tuple[int, str], ...]:
+def text_segments(
+    sequences: np.ndarray, lengths: tuple[int, ...], marks: np.ndarray | None = None
+) -> tuple[tuple[int, str], ...]:
     """(length, fingerprint) of the consecutive parts of a text that have these lengths, and of the rest if any."""
     segments, start = [], 0
     for length in (*lengths, len(sequences) - sum(lengths)):
         if length > 0:
-            segments.append((length, text_fingerprint(sequences[start : start + length])))
+            here = slice(start, start + length)
+            segments.append((length, text_fingerprint(sequences[here], None if marks is None else marks[here])))
             start += length
     return tuple(segments)
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from flipproof.config import DataConfig, RunConfig, TrainingConfig
 from flipproof.data.document import Part, pieces
-from flipproof.data.packing import beginning
-from flipproof.data.source import HubData, check_apart, open_source
+from flipproof.data.packing import beginning, holds_no
+from flipproof.data.samples import encoder, instruction_format, read
+from flipproof.data.source import HubData, check_apart, open_source, whole_rows
 from flipproof.data.tables import reason
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
@@ -251,11 +252,14 @@ def _check_text(data: DataConfig, tokenizer: Any) -> float | None:
         if isinstance(source, HubData):
             _check_on_hub(name)
             continue
+        if (format := instruction_format(data, source, part)) is not None:
+            samples = read(whole_rows(source), part, encoder(data, format, tokenizer))
+            if next((sample for sample in samples if sample is not None), None) is None:
+                raise holds_no("sample with an answer", name, part)
+            continue
         piece = next((piece for span in source.spans(part) for piece in pieces(span)), None)
         if piece is None:
-            raise ConfigError(
-                [f"data source {name!r} holds no text" + ("" if part == "all" else f" in its {part} part")]
-            )
+            raise holds_no("text", name, part)
         if part == "training" and source.kind == "text":
             size = sum(span.end - span.start for span in source.spans(part))
             tokens = size * len(tokenizer.encode(piece.text)) / len(piece.text.encode(errors="replace"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.config import RunConfig
-from flipproof.data.sequences import PackedText, training_indices
+from flipproof.data.sequences import Batch, PackedText, training_indices
 from flipproof.dtensor import local, whole
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import is_faulty, set_tick
@@ -63,7 +63,7 @@ class Training:
         self.loss_scale = LossScale(config.training, next(model.parameters()).dtype)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         several = config.training.gradient_accumulation_steps > 1
-        self.recorded = Recorded(self._micro_batch, model, blocks(model), several) if self._may_record() else None
+        self.recorded = Recorded(self._of_ids, model, blocks(model), several) if self._may_record() else None
         self.progress: Progress = {
             "sequences": torch.tensor(0),
             "micro_steps": torch.tensor(0),
@@ -85,17 +85,19 @@ class Training:
         # dropout, in the models that have it, depends on the step and not on what ran before
         torch.manual_seed(derive_key(self.config.training.seed, f"step {step}, rank {self.world.rank}"))
         loss_sum = torch.zeros((), device=self.world.device)
-        run = self.recorded or self._micro_batch
+        weights, weight = self._weights(int(self.progress["sequences"]))
         for micro in range(accumulation):
-            ids = self._begin(int(self.progress["micro_steps"]), int(self.progress["sequences"]))
+            batch = self._begin(int(self.progress["micro_steps"]), int(self.progress["sequences"]))
+            factor = weights[micro] * float(self.loss_scale.scale) / accumulation
             with self.gradients.micro_batch(last=micro == accumulation - 1):
-                loss_sum += run(ids, float(self.loss_scale.scale) / accumulation)
+                loss = self.recorded(batch.ids, factor) if self.recorded else self._micro_batch(batch, factor)
+            loss_sum.add_(loss, alpha=weights[micro])
             self.progress["micro_steps"] += 1
             self.progress["sequences"] += rows * self.world.size
         self.loss_scale.unscale(self.trainable)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.trainable, self.config.training.max_norm or math.inf))
         loss = loss_sum / accumulation
-        if self._is_finite(step, loss, grad_norm):
+        if self._is_finite(step, loss, grad_norm, weight):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
@@ -123,30 +125,57 @@ class Training:
     def _may_record(self) -> bool:
         """Whether a micro-batch may be recorded as a CUDA graph, as far as is known before."""
         drops_layers = getattr(getattr(self.model, "config", None), "layerdrop", 0)  # which is drawn on the CPU
+        if self.world.device.type == "cuda" and self.text.marks is not None:
+            # a record has one mask for all batches, and samples lie elsewhere in each
+            logger.info("steps are launched kernel by kernel, since instruction data make no CUDA graph")
+            return False
         return self.world.device.type == "cuda" and self.world.size == 1 and not drops_layers
 
-    def _begin(self, tick: int, sequence: int) -> Tensor:
-        """Token ids of this process's rows of the global micro-batch that begins with the given sequence."""
+    def _weights(self, sequence: int) -> tuple[list[float], int]:
+        """Of the step that begins with the given sequence: (what the mean loss of each of this process's micro-batches
+        counts for, what the step's loss does among other steps').
+
+        The loss is the mean over the step's tokens that have one, in whichever process and micro-batch, and every
+        process knows how many these are. Of text all tokens have one, and all sequences count alike.
+        """
+        training, world = self.config.training, self.world
+        rows, accumulation = training.local_batch_size, training.gradient_accumulation_steps
+        if self.text.marks is None:
+            return [1.0] * accumulation, rows
+        shape = accumulation, world.size, rows
+        chosen = chosen_sequences(self.lengths, training.seed, sequence, math.prod(shape))
+        tokens = self.text.trained_tokens(chosen).reshape(shape).sum(2)
+        mean = float(tokens.mean())
+        return [float(n) / mean for n in tokens[:, world.rank]], int(tokens.sum())
+
+    def _begin(self, tick: int, sequence: int) -> Batch:
+        """This process's rows of the global micro-batch that begins with the given sequence."""
         training, rows = self.config.training, self.config.training.local_batch_size
         if is_faulty(self.model):
             set_tick(self.model, tick)
         chosen = chosen_sequences(self.lengths, training.seed, sequence + self.world.rank * rows, rows)
         return self.text.batch(chosen).to(self.world.device)
 
-    def _micro_batch(self, ids: Tensor, factor: float | Tensor) -> Tensor:
+    def _of_ids(self, ids: Tensor, factor: float | Tensor) -> Tensor:
+        return self._micro_batch(Batch(ids), factor)
+
+    def _micro_batch(self, batch: Batch, factor: float | Tensor) -> Tensor:
         """Add the gradients of the loss times a factor; returns the loss."""
-        loss = self._loss(ids)
+        loss = self._loss(batch)
         (loss * factor).backward()
         return loss.detach()
 
-    def _loss(self, ids: Tensor) -> Tensor:
-        training = self.config.training
+    def _loss(self, batch: Batch) -> Tensor:
+        training, (ids, labels, positions) = self.config.training, batch
         with compute_context(training, self.model):
-            teacher = ask_teacher(self.model, ids, training.distill) if training.distill else None
-            return next_token_loss(self.model, ids, forward=self.gradients.forward, teacher=teacher)
+            teacher = ask_teacher(self.model, ids, training.distill, positions) if training.distill else None
+            return next_token_loss(
+                self.model, ids, labels=labels, forward=self.gradients.forward, teacher=teacher, positions=positions
+            )
 
-    def _is_finite(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Whether the step may be taken; all processes decide alike, whichever of them has the loss that is not."""
+    def _is_finite(self, step: int, loss: Tensor, grad_norm: Tensor, weight: int) -> bool:
+        """Whether the step may be taken; all processes decide alike, whichever of them has the loss that is not.
+        ``weight``: what its loss counts for among other steps'."""
         numbers = [math.isfinite(loss), math.isfinite(grad_norm)]
         # 2: the loss is not finite; 1: its gradient alone
         worst = self.world.largest(0 if all(numbers) else 1 if numbers[0] else 2)
@@ -155,9 +184,8 @@ class Training:
         if worst < 2:  # no scale makes a loss finite
             self.loss_scale.update(worst == 0)
             # in float64 sums of float32 are exact, whatever their order, so that lines do not tell where a run stopped
-            rows = self.config.training.local_batch_size
-            self._losses += rows * float(loss)
-            self.progress["loss_sequences"] += rows * self.world.size
+            self._losses += weight * float(loss)
+            self.progress["loss_sequences"] += weight * self.world.size
         if worst == 0:
             self.progress["skipped_in_a_row"].zero_()
             return True

@@ -1,0 +1,50 @@
+"""Several samples in one row of a batch, of which none sees another: whether a model can do that.
+
+Nothing is done for it but to tell the model the positions: where they begin anew, ``transformers`` makes the causal
+mask block-diagonal (``masking_utils``, which looks for it where there is no attention mask), for all its kinds of
+attention and for ours (``faults/attention.py``). A model whose code makes its masks otherwise, or that has a memory
+beside attention (Mamba), would let samples leak, silently. So it is tried before anything is trained or measured.
+
+Samples with a row of their own need none of it: padding is on the right, where causal attention does not look.
+"""
+
+import inspect
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from flipproof.errors import ConfigError
+from flipproof.faults.inject import faults, is_faulty
+from flipproof.models.loss import last_states
+
+_WAY_OUT = "set data.packing = false, which pads instead"
+
+
+def check_packing(model: nn.Module, rows: int, seq_len: int) -> None:
+    """Try samples in a row beside others, ``rows`` rows of ``seq_len`` tokens as in a batch. All processes must call,
+    in the context that the model computes in.
+
+    Raises:
+        ConfigError: where a model takes no positions, or says something else of a sample that comes after another.
+    """
+    name = type(model).__name__
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigError([f"data.packing = True: {name} takes no positions (position_ids); {_WAY_OUT}"])
+    device, half = next(model.parameters()).device, seq_len // 2
+    known = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    ids = torch.randint(0, min(256, known), (2 * half,), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.arange(half, device=device).repeat(rows, 2)
+    with faults(model, flips=False, guard=False) if is_faulty(model) else nullcontext():
+        # the second of two samples, and the same where nothing is before it
+        after = last_states(model, ids.repeat(rows, 1), positions)[:, half:]
+        alone = last_states(model, ids.roll(half).repeat(rows, 1), positions)[:, :half]
+    dtypes = {after.dtype, next(model.parameters()).dtype}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    # what another order of sums may change; more of it in each of a deep model's layers
+    tolerance = min(0.1, 1000 * max(torch.finfo(dtype).eps for dtype in dtypes))
+    if not (after.double() - alone.double()).abs().max() <= tolerance * alone.double().abs().max():
+        raise ConfigError(
+            [f"data.packing = True: {name} says something else of a sample that another comes before; {_WAY_OUT}"]
+        )
