@@ -1,11 +1,43 @@
-"""Patterns of a config that match nothing in the model, and which names they may have meant."""
+"""Patterns of a config: the layers that they name, which of them match nothing, and what those may have meant."""
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from flipproof import regexes
+from flipproof.errors import ConfigError
 from flipproof.faults.spec import BitFlipSpec
+
+_ALL_LINEAR = "all-linear"
+_SHOWN = 12
+
+
+def adapter_layers(target_modules: Sequence[str], linear: Mapping[str, bool]) -> list[str]:
+    """The linear layers that ``lora.target_modules`` names. Whatever PEFT finds by a list is among them, since the end
+    of a name is a part of it.
+
+    Args:
+        linear: name of each -> whether it is the output head.
+
+    Raises:
+        ConfigError: where one of the patterns names none, with what there is.
+    """
+    found: dict[str, None] = {}
+    problems = []
+    for pattern in target_modules:
+        if pattern.lower() == _ALL_LINEAR:
+            own = [name for name, is_head in linear.items() if not is_head]
+        else:
+            own = [name for name in linear if f".{pattern}." in f".{name}." or regexes.fullmatch(pattern, name)]
+        if not own:
+            ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            more = f" and {len(ends) - _SHOWN} more" if len(ends) > _SHOWN else ""
+            there = f"; there are {', '.join(ends[:_SHOWN])}{more}" if ends else "; the model has none"
+            problems.append(f"lora.target_modules: {pattern!r} names no nn.Linear{there}")
+        found |= dict.fromkeys(own)
+    if problems:
+        raise ConfigError(problems)
+    return list(found)
 
 
 def unmatched_patterns(spec: BitFlipSpec, names: Iterable[str]) -> list[str]:
