@@ -169,7 +169,7 @@ def _bears(arms: Mapping[str, Arm], config: Mapping[str, Any], results: Mapping[
         flips, tuned = configs_of(name, arms, config)
         rows.append([name, kind.bitflipped, kind.tuned, flips or "–", tuned or "–", f"{arm.perplexity:.5g}",
                      _between(arm.perplexity_interval, ".5g"), "–" if cost is None else f"{cost.cost:+.4f}",
-                     _between(cost and cost.interval, "+.4f")])  # fmt: skip
+                     _between(cost.interval if cost else None, "+.4f")])  # fmt: skip
     columns = ["arm", "Bitflipped", "Fine-tuned", "Bitflip config", "Fine-tune config", "Val PPL (↓)",
                "95% over fault seeds", "cost in nats per token", "95% over seeds and text"]  # fmt: skip
     text = f" of `{results['text']}`" if results.get("text") else ""

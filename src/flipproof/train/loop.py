@@ -285,6 +285,8 @@ class _Run:
             if self.first_step != self.config.training.steps:  # else it is of as many steps
                 for result in ("adapter", "model"):
                     discard(control / result)
+                if self.config.lora.r:  # merged, of fewer steps
+                    discard(self.run_dir / "model")
             self._write_results(arms)
             if path := self.config.bitflip.guards:
                 read_guards(path).write(self.run_dir)
