@@ -21,7 +21,7 @@ from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.embedding import FaultyEmbedding
 from flipproof.faults.fitted import read_guards
 from flipproof.faults.linear import FaultyLinear, keep_hooks
-from flipproof.faults.matching import adapter_layers, unmatched_patterns
+from flipproof.faults.matching import adapters_by_layer, check_layers_of_adapters, unmatched_patterns
 from flipproof.faults.philox import check_tick
 from flipproof.faults.same_model import check_fitted, site_name
 from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, Fault, LoraSpec
@@ -107,7 +107,8 @@ def inject(
     for line in unmatched_patterns(spec, _matchable(model, spec)):
         logger.warning("%s", line)
     head = output_head(model)
-    lora = _adapters(model, lora, head)
+    plain = {site_name(name): module is head for name, module in model.named_modules() if type(module) is nn.Linear}
+    lora = adapters_by_layer(lora, plain)
     planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
     names: dict[str, int] = {}  # of linear layers to swap; one may have several
     adapted: dict[str, int] = {}  # those that get an adapter and no faults
@@ -135,7 +136,7 @@ def inject(
             planned.setdefault(id(module), (site, kind))
             names[name] = id(module)
     if isinstance(lora, Mapping):
-        _check_layers_of_adapters(lora, {site for site, _ in planned.values()})
+        check_layers_of_adapters(lora, {site for site, _ in planned.values()})
     elif lora and not names:
         nothing = _nothing_matched(spec, skipped)
         raise ConfigError([f"lora.r = {lora.r}: adapters are made on linear layers of bitflip.sites; {nothing}"])
@@ -223,21 +224,6 @@ def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
 
 def _lora_of(lora: LoraSpec | Mapping[str, LoraSpec], site: str) -> LoraSpec:
     return lora.get(site, LoraSpec()) if isinstance(lora, Mapping) else lora
-
-
-def _adapters(
-    model: nn.Module, lora: LoraSpec | Mapping[str, LoraSpec], head: nn.Module | None
-) -> LoraSpec | Mapping[str, LoraSpec]:
-    """The adapters by layer, where ``target_modules`` says which layers have one."""
-    if isinstance(lora, Mapping) or not lora or lora.target_modules is None:
-        return lora
-    linear = {site_name(name): module is head for name, module in model.named_modules() if type(module) is nn.Linear}
-    return dict.fromkeys(adapter_layers(lora.target_modules, linear), lora)
-
-
-def _check_layers_of_adapters(names: Iterable[str], linear: set[str]) -> None:
-    if others := [name for name in names if name not in linear]:
-        raise ConfigError([f"adapters are of linear layers, and here is one of {first_of(others)} (no such nn.Linear)"])
 
 
 def _matchable(model: nn.Module, spec: BitFlipSpec) -> list[str]:

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from flipproof import regexes
-from flipproof.errors import ConfigError
-from flipproof.faults.spec import BitFlipSpec
+from flipproof.errors import ConfigError, first_of
+from flipproof.faults.spec import BitFlipSpec, LoraSpec
 
 _ALL_LINEAR = "all-linear"
 _SHOWN = 12
@@ -38,6 +38,21 @@ def adapter_layers(target_modules: Sequence[str], linear: Mapping[str, bool]) ->
     if problems:
         raise ConfigError(problems)
     return list(found)
+
+
+def adapters_by_layer(
+    lora: LoraSpec | Mapping[str, LoraSpec], linear: Mapping[str, bool]
+) -> LoraSpec | Mapping[str, LoraSpec]:
+    """The adapters by layer, where ``target_modules`` says which layers have one. Raises as ``adapter_layers``."""
+    if isinstance(lora, Mapping) or not lora or lora.target_modules is None:
+        return lora
+    return dict.fromkeys(adapter_layers(lora.target_modules, linear), lora)
+
+
+def check_layers_of_adapters(names: Iterable[str], linear: set[str]) -> None:
+    """Raises ConfigError where an adapter is meant for what is no linear layer of the model."""
+    if others := [name for name in names if name not in linear]:
+        raise ConfigError([f"adapters are of linear layers, and here is one of {first_of(others)} (no such nn.Linear)"])
 
 
 def unmatched_patterns(spec: BitFlipSpec, names: Iterable[str]) -> list[str]:

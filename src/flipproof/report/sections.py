@@ -127,8 +127,8 @@ def _arms(found: Mapping[str, Mapping[str, Arm]], configs: Mapping[str, Mapping[
             kind = ARMS.get(name)  # None: of another version
             cost = of_run.get(name)
             what = (kind.bitflipped, kind.tuned) if kind else (None, None)
-            what += configs_of(name, arms, configs.get(run, {}))
-            rows.append([run, name, *what, *perplexity_cells(arm), *cost_cells(cost), arm.loss, arm.trials,
+            of_config = configs_of(name, arms, configs.get(run, {}))
+            rows.append([run, name, *what, *of_config, *perplexity_cells(arm), *cost_cells(cost), arm.loss, arm.trials,
                          arm.tokens])  # fmt: skip
         drawn |= {f"{run}: {name}" if len(found) > 1 else name: cost for name, cost in of_run.items()}
     columns = ["run", "arm", "Bitflipped", "Fine-tuned", "Bitflip config", "Fine-tune config", *PERPLEXITY, *COST,
