@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import flipproof
 import flipproof.harden as harden_module
@@ -158,6 +159,7 @@ def test_a_kill_in_the_instant_of_the_rename_leaves_what_goes_on(original, tmp_p
 def test_the_directory_says_what_it_is(original, hardened):
     card = (hardened / "README.md").read_text()
     assert f"of `{original}`" in card
+    assert set(ModelCard(card).data.tags) >= {"flipproof", "bit-flips"}
     assert "`AutoModelForCausalLM` opens it" in card
     assert "6,144 tokens of stdlib" in card  # 96 x 64
     found = json.loads((hardened / "hardened.json").read_text())

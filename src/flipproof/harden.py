@@ -20,6 +20,7 @@ from flipproof.faults.spec import Granularity
 from flipproof.files import check_writable, finite, write_atomically
 from flipproof.log import logger
 from flipproof.measure.arms import Arm
+from flipproof.measure.card import CARD, front_matter, markdown_table
 from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import calibration_text, fit_guards
 from flipproof.models.build import check_length
@@ -36,8 +37,6 @@ from flipproof.sweep.store import HEADER, depends_on, read_points, refuse_other
 from flipproof.sweep.table import resolved
 from flipproof.world import World, join_world
 
-CARD = "README.md"
-"""Written last: a directory without it is not complete."""
 CALIBRATE = 512
 """Sequences: with few, channels that they hardly used clip other text (``benchmarks/README.md``)."""
 DEFAULT_P = "3.814697265625e-06:0.0009765625:5"
@@ -181,6 +180,7 @@ def _guard_and_measure(
     write_record(to / HARDENED, {**about, **points})
     found = read_hardened(to / HARDENED)
     page = report(to)
+    # last: a directory without it is not complete
     write_atomically(to / CARD, _card(to, found, header))
     say(f"{_table(found)}\n\n{_how_to_use(to, found.rotation)}; {page} shows what was measured")
 
@@ -252,10 +252,9 @@ def _card(to: Path, of: Hardened, header: Mapping[str, Any]) -> str:
             "`guards.safetensors` are flipproof's, which puts them in front of what flips:"
         )
     left = "".join(f"\n- `{name}`: {why}" for name, why in of.rotation["left"].items())
-    columns, rows = cost_table(of)
-    lines = [columns, ["---"] * len(columns), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"""# {Path(of.model).name}, hardened against bit flips
+    texts = [text["source"] for text in of.fitted]
+    head = front_matter(of.model, "transformers", ["flipproof", "bit-flips"], texts)
+    return f"""{head}# {Path(of.model).name}, hardened against bit flips
 
 `flipproof harden` made this of `{of.model}` ({header["dtype"]}), without training. {in_words(of)}
 {f"{chr(10)}Left as they are:{chr(10)}{left}{chr(10)}" if left else ""}
@@ -271,5 +270,5 @@ flipproof eval {to.name} --bitflip.guards {to.name} --bitflip.w_p_exp 1e-5 --bit
 
 {_WHAT_COSTS.capitalize()}, on {header["tokens"]:,} tokens of {header["text"]}. `report.html` shows more.
 
-{table}
+{markdown_table(*cost_table(of))}
 """

@@ -4,6 +4,7 @@ import pytest
 
 from flipproof.config import SECTIONS, load_config
 from flipproof.errors import ConfigError
+from flipproof.faults.spec import LoraSpec
 
 
 def problems(overrides):
@@ -63,3 +64,15 @@ def test_no_shard_has_the_whole_model_in_every_process():
 def test_a_model_must_be_named():
     assert "hf_model_path is not set" in problems({})[0]
     assert "set flavor" in problems({"model": {"init": "random"}})[0]
+
+
+def test_adapters_are_said_in_pefts_own_words(tmp_path):
+    """In a file as ``LoraConfig`` has them, and as here."""
+    ours = 'r = 8\ntarget_modules = ["q_proj", "v_proj"]\ndropout = 0.05\nuse_rslora = true\n'
+    theirs = 'r = 8\ntarget_modules = "q_proj,v_proj"\nlora_dropout = 0.05\nrslora = true\n'
+    read = []
+    for lora in (ours, theirs):
+        (tmp_path / "run.toml").write_text(f'[model]\nhf_model_path = "a/b"\n[lora]\n{lora}')
+        read.append(load_config([tmp_path / "run.toml"]).lora)
+    assert read[0] == read[1] == LoraSpec(r=8, target_modules=("q_proj", "v_proj"), dropout=0.05, use_rslora=True)
+    assert read[0].scaling == 32 / 8**0.5

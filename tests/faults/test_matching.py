@@ -1,7 +1,11 @@
 import pytest
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
 
 from flipproof import BitFlipSpec
-from flipproof.faults.matching import unmatched_patterns
+from flipproof.errors import ConfigError
+from flipproof.faults.matching import adapter_layers, unmatched_patterns
 
 NAMES = [
     f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -31,3 +35,49 @@ def test_patterns_that_match_are_not_talked_of():
     layers = {r"model\.layers\.0\..*": {"w_p_exp": 0.1}, ".*": None}
     spec = BitFlipSpec(include_patterns=["layers.1"], skip_patterns=["q_proj"], layer_name_to_config=layers)
     assert unmatched_patterns(spec, NAMES) == []
+
+
+@pytest.mark.parametrize(
+    "target_modules",
+    [
+        ["q_proj"],
+        ["self_attn.q_proj", "up_proj"],
+        ["proj"],
+        "all-linear",
+        r".*\.(q|up)_proj",
+        [NAMES[4]],
+        ["q_proj", "xyzzy"],
+    ],
+)
+def test_adapters_are_where_peft_puts_them(target_modules):
+    """PEFT itself says which modules a list, a pattern or "all-linear" means, on modules of the same names."""
+    model = nn.Module()
+    for name in [*NAMES, "lm_head", "model.gate_up_proj"]:
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], nn.Linear(2, 2))
+    model.get_output_embeddings = lambda: model.lm_head
+    linear = {name: name == "lm_head" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ours = [target_modules] if isinstance(target_modules, str) else target_modules
+    if "xyzzy" in ours or "proj" in ours:  # the one is no name, the other no whole part of one
+        with pytest.raises(
+            ConfigError,
+            match=f"'{ours[-1]}' names no nn.Linear; there are q_proj, k_proj, up_proj, gate_up_proj, lm_head",
+        ):
+            adapter_layers(ours, linear)
+        return
+    if target_modules == "all-linear":
+        theirs = [name for name in linear if name != "lm_head"]  # as PEFT documents it, of whole models only
+    else:
+        theirs = [n for n in linear if check_target_module_exists(LoraConfig(target_modules=target_modules), n)]
+    assert sorted(adapter_layers(ours, linear)) == sorted(theirs)
+
+
+def test_whole_parts_of_names_choose_layers():
+    names = [f"model.layers.{i}.self_attn.{name}_proj" for i in (1, 10) for name in "qk"]
+    linear = dict.fromkeys([*names, "lm_head"], False)
+    assert adapter_layers(["self_attn"], linear) == names
+    assert adapter_layers(["layers.1"], linear) == names[:2]

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rounding import assert_same_function
 from transformers import AutoModelForCausalLM
 
@@ -135,3 +135,51 @@ def test_without_adapters_there_is_none_to_write(tiny_llama, tmp_path):
     with pytest.raises(ConfigError, match=r"has no adapter \(lora.r = 0\)"):
         save_adapter(model, tmp_path / "a", None)
     assert not (tmp_path / "a").exists()
+
+
+def test_adapters_chosen_apart_from_faults_are_written_as_peft_reads_them(tiny_llama, tmp_path, token_ids):
+    """Adapters on clean layers, faulty layers without adapters, dropout and rank-stabilised scaling."""
+    lora = LoraSpec(r=3, lora_alpha=5, target_modules=("q_proj", "lm_head"), dropout=0.25, use_rslora=True)
+    model = tiny_llama().eval()
+    coverage = flipproof.inject(model, BitFlipSpec(w_p_frac=0.01, include_patterns=("up_proj",)), lora)
+    adapted = ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(2))]
+    layers = flipproof.faulty_layers(model)
+    assert sorted(name for name, layer in layers.items() if layer.lora_A is not None) == adapted
+    assert coverage.covered == tuple(f"model.layers.{i}.mlp.up_proj" for i in range(2))
+    assert {name for name, reason in coverage.skipped.items() if "adapter" in reason} == set(adapted)
+    for name in adapted:
+        torch.nn.init.normal_(layers[name].lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
+    save_adapter(model, tmp_path / "adapter", None)
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (3, 5, 0.25, True)
+    assert config.target_modules == set(adapted)
+    opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
+    with torch.no_grad(), flipproof.faults(model, flips=False, guard=False):
+        assert_same_function(opened(token_ids).logits, lambda: model(token_ids).logits, model.parameters())
+    back = adapter_spec(tmp_path / "adapter")
+    assert back == dict.fromkeys(adapted, LoraSpec(r=3, lora_alpha=5, dropout=0.25, use_rslora=True))
+
+
+def test_adapters_scaled_by_two_rules_are_written_by_one(tiny_llama, tmp_path, token_ids):
+    lora = {
+        "model.layers.0.self_attn.q_proj": LoraSpec(r=4, lora_alpha=6, use_rslora=True),
+        "model.layers.1.self_attn.q_proj": LoraSpec(r=4, lora_alpha=6, use_rslora=True),
+        "model.layers.0.mlp.up_proj": LoraSpec(r=2, lora_alpha=3),
+    }
+    model = tiny_llama().eval()
+    flipproof.inject(model, SPEC, lora)
+    for name in lora:
+        torch.nn.init.normal_(model.get_submodule(name).lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
+    save_adapter(model, tmp_path / "adapter", None)
+    opened = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
+    with torch.no_grad(), flipproof.faults(model, flips=False, guard=False):
+        assert_same_function(opened(token_ids).logits, lambda: model(token_ids).logits, model.parameters())
+
+
+def test_target_modules_need_adapters_and_layers_of_that_name(tiny_llama):
+    with pytest.raises(ConfigError, match=r"target_modules = \['q_proj'\]: lora\.r = 0 makes no adapters"):
+        LoraSpec(target_modules="q_proj")
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match=r"'q_prj' names no nn\.Linear; there are q_proj, k_proj, .*, lm_head$"):
+        flipproof.inject(model, SPEC, LoraSpec(r=2, target_modules=["q_prj"]))
+    assert not any(isinstance(module, flipproof.FaultyLinear) for module in model.modules())

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import flipproof
-from flipproof import BitFlipSpec
+from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
 from flipproof.models.adapter import load_adapter
 from flipproof.models.peft_format import read_adapter
@@ -99,6 +99,16 @@ FORMS = {
     "not zero at first": {"target_modules": ["q_proj"], "init_lora_weights": False},
     "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.3},
 }
+
+
+def test_dropout_and_scaling_are_read_as_peft_says_them(base, tmp_path):
+    config = {"target_modules": ["q_proj"], "lora_dropout": 0.3, "use_rslora": True, "lora_alpha": 16, "r": 3}
+    specs = read_adapter(written_by_peft(base(), tmp_path / "a", **config)).specs
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert specs == dict.fromkeys(names, LoraSpec(r=3, lora_alpha=16, dropout=0.3, use_rslora=True))
+    edit(tmp_path / "a", lora_dropout=1.5)
+    with pytest.raises(ConfigError, match=r"lora_dropout = 1\.5: a number of at least 0, below 1, is allowed"):
+        read_adapter(tmp_path / "a")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -313,18 +323,18 @@ def test_damaged_tensors_are_told(plain, tmp_path):
     refused(tmp_path / "nowhere", r"adapter_config\.json is missing")
 
 
-def test_layers_that_are_not_there_or_not_faulty_are_told(base, tmp_path, plain, tiny_llama):
+def test_an_adapter_may_be_of_layers_without_faults(base, tmp_path, tiny_llama):
     head = written_by_peft(base(), tmp_path / "head", target_modules=["lm_head"])
-    for adapter, spec, words in (
-        (head, LINEAR, r"here is one of lm_head \(the output head\)"),
-        (
-            plain,
-            BitFlipSpec(w_p_frac=0.1, skip_patterns=("q_",)),
-            r"layers\.0\.self_attn\.q_proj \(skipped by the config",
-        ),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            flipproof.inject(tiny_llama(), spec, read_adapter(adapter).specs)
+    assert_merged_as_peft_does(tmp_path / "base", head)
+    skipped = written_by_peft(base(), tmp_path / "q", target_modules=["q_proj"])
+    assert_merged_as_peft_does(tmp_path / "base", skipped, BitFlipSpec(w_p_frac=0.1, skip_patterns=("q_",)))
+    model = tiny_llama()
+    coverage = flipproof.inject(model, LINEAR, read_adapter(head).specs)
+    assert coverage.skipped == {"lm_head": "an adapter, no faults"}
+    assert not any(fault.active for fault in (model.lm_head.w_fault, model.lm_head.x_fault))
+
+
+def test_layers_that_are_not_there_are_told(plain, tiny_llama):
     with pytest.raises(ConfigError, match=r"model\.layers\.1\.self_attn\.q_proj \(no such nn\.Linear\)"):
         flipproof.inject(tiny_llama(num_hidden_layers=1), ALL, read_adapter(plain).specs)
 

@@ -17,6 +17,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.spec import LoraSpec
 from flipproof.models.load import byte_tokenizer
 from flipproof.records import write_toml
+from flipproof.train import ending
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights
 from flipproof.train.export import export
 from flipproof.train.loop import train
@@ -261,7 +262,7 @@ def test_an_export_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(export_module, "save_model", half)
+        patched.setattr(ending, "save_model", half)
         for to in (tmp_path / "out", tmp_path / "a" / "b" / "out"):
             with pytest.raises(ConfigError, match=r"--to .*out cannot be written: .*No space left on device"):
                 export(run, to)

@@ -47,7 +47,7 @@ ALL_LINEAR = ("--bitflip.sites", "[linear, head]")
 MEASURED_LITTLE = ("--eval.trials", "1", "--training.save_freq", "0")
 SCRATCH = ("--model.init", "random", "--lora.r", "0")
 TRAIN_ALL = ("--lora.r", "0", "--training.lr", "1e-3")
-DISTILLED = ("--training.distill", "0.5", *MEASURED_LITTLE)
+DISTILLED = ("--training.distill", "0.5", "--lora.dropout", "0.2", *MEASURED_LITTLE)
 
 
 @pytest.fixture(scope="module")

@@ -59,11 +59,12 @@ def config_of(
 
 
 def _result(run: Path) -> tuple[dict[str, Any], Path | None]:
-    """([model]'s keys of the model that a run has written, its adapter): one of the two."""
-    if any((run / "model").glob("*.safetensors")):
-        return {"hf_model_path": str(run / "model"), "init": "pretrained", "flavor": None}, None
+    """([model]'s keys of the model that a run has written, its adapter): one of the two, the adapter where it has
+    written both."""
     if any((run / "adapter").glob("*.safetensors")):
         return {}, run / "adapter"
+    if any((run / "model").glob("*.safetensors")):
+        return {"hf_model_path": str(run / "model"), "init": "pretrained", "flavor": None}, None
     wrong = f"{run} holds a run that has written neither model/ nor adapter/; flipproof train {run} --resume goes on"
     if any((run / "checkpoints").glob("step-*")):
         wrong += f", and flipproof export {run} --to DIR makes a model of its last checkpoint"

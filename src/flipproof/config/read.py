@@ -143,6 +143,10 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     return sections, [f"{path}: {problem}" for problem in problems]
 
 
+_OF_PEFT = {"lora_dropout": "dropout", "rslora": "use_rslora"}
+"""Keys of [lora] -> what they are called here."""
+
+
 def _translate_dialects(document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The older dialects' words as [bitflip] and [lora]; anything else unchanged."""
     problems = []
@@ -152,6 +156,8 @@ def _translate_dialects(document: dict[str, Any]) -> tuple[dict[str, Any], list[
     if isinstance(document.get("fc"), dict):
         document["bitflip"] = _no_faults() | _seedless(document.pop("fc")) | _table(document, "bitflip")
         document["lora"] = dataclasses.asdict(LoraSpec()) | _table(document, "lora")
+    if isinstance(document.get("lora"), dict):  # PEFT's own words, as its other keys are
+        document["lora"] = {_OF_PEFT.get(key, key): value for key, value in document["lora"].items()}
     if use_lora is False:
         document["lora"] = {"r": 0}
     if "default" in document and isinstance(document["default"], dict | None):  # the bare mapping

@@ -280,6 +280,9 @@ class CheckpointConfig(Table):
     keep_best: bool = False
     """Save the model wherever validation (training.eval_freq) finds its least loss under faults so far, and keep that
     checkpoint whatever its age."""
+    export_merged: bool = False
+    """After the last step, write the model with its adapters merged into model/ of the run's directory as well, beside
+    the PEFT adapter in adapter/."""
     asynchronous: bool = True
     """Write while training goes on; False waits for the disk."""
     state_dict_type: Literal["sharded", "full"] = "sharded"

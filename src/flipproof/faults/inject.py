@@ -21,10 +21,10 @@ from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.embedding import FaultyEmbedding
 from flipproof.faults.fitted import read_guards
 from flipproof.faults.linear import FaultyLinear, keep_hooks
-from flipproof.faults.matching import unmatched_patterns
+from flipproof.faults.matching import adapters_by_layer, check_layers_of_adapters, unmatched_patterns
 from flipproof.faults.philox import check_tick
 from flipproof.faults.same_model import check_fitted, site_name
-from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, LoraSpec
+from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, Fault, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
 from flipproof.faults.ties import merge_adapters
 from flipproof.log import logger
@@ -82,7 +82,8 @@ def inject(
     Args:
         model: any module; its forward is what a tick counts. May be on the meta device.
         spec: what flips where.
-        lora: adapters for the same linear layers, or for some of them by name. None or r = 0 is none.
+        lora: adapters for the same linear layers, or for those that ``target_modules`` or a mapping by name chooses,
+            which need have no faults. None or r = 0 is none.
         computed: the dtype that autocast or FSDP casts weights to, where that is another than theirs: bits flip in it,
             and fitted guards are to be of it.
 
@@ -91,8 +92,8 @@ def inject(
 
     Raises:
         ConfigError: where nothing matches, naming the patterns; where weights that no swap can reach would be left out
-            without a word, naming their share of the FLOPs; where an adapter's layer is not among those swapped; where
-            fitted guards are of another model, dtype or basis.
+            without a word, naming their share of the FLOPs; where there is no linear layer that adapters are meant for;
+            where fitted guards are of another model, dtype or basis.
         ValueError: where the model is injected already, or wrapped by what spreads it over processes.
     """
     if not isinstance(spec, BitFlipSpec):
@@ -106,8 +107,11 @@ def inject(
     for line in unmatched_patterns(spec, _matchable(model, spec)):
         logger.warning("%s", line)
     head = output_head(model)
+    plain = {site_name(name): module is head for name, module in model.named_modules() if type(module) is nn.Linear}
+    lora = adapters_by_layer(lora, plain)
     planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
     names: dict[str, int] = {}  # of linear layers to swap; one may have several
+    adapted: dict[str, int] = {}  # those that get an adapter and no faults
     skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear:
@@ -115,7 +119,12 @@ def inject(
         site = planned[id(module)][0] if id(module) in planned else site_name(name)
         kind = "head" if module is head or (head is None and site in _HEAD_NAMES) else "linear"
         layer_spec = spec.for_layer(site)
-        if kind not in spec.sites:
+        alone = (kind not in spec.sites or layer_spec is None) and isinstance(lora, Mapping) and lora.get(site)
+        if name and alone:
+            planned.setdefault(id(module), (site, kind))
+            adapted[name] = id(module)
+            skipped[name] = "an adapter, no faults"
+        elif kind not in spec.sites:
             skipped[name] = "the output head" if kind == "head" else "not among bitflip.sites"
         elif layer_spec is None:
             skipped[name] = "skipped by the config"
@@ -127,7 +136,7 @@ def inject(
             planned.setdefault(id(module), (site, kind))
             names[name] = id(module)
     if isinstance(lora, Mapping):
-        _check_layers_of_adapters(lora, {site for site, _ in planned.values()}, skipped)
+        check_layers_of_adapters(lora, {site for site, _ in planned.values()})
     elif lora and not names:
         nothing = _nothing_matched(spec, skipped)
         raise ConfigError([f"lora.r = {lora.r}: adapters are made on linear layers of bitflip.sites; {nothing}"])
@@ -135,9 +144,9 @@ def inject(
     table, table_name = _embedding(model)
     table_spec = _table_spec(table, table_name, spec)
     kv_faults = attention.planned(model, spec)
-    if not (names or table_spec or kv_faults):
+    if not (names or adapted or table_spec or kv_faults):
         raise ConfigError([_nothing_matched(spec, skipped)])
-    _check_layers(model, names)
+    _check_layers(model, names | adapted)
     state = FaultState(spec.base_seed, spec.exact_gradient)
     state.computed = computed
     if spec.guards:
@@ -147,22 +156,22 @@ def inject(
         if table_spec:
             state.guards.check([f"{site_name(table_name)}/w"], table_spec.w, (table.num_embeddings, 1))
     swapped: dict[int, FaultyLinear] = {}
-    for name, which in names.items():
+    for name, which in (names | adapted).items():
         if which in swapped:
             continue
         site, kind = planned[which]
         layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
-        assert layer_spec is not None
+        x_fault, w_fault = (Fault(), Fault()) if layer_spec is None or name in adapted else (layer_spec.x, layer_spec.w)
         # tied weights are one memory
         w_site = site_name(table_name) if getattr(table, "weight", None) is linear.weight else None
         own = _lora_of(lora, site)
-        swapped[which] = FaultyLinear(linear, site, layer_spec.x, layer_spec.w, own, state, kind, w_site)  # type: ignore[arg-type]
+        swapped[which] = FaultyLinear(linear, site, x_fault, w_fault, own, state, kind, w_site)  # type: ignore[arg-type]
     if state.guards is not None:
         faulty = [*swapped.values(), *([table] if table_spec else [])]
         check_fitted(model, state.guards, state, faulty)
 
     # Whatever can fail has not: from here on the model changes.
-    for name, which in names.items():
+    for name, which in (names | adapted).items():
         _put(model, name, swapped[which])
     if table_spec is not None:
         FaultyEmbedding.make(table, site_name(table_name), table_spec.w, state)
@@ -215,12 +224,6 @@ def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
 
 def _lora_of(lora: LoraSpec | Mapping[str, LoraSpec], site: str) -> LoraSpec:
     return lora.get(site, LoraSpec()) if isinstance(lora, Mapping) else lora
-
-
-def _check_layers_of_adapters(names: Iterable[str], faulty: set[str], skipped: Mapping[str, str]) -> None:
-    others = [f"{name} ({skipped.get(name, 'no such nn.Linear')})" for name in names if name not in faulty]
-    if others:
-        raise ConfigError([f"adapters are of faulty linear layers, and here is one of {first_of(others)}"])
 
 
 def _matchable(model: nn.Module, spec: BitFlipSpec) -> list[str]:

@@ -18,6 +18,15 @@ s·A[:, i]·g from dB[o]. The result is exact (on a GPU as long as they fit a li
 ``exact_gradient = false`` in the config leaves that step out: the gradient then passes straight through the weights
 that the guard zeroed, some 15 in a million at p = 2⁻¹⁶, and a layer on a GPU saves 3 to 9% of its time
 (``benchmarks/README.md``).
+
+**Dropout** of an adapter (``lora.dropout``). PEFT computes X·Wᵀ + s·drop(X)·Aᵀ·Bᵀ, with a draw for each feature of each
+row of X. A merged weight is the same for all rows, so here a feature is dropped for all rows of a micro-batch at once:
+drop(X) = X·diag(m), hence W + s·B·(A·diag(m)), where each mⱼ is 0 with probability p and else 1/(1 − p). Every row's
+drop(X) is distributed as PEFT's, with the same mean and variance; rows are not independent (dropout with one mask for
+all, as Gal & Ghahramani, arXiv:1512.05287, have it for all steps of a sequence). It is so in layers without faults too:
+a control must differ from its run by faults alone. m is drawn as flips are, as a function of (seed, site, tick) alone:
+equal on all ranks, so that a weight is one weight wherever its rows are; new for each micro-batch; and the same when
+backward computes forward again, or a CUDA graph launches it.
 """
 
 from typing import Any, NamedTuple
@@ -60,9 +69,10 @@ class FaultyLinear(FaultSite, nn.Linear):
     Made by ``flipproof.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
     """
 
-    keyed = ("x_key", "w_key")
+    keyed = ("x_key", "w_key", "dropout_key")
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    dropout_key: Tensor
     checkpointed = False
     """Whether activation checkpointing is around this layer, so that what forward saves lives for a moment only."""
 
@@ -87,6 +97,8 @@ class FaultyLinear(FaultSite, nn.Linear):
         self.w_site = w_site or site
         self.lora, self.state = lora, state
         self.x_fault, self.w_fault = self._data_of(x_fault, w_fault, state.guards)
+        # a bit of a mantissa is inverted with a probability of up to ½: of features that drop, or of those that stay
+        self.dropped = FaultData(Fault(p_frac=min(lora.dropout, 1 - lora.dropout)))
         if lora.r:
             # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
             device = self.weight.device
@@ -124,6 +136,7 @@ class FaultyLinear(FaultSite, nn.Linear):
     def refresh_keys(self) -> None:
         device = key_device(self.weight)
         self.x_key, self.w_key = (self._key(self.draw_name(operand), device) for operand in "xw")
+        self.dropout_key = self._key(f"{self.site}/lora_dropout", device)
         for fault in (self.x_fault, self.w_fault):
             fault.move_to(device)
         self.state.move_to(device)
@@ -154,6 +167,7 @@ class FaultyLinear(FaultSite, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
+        lora_A: Tensor | None
         lora_A, lora_B = (self.lora_A, self.lora_B) if state.adapters else (None, None)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -167,6 +181,8 @@ class FaultyLinear(FaultSite, nn.Linear):
         run, x_offset = self.next_run(), state.slice * x.numel()
         x_draw = self._draw(self.x_fault, self.x_key, x, x_offset, run)
         w_draw = self._draw(self.w_fault, self.w_key, x, 0, run)
+        if lora_A is not None and self.lora.dropout and self.training:
+            lora_A = lora_A * self._kept_features(lora_A, run)
         if state.flip_hook is not None:
             if lora_A is not None:
                 weight = ops.merge(weight, lora_A, lora_B, self.lora.scaling, *w_draw.of_nothing().arguments)
@@ -180,8 +196,17 @@ class FaultyLinear(FaultSite, nn.Linear):
         y: Tensor = _FaultyMatmul.apply(x, weight, bias, lora_A, lora_B, x_draw, w_draw, product)
         return y
 
+    def _kept_features(self, lora_A: Tensor, run: int) -> Tensor:
+        """(in,) in A's dtype: 0 for the features that the adapter does not see in this pass, else 1/(1 − p)."""
+        p, ones = self.lora.dropout, torch.ones(self.in_features, dtype=torch.bfloat16, device=lora_A.device)
+        key, tick = self.dropped.key_of_run(self.dropout_key, run), self.state.tick
+        draw = self.dropped.draw(key.to(ones.device), tick.to(ones.device), 0, ones)
+        inverted = ops.flip(ones, *draw.arguments).view(torch.int16) & 1
+        return (inverted ^ (p <= 0.5)).to(lora_A.dtype) / (1 - p)
+
     def extra_repr(self) -> str:
         lora = f", r={self.lora.r}, lora_alpha={self.lora.lora_alpha}" if self.lora.r else ""
+        lora += f", dropout={self.lora.dropout}" if self.lora.dropout else ""
         return f"{super().extra_repr()}, x={self.x_fault}, w={self.w_fault}{lora}"
 
 

@@ -433,19 +433,35 @@ def storage_overhead(spec: BitFlipSpec, dtype: str) -> dict[Operand, float]:
 
 @dataclass(frozen=True)
 class LoraSpec(Table):
-    """Low-rank adapters on every faulty layer (the ``[lora]`` table): W + (lora_alpha / r) · B · A.
+    """Low-rank adapters on linear layers (the ``[lora]`` table): W + (lora_alpha / r) · B · A. The keys are PEFT's.
 
     Raises:
-        ConfigError: for a rank that is no whole number of at least 0, or a ``lora_alpha`` that is not positive.
+        ConfigError: for a value that its key does not allow.
     """
 
     r: Annotated[int, Between(0, 2**31 - 1)] = 0
     """Rank of the adapters; 0 is none, and then training changes the weights themselves."""
     lora_alpha: Annotated[float, lambda alpha: 0 < alpha < 2**127, "a positive number below 2^127"] = 32.0
     """Scaling: the adapters' product is multiplied by lora_alpha / r."""
+    target_modules: Annotated[tuple[Annotated[str, _is_regular], ...], "a list of texts"] | None = None
+    """Which linear layers have adapters, with faults or without: "all-linear" for all but the output head, or whole
+    parts of their names ("q_proj", "self_attn", "layers.0"), or a regular expression of a whole name. Faulty layers
+    that none names have no adapter. Default: every faulty layer."""
+    dropout: Annotated[float, lambda p: 0 <= p < 1, "a number of at least 0, below 1,"] = 0.0
+    """Probability that an adapter does not see a feature of its input, while it trains: one draw for all rows of a
+    micro-batch, where PEFT's lora_dropout draws for each, since the adapter is merged into the weight."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling: lora_alpha / √r (arXiv:2312.03732)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):  # as PEFT takes one
+            object.__setattr__(self, "target_modules", (self.target_modules,))
         self.check()
+
+    def problems(self) -> list[str]:
+        if self.r == 0 and self.target_modules is not None:
+            return [f"target_modules = {list(self.target_modules)}: lora.r = 0 makes no adapters; set it, or drop one"]
+        return []
 
     def __bool__(self) -> bool:
         """Whether there are adapters."""
@@ -453,7 +469,8 @@ class LoraSpec(Table):
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / self.r if self.r else 0.0
+        """What the adapters' product is multiplied by."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r) if self.r else 0.0
 
 
 def field_names(spec: type) -> list[str]:

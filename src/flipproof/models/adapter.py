@@ -1,7 +1,9 @@
 """LoRA adapters of a model: written as PEFT does, and loaded from what PEFT wrote (``peft_format.py``)."""
 
+import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,15 @@ def _config(specs: dict[str, LoraSpec], base_model: str | None) -> dict[str, Any
     """What PEFT is to know of adapters: the most frequent rank and scaling, and by pattern what differs."""
     usual = Counter(specs.values()).most_common(1)[0][0]
 
-    def others(key: str) -> dict[str, float]:
-        values = {name: getattr(spec, key) for name, spec in specs.items()}
-        return {f"^{re.escape(name)}": value for name, value in values.items() if value != getattr(usual, key)}
+    def alpha(spec: LoraSpec) -> float:
+        """Its lora_alpha by the rule of the usual one."""
+        if spec.use_rslora == usual.use_rslora:
+            return spec.lora_alpha
+        return spec.scaling * (math.sqrt(spec.r) if usual.use_rslora else spec.r)
+
+    def others(value: Callable[[LoraSpec], float]) -> dict[str, float]:
+        values = {name: value(spec) for name, spec in specs.items()}
+        return {f"^{re.escape(name)}": own for name, own in values.items() if own != value(usual)}
 
     return {
         "peft_type": "LORA",
@@ -65,9 +73,10 @@ def _config(specs: dict[str, LoraSpec], base_model: str | None) -> dict[str, Any
         "base_model_name_or_path": base_model,
         "r": usual.r,
         "lora_alpha": usual.lora_alpha,
-        "rank_pattern": others("r"),
-        "alpha_pattern": others("lora_alpha"),
-        "lora_dropout": 0.0,
+        "use_rslora": usual.use_rslora,
+        "rank_pattern": others(lambda spec: spec.r),
+        "alpha_pattern": others(alpha),
+        "lora_dropout": usual.dropout,
         "bias": "none",
         "inference_mode": True,
         # whole names: a suffix such as "q_proj" would also match layers that were skipped
@@ -76,7 +85,8 @@ def _config(specs: dict[str, LoraSpec], base_model: str | None) -> dict[str, Any
 
 
 def adapter_spec(adapter: str | Path) -> dict[str, LoraSpec]:
-    """Rank and scaling of each layer that a PEFT adapter has, by the layer's name in the base model; for ``inject``.
+    """Rank, scaling and dropout of each layer that a PEFT adapter has, by the layer's name in the base model; for
+    ``inject``.
 
     Args:
         adapter: a directory, or a name on the Hub.

@@ -32,12 +32,12 @@ _ALL_LINEAR = "all-linear"
 
 # How A and B began. The others take a part out of the base model's weights, which only PEFT puts back.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
-         "layers_to_transform", "layers_pattern", "peft_type", "init_lora_weights", "bias",
+_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+         "exclude_modules", "layers_to_transform", "layers_pattern", "peft_type", "init_lora_weights", "bias",
          "base_model_name_or_path"}  # fmt: skip
 # About training, about files, or of what is refused anyway where it is used.
-_WITHOUT_EFFECT = {"auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_dropout",
-                   "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+_WITHOUT_EFFECT = {"auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config",
+                    "megatron_core", "peft_version", "qalora_group_size", "revision",
                    "runtime_config", "task_type"}  # fmt: skip
 
 
@@ -55,14 +55,14 @@ class PeftAdapter:
 
     @property
     def specs(self) -> dict[str, LoraSpec]:
-        """Name of a layer -> rank and scaling."""
+        """Name of a layer -> rank, scaling and dropout."""
         return {layer: self._spec(layer) for layer in self.matrices}
 
     def _spec(self, layer: str) -> LoraSpec:
         rank = self._of_layer("rank_pattern", "r", layer)
         alpha = self._of_layer("alpha_pattern", "lora_alpha", layer)
-        # rank-stabilised LoRA divides by √r where others divide by r
-        return LoraSpec(r=rank, lora_alpha=alpha * math.sqrt(rank) if self.config.get("use_rslora") else alpha)
+        dropout, use_rslora = self.config.get("lora_dropout") or 0.0, bool(self.config.get("use_rslora"))
+        return LoraSpec(r=rank, lora_alpha=alpha, dropout=dropout, use_rslora=use_rslora)
 
     def _of_layer(self, patterns: str, key: str, layer: str) -> Any:
         """A value that a pattern may change for some layers; the first that matches counts."""
@@ -202,6 +202,8 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
         of_layers = config.get(patterns) or {}
         if not isinstance(of_layers, dict) or not all(_is_pattern(p) and right(v) for p, v in of_layers.items()):
             problems.append(f"{patterns} = {of_layers!r}: {allowed} by pattern is allowed")
+    if not _is_dropout(config.get("lora_dropout") or 0.0):
+        problems.append(f"lora_dropout = {config['lora_dropout']!r}: a number of at least 0, below 1, is allowed")
     for key in ("target_modules", "exclude_modules"):
         value = config.get(key)
         names = isinstance(value, list) and all(isinstance(name, str) for name in value)
@@ -220,6 +222,10 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _is_dropout(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def _is_pattern(value: Any) -> bool:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.measure.arms import ARMS, Arm, Cost, costs
+from flipproof.measure.card import configs_of
 from flipproof.measure.points import Setting
 from flipproof.report import figures, finding, hardening
 from flipproof.report.analyse import (
@@ -55,7 +56,7 @@ def sections_of(sources: Sources) -> list[Section]:
     if sources.configs:
         sections.append(_configs(sources.configs))
     if sources.arms:
-        sections.append(_arms(sources.arms))
+        sections.append(_arms(sources.arms, sources.configs))
     if sources.tasks:
         sections.append(_tasks(sources.tasks))
     curves = {name: curves_of(one.points, one.clean_loss, one.axes) for name, one in sources.sweeps.items()}
@@ -117,7 +118,7 @@ def _configs(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Section:
     )
 
 
-def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
+def _arms(found: Mapping[str, Mapping[str, Arm]], configs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Section:
     rows = []
     drawn: dict[str, Cost] = {}
     for run, arms in found.items():
@@ -125,11 +126,13 @@ def _arms(found: Mapping[str, Mapping[str, Arm]]) -> Section:
         for name, arm in arms.items():
             kind = ARMS.get(name)  # None: of another version
             cost = of_run.get(name)
-            flipped, tuned = (kind.bitflipped, kind.tuned) if kind else (None, None)
-            rows.append([run, name, flipped, tuned, *perplexity_cells(arm), *cost_cells(cost), arm.loss, arm.trials,
+            what = (kind.bitflipped, kind.tuned) if kind else (None, None)
+            of_config = configs_of(name, arms, configs.get(run, {}))
+            rows.append([run, name, *what, *of_config, *perplexity_cells(arm), *cost_cells(cost), arm.loss, arm.trials,
                          arm.tokens])  # fmt: skip
         drawn |= {f"{run}: {name}" if len(found) > 1 else name: cost for name, cost in of_run.items()}
-    columns = ["run", "arm", "Bitflipped", "Fine-tuned", *PERPLEXITY, *COST, "loss", "seeds", "tokens"]
+    columns = ["run", "arm", "Bitflipped", "Fine-tuned", "Bitflip config", "Fine-tune config", *PERPLEXITY, *COST,
+               "loss", "seeds", "tokens"]  # fmt: skip
     clean = max((arms["clean"].loss for arms in found.values() if "clean" in arms), default=0.0)
     more = f" The first {figures.SHOWN_BARS} are drawn." if len(drawn) > figures.SHOWN_BARS else ""
     return Section(

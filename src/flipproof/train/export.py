@@ -10,24 +10,23 @@ from safetensors import SafetensorError
 from flipproof.config import load_written
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
-from flipproof.faults.fitted import ROTATION, Guards, read_guards
-from flipproof.faults.inject import fault_state
-from flipproof.faults.same_model import with_own_weights
-from flipproof.files import check_writable
+from flipproof.faults.fitted import Guards, read_guards
+from flipproof.files import check_writable, write_atomically
 from flipproof.log import logger
-from flipproof.models.adapter import save_adapter
+from flipproof.measure.card import CARD
 from flipproof.models.build import build_model
-from flipproof.models.load import load_tokenizer, save_model
+from flipproof.models.load import load_tokenizer
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, GUARDS
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, step_of, whole_checkpoint
+from flipproof.train.ending import card, rotates, write_weights
 from flipproof.world import join_world
 
 
 def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model", step: int | None = None) -> Path:
     """Write the last checkpoint of a run, finished or not, or that of a step, into the new directory ``to``, which
-    is whole or not there;
-    with the fitted guards that it was trained behind, if any; of merged weights with their own largest values.
+    is whole or not there; with a card, and with the fitted guards that it was trained behind, if any; of merged weights
+    with their own largest values.
 
     Args:
         kind: "model" for a Hugging Face model with the adapters merged, "adapter" for PEFT.
@@ -71,18 +70,13 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model",
         what = f"checkpoint {checkpoints[-1]}"
         try:
             with new_directory(to, world) as new:
-                if kind == "adapter":
-                    save_adapter(model, new, config.model.hf_model_path, world.first, what)
-                else:
-                    save_model(model, new, tokenizer, world, what)
-                    if guards:
-                        guards = with_own_weights(guards, model, fault_state(model))
-                if guards and world.first:
-                    guards.write(new)
+                write_weights(new, kind, model, config, tokenizer, world, what, guards)
+                text = card(config, run_dir, kind, to.name, done, model)
+                world.once(lambda: write_atomically(new / CARD, text))
         except (OSError, SafetensorError) as error:
             raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
     kind_of = "PEFT adapter" if kind == "adapter" else "Hugging Face model"
-    opened = ", which flipproof opens, transformers alone does not" if _rotates(model) else ""
+    opened = ", which flipproof opens, transformers alone does not" if rotates(model) else ""
     logger.info("step %d of %s as a %s%s", done, run_dir, kind_of, opened)
     if guards:
         logger.info("its guards came along: --bitflip.guards %s%s", to, _as_trained(model, guards))
@@ -93,8 +87,3 @@ def _as_trained(model: Any, guards: Guards) -> str:
     """The flag with which a model that is written in a wider dtype than the run flipped bits of flips those."""
     written = {dtype_name(parameter.dtype) for parameter in model.parameters()}
     return f" --training.dtype {guards.dtype}" if written == {"float32"} != {guards.dtype} else ""
-
-
-def _rotates(model: Any) -> bool:
-    """Whether inputs are rotated when the model runs, which only flipproof does."""
-    return bool((getattr(model.config, ROTATION, None) or {}).get("online"))

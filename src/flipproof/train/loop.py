@@ -39,10 +39,9 @@ from flipproof.launch import started_by_devices
 from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
 from flipproof.measure.evaluate import arms_of, check_samples, measure_config_arms, results
-from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model, with_trainable_weights
 from flipproof.models.limits import check_ids
-from flipproof.models.load import load_tokenizer, save_model
+from flipproof.models.load import load_tokenizer
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, RESULTS, read_record, write_record, write_toml
 from flipproof.train.checkpoint import (
@@ -55,6 +54,7 @@ from flipproof.train.checkpoint import (
     step_of,
     whole_checkpoint,
 )
+from flipproof.train.ending import Kind, write_all_results, write_cards, write_weights
 from flipproof.train.metrics import StepLog, check_trackers, log_in, logged_before
 from flipproof.train.optimizer import learning_rate
 from flipproof.train.resume import begun_with, check_not_done, compare, examine_model, text_fingerprint, text_segments
@@ -214,6 +214,7 @@ class _Run:
             logger.info("training.control: nothing flips here, so that the run would be its own control")
         elif config.training.control:
             self._train_control(arms)
+        self.world.once(lambda: write_cards(config, run_dir, self.model))
         logger.info("after training:\n%s", arms_table(in_order(arms)))
         return run_dir
 
@@ -223,11 +224,13 @@ class _Run:
         config, model = self.config, course.model
         with StepLog(course.config, model, self.world, course.first_step) as log:
             course.train(log, self._goes_on())
-            with new_directory(directory / ("adapter" if config.lora.r else "model"), self.world, replace=True) as new:
-                if config.lora.r:
-                    save_adapter(model, new, config.model.hf_model_path, writes=self.world.first)
-                else:
-                    save_model(model, new, self.tokenizer, self.world)
+            kind: Kind = "adapter" if config.lora.r else "model"
+            with new_directory(directory / kind, self.world, replace=True) as new:
+                write_weights(new, kind, model, config, self.tokenizer, self.world)
+            if config.lora.r and config.checkpoint.export_merged and directory == self.run_dir:
+                guards = read_guards(config.bitflip.guards) if config.bitflip.guards else None
+                with new_directory(directory / "model", self.world, replace=True) as new:
+                    write_weights(new, "model", model, config, self.tokenizer, self.world, guards=guards)
             if missing := tuple(name for name in names if name not in arms):
                 arms |= self._measure(missing)
                 self.world.once(lambda: self._write_results(arms))
@@ -288,6 +291,8 @@ class _Run:
             if self.first_step != self.config.training.steps:  # else it is of as many steps
                 for result in ("adapter", "model"):
                     discard(control / result)
+                if self.config.lora.r:  # merged, of fewer steps
+                    discard(self.run_dir / "model")
             self._write_results(arms)
             if path := self.config.bitflip.guards:
                 replace(read_guards(path), moved=not self.config.lora).write(self.run_dir)
@@ -311,6 +316,7 @@ class _Run:
         if self.text.about is not None:
             values["trained_on"] = asdict(self.text.about)
         write_record(self.run_dir / RESULTS, values | best)
+        write_all_results(self.run_dir, arms, self.trained_arms[0], self.metrics_from)
 
     def _goes_on(self) -> str:
         start = "flipproof" if self.world.size == 1 or started_by_devices() else "torchrun … -m flipproof"
