@@ -143,16 +143,19 @@ def test_a_split_that_is_held_out_is_said(tmp_path, caplog):
 def test_what_is_no_source_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    (tmp_path / "mixed").mkdir()
-    (tmp_path / "mixed" / "a.txt").write_text("a")
-    (tmp_path / "mixed" / "b.jsonl").write_text('{"text": "b"}')
     (tmp_path / "saved").mkdir()
     for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json"):
         (tmp_path / "saved" / name).write_text("{}")
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.txt")
-    refused(["'mixed'", "files of one kind", ".jsonl, .txt"], "mixed")
-    refused(["'saved'", "save_to_disk", "to_parquet"], "saved")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_text("a")
+    (tmp_path / "a.parquet.gz").write_text("")
+    (tmp_path / "a.png").write_text("")
+    refused(["'pictures'", ".txt", ".parquet", "found .png"], "pictures")
+    refused(["'a.png'", ".txt", "found .png"], "a.png")
+    refused(["'a.parquet.gz'", "unpack"], "a.parquet.gz")
+    refused(["'saved'", "save_to_disk", "cannot be read"], "saved")
     refused(["'empty'", "found nothing"], "empty")
     refused(["'pipe.txt'", "no file and no folder"], "pipe.txt")
     for name in ("gone.txt", "./gone", "~/gone", "/gone/a", "a/b/c", "hf://datasets/x", "https://x.org/a.txt", "a b",
@@ -254,8 +257,8 @@ def test_parquet_of_every_kind_of_column(tmp_path):
 
 
 def hub(monkeypatch, found):
-    def load_dataset(name, split):
-        assert (name, split) == ("org/data", "train")
+    def load_dataset(name, subset, split, revision):
+        assert (name, subset, split, revision) == ("org/data", None, "train", None)
         if isinstance(found, Exception):
             raise found
         return found

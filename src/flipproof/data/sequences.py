@@ -22,7 +22,7 @@ from torch import Tensor
 from flipproof.config import DataConfig
 from flipproof.data.document import Part
 from flipproof.data.packing import beginning, packed_tokens
-from flipproof.data.source import check_apart, open_source
+from flipproof.data.source import Source, check_apart, held_out_source, training_source
 from flipproof.errors import ConfigError
 from flipproof.log import logger
 
@@ -77,11 +77,12 @@ def load_text(
     held_out = load_held_out(config, tokenizer, seq_len)
     limit = None if needed is None else max(1, needed) * seq_len
     if config.max_tokens is not None:
-        left = config.max_tokens - (held_out.sequences.size if config.eval_source is None else 0)
+        left = config.max_tokens - (held_out.sequences.size if held_out_source(config)[1] == "held-out" else 0)
         limit = left if limit is None else min(limit, left)
         if left < seq_len:
             raise ConfigError([f"data.max_tokens = {config.max_tokens}: {_does_not_divide(seq_len)}"])
-    train = PackedText(_sequences(config.source, "training", config, tokenizer, seq_len, limit), config.source)
+    source = training_source(config)
+    train = PackedText(_sequences(source, "training", config, tokenizer, seq_len, limit), config.source)
     if needed is not None and needed > len(train):
         logger.warning(
             "data.source = %r has %d sequences of %d tokens to train on, and the run takes %d: each is seen %.1f times",
@@ -95,27 +96,28 @@ def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedTex
     if start := beginning(config.bos, tokenizer):
         token = "".join(tokenizer.convert_ids_to_tokens(start))
         logger.info("data.bos: each document and each sequence begins with %s", token)
-    if config.eval_source is not None:
-        check_apart(config.source, config.eval_source, config.text_column)
-        sequences = _sequences(config.eval_source, "all", config, tokenizer, seq_len, config.max_tokens)
-        return PackedText(sequences, config.eval_source)
+    source, part = held_out_source(config)
+    for line in source.said:
+        logger.info("data source %r: %s", source.name, line)
+    if part == "all":
+        check_apart(config)
+        sequences = _sequences(source, part, config, tokenizer, seq_len, config.max_tokens)
+        split = "" if config.eval_split is None else f", {config.eval_split}"
+        return PackedText(sequences, source.name + split)
     tokens = (
         config.held_out_tokens if config.max_tokens is None else min(config.held_out_tokens, config.max_tokens // 10)
     )
     count = max(1, tokens // seq_len)
-    sequences = _sequences(config.source, "held-out", config, tokenizer, seq_len, count * seq_len)
+    sequences = _sequences(source, part, config, tokenizer, seq_len, count * seq_len)
     return PackedText(sequences, f"held-out {config.source}")
 
 
 def _sequences(
-    name: str, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None
+    source: Source, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None
 ) -> np.ndarray:
     start = beginning(config.bos, tokenizer)
     if len(start) >= seq_len:
         raise ConfigError([f"training.seq_len = {seq_len}: each sequence begins with {len(start)} tokens (data.bos)"])
-    source = open_source(name, config.text_column)
-    if source.splits and part != "training":
-        logger.info("data source %r: %s", name, source.splits)
     flat = packed_tokens(source, part, tokenizer, start, seq_len, limit)
     if len(flat) < seq_len:
         if part == "all":
@@ -124,8 +126,8 @@ def _sequences(
             of, way_out = f" in its {part} part", _does_not_divide(seq_len)
         raise ConfigError(
             [
-                f"data source {name!r}: {len(flat)} tokens of text{of} are fewer than one sequence (training.seq_len = "
-                f"{seq_len}); {way_out}"
+                f"data source {source.name!r}: {len(flat)} tokens of text{of} are fewer than one sequence "
+                f"(training.seq_len = {seq_len}); {way_out}"
             ]
         )
     return flat[: len(flat) // seq_len * seq_len].reshape(-1, seq_len)
