@@ -5,6 +5,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from source_texts import read, refused, write_rows
 
 from flipproof.config import DataConfig
 from flipproof.data import tables
@@ -13,21 +14,6 @@ from flipproof.data.sequences import load_held_out, load_text
 from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
-
-
-def read(source, part="all", column="text"):
-    """The texts of a part of a source, sorted."""
-    spans = open_source(str(source), column).spans(part)
-    return sorted(document.read(start, end).decode() for document, start, end in spans)
-
-
-def refused(words, source, column="text", part="all"):
-    with pytest.raises(ConfigError) as error:
-        read(source, part, column)
-    (line,) = error.value.problems
-    assert "\n" not in line
-    assert all(word in line for word in words), line
-
 
 ODD_NAMES = [
     "a[0].txt", "*.txt", "what?.txt", "a::b.txt", "x=1&y=2.txt", "part#1.txt", "100%25.txt", "two words.txt",
@@ -164,11 +150,6 @@ def test_what_is_no_source_is_named(tmp_path, monkeypatch):
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_other_columns_are_of_no_matter(tmp_path):

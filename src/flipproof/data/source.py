@@ -119,7 +119,7 @@ class LocalFiles:
                     yield from _ROWS[kind](path, self.column)
             except OSError as error:
                 raise ConfigError(
-                    [f"data source {self.name!r}: {path} cannot be read ({error.strerror or error})"]
+                    [f"data source {self.name!r}: {path} cannot be read ({error.strerror or reason(error)})"]
                 ) from error
 
     def _check_json_column(self, part: Part) -> None:
@@ -256,7 +256,9 @@ class HubData(_Table):
         there = list(found.info.splits or ())
         for name in self.split.split("+"):
             if there and name.partition("[")[0] not in there:
-                raise ConfigError([f"{self.choice.key} = {self.split!r}: {self.name!r} has {', '.join(there)}"])
+                raise ConfigError(
+                    [f"{self.choice.key} = {self.split!r}: {self.name!r} has the splits {', '.join(there)}"]
+                )
 
     @cached_property
     def _data(self) -> Any:
