@@ -1,8 +1,8 @@
 """How fast text becomes tokens, and in how much memory: python benchmarks/tokenise.py [SOURCE] [--tokenizer DIR]
 
-SOURCE is what ``data.source`` may be; without one, the standard library's own source. Without a tokenizer one as GPT-2's
-is trained on the beginning of the text first: byte-level BPE, 32,768 tokens. All of the source is packed, as before a
-run, into a cache of its own that is deleted. Beside it the tokenizer alone, called with the first 4 MiB.
+SOURCE is what ``data.source`` may be; without one, the standard library's own source. Without a tokenizer one as
+GPT-2's is trained on the beginning of the text first: byte-level BPE, 32,768 tokens. All of the source is packed, as
+before a run, into a cache of its own that is deleted. Beside it the tokenizer alone, called with the first 64 pieces.
 """
 
 import argparse

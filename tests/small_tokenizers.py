@@ -32,7 +32,7 @@ LLAMA3 = (
 
 
 def trained(kind, apart=False):
-    """A small tokenizer made as those of the named models are; ``apart``: no token holds both a letter and punctuation."""
+    """Made as that of the named model is; ``apart``: no token holds both a letter and punctuation."""
     lines, special = text(800, seed=1).split("\n\n"), ["<unk>", "</s>"]
     if kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))

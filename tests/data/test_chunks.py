@@ -14,28 +14,6 @@ from flipproof.data.document import Piece
 from flipproof.models.load import byte_tokenizer
 
 ODD = [*" \n\taB9é文.,'_(<’", "  ", "\r\n", "12", "\u00a0", "\u2028", "\u0301"]
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "\r\n",
-    "\u00a0",
-    "\u2028",
-    "a",
-    "B",
-    "9",
-    "12",
-    "é",
-    "文",
-    ".",
-    ",",
-    "'",
-    "_",
-    "(",
-    "<",
-    "\u0301",
-    "’",
-]
 
 
 def mixed(seed, pieces=3000):

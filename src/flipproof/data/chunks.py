@@ -32,7 +32,7 @@ _CHUNK = re.compile(
 )
 _CUT = re.compile(rf"\S(?= )|[0-9A-Za-z](?=[ \n\r\t{_PUNCTUATION}])")
 _AS_TEXT = {"Ġ": " ", "▁": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"}  # what byte-level vocabularies and SentencePiece write
-_KEPT = 2**22  # characters of chunks, with their tokens about 0.1 GB
+_KEPT = 2**23  # characters of chunks, with their tokens about 0.2 GB
 
 
 class Chunks:
