@@ -1,6 +1,7 @@
 """Files of every kind, compressed or not, beside each other: each against the same text in a plain file."""
 
 import gzip
+import hashlib
 import json
 
 import numpy as np
@@ -176,3 +177,31 @@ def test_what_is_damaged_is_named(tmp_path, monkeypatch):
         pq.write_table(pa.table({"text": [f"shard {i}"] * 100}), shards / f"{i}.parquet")
     (shards / "1.parquet").write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
     refused(["1.parquet", "cannot be read"], shards)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("txt", "5273885cd6f0b2b6"),
+        ("lone.txt", "f8e3e1999b2f9c83"),
+        ("jsonl", "5273885cd6f0b2b6"),
+        ("parquet", "5273885cd6f0b2b6"),
+    ],
+)
+def test_packed_tokens_are_what_they_always_were(tmp_path, kind, expected):
+    """Of training and held-out text, as packed before other kinds could be read."""
+    documents = [f"document {i}: " + "words and é, more\n" * (i % 7 + 1) for i in range(60)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "txt":
+        path.mkdir()
+        for i, one in enumerate(documents):
+            (path / f"{i:02}.txt").write_text(one)
+    elif kind == "lone.txt":
+        path.write_text("".join(documents))
+    elif kind == "jsonl":
+        write_rows(path, [{"text": one} for one in documents])
+    else:
+        pq.write_table(pa.table({"text": documents}), path)
+    train, held_out = load_text(DataConfig(source=str(path)), byte_tokenizer(), 16)
+    tokens = train.sequences.tobytes() + held_out.sequences.tobytes()
+    assert hashlib.sha256(tokens).hexdigest()[:16] == expected
