@@ -75,7 +75,7 @@ class RunLog(logging.Handler):
         logger.removeHandler(self)
 
 
-def bar(total: int, unit: str, first: bool = True, **more: Any) -> Any:
+def bar(total: int | None, unit: str, first: bool = True, **more: Any) -> Any:
     """tqdm's bar on stderr, where that is a terminal and this is the ``first`` process. It is gone when it is closed,
     since what it was about is printed then, unless ``more`` (tqdm's options) says that it stays."""
     from tqdm import tqdm

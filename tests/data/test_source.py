@@ -5,6 +5,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from source_texts import read, refused, write_rows
 
 from flipproof.config import DataConfig
 from flipproof.data import tables
@@ -13,21 +14,6 @@ from flipproof.data.sequences import load_held_out, load_text
 from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
-
-
-def read(source, part="all", column="text"):
-    """The texts of a part of a source, sorted."""
-    spans = open_source(str(source), column).spans(part)
-    return sorted(document.read(start, end).decode() for document, start, end in spans)
-
-
-def refused(words, source, column="text", part="all"):
-    with pytest.raises(ConfigError) as error:
-        read(source, part, column)
-    (line,) = error.value.problems
-    assert "\n" not in line
-    assert all(word in line for word in words), line
-
 
 ODD_NAMES = [
     "a[0].txt", "*.txt", "what?.txt", "a::b.txt", "x=1&y=2.txt", "part#1.txt", "100%25.txt", "two words.txt",
@@ -143,16 +129,19 @@ def test_a_split_that_is_held_out_is_said(tmp_path, caplog):
 def test_what_is_no_source_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    (tmp_path / "mixed").mkdir()
-    (tmp_path / "mixed" / "a.txt").write_text("a")
-    (tmp_path / "mixed" / "b.jsonl").write_text('{"text": "b"}')
     (tmp_path / "saved").mkdir()
     for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json"):
         (tmp_path / "saved" / name).write_text("{}")
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.txt")
-    refused(["'mixed'", "files of one kind", ".jsonl, .txt"], "mixed")
-    refused(["'saved'", "save_to_disk", "to_parquet"], "saved")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_text("a")
+    (tmp_path / "a.parquet.gz").write_text("")
+    (tmp_path / "a.png").write_text("")
+    refused(["'pictures'", ".txt", ".parquet", "found .png"], "pictures")
+    refused(["'a.png'", ".txt", "found .png"], "a.png")
+    refused(["'a.parquet.gz'", "unpack"], "a.parquet.gz")
+    refused(["'saved'", "save_to_disk", "cannot be read"], "saved")
     refused(["'empty'", "found nothing"], "empty")
     refused(["'pipe.txt'", "no file and no folder"], "pipe.txt")
     for name in ("gone.txt", "./gone", "~/gone", "/gone/a", "a/b/c", "hf://datasets/x", "https://x.org/a.txt", "a b",
@@ -161,11 +150,6 @@ def test_what_is_no_source_is_named(tmp_path, monkeypatch):
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_other_columns_are_of_no_matter(tmp_path):
@@ -254,8 +238,8 @@ def test_parquet_of_every_kind_of_column(tmp_path):
 
 
 def hub(monkeypatch, found):
-    def load_dataset(name, split):
-        assert (name, split) == ("org/data", "train")
+    def load_dataset(name, subset, split, revision):
+        assert (name, subset, split, revision) == ("org/data", None, "train", None)
         if isinstance(found, Exception):
             raise found
         return found

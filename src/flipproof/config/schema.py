@@ -203,14 +203,23 @@ class DataConfig(Table):
     """What text to train and evaluate on."""
 
     source: str = "Cheng98/fineweb-edu-1.25B"
-    """A file or folder (txt, jsonl, parquet), a Hub data set, or "stdlib": Python's own standard library source."""
+    """A file or folder (txt, md, jsonl, json, csv, tsv, parquet; also .gz and .zst), a directory of save_to_disk, a Hub
+    data set, or "stdlib": Python's own standard library source."""
+    subset: str | None = None
+    """The subset (configuration) of a Hub data set, such as C4's "en"."""
+    split: str | None = None
+    """The split to train on, of a Hub data set, a folder or save_to_disk. Default: train."""
+    revision: str | None = None
+    """The branch, tag or commit of a Hub data set."""
     eval_source: str | None = None
     """Text to evaluate on, all of it, given as source is. Default: the held-out part of source, about a tenth of its
-    documents, which is never trained on."""
+    documents, which is never trained on, or the split that eval_split names."""
+    eval_split: str | None = None
+    """The split to evaluate on, all of it: of eval_source where that is given, else of source."""
     held_out_tokens: Count = 262144
     """How many tokens of the held-out part of source are used, at most; never more than a tenth of max_tokens."""
     text_column: str = "text"
-    """The column of jsonl, parquet and Hub data that holds the text."""
+    """The column of jsonl, csv, parquet and Hub data that holds the text."""
     format: Literal["auto", "text", "alpaca", "prompt_completion", "chat"] = "auto"
     """What the rows of a table are: text; alpaca (instruction, input, output), in the prompt of Stanford Alpaca;
     prompt_completion (prompt, and completion or response); chat (messages, or conversations), in the tokenizer's chat

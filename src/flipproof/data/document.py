@@ -18,15 +18,19 @@ before a text. A text that has no such place may have one token more for each pi
 """
 
 import codecs
+import gzip
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -39,6 +43,7 @@ _LARGE = 2**20  # bytes: a text file above this is divided, whatever its neighbo
 _SMALL = 2**12  # bytes: so much of a small document is held out, or half of it
 _PIECE = 2**16  # characters
 _WINDOW = 2**25  # bytes in memory
+COMPRESSED = (".gz", ".zst")
 _LETTER_THEN_SPACE = re.compile(r"(?s).*[^\W_](?=[ \n\r\t])")
 _ANY_THEN_SPACE = re.compile(r"(?s).*\S(?=\s)")
 
@@ -62,10 +67,102 @@ class TextFile:
                 file.seek(start)
                 return file.read(end - start)
         except OSError as error:
-            raise ConfigError([f"data file {str(self.path)!r} cannot be read ({error.strerror})"]) from error
+            raise _cannot_read(self.path, error) from error
 
     def decoder(self) -> Any:
-        return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(self.errors), translate=True)
+        return _text_decoder(self.errors)
+
+
+class CompressedText:
+    """A compressed file that is one document of UTF-8 text, as if it were not compressed: its size is that of the text,
+    which is counted once, and reading on from where reading ended unpacks nothing twice.
+
+    One such file is open in a thread, since a source may have any number of them.
+    """
+
+    held_in_memory = 0
+    _open = threading.local()  # .at: (document, its stream, the position in it)
+
+    def __init__(self, path: Path, errors: str = "strict") -> None:
+        self.path, self.errors = path, errors
+
+    @cached_property
+    def size(self) -> int:
+        try:
+            with opened(self.path) as file:
+                return sum(len(block) for block in iter(lambda: file.read(_LARGE), b""))
+        except OSError as error:
+            raise _cannot_read(self.path, error) from error
+
+    def read(self, start: int, end: int) -> bytes:
+        try:
+            return self._read(start, end)
+        except OSError as error:
+            raise _cannot_read(self.path, error) from error
+
+    def _read(self, start: int, end: int) -> bytes:
+        document, stream, at = getattr(self._open, "at", (None, self._blocks(), 0))
+        if document is not self or start < at:
+            stream, at = self._blocks(), 0
+            next(stream)
+        while at < start:
+            skipped = stream.send(min(start - at, _LARGE))
+            if not skipped:
+                break
+            at += len(skipped)
+        data = stream.send(end - start)
+        self._open.at = self, stream, at + len(data)
+        return data
+
+    def _blocks(self) -> Generator[bytes, int, None]:
+        """Of each size that is sent; short at the end alone. The file is closed with the generator."""
+        data = b""
+        with opened(self.path) as file:
+            while True:
+                data = file.read((yield data))
+
+    def decoder(self) -> Any:
+        return _text_decoder(self.errors)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where its name says that it is compressed.
+
+    Raises:
+        ConfigError: where it cannot be unpacked, also while it is read.
+        OSError: where it cannot be read.
+    """
+    compression = path.suffix.lower() if path.suffix.lower() in COMPRESSED else None
+    try:
+        if compression == ".gz":
+            with gzip.open(path) as unpacked:
+                yield cast(BinaryIO, unpacked)
+        elif compression == ".zst":
+            import pyarrow as pa
+
+            with pa.input_stream(path, compression="zstd") as stream:
+                yield cast(BinaryIO, io.BufferedReader(stream))
+        else:
+            with path.open("rb") as file:
+                yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _cannot_unpack(path, error) from error
+    except OSError as error:
+        if compression is None or error.errno is not None:
+            raise
+        raise _cannot_unpack(path, error) from error  # pyarrow's
+
+
+def _cannot_read(path: Path, error: OSError) -> ConfigError:
+    return ConfigError([f"data file {str(path)!r} cannot be read ({error.strerror or error})"])
+
+
+def _cannot_unpack(path: Path, error: Exception) -> ConfigError:
+    kind = path.suffix.lower()
+    return ConfigError(
+        [f"data file {str(path)!r} is damaged, or not what {kind} says ({' '.join(str(error).split())})"]
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +201,11 @@ class Record(Row):
     data = b" "
 
 
-Document = TextFile | Row
+def _text_decoder(errors: str) -> Any:
+    return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(errors), translate=True)
+
+
+Document = TextFile | CompressedText | Row
 
 
 class Span(NamedTuple):
@@ -154,7 +255,7 @@ def _windows(numbered: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[in
 
 def _is_divided(document: Document, few: int | None) -> bool:
     """``few``: the number of documents, where it is less than ten."""
-    return few == 1 or (isinstance(document, TextFile) and (few is not None or document.size > _LARGE))
+    return few == 1 or (not isinstance(document, Row) and (few is not None or document.size > _LARGE))
 
 
 def _is_held_out(number: int, few: int | None) -> bool:
@@ -209,7 +310,7 @@ def blocks(span: Span) -> Iterator[str]:
         try:
             yield decoder.decode(data, final=at >= end)
         except UnicodeDecodeError as error:
-            assert isinstance(document, TextFile)
+            assert not isinstance(document, Row)
             raise not_utf8(str(document.path), document.path, error, at - len(error.object) + error.start) from error
 
 

@@ -25,16 +25,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock
 
+from flipproof.data.chunks import CONTEXT, Chunks, chunks_of
 from flipproof.data.document import Part, Piece, pieces
 from flipproof.data.source import Source
 from flipproof.errors import ConfigError
 from flipproof.files import clear_dead, replace_file, temporary_name
-from flipproof.log import logger
+from flipproof.log import bar, logger
 
 _TOKEN = np.dtype("<i4")
 _PACKING = 3  # part of every key: to be raised when other tokens are made of the same text
 _BATCH_CHARACTERS = 2**20  # enough pieces for the tokenizer's threads, and about 0.15 GB while it works
-_CONTEXT = "a"  # stands before a piece that does not begin its text: see _tokens
+_LEARN = 2**19  # characters of a batch by which the quicker way to the same tokens is tried
 
 
 def beginning(bos: bool | None, tokenizer: Any) -> list[int]:
@@ -112,7 +113,9 @@ def packed_file(
     try:
         with _lock(path):
             if (tokens := _finished(path)) is None:
-                if not _write(path, make(), limit, dtype):
+                with bar(limit, "token", unit_scale=True) as shown:
+                    written = _write(path, _counted(make(), shown), limit, dtype)
+                if not written:
                     raise holds_no(what, source.name, part)
                 tokens = np.load(path, mmap_mode="r")
     except OSError as error:  # of the source there are none: those are ConfigErrors
@@ -250,6 +253,12 @@ def _write_header(file: BinaryIO, total: int, dtype: np.dtype) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (total,)})
 
 
+def _counted(stream: Iterable[np.ndarray], shown: Any) -> Iterator[np.ndarray]:
+    for tokens in stream:
+        shown.update(len(tokens))
+        yield tokens
+
+
 def _batches(texts: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     held = 0
@@ -271,24 +280,37 @@ def _tokens(batches: Iterable[list[Piece]], tokenizer: Any, start: list[int]) ->
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    def whole(batch: list[Piece]) -> list[list[int]]:
+        encoded = encode([piece.text if piece.begins else CONTEXT + piece.text for piece in batch])
+        context = [] if all(piece.begins for piece in batch) else encode([CONTEXT])[0]
+        for k, (piece, ids) in enumerate(zip(batch, encoded, strict=True)):
+            if not piece.begins:
+                encoded[k] = ids[len(context) :] if ids[: len(context)] == context else encode([piece.text])[0]
+        return encoded
+
     end = tokenizer.eos_token_id
     before: list[int] = []  # the last tokens of the batch before
+    quick: Chunks | None = None
+    learnt = False
     for batch in batches:
         tokens = list(before)
-        # Some tokenizers put a space, or its mark, before each text. A piece from the middle is given a letter to come
-        # after, whose tokens are then taken off.
-        encoded = encode([piece.text if piece.begins else _CONTEXT + piece.text for piece in batch])
-        context = [] if all(piece.begins for piece in batch) else encode([_CONTEXT])[0]
+        encoded = whole(batch) if quick is None else _by_chunks(quick, batch)
+        if not learnt and sum(len(piece.text) for piece in batch) >= _LEARN:
+            learnt, quick = True, chunks_of(tokenizer)
+            if quick is not None and _by_chunks(quick, batch) != encoded:
+                quick = None
         for piece, ids in zip(batch, encoded, strict=True):
-            if not piece.begins:
-                ids = ids[len(context) :] if ids[: len(context)] == context else encode([piece.text])[0]
-            elif start and ids[: len(start)] != start and tokens[-len(start) :] != start:
+            if piece.begins and start and ids[: len(start)] != start and tokens[-len(start) :] != start:
                 tokens += start
             tokens += ids
             if piece.ends and end is not None and tokens[-1:] != [end]:
                 tokens.append(end)
         yield np.array(tokens[len(before) :], dtype="<i4")
         before = tokens[-max(1, len(start)) :]
+
+
+def _by_chunks(chunks: Chunks, batch: list[Piece]) -> list[list[int]]:
+    return chunks.encode([piece.text for piece in batch], [piece.begins for piece in batch])
 
 
 def _sequences(stream: Iterable[np.ndarray], start: list[int], seq_len: int) -> Iterator[np.ndarray]:

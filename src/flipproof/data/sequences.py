@@ -23,7 +23,7 @@ from flipproof.config import DataConfig
 from flipproof.data.document import Part
 from flipproof.data.packing import beginning, check_cache, packed_tokens
 from flipproof.data.samples import BEGINS, HAS_LOSS, About, encoder, filled, instruction_format
-from flipproof.data.source import Source, check_apart, open_source
+from flipproof.data.source import Source, check_apart, held_out_source, training_source
 from flipproof.errors import ConfigError
 from flipproof.log import logger
 
@@ -123,11 +123,11 @@ def load_text(
     held_out = load_held_out(config, tokenizer, seq_len)
     limit = None if needed is None else max(1, needed) * seq_len
     if config.max_tokens is not None:
-        left = config.max_tokens - (held_out.sequences.size if config.eval_source is None else 0)
+        left = config.max_tokens - (held_out.sequences.size if held_out_source(config)[1] == "held-out" else 0)
         limit = left if limit is None else min(limit, left)
         if left < seq_len:
             raise ConfigError([f"data.max_tokens = {config.max_tokens}: {_does_not_divide(seq_len)}"])
-    train = _text(config.source, "training", config, tokenizer, seq_len, limit, config.source)
+    train = _text(training_source(config), "training", config, tokenizer, seq_len, limit, config.source)
     if needed is not None and needed > len(train):
         logger.warning(
             "data.source = %r has %d sequences of %d tokens to train on, and the run takes %d: each is seen %.1f times",
@@ -141,24 +141,25 @@ def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedTex
     if start := beginning(config.bos, tokenizer):
         token = "".join(tokenizer.convert_ids_to_tokens(start))
         logger.info("data.bos: each document and each sequence begins with %s", token)
-    if config.eval_source is not None:
-        check_apart(config.source, config.eval_source, config.text_column)
-        return _text(config.eval_source, "all", config, tokenizer, seq_len, config.max_tokens, config.eval_source)
+    source, part = held_out_source(config)
+    for line in source.said:
+        logger.info("data source %r: %s", source.name, line)
+    if part == "all":
+        check_apart(config)
+        split = "" if config.eval_split is None else f", {config.eval_split}"
+        return _text(source, part, config, tokenizer, seq_len, config.max_tokens, source.name + split)
     tokens = (
         config.held_out_tokens if config.max_tokens is None else min(config.held_out_tokens, config.max_tokens // 10)
     )
     count = max(1, tokens // seq_len)
     called = f"held-out {config.source}"
-    return _text(config.source, "held-out", config, tokenizer, seq_len, count * seq_len, called)
+    return _text(source, part, config, tokenizer, seq_len, count * seq_len, called)
 
 
 def _text(
-    name: str, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None, called: str
+    source: Source, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None, called: str
 ) -> PackedText:
     """A part of a source in sequences, ``limit`` tokens at most; ``called``: what ``PackedText.source`` says."""
-    source = open_source(name, config.text_column)
-    if source.splits and part != "training":
-        logger.info("data source %r: %s", name, source.splits)
     if source.remote:
         check_cache()  # which what tells of its columns writes into
     if (format := instruction_format(config, source, part)) is not None:
@@ -171,7 +172,7 @@ def _text(
 def _sequences(
     source: Source, part: Part, config: DataConfig, tokenizer: Any, seq_len: int, limit: int | None
 ) -> np.ndarray:
-    start, name = beginning(config.bos, tokenizer), source.name
+    start = beginning(config.bos, tokenizer)
     if len(start) >= seq_len:
         raise ConfigError([f"training.seq_len = {seq_len}: each sequence begins with {len(start)} tokens (data.bos)"])
     flat = packed_tokens(source, part, tokenizer, start, seq_len, limit)
@@ -182,8 +183,8 @@ def _sequences(
             of, way_out = f" in its {part} part", _does_not_divide(seq_len)
         raise ConfigError(
             [
-                f"data source {name!r}: {len(flat)} tokens of text{of} are fewer than one sequence (training.seq_len = "
-                f"{seq_len}); {way_out}"
+                f"data source {source.name!r}: {len(flat)} tokens of text{of} are fewer than one sequence "
+                f"(training.seq_len = {seq_len}); {way_out}"
             ]
         )
     return flat[: len(flat) // seq_len * seq_len].reshape(-1, seq_len)

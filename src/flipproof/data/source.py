@@ -1,11 +1,12 @@
-"""What a name in the config stands for: text files, tables, a Hub data set, the standard library's source.
+"""What a config's data stand for: text files, tables, a Hub data set, one of ``save_to_disk``, the standard library.
 
 A local name is a path, whatever characters it holds, and wins over a Hub data set of the same name. Of a folder all
-files of one kind are read, in the order of their paths, each once however many links lead to it; hidden ones are not.
+that can be read is read, in the order of paths, each file once however many links lead to it; hidden ones are not.
 Tables are read a row at a time, and no more of a row than its text column.
 
-**Splits.** Where a folder's files or subfolders are called train, validation or test, as ``datasets`` knows them, the
-first are trained on and the held-out text is the validation files, or the test files where there are none.
+**Splits.** Where there are splits, those called train are trained on. What is held out is the split that
+``data.eval_split`` names, whole; of a folder and of ``save_to_disk`` without it the validation split, or the test split
+where there is none; else a part of what is trained on (see ``document``).
 """
 
 import hashlib
@@ -13,48 +14,75 @@ import os
 import pkgutil
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from flipproof.data.document import Document, Part, Row, Span, TextFile, spans
-from flipproof.data.tables import json_rows, no_column, parquet_rows, reason, rows
+from flipproof.config import DataConfig
+from flipproof.data.document import Document, Part, Row, Span, spans
+from flipproof.data.folders import KINDS, by_split, identity, kind_of, readable_within
+from flipproof.data.tables import csv_rows, json_rows, no_column, parquet_rows, reason, rows, suffix_of, text_file
 from flipproof.errors import ConfigError
 
-_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _WAYS_OUT = "give a local file or folder as data.source, or data.source = 'stdlib', which needs no network"
-_ABOUT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-"""Files beside the data of a data set."""
-_SPLITS = {
-    "training": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
 _HEAD = 2**16  # bytes of a file that are part of its signature
 _ROWS_TO_SEE = 1000  # of JSON, before a column is said not to be there
+_ROWS = {"json": json_rows, "csv": csv_rows, "parquet": parquet_rows}
+
+
+class Choice(NamedTuple):
+    """Which part of a data set a config names; None where it names none."""
+
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    key: str = "data.split"
+    """What the split is called in the config."""
+
+    def refuse(self, what: str, *fields: str) -> None:
+        """Raises ConfigError where one of these is named."""
+        for field in fields:
+            if (value := getattr(self, field)) is not None:
+                raise ConfigError([f"{self.key if field == 'split' else f'data.{field}'} = {value!r}: {what}"])
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files of one kind."""
+    """Files of one kind or several."""
 
     name: str
-    kind: str
     column: str | None
     """Of tables, that holds the text; None where rows are read whole."""
     training: list[Path]
     held_out: list[Path] | None = None
-    """None where the files have no splits."""
+    """None where it is a part of the others."""
     splits: str | None = None
     """What is to be said of them."""
+    kinds: str | None = None
+    """What is to be said of these."""
     errors: str = "strict"
     """As in ``TextFile``."""
+    as_text: bool = False
+    """Whatever the names of the files say."""
 
     remote = False
     """Whether asking for anything may use the network, and write into the cache of ``datasets``."""
+
+    @property
+    def said(self) -> list[str]:
+        """What a user is told of it."""
+        return [line for line in (self.kinds, self.splits) if line]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether all files are text, of which sizes tell how much there is."""
+        return all(self._kind(path) == "text" for path in self.training)
+
+    def _kind(self, path: Path) -> str:
+        return "text" if self.as_text else kind_of(path) or ""
 
     def of(self, part: Part) -> list[Path]:
         """The files that a part is in."""
@@ -66,66 +94,186 @@ class LocalFiles:
             raise ConfigError(
                 [f"data source {self.name!r} holds validation or test files alone: it can be data.eval_source"]
             )
-        if self.kind == "json" and self.column is not None:
-            self._check_column(part, self.column)
+        if self.column is not None:
+            self._check_json_column(part, self.column)
         return spans(self._documents(part), part if self.held_out is None else "all")
 
     def signature(self, part: Part) -> Any:
         """JSON that changes when the documents of a part do."""
-        column = None if self.kind == "text" else self.column
-        return [self.kind, column, self.errors, [_file_signature(path) for path in self.of(part)]]
+        kinds = [self._kind(path) for path in self.of(part)]
+        column = None if set(kinds) <= {"text"} else self.column
+        kind = kinds[0] if len(set(kinds)) == 1 else kinds
+        return [kind, column, self.errors, [_file_signature(path) for path in self.of(part)]]
 
-    def _documents(self, part: Part) -> Iterator[Document]:
-        for path in self.of(part):
-            try:
-                if self.kind == "text":
-                    yield TextFile(path, path.stat().st_size, self.errors)
-                else:
-                    yield from (json_rows if self.kind == "json" else parquet_rows)(path, self.column)
-            except OSError as error:
-                raise ConfigError(
-                    [f"data source {self.name!r}: {path} cannot be read ({error.strerror or error})"]
-                ) from error
+    def identities(self, part: Part) -> set[Any]:
+        """What a part is made of: two sources with one in common have text in common."""
+        return {identity(path) for path in self.of(part)}
 
     def columns(self, part: Part) -> list[str] | None:
-        """The columns of a part's tables, of those of JSON the first rows'; None where it is text."""
-        if self.kind == "text":
-            return None
+        """The columns of a part's tables, of those of JSON the first rows'; None where any of it is text."""
+        kinds = {self._kind(path) for path in self.of(part)}
+        return None if "text" in kinds else self._columns(part, *kinds)
+
+    def _columns(self, part: Part, *kinds: str) -> list[str]:
         found: dict[str, None] = {}
-        for row in islice(replace(self, column=None)._documents(part), _ROWS_TO_SEE if self.kind == "json" else 1):
+        for row in islice(replace(self, column=None)._documents(part, *kinds), _ROWS_TO_SEE if "json" in kinds else 1):
             assert isinstance(row, Row)
             found |= dict.fromkeys(row.item())
             if self.column in found:
                 break
         return list(found)
 
-    def _check_column(self, part: Part, column: str) -> None:
-        columns = self.columns(part)
+    def _documents(self, part: Part, *kinds: str) -> Iterator[Document]:
+        for path in self.of(part):
+            kind = self._kind(path)
+            if kinds and kind not in kinds:
+                continue
+            try:
+                if kind == "text":
+                    yield text_file(path, self.errors)
+                else:
+                    yield from _ROWS[kind](path, self.column)
+            except OSError as error:
+                raise ConfigError(
+                    [f"data source {self.name!r}: {path} cannot be read ({error.strerror or reason(error)})"]
+                ) from error
+
+    def _check_json_column(self, part: Part, column: str) -> None:
+        """Raises ConfigError where no row has it; of other tables each file is asked when it is read."""
+        columns = self._columns(part, "json")
         if columns and column not in columns:
             raise no_column(column, self.name, columns)
 
 
-@dataclass(frozen=True)
-class HubData:
-    """The train split of a Hub data set."""
+class _Table:
+    """Rows that ``datasets`` holds in Arrow files."""
 
     name: str
     column: str | None
 
-    remote = True
-    splits = None
+    def _rows(self, data: Any) -> Iterator[Row]:
+        return rows(self._values(data), self.name, self.column)
 
-    def spans(self, part: Part) -> Iterator[Span]:
-        return spans(self._rows(), part)
+    def _values(self, data: Any) -> Iterator[Any]:
+        if self.column is not None and self.column not in data.column_names:
+            raise no_column(self.column, self.name, data.column_names)
+        values = data.data if self.column is None else data.data.column(self.column)
+        for start in range(0, len(values), 256):
+            yield from values.slice(start, 256).to_pylist()
 
-    def signature(self, part: Part) -> Any:
-        files = [file["filename"] for file in self._data.cache_files]
+    def _signature(self, data: Any) -> Any:
+        files = [file["filename"] for file in data.cache_files]
         if not files:  # it is in memory alone
             texts = hashlib.sha256()
-            for value in self._values():
+            for value in self._values(data):
                 texts.update(f"{len(value or '')} {value}".encode(errors="replace"))
             return [self.column, texts.hexdigest()]
         return [self.column, [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files]]
+
+
+@dataclass(frozen=True)
+class SavedData(_Table):
+    """A directory of ``save_to_disk``."""
+
+    name: str
+    column: str | None
+    path: Path
+    choice: Choice
+
+    remote = False
+    is_text = False
+    said = ()
+
+    def spans(self, part: Part) -> Iterator[Span]:
+        data, whole = self._of(part)
+        return spans(self._rows(data), "all" if whole else part)
+
+    def signature(self, part: Part) -> Any:
+        data, whole = self._of(part)
+        return [*self._signature(data), whole]
+
+    def columns(self, part: Part) -> list[str]:
+        names: list[str] = self._of(part)[0].column_names
+        return names
+
+    def identities(self, part: Part) -> set[Any]:
+        return {identity(Path(file["filename"])) for file in self._of(part)[0].cache_files}
+
+    def _of(self, part: Part) -> tuple[Any, bool]:
+        """(the rows that a part is in, whether it is all of them)."""
+        split, key = self.choice.split, self.choice.key
+        if not isinstance(self._data, Mapping):
+            self.choice.refuse(f"{self.name!r} has no splits", "split")
+            return self._data, False
+        there = ", ".join(self._data)
+        held_out = next((name for name in ("validation", "test") if name in self._data), None)
+        if split is None and len(self._data) == 1:
+            split = next(iter(self._data))
+        elif part != "training" and held_out is not None and (split is None or (split, key) == ("train", "data.split")):
+            return self._data[held_out], True
+        if (split or "train") not in self._data:
+            raise ConfigError([f"{key} = {split or 'train'!r}: {self.name!r} has the splits {there}"])
+        whole = key == "data.split" and (split or "train") == "train" and held_out is not None
+        return self._data[split or "train"], whole
+
+    @cached_property
+    def _data(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_from_disk(self.path)
+        except Exception as error:  # of many kinds; each means that this source gives no text
+            raise ConfigError(
+                [f"data source {self.name!r} is a directory of save_to_disk that cannot be read ({reason(error)})"]
+            ) from error
+
+
+@dataclass(frozen=True)
+class HubData(_Table):
+    """A split of a Hub data set."""
+
+    name: str
+    column: str | None
+    choice: Choice
+
+    remote = True
+    is_text = False
+    said = ()
+
+    @property
+    def split(self) -> str:
+        return self.choice.split or "train"
+
+    def spans(self, part: Part) -> Iterator[Span]:
+        return spans(self._rows(self._data), part)
+
+    def signature(self, part: Part) -> Any:
+        return self._signature(self._data) + [*self.choice[:3]] * any(self.choice[:3])
+
+    def columns(self, _part: Part) -> list[str]:
+        names: list[str] = self._data.column_names
+        return names
+
+    def identities(self, part: Part) -> set[Any]:
+        subset = self.choice.subset or "default"
+        return {(self.name.lower(), subset, name) for name in self.split.split("+")}
+
+    def check(self) -> None:
+        """Whether it can be reached, without its rows. Raises ConfigError."""
+        import datasets
+
+        try:
+            found = datasets.load_dataset_builder(self.name, self.choice.subset, revision=self.choice.revision)
+        except Exception as error:  # of dozens of kinds; each means that this source gives no text
+            raise ConfigError(
+                [f"data source {self.name!r} cannot be reached as a Hub data set ({_with_key(reason(error))})"]
+            ) from error
+        there = list(found.info.splits or ())
+        for name in self.split.split("+"):
+            if there and name.partition("[")[0] not in there:
+                raise ConfigError(
+                    [f"{self.choice.key} = {self.split!r}: {self.name!r} has the splits {', '.join(there)}"]
+                )
 
     @cached_property
     def _data(self) -> Any:
@@ -136,49 +284,46 @@ class HubData:
             # load_dataset would read whatever files of this kind are in the current directory
             raise ConfigError([f"data source {self.name!r} is a kind of file, not the name of one; {_WAYS_OUT}"])
         try:
-            data = datasets.load_dataset(self.name, split="train")
+            return datasets.load_dataset(self.name, self.choice.subset, split=self.split, revision=self.choice.revision)
         except Exception as error:  # of dozens of kinds; each means that this source gives no text
             raise ConfigError(
                 [
                     f"data source {self.name!r} is no local path and cannot be reached as a Hub data set "
-                    f"({reason(error)}); {_WAYS_OUT}"
+                    f"({_with_key(reason(error))}); {_WAYS_OUT}"
                 ]
             ) from error
-        return data
-
-    def columns(self, _part: Part) -> list[str]:
-        names: list[str] = self._data.column_names
-        return names
-
-    def _values(self) -> Iterator[Any]:
-        if self.column is not None and self.column not in self._data.column_names:
-            raise no_column(self.column, self.name, self._data.column_names)
-        values = self._data.data if self.column is None else self._data.data.column(self.column)
-        for start in range(0, len(values), 256):
-            yield from values.slice(start, 256).to_pylist()
-
-    def _rows(self) -> Iterator[Row]:
-        return rows(self._values(), self.name, self.column)
 
 
-Source = LocalFiles | HubData
+def _with_key(said: str) -> str:
+    """What ``datasets`` says, and the key that it is about."""
+    if "BuilderConfig" in said or "Config name" in said:
+        return f"{said}: data.subset"
+    return f"{said}: data.split, data.eval_split" if "split" in said else said
 
 
-def open_source(name: str, column: str) -> Source:
+Source = LocalFiles | SavedData | HubData
+
+
+_NO_CHOICE = Choice()
+
+
+def open_source(name: str, column: str, choice: Choice = _NO_CHOICE) -> Source:
     """A source by its name in the config. Reads no text and asks no network yet.
 
     Raises:
         ConfigError: where the name is neither stdlib, nor a path, nor can be a Hub data set's; for a folder without
-            files of one kind.
+            files that can be read; for a subset, a split or a revision of what has none.
     """
     if name == "stdlib":
+        choice.refuse("the standard library has none", "subset", "split", "revision")
         return _standard_library()
     if (path := _local(name)) is not None:
-        return _local_source(name, path, column)
+        return _local_source(name, path, column, choice)
+    endings = {*KINDS, ".gz", ".zst"}
     suffix = Path(name).suffix.lower()
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,95}(/[\w.-]{1,96})?", name, re.ASCII) or suffix in {*_KINDS, ".csv"}:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,95}(/[\w.-]{1,96})?", name, re.ASCII) or suffix in endings:
         raise ConfigError([f"data source {name!r} is no file or folder here, and no Hub data set is named so"])
-    return HubData(name, column)
+    return HubData(name, column, choice)
 
 
 def whole_rows(source: Source) -> Source:
@@ -186,34 +331,59 @@ def whole_rows(source: Source) -> Source:
     return replace(source, column=None)
 
 
-def check_apart(source: str, eval_source: str, column: str) -> None:
-    """Raises ConfigError where evaluation text is among the files or is the Hub data set that a config trains on."""
+def training_source(data: DataConfig) -> Source:
+    """What a config trains on, by its part "training". Raises as ``open_source`` does."""
+    return open_source(data.source, data.text_column, Choice(data.subset, data.split, data.revision))
+
+
+def held_out_source(data: DataConfig) -> tuple[Source, Part]:
+    """What a config measures, and which part of it. Raises as ``open_source`` does."""
+    if data.eval_source is None and data.eval_split is None:
+        return training_source(data), "held-out"
+    name = data.source if data.eval_source is None else data.eval_source
+    subset, revision = (data.subset, data.revision) if name == data.source else (None, None)
+    return open_source(name, data.text_column, Choice(subset, data.eval_split, revision, "data.eval_split")), "all"
+
+
+def check_apart(data: DataConfig) -> None:
+    """Raises ConfigError where evaluation text is among the files or is the split of the data set that a config trains
+    on."""
     try:
-        trained, measured = open_source(source, column), open_source(eval_source, column)
+        trained, (measured, part) = training_source(data), held_out_source(data)
+        if part == "held-out" or not _overlap(trained.identities("training"), measured.identities(part)):
+            return
     except ConfigError:  # which will be said where it is read
         return
-    if isinstance(trained, LocalFiles) and isinstance(measured, LocalFiles):
-        same = bool({_identity(f) for f in trained.of("training")} & {_identity(f) for f in measured.of("all")})
-    else:
-        same = trained.name.lower() == measured.name.lower()
-    if same:
-        raise ConfigError(
-            [
-                f"data.eval_source = {eval_source!r} is text that data.source = {source!r} trains on; leave it out (a "
-                "part of data.source is always kept out of training), or name other text"
-            ]
-        )
+    given = " and ".join(
+        f"data.{key} = {value!r}"
+        for key, value in (("eval_source", data.eval_source), ("eval_split", data.eval_split))
+        if value is not None
+    )
+    raise ConfigError(
+        [
+            f"{given} is text that data.source = {data.source!r} trains on; leave it out (a part of data.source is "
+            "always kept out of training), or name other text"
+        ]
+    )
+
+
+def _overlap(trained: set[Any], measured: set[Any]) -> bool:
+    """Two parts of a split do not where one begins where the other ends."""
+    for a in trained:
+        for b in measured:
+            if a == b:
+                return True
+            if len(a) == len(b) == 3 and a[:2] == b[:2]:
+                (split, *one), (other, *two) = (re.split(r"[\[:\]]", name) for name in (a[2], b[2]))
+                meet = len(one) == len(two) == 3 and ("" != one[1] == two[0] or "" != two[1] == one[0])
+                if split == other and not meet:
+                    return True
+    return False
 
 
 def _local(name: str) -> Path | None:
     """The path that a name is, with ~ for the home directory; None where nothing is there."""
     return next((Path(n) for n in (name, os.path.expanduser(name)) if name and os.path.lexists(n)), None)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    """Equal for two names of one file."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino
 
 
 def _file_signature(path: Path) -> Any:
@@ -236,77 +406,24 @@ def _standard_library() -> LocalFiles:
         below[:] = set(below) - left_out
         files += [Path(directory, name) for name in names if name.endswith(".py")]
     files.sort()
-    return LocalFiles("stdlib", "text", "text", files, errors="replace")
+    return LocalFiles("stdlib", "text", files, errors="replace", as_text=True)
 
 
-def _local_source(name: str, path: Path, column: str) -> LocalFiles:
+def _local_source(name: str, path: Path, column: str, choice: Choice) -> Source:
+    choice.refuse(f"{name!r} is here, and only a Hub data set has subsets and revisions", "subset", "revision")
     if path.is_dir():
-        files = _files_within(name, path)
-    elif path.is_file():
-        files = [path]
-    else:
+        if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+            return SavedData(name, column, path, choice)
+        files, kinds = readable_within(name, path)
+        return LocalFiles(name, column, *by_split(name, path, files, choice.split, choice.key), kinds)
+    if not path.is_file():
         raise ConfigError([f"data source {name!r} is no file and no folder (or a link that leads to none)"])
-    kinds: dict[str, list[Path]] = {}
-    for file in files:
-        if (kind := _KINDS.get(file.suffix.lower())) and (file == path or file.name not in _ABOUT_DATA):
-            kinds.setdefault(kind, []).append(file)
-    if len(kinds) != 1:
-        found = ", ".join(sorted({file.suffix or file.name for file in files})) or "nothing"
-        hint = "; write a data set of save_to_disk as parquet (Dataset.to_parquet)" if ".arrow" in found else ""
+    choice.refuse(f"{name!r} is one file, and has no splits", "split")
+    if kind_of(path) is None:
+        if suffix_of(path) == ".parquet":
+            raise ConfigError([f"data source {name!r}: Parquet is compressed within; unpack the file"])
+        readable = ", ".join(KINDS)
         raise ConfigError(
-            [f"data source {name!r}: files of one kind (.txt, .jsonl or .parquet) are read; found {found}{hint}"]
+            [f"data source {name!r}: files of {readable} (also .gz, .zst) are read; found {path.suffix or path.name}"]
         )
-    ((kind, files),) = kinds.items()
-    if files == [path]:
-        return LocalFiles(name, kind, column, files)
-    return LocalFiles(name, kind, column, *_by_split(path, files))
-
-
-def _files_within(name: str, folder: Path) -> list[Path]:
-    """Files of a folder and of those in it, sorted; each file and each folder once, whatever links lead to it."""
-    found: list[Path] = []
-    folders: set[tuple[int, int]] = set()
-
-    def failed(error: OSError) -> None:
-        raise ConfigError([f"data source {name!r}: {error.filename} cannot be read ({error.strerror})"]) from error
-
-    for directory, below, names in os.walk(folder, followlinks=True, onerror=failed):
-        if (identity := _identity(Path(directory))) in folders:
-            below.clear()
-            continue
-        folders.add(identity)
-        below[:] = sorted(n for n in below if not n.startswith("."))
-        found += [Path(directory, n) for n in names if not n.startswith(".")]
-    files = {_identity(path): path for path in sorted(found, reverse=True) if path.is_file()}
-    return sorted(files.values())
-
-
-def _by_split(folder: Path, files: list[Path]) -> tuple[list[Path], list[Path] | None, str | None]:
-    """(files to train on, held-out files, what is to be said of them); None where the names tell of no splits."""
-
-    def by_name(alone: bool) -> dict[str | None, list[Path]]:
-        splits: dict[str | None, list[Path]] = {}
-        for path in files:
-            splits.setdefault(_split_of(path.relative_to(folder), alone), []).append(path)
-        return splits
-
-    splits = by_name(alone=False)
-    if None in splits:  # a file of no split: then a word within another name may mean anything
-        splits = by_name(alone=True)
-    split = next((name for name in ("validation", "test") if name in splits), None)
-    if split is None:
-        return files, None, None
-    training, held_out = splits.get("training") or splits.get(None, []), splits[split]
-    left = len(files) - len(training) - len(held_out)
-    about = f"{len(training)} files to train on, {len(held_out)} of its {split} split held out, {left} left alone"
-    return training, held_out, about
-
-
-def _split_of(path: Path, alone: bool) -> str | None:
-    """The split that a path within a folder names; ``alone``: by a name that says nothing else."""
-    for part in (*path.parent.parts, path.stem):
-        words = [word for word in re.split(r"[-._ 0-9]+", part.lower()) if word not in ("", "of")]
-        for split, keywords in _SPLITS.items():
-            if keywords & set(words) and (not alone or len(words) == 1):
-                return split
-    return None
+    return LocalFiles(name, column, [path])

@@ -1,20 +1,22 @@
-"""Rows of tables, one at a time: JSON Lines, a JSON array, Parquet; of each row no more than is asked for.
+"""Rows of tables, one at a time: JSON Lines, a JSON array, CSV, Parquet; of each row no more than is asked for.
 
 What is wrong with one column, or with one line, is of no matter to the others.
 """
 
 import codecs
+import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from flipproof.data.document import Record, Row, Span, TextFile, blocks, not_utf8
+from flipproof.data.document import COMPRESSED, CompressedText, Record, Row, Span, TextFile, blocks, not_utf8, opened
 from flipproof.errors import ConfigError
 
 _HEAD = 2**16  # bytes within which a file begins
 _ITEM = 2**26  # characters: no item of a JSON array is larger
+_CELL = 2**26  # characters: no cell of CSV is longer
 
 
 def reason(error: BaseException) -> str:
@@ -60,14 +62,14 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
 
 def json_rows(path: Path, column: str | None) -> Iterator[Row]:
     """The rows of a file of JSON Lines, or of one JSON array."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         begins = file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
         if begins.startswith(b"["):
             for number, (item, length) in enumerate(_array_items(path)):
                 where = f"{path}, item {number}"
                 yield _row(where, column, partial(_object, item, where), length)
             return
-        file.seek(0)
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}, line {number}"
@@ -76,6 +78,55 @@ def json_rows(path: Path, column: str | None) -> Iterator[Row]:
 
 def _row(where: str, column: str | None, item: Callable[[], dict[str, Any]], held: int) -> Row:
     return Record(where, "", item, held) if column is None else Row(where, column, item, held)
+
+
+def csv_rows(path: Path, column: str | None) -> Iterator[Row]:
+    """The rows of a file whose first line names its columns, parted by commas, or in a .tsv by tabs."""
+    csv.field_size_limit(max(csv.field_size_limit(), _CELL))
+    number = 0
+
+    def lines(file: BinaryIO) -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(file, 1):
+            try:
+                yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+            except UnicodeDecodeError as error:
+                raise not_utf8(f"{path}, line {number}", path, error, error.start) from error
+
+    with opened(path) as file:
+        reader = csv.reader(lines(file), delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            if column is not None and column not in header:
+                raise no_column(column, str(path), header)
+            begins = number + 1
+            for cells in reader:
+                where, begins = f"{path}, line {begins}", number + 1
+                if cells and len(cells) != len(header):
+                    raise ConfigError([f"data file {where} has {len(cells)} cells, and the first line {len(header)}"])
+                if cells:
+                    row = dict(zip(header, cells, strict=True))
+                    row = row if column is None else {column: row[column]}
+                    yield _row(where, column, partial(dict, row), sum(map(len, row.values())))
+        except csv.Error as error:
+            raise ConfigError([f"data file {path}, line {number} is not CSV: {reason(error)}"]) from error
+
+
+def text_file(path: Path, errors: str = "strict") -> TextFile | CompressedText:
+    """Raises OSError where there is no such file."""
+    if path.suffix.lower() in COMPRESSED:
+        return CompressedText(path, errors)
+    return TextFile(path, path.stat().st_size, errors)
+
+
+def suffix_of(path: Path) -> str:
+    """ ".csv" of "a.csv" and of "a.csv.gz"."""
+    name = path.name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return Path(name).suffix
 
 
 def _line(line: bytes, where: str, path: Path) -> dict[str, Any]:
@@ -99,8 +150,8 @@ def _object(item: Any, where: str) -> dict[str, Any]:
 
 def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
     """(item, its length in characters) of a file that is one JSON array, of which one item at a time is decoded."""
-    size = path.stat().st_size
-    reader = _JsonReader(blocks(Span(TextFile(path, size), 0, size)))
+    document = text_file(path)
+    reader = _JsonReader(blocks(Span(document, 0, document.size)))
     number, mark = -1, "["
     try:
         while reader.skip() == mark:

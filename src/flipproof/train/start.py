@@ -15,8 +15,7 @@ from flipproof.config import DataConfig, RunConfig, TrainingConfig
 from flipproof.data.document import Part, pieces
 from flipproof.data.packing import beginning, holds_no
 from flipproof.data.samples import encoder, instruction_format, read
-from flipproof.data.source import HubData, check_apart, open_source, whole_rows
-from flipproof.data.tables import reason
+from flipproof.data.source import HubData, Source, check_apart, held_out_source, training_source, whole_rows
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.inject import inject
@@ -242,34 +241,23 @@ def _check_text(data: DataConfig, tokenizer: Any) -> float | None:
     """Read the beginning of the training and of the held-out text; about how many tokens there are to train on, where
     that takes no more reading. Raises ConfigError where there is none."""
     beginning(data.bos, tokenizer)
-    if data.eval_source is not None:
-        check_apart(data.source, data.eval_source, data.text_column)
-    measured: tuple[str, Part] = (data.source, "held-out") if data.eval_source is None else (data.eval_source, "all")
+    measured, part = held_out_source(data)
+    check_apart(data)
     tokens: float | None = None
-    parts: list[tuple[str, Part]] = [(data.source, "training"), measured]
-    for name, part in parts:
-        source = open_source(name, data.text_column)
+    parts: list[tuple[Source, Part]] = [(training_source(data), "training"), (measured, part)]
+    for source, part in parts:
         if isinstance(source, HubData):
-            _check_on_hub(name)
+            source.check()
             continue
         if (format := instruction_format(data, source, part)) is not None:
             samples = read(whole_rows(source), part, encoder(data, format, tokenizer))
             if next((sample for sample in samples if sample is not None), None) is None:
-                raise holds_no("sample with an answer", name, part)
+                raise holds_no("sample with an answer", source.name, part)
             continue
         piece = next((piece for span in source.spans(part) for piece in pieces(span)), None)
         if piece is None:
-            raise holds_no("text", name, part)
-        if part == "training" and source.kind == "text":
+            raise holds_no("text", source.name, part)
+        if part == "training" and source.is_text:
             size = sum(span.end - span.start for span in source.spans(part))
             tokens = size * len(tokenizer.encode(piece.text)) / len(piece.text.encode(errors="replace"))
     return tokens if data.max_tokens is None or tokens is None else min(tokens, data.max_tokens)
-
-
-def _check_on_hub(name: str) -> None:
-    import datasets
-
-    try:
-        datasets.load_dataset_builder(name)
-    except Exception as error:  # of dozens of kinds; each means that this source gives no text
-        raise ConfigError([f"data source {name!r} cannot be reached as a Hub data set ({reason(error)})"]) from error
