@@ -212,8 +212,11 @@ def _batches(texts: Iterable[Piece], characters: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _tokens(batches: Iterable[list[Piece]], tokenizer: Any, start: list[int]) -> Iterator[np.ndarray]:
-    """The tokens of texts, each between ``start`` and the end-of-text token; neither is put beside its like."""
+def _tokens(
+    batches: Iterable[list[Piece]], tokenizer: Any, start: list[int], before: Iterable[int] = ()
+) -> Iterator[np.ndarray]:
+    """The tokens of texts, each between ``start`` and the end-of-text token; neither is put beside its like, nor beside
+    the last tokens ``before``."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -221,7 +224,7 @@ def _tokens(batches: Iterable[list[Piece]], tokenizer: Any, start: list[int]) ->
         return ids
 
     end = tokenizer.eos_token_id
-    before: list[int] = []  # the last tokens of the batch before
+    before = list(before)  # the last tokens of the batch before
     for batch in batches:
         tokens = list(before)
         # Some tokenizers put a space, or its mark, before each text. A piece from the middle is given a letter to come
@@ -242,16 +245,33 @@ def _tokens(batches: Iterable[list[Piece]], tokenizer: Any, start: list[int]) ->
 
 def _sequences(stream: Iterable[np.ndarray], start: list[int], seq_len: int) -> Iterator[np.ndarray]:
     """The same tokens, with ``start`` at the beginning of each ``seq_len`` where they do not have it there."""
-    first = np.array(start, dtype="<i4")
     rest = np.empty(0, dtype="<i4")
     for tokens in stream:
         rest = np.concatenate([rest, tokens])
-        parts, at = [first[:0]], 0
-        while len(rest) - at >= seq_len:
-            begins = bool((rest[at : at + len(first)] == first).all())
-            parts += [first[: 0 if begins else None], rest[at : (at := at + seq_len - (0 if begins else len(first)))]]
-        yield np.concatenate(parts)
-        rest = rest[at:]
+        sequences, taken = _cut(rest, start, seq_len)
+        yield sequences
+        rest = rest[taken:]
     if len(rest):
-        begins = len(rest) >= len(first) and bool((rest[: len(first)] == first).all())
-        yield np.concatenate([first[: 0 if begins else None], rest])
+        yield _begun(rest, start)
+
+
+def _cut(tokens: np.ndarray, start: list[int], seq_len: int, most: int | None = None) -> tuple[np.ndarray, int]:
+    """(sequences that tokens are enough for, one after the other; how many tokens they took); ``most``: sequences."""
+    if not start:
+        count = len(tokens) // seq_len
+        taken = seq_len * (count if most is None else min(count, most))
+        return tokens[:taken], taken
+    parts, at = [tokens[:0]], 0
+    while len(tokens) - at >= seq_len and (most is None or len(parts) <= most):
+        parts.append(_begun(tokens[at : at + seq_len], start)[:seq_len])
+        at += seq_len - (0 if _begins(tokens[at:], start) else len(start))
+    return np.concatenate(parts), at
+
+
+def _begun(tokens: np.ndarray, start: list[int]) -> np.ndarray:
+    """``tokens`` with ``start`` before them, if they do not begin so."""
+    return tokens if _begins(tokens, start) else np.concatenate([np.array(start, dtype="<i4"), tokens])
+
+
+def _begins(tokens: np.ndarray, start: list[int]) -> bool:
+    return len(tokens) >= len(start) and bool((tokens[: len(start)] == start).all())

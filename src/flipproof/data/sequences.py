@@ -76,11 +76,8 @@ def load_text(
     """
     held_out = load_held_out(config, tokenizer, seq_len)
     limit = None if needed is None else max(1, needed) * seq_len
-    if config.max_tokens is not None:
-        left = config.max_tokens - (held_out.sequences.size if config.eval_source is None else 0)
+    if (left := training_limit(config, held_out, seq_len)) is not None:
         limit = left if limit is None else min(limit, left)
-        if left < seq_len:
-            raise ConfigError([f"data.max_tokens = {config.max_tokens}: {_does_not_divide(seq_len)}"])
     train = PackedText(_sequences(config.source, "training", config, tokenizer, seq_len, limit), config.source)
     if needed is not None and needed > len(train):
         logger.warning(
@@ -88,6 +85,16 @@ def load_text(
             config.source, len(train), seq_len, needed, needed / len(train),
         )  # fmt: skip
     return train, held_out
+
+
+def training_limit(config: DataConfig, held_out: PackedText, seq_len: int) -> int | None:
+    """How many tokens ``data.max_tokens`` leaves to train on. Raises ConfigError where a sequence has more."""
+    if config.max_tokens is None:
+        return None
+    left = config.max_tokens - (held_out.sequences.size if config.eval_source is None else 0)
+    if left < seq_len:
+        raise ConfigError([f"data.max_tokens = {config.max_tokens}: {does_not_divide(seq_len)}"])
+    return left
 
 
 def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedText:
@@ -113,7 +120,7 @@ def _sequences(
     start = beginning(config.bos, tokenizer)
     if len(start) >= seq_len:
         raise ConfigError([f"training.seq_len = {seq_len}: each sequence begins with {len(start)} tokens (data.bos)"])
-    source = open_source(name, config.text_column)
+    source = open_source(name, config.text_column, config.streaming)
     if source.splits and part != "training":
         logger.info("data source %r: %s", name, source.splits)
     flat = packed_tokens(source, part, tokenizer, start, seq_len, limit)
@@ -121,7 +128,7 @@ def _sequences(
         if part == "all":
             of, way_out = "", "give more text or a shorter sequence"
         else:
-            of, way_out = f" in its {part} part", _does_not_divide(seq_len)
+            of, way_out = f" in its {part} part", does_not_divide(seq_len)
         raise ConfigError(
             [
                 f"data source {name!r}: {len(flat)} tokens of text{of} are fewer than one sequence (training.seq_len = "
@@ -131,7 +138,7 @@ def _sequences(
     return flat[: len(flat) // seq_len * seq_len].reshape(-1, seq_len)
 
 
-def _does_not_divide(seq_len: int) -> str:
+def does_not_divide(seq_len: int) -> str:
     return (
         f"it does not divide into training and held-out text in sequences of {seq_len}; give more text, a shorter "
         "training.seq_len, or data.eval_source"

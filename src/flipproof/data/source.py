@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flipproof.data.document import Document, Part, Row, Span, TextFile, spans
 from flipproof.data.tables import json_rows, no_column, parquet_rows, reason, rows
@@ -34,6 +34,7 @@ _SPLITS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _HEAD = 2**16  # bytes of a file that are part of its signature
+_ROWS_OF_SIGNATURE = 64  # of a stream
 _ROWS_TO_SEE = 1000  # of JSON, before a column is said not to be there
 
 
@@ -107,6 +108,8 @@ class HubData:
 
     remote = True
     splits = None
+    _how: ClassVar[dict[str, Any]] = {}
+    """How it is loaded."""
 
     def spans(self, part: Part) -> Iterator[Span]:
         return spans(self._rows(), part)
@@ -129,7 +132,7 @@ class HubData:
             # load_dataset would read whatever files of this kind are in the current directory
             raise ConfigError([f"data source {self.name!r} is a kind of file, not the name of one; {_WAYS_OUT}"])
         try:
-            data = datasets.load_dataset(self.name, split="train")
+            data = datasets.load_dataset(self.name, split="train", **self._how)
         except Exception as error:  # of dozens of kinds; each means that this source gives no text
             raise ConfigError(
                 [
@@ -137,7 +140,7 @@ class HubData:
                     f"({reason(error)}); {_WAYS_OUT}"
                 ]
             ) from error
-        if self.column not in data.column_names:
+        if data.column_names is not None and self.column not in data.column_names:  # a stream may not know them
             raise no_column(self.column, self.name, data.column_names)
         return data
 
@@ -150,11 +153,39 @@ class HubData:
         return rows(self._values(), self.name, self.column)
 
 
+@dataclass(frozen=True)
+class HubStream(HubData):
+    """The same over the network, no more of it than is used."""
+
+    _how: ClassVar[dict[str, Any]] = {"streaming": True}
+
+    def signature(self, part: Part) -> Any:
+        """Of what is said of it and of its beginning: all of it is not here to be looked at."""
+        info, texts = self._data.info, hashlib.sha256()
+        for value in islice(self._values(), _ROWS_OF_SIGNATURE):
+            texts.update(f"{len(value or '')} {value}".encode(errors="replace"))
+        return ["streamed", self.name, self.column, str(info.version), info.dataset_size, texts.hexdigest()]
+
+    def _values(self) -> Iterator[Any]:
+        number = 0
+        try:
+            for number, row in enumerate(self._data):
+                if number == 0 and self.column not in row:
+                    raise no_column(self.column, self.name, row)
+                yield row.get(self.column)
+        except ConfigError:
+            raise
+        except Exception as error:  # of the network, of its files, of dozens of kinds
+            raise ConfigError(
+                [f"data source {self.name!r} cannot be read on after row {number} ({reason(error)})"]
+            ) from error
+
+
 Source = LocalFiles | HubData
 
 
-def open_source(name: str, column: str) -> Source:
-    """A source by its name in the config. Reads no text and asks no network yet.
+def open_source(name: str, column: str, streaming: bool = False) -> Source:
+    """A source by its name in the config; ``streaming`` counts for Hub data. Reads no text and asks no network yet.
 
     Raises:
         ConfigError: where the name is neither stdlib, nor a path, nor can be a Hub data set's; for a folder without
@@ -167,7 +198,7 @@ def open_source(name: str, column: str) -> Source:
     suffix = Path(name).suffix.lower()
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,95}(/[\w.-]{1,96})?", name, re.ASCII) or suffix in {*_KINDS, ".csv"}:
         raise ConfigError([f"data source {name!r} is no file or folder here, and no Hub data set is named so"])
-    return HubData(name, column)
+    return (HubStream if streaming else HubData)(name, column)
 
 
 def check_apart(source: str, eval_source: str, column: str) -> None:

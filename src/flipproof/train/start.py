@@ -112,6 +112,14 @@ def check_trainable(config: RunConfig) -> None:
             "checkpoint.keep_best = True with training.eval_freq = 0: the best checkpoint is the one of the least "
             "validation loss; set eval_freq to a number of steps or 'epoch'"
         )
+    if config.data.streaming:
+        unknown = "is not known before its end; give a number of steps"
+        if config.training.epochs is not None:
+            problems.append(
+                f"data.streaming = True with training.epochs = {config.training.epochs:g}: its length {unknown}"
+            )
+        if config.training.eval_freq == "epoch":
+            problems.append(f"data.streaming = True with training.eval_freq = 'epoch': a pass's length {unknown}")
     if problems:
         raise ConfigError(problems)
 
@@ -149,7 +157,7 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
         "a step takes %d sequences of %d tokens (local_batch_size %d x processes %d x gradient_accumulation_steps %d); "
         "%s",
         a_step, training.seq_len, training.local_batch_size, processes, training.gradient_accumulation_steps,
-        _length(training, a_step, sequences),
+        _length(training, a_step, sequences, config.data.streaming),
     )  # fmt: skip
     if training.control and config.bitflip.any_fault:
         logger.info("its control, trained without faults, takes as much again (training.control)")
@@ -158,12 +166,14 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
     logger.info("all of it is written into %s", config.logging.run_dir)
 
 
-def _length(training: TrainingConfig, a_step: int, sequences: float | None) -> str:
+def _length(training: TrainingConfig, a_step: int, sequences: float | None, streamed: bool) -> str:
     """Of a run whose steps take so many sequences of a text that has so many."""
     if training.steps is None:
         return f"it takes {training.epochs:g} passes over the text; the steps are known once it is tokenised"
     needed = a_step * training.steps
-    if sequences is None:
+    if streamed:
+        passes = "of text that is tokenised meanwhile"
+    elif sequences is None:
         passes = "passes over the text are known once it is tokenised"
     elif needed > sequences:
         passes = f"{needed / sequences:.1f} passes over the text"
