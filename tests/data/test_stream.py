@@ -310,7 +310,7 @@ def test_too_little_text_is_one_line(tmp_path):
     ):
         text.need(0, 0, 1)
     assert len(told.value.problems) == 1
-    with pytest.raises(ConfigError, match="data.max_tokens = 31"):
+    with pytest.raises(ConfigError, match=r"data\.max_tokens = 31"):
         opened(str(tmp_path / "a.jsonl"), max_tokens=31)
 
 

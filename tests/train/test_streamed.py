@@ -128,7 +128,7 @@ def test_what_cannot_be_is_told_at_once(base, tmp_path):
 def test_a_run_is_streamed_or_not(base, tmp_path):
     config = streamed(base, tmp_path / "run", documents(tmp_path / "text.jsonl"))
     train_until_crash(config, 3)
-    with pytest.raises(ConfigError, match="--resume: data.streaming = False, but the run in .* was begun with True"):
+    with pytest.raises(ConfigError, match=r"--resume: data\.streaming = False, but the run in .* was begun with True"):
         train(replace(config, data=replace(config.data, streaming=False)), resume="auto")
 
 
@@ -186,7 +186,7 @@ def test_two_processes_end_alike_where_text_cannot_be_read(home):
     broken.write_text("".join([*lines[:50], "{broken\n"]))
     argv = command(home, "broken", 2, "--training.steps", "40", source=broken)
     jobs = {"begun": argv, "resumed": [*argv, "--resume"]}
-    run_jobs(home / "broken.jobs", 2, jobs, codes=dict.fromkeys(jobs, [2, 2]))
+    run_jobs(home / "broken.jobs", 2, jobs, codes={name: [2, 2] for name in jobs})
     last = max(int(path.name.removeprefix("step-")) for path in (home / "broken/checkpoints").glob("step-*"))
     assert last > 0
     for name in jobs:
