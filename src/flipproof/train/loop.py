@@ -134,6 +134,7 @@ class _Run:
             self.logged, self.metrics_from = world.once(lambda: logged_before(self.run_dir, checkpoint, begins))
         lengths = () if record is None else tuple(count for count, _ in record.text)
         self.used = self.first_step * config.sequences_per_step(world.size)
+        self.text: PackedText | StreamedText
         self.text, self.held_out = self._stream(stack) if config.data.streaming else self._load_text(sum(lengths))
         self.known = None if isinstance(self.text, StreamedText) else len(self.text)
         if config.training.steps is None:  # which follow from epochs of this text
