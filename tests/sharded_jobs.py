@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from meeting import meet_in
 
@@ -25,6 +26,7 @@ import flipproof.cli.main
 import flipproof.train.checkpoint as checkpoint_module
 import flipproof.train.loop as train_module
 import flipproof.train.step as step_module
+from flipproof.data.stream import StreamedText
 from flipproof.models import save
 
 
@@ -108,6 +110,18 @@ def step_3_waits_for_sigterm(rank, directory):
         (directory / "noted").touch()
 
     train_module.learning_rate, train_module._StopRequest._note = wait, note_and_tell
+
+
+def streamed_ids_are_kept(_rank, directory):
+    """As ``ids-FIRST-COUNT.npy``."""
+    batch = StreamedText.batch
+
+    def kept(text, seed, first, count):
+        ids = batch(text, seed, first, count)
+        np.save(directory / f"ids-{first}-{count}.npy", ids.numpy())
+        return ids
+
+    StreamedText.batch = kept
 
 
 def run(job, rank, directory):

@@ -8,9 +8,11 @@ from small_tokenizers import GPT2, LINES, text, trained
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from flipproof.data import chunks, packing
+from flipproof.data import chunks
+from flipproof.data import tokens as tokens_module
 from flipproof.data.chunks import _CHUNK, _CUT, Chunks, chunks_of
 from flipproof.data.document import Piece
+from flipproof.data.tokens import Tokens
 from flipproof.models.load import byte_tokenizer
 
 ODD = [*" \n\taB9é文.,'_(<’", "  ", "\r\n", "12", "\u00a0", "\u2028", "\u0301"]
@@ -105,20 +107,20 @@ def pieces_of(whole):
 def test_packing_gives_the_same_tokens_by_chunks(monkeypatch, kind):
     tokenizer, batches = trained(kind, apart=True), pieces_of(text(600))
     start = tokenizer("<s>", add_special_tokens=False)["input_ids"]
-    expected = np.concatenate(list(packing._tokens(batches, tokenizer, start)))
+    expected = np.concatenate(list(Tokens(tokenizer, start).of(batches)))
     used, encode = [], Chunks.encode
     monkeypatch.setattr(Chunks, "encode", lambda self, *a: used.append(1) or encode(self, *a))
-    monkeypatch.setattr(packing, "_LEARN", 1000)
-    got = np.concatenate(list(packing._tokens(batches, tokenizer, start)))
+    monkeypatch.setattr(tokens_module, "_LEARN", 1000)
+    got = np.concatenate(list(Tokens(tokenizer, start).of(batches)))
     np.testing.assert_array_equal(got, expected)
     assert len(used) == (0 if kind == "t5" else 3)  # the first batch compared, the others taken
 
 
 def test_a_first_batch_that_comes_out_otherwise_is_the_last_by_chunks(monkeypatch):
     tokenizer, batches = trained("gpt2"), pieces_of(text(600))
-    expected = np.concatenate(list(packing._tokens(batches, tokenizer, [])))
+    expected = np.concatenate(list(Tokens(tokenizer, []).of(batches)))
     used = []
     monkeypatch.setattr(Chunks, "encode", lambda self, texts, begins: used.append(1) or [[7]] * len(texts))
-    monkeypatch.setattr(packing, "_LEARN", 1000)
-    np.testing.assert_array_equal(np.concatenate(list(packing._tokens(batches, tokenizer, []))), expected)
+    monkeypatch.setattr(tokens_module, "_LEARN", 1000)
+    np.testing.assert_array_equal(np.concatenate(list(Tokens(tokenizer, []).of(batches))), expected)
     assert len(used) == 1

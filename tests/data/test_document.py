@@ -5,7 +5,7 @@ from small_tokenizers import text, trained
 
 from flipproof.data import document
 from flipproof.data.document import Row, Span, TextFile, blocks, pieces, spans
-from flipproof.data.packing import _batches, _tokens
+from flipproof.data.tokens import Tokens, batches
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
 
@@ -25,7 +25,7 @@ def test_pieces_have_the_tokens_of_the_whole(tmp_path, monkeypatch, kind):
     parts = list(pieces(whole(path)))
     assert len(parts) > 40
     assert "".join(part.text for part in parts) == text()
-    (tokens,) = _tokens(_batches(parts, 2**20), tokenizer, [])
+    (tokens,) = Tokens(tokenizer, []).of(batches(parts, 2**20))
     expected = tokenizer(text(), add_special_tokens=False)["input_ids"]
     assert len(set(expected)) > 40
     assert tokens.tolist() == [*expected, tokenizer.eos_token_id]
@@ -36,7 +36,7 @@ def test_a_text_without_any_place_to_cut_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     for content in ("汉字。" * 1000, "acgt" * 1000, "a " + "x" * 5000, "。\n" * 900, " " * 700 + "a" + " " * 700):
         path.write_text(content)
-        (tokens,) = _tokens(_batches(pieces(whole(path)), 2**20), byte_tokenizer(), [])
+        (tokens,) = Tokens(byte_tokenizer(), []).of(batches(pieces(whole(path)), 2**20))
         without = content[600:] if content.startswith(" ") else content  # blank pieces before a text are no text
         assert byte_tokenizer().decode(tokens[:-1]) == without
         assert tokens[-1] == 256

@@ -15,6 +15,7 @@ from flipproof.data import packing
 from flipproof.data.document import TextFile
 from flipproof.data.sequences import load_held_out, load_text
 from flipproof.data.source import LocalFiles
+from flipproof.data.tokens import beginning
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
 
@@ -215,7 +216,7 @@ def test_what_fails_leaves_no_file_and_is_not_remembered(tmp_path, source, cache
         return call(self, texts, **kw)
 
     monkeypatch.setattr(kind, "__call__", failing)
-    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 700)
     with pytest.raises(RuntimeError, match="third"):
         load_text(DataConfig(source=source), byte_tokenizer(), 64)
     assert [path.suffix for path in files(cache)] == [".npy"]  # the held-out part, which was one batch
@@ -278,7 +279,7 @@ def test_both_parts_begin_so_in_any_batches(source, monkeypatch):
         after_ends = part.sequences[:, 1:][part.sequences[:, :-1] == 256]
         assert (after_ends == 258).all()
     monkeypatch.setattr(packing, "_PACKING", "another key")
-    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 100)
     for part, other in zip(parts, load_text(DataConfig(source=source), tokenizer, 32, 40), strict=True):
         np.testing.assert_array_equal(part.sequences, other.sequences)
 
@@ -302,8 +303,8 @@ def test_a_vocabulary_without_letters_has_a_beginning_too():
     begins = tokenizer(bos_token="<s>")
     special = [("<s>", 5), ("</s>", 4)]
     begins.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
-    assert packing.beginning(None, begins) == [5]
-    assert packing.beginning(None, tokenizer()) == packing.beginning(None, tokenizer(bos_token="<s>")) == []
+    assert beginning(None, begins) == [5]
+    assert beginning(None, tokenizer()) == beginning(None, tokenizer(bos_token="<s>")) == []
 
 
 def test_no_token_of_a_beginning_or_an_end_is_doubled(tmp_path):

@@ -35,7 +35,7 @@ def whole(path, **more):
 
 
 def test_every_format_gives_the_same_tokens_in_the_order_of_a_fixed_seed(sources, monkeypatch, tokenised):
-    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 700)
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(DOCUMENTS))
     expected = [token for i in order for token in [*byte_tokenizer().encode(DOCUMENTS[i]), 256]]
     for path in sources.values():

@@ -231,6 +231,11 @@ class DataConfig(Table):
     own, padded."""
     max_tokens: Count | None = None
     """Use this many tokens of source at most."""
+    streaming: bool = False
+    """Tokenise the training text while it is trained on, so that the first step need not wait for all of it, and read
+    Hub data over the network as far as it is used. Not together with training.epochs or eval_freq = "epoch"."""
+    buffer_size: Count = 1024
+    """Sequences that are shuffled among each other when text is streamed; the first step waits for so many."""
     bos: bool | None = None
     """Begin each document and each sequence with the tokenizer's beginning-of-text token. Default: where the tokenizer
     begins a text with one."""

@@ -8,7 +8,7 @@ where no token of a byte-pair vocabulary lies across, and the tokens of a chunk 
 
 There GPT-2's, Llama 3's and Qwen's patterns part, and so do the vocabularies of SentencePiece. Neither is taken on
 trust: no token of the vocabulary may hold such a place, what else a tokenizer may do across it is asked for (see
-``_cuts_apart``), a text that holds an added token with such a place is tokenised as it is, and ``packing`` compares all
+``_cuts_apart``), a text that holds an added token with such a place is tokenised as it is, and ``tokens`` compares all
 tokens of its first batch. Where anything differs the tokenizer makes all tokens, at its own speed.
 """
 

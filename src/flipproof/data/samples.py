@@ -19,8 +19,9 @@ import numpy as np
 from flipproof.config import DataConfig
 from flipproof.data.document import Part, Record
 from flipproof.data.instruct import Encoder, Format, Sample, recognised
-from flipproof.data.packing import beginning, cache_path, packed_file
+from flipproof.data.packing import cache_path, packed_file
 from flipproof.data.source import Source, whole_rows
+from flipproof.data.tokens import beginning
 from flipproof.errors import ConfigError
 from flipproof.log import logger
 from flipproof.records import read_record, write_record

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from flipproof.config import DataConfig
 from flipproof.data.document import Part
-from flipproof.data.packing import beginning, check_cache, packed_tokens
+from flipproof.data.packing import check_cache, packed_tokens
 from flipproof.data.samples import BEGINS, HAS_LOSS, About, encoder, filled, instruction_format
 from flipproof.data.source import Source, check_apart, held_out_source, training_source
+from flipproof.data.tokens import beginning
 from flipproof.errors import ConfigError
 from flipproof.log import logger
 
@@ -122,11 +123,8 @@ def load_text(
     """
     held_out = load_held_out(config, tokenizer, seq_len)
     limit = None if needed is None else max(1, needed) * seq_len
-    if config.max_tokens is not None:
-        left = config.max_tokens - (held_out.sequences.size if held_out_source(config)[1] == "held-out" else 0)
+    if (left := training_limit(config, held_out, seq_len)) is not None:
         limit = left if limit is None else min(limit, left)
-        if left < seq_len:
-            raise ConfigError([f"data.max_tokens = {config.max_tokens}: {_does_not_divide(seq_len)}"])
     train = _text(training_source(config), "training", config, tokenizer, seq_len, limit, config.source)
     if needed is not None and needed > len(train):
         logger.warning(
@@ -134,6 +132,16 @@ def load_text(
             config.source, len(train), seq_len, needed, needed / len(train),
         )  # fmt: skip
     return train, held_out
+
+
+def training_limit(config: DataConfig, held_out: PackedText, seq_len: int) -> int | None:
+    """How many tokens ``data.max_tokens`` leaves to train on. Raises ConfigError where a sequence has more."""
+    if config.max_tokens is None:
+        return None
+    left = config.max_tokens - (held_out.sequences.size if held_out_source(config)[1] == "held-out" else 0)
+    if left < seq_len:
+        raise ConfigError([f"data.max_tokens = {config.max_tokens}: {does_not_divide(seq_len)}"])
+    return left
 
 
 def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedText:
@@ -163,6 +171,10 @@ def _text(
     if source.remote:
         check_cache()  # which what tells of its columns writes into
     if (format := instruction_format(config, source, part)) is not None:
+        if config.streaming:
+            raise ConfigError(
+                [f"data.streaming = True: {source.name!r} holds instruction data, which are not streamed"]
+            )
         rows = None if limit is None else limit // seq_len
         made = filled(source, part, config, encoder(config, format, tokenizer), seq_len, rows)
         return PackedText(made[0], called, *made[1:])
@@ -180,7 +192,7 @@ def _sequences(
         if part == "all":
             of, way_out = "", "give more text or a shorter sequence"
         else:
-            of, way_out = f" in its {part} part", _does_not_divide(seq_len)
+            of, way_out = f" in its {part} part", does_not_divide(seq_len)
         raise ConfigError(
             [
                 f"data source {source.name!r}: {len(flat)} tokens of text{of} are fewer than one sequence "
@@ -190,7 +202,7 @@ def _sequences(
     return flat[: len(flat) // seq_len * seq_len].reshape(-1, seq_len)
 
 
-def _does_not_divide(seq_len: int) -> str:
+def does_not_divide(seq_len: int) -> str:
     return (
         f"it does not divide into training and held-out text in sequences of {seq_len}; give more text, a shorter "
         "training.seq_len, or data.eval_source"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flipproof.config import DataConfig
 from flipproof.data.document import Document, Part, Row, Span, spans
@@ -29,6 +29,7 @@ from flipproof.errors import ConfigError
 
 _WAYS_OUT = "give a local file or folder as data.source, or data.source = 'stdlib', which needs no network"
 _HEAD = 2**16  # bytes of a file that are part of its signature
+_ROWS_OF_SIGNATURE = 64  # of a stream
 _ROWS_TO_SEE = 1000  # of JSON, before a column is said not to be there
 _ROWS = {"json": json_rows, "csv": csv_rows, "parquet": parquet_rows}
 
@@ -239,6 +240,8 @@ class HubData(_Table):
     remote = True
     is_text = False
     said = ()
+    _how: ClassVar[dict[str, Any]] = {}
+    """How else it is loaded."""
 
     @property
     def split(self) -> str:
@@ -284,13 +287,52 @@ class HubData(_Table):
             # load_dataset would read whatever files of this kind are in the current directory
             raise ConfigError([f"data source {self.name!r} is a kind of file, not the name of one; {_WAYS_OUT}"])
         try:
-            return datasets.load_dataset(self.name, self.choice.subset, split=self.split, revision=self.choice.revision)
+            return datasets.load_dataset(
+                self.name, self.choice.subset, split=self.split, revision=self.choice.revision, **self._how
+            )
         except Exception as error:  # of dozens of kinds; each means that this source gives no text
             raise ConfigError(
                 [
                     f"data source {self.name!r} is no local path and cannot be reached as a Hub data set "
                     f"({_with_key(reason(error))}); {_WAYS_OUT}"
                 ]
+            ) from error
+
+
+@dataclass(frozen=True)
+class HubStream(HubData):
+    """The same over the network, no more of it than is used."""
+
+    _how: ClassVar[dict[str, Any]] = {"streaming": True}
+
+    def signature(self, part: Part) -> Any:
+        """Of what is said of it and of its beginning: all of it is not here to be looked at."""
+        info, texts = self._data.info, hashlib.sha256()
+        for value in islice(self._values(self._data), _ROWS_OF_SIGNATURE):
+            texts.update(f"{len(value or '')} {value}".encode(errors="replace"))
+        about = [self.name, self.column, *self.choice[:3], str(info.version), info.dataset_size]
+        return ["streamed", *about, texts.hexdigest()]
+
+    def columns(self, _part: Part) -> list[str]:
+        """Those of the first row: a stream may not know them before."""
+        return list(next(self._read(), {}))
+
+    def _values(self, data: Any) -> Iterator[Any]:
+        assert self.column is not None  # what has rows that are read whole is not streamed
+        for number, row in enumerate(self._read()):
+            if number == 0 and self.column not in row:
+                raise no_column(self.column, self.name, row)
+            yield row.get(self.column)
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        read = 0
+        try:
+            for row in self._data:
+                yield row
+                read += 1
+        except Exception as error:  # of the network, of its files, of dozens of kinds
+            raise ConfigError(
+                [f"data source {self.name!r} cannot be read on after {read} rows ({reason(error)})"]
             ) from error
 
 
@@ -307,8 +349,8 @@ Source = LocalFiles | SavedData | HubData
 _NO_CHOICE = Choice()
 
 
-def open_source(name: str, column: str, choice: Choice = _NO_CHOICE) -> Source:
-    """A source by its name in the config. Reads no text and asks no network yet.
+def open_source(name: str, column: str, choice: Choice = _NO_CHOICE, streaming: bool = False) -> Source:
+    """A source by its name in the config; ``streaming`` counts for Hub data. Reads no text and asks no network yet.
 
     Raises:
         ConfigError: where the name is neither stdlib, nor a path, nor can be a Hub data set's; for a folder without
@@ -323,7 +365,7 @@ def open_source(name: str, column: str, choice: Choice = _NO_CHOICE) -> Source:
     suffix = Path(name).suffix.lower()
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,95}(/[\w.-]{1,96})?", name, re.ASCII) or suffix in endings:
         raise ConfigError([f"data source {name!r} is no file or folder here, and no Hub data set is named so"])
-    return HubData(name, column, choice)
+    return (HubStream if streaming else HubData)(name, column, choice)
 
 
 def whole_rows(source: Source) -> Source:
@@ -333,7 +375,7 @@ def whole_rows(source: Source) -> Source:
 
 def training_source(data: DataConfig) -> Source:
     """What a config trains on, by its part "training". Raises as ``open_source`` does."""
-    return open_source(data.source, data.text_column, Choice(data.subset, data.split, data.revision))
+    return open_source(data.source, data.text_column, Choice(data.subset, data.split, data.revision), data.streaming)
 
 
 def held_out_source(data: DataConfig) -> tuple[Source, Part]:
@@ -342,7 +384,8 @@ def held_out_source(data: DataConfig) -> tuple[Source, Part]:
         return training_source(data), "held-out"
     name = data.source if data.eval_source is None else data.eval_source
     subset, revision = (data.subset, data.revision) if name == data.source else (None, None)
-    return open_source(name, data.text_column, Choice(subset, data.eval_split, revision, "data.eval_split")), "all"
+    choice = Choice(subset, data.eval_split, revision, "data.eval_split")
+    return open_source(name, data.text_column, choice, data.streaming), "all"
 
 
 def check_apart(data: DataConfig) -> None:

@@ -183,7 +183,7 @@ def _check_merged(merge: Sequence[str], unread: nn.Module, spec: BitFlipSpec, tr
 def calibration_text(config: RunConfig, tokenizer: Any) -> PackedText:
     """What guards are fitted to. Raises ConfigError where it cannot be read, or is too short."""
     samples, seq_len = config.eval.num_samples, config.training.seq_len
-    text, _ = load_text(config.data, tokenizer, seq_len)
+    text, _ = load_text(config.data, tokenizer, seq_len, samples if config.data.streaming else None)
     if (tokens := min(samples, len(text)) * seq_len) < _LEAST_TOKENS:
         raise ConfigError(
             [

@@ -81,6 +81,7 @@ class Checkpointer:
         progress: Progress,
         logged: int = 0,
         validated: float | None = None,
+        text: str | None = None,
     ) -> None:
         """Write ``step-N`` after the one before it, then delete all but the last ``keep_last`` and, with ``keep_best``,
         the best; and any of later steps, which this run does not go on from. All processes call.
@@ -88,6 +89,7 @@ class Checkpointer:
         Args:
             logged: how many lines the run's metrics have by then.
             validated: the loss that says which checkpoint is best, where the step was validated.
+            text: fingerprint of the streamed text that the step has come to.
         """
         self.wait()
         full = self.config.state_dict_type == "full"
@@ -96,10 +98,11 @@ class Checkpointer:
         state = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
         # a copy: training goes on with the tensors themselves, which on a CPU these are
         state = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
+        about = {"step": step, "metrics": logged, "validated": validated} | ({} if text is None else {"text": text})
         if self.config.asynchronous:
-            self._pending = self._thread.submit(self._write, step, state, logged, validated)
+            self._pending = self._thread.submit(self._write, state, about)
         else:
-            self._write(step, state, logged, validated)
+            self._write(state, about)
 
     def wait(self) -> None:
         """Until the last checkpoint is complete. Raises what writing it raised, in any process."""
@@ -112,8 +115,8 @@ class Checkpointer:
         if self._pending is not None and self._pending.done():
             self.wait()
 
-    def _write(self, step: int, state: dict[str, Any], logged: int, validated: float | None) -> None:
-        first = self.world.first
+    def _write(self, state: dict[str, Any], about: dict[str, Any]) -> None:
+        first, step = self.world.first, about["step"]
 
         def begin() -> str:
             new = temporary_name(self.directory / f"step-{step}")
@@ -123,7 +126,7 @@ class Checkpointer:
         unfinished = self.directory / self._together(begin if first else None)[0]
         try:
             files = self._together(lambda: self._write_files(state, unfinished))
-            self._complete(unfinished, files, {"step": step, "metrics": logged, "validated": validated})
+            self._complete(unfinished, files, about)
         finally:
             if first:  # on a full disk, what was begun is in the way of all that comes
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -352,6 +355,16 @@ def _manifest(path: Path) -> dict[str, str]:
     if not all(Path(name).name == name and name.isprintable() for name in files):
         raise ValueError("a manifest names the files beside it")
     return files
+
+
+def text_of(path: Path) -> str | None:
+    """The fingerprint of the streamed text that a checkpoint was trained on; None where there was none, or no manifest
+    that says so."""
+    try:
+        text = read_record(path / MANIFEST).get("text")
+    except (OSError, ValueError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def logged_lines(path: Path) -> int:

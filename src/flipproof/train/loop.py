@@ -18,10 +18,12 @@ import math
 import os
 import shlex
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +31,8 @@ from typing import Any
 import torch
 
 from flipproof.config import RunConfig
-from flipproof.data.sequences import PackedText, load_text
+from flipproof.data.sequences import PackedText, load_held_out, load_text
+from flipproof.data.stream import StreamedText, open_stream
 from flipproof.errors import ConfigError, first_of
 from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import faults
@@ -52,6 +55,7 @@ from flipproof.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     step_of,
+    text_of,
     whole_checkpoint,
 )
 from flipproof.train.ending import Kind, write_all_results, write_cards, write_weights
@@ -112,13 +116,14 @@ def train(config: RunConfig, resume: str | None = None) -> Path:
             raise ConfigError([f"{run_dir}: the processes see different checkpoints there; it must be shared by all"])
         if checkpoint is not None:
             checkpoint = whole_checkpoint(checkpoint, fall_back=resume == "auto", world=world)
-        return _Run(config, world, checkpoint, log).run()
+        return _Run(config, world, checkpoint, log, stack).run()
 
 
 class _Run:
     """One training run in one of its processes."""
 
-    def __init__(self, config: RunConfig, world: World, checkpoint: Path | None, log: RunLog) -> None:
+    def __init__(self, config: RunConfig, world: World, checkpoint: Path | None, log: RunLog, stack: ExitStack) -> None:
+        """``stack``: what is to be closed when the run ends."""
         self.world, self.run_dir, self.checkpoint, self.log = world, Path(config.logging.run_dir), checkpoint, log
         self.first_step = 0 if checkpoint is None else step_of(checkpoint)
         self.tokenizer = load_tokenizer(config.model)
@@ -129,15 +134,26 @@ class _Run:
         if checkpoint is not None:
             self.logged, self.metrics_from = world.once(lambda: logged_before(self.run_dir, checkpoint, begins))
         lengths = () if record is None else tuple(count for count, _ in record.text)
-        self.text, self.held_out = self._load_text(sum(lengths))
+        self.used = self.first_step * config.sequences_per_step(world.size)
+        self.text: PackedText | StreamedText
+        self.text, self.held_out = self._stream(stack) if config.data.streaming else self._load_text(sum(lengths))
+        self.known = None if isinstance(self.text, StreamedText) else len(self.text)
         if config.training.steps is None:  # which follow from epochs of this text
-            self.config = config = resolve_steps(config, 0, world.size, len(self.text))
+            self.config = config = resolve_steps(config, 0, world.size, self.known)
             if checkpoint is not None:
                 check_not_done(config.training.steps, checkpoint)
         self.model = build_model(config, self.tokenizer, world, config.lora)
-        check_ids(self.model, self.tokenizer, self.text.sequences, self.held_out.sequences)
-        check_samples(config, self.model, self.text)
+        check_ids(self.model, self.tokenizer, self.held_out.sequences)
         check_samples(config, self.model, self.held_out)
+        if isinstance(self.text, StreamedText):
+            self.text.check = partial(check_ids, self.model, self.tokenizer)
+            self.text.need(config.training.seed, self.used, 1)
+            if record is not None and checkpoint is not None:  # compared is what was used until then
+                text = text_of(checkpoint)
+                record = replace(record, text=() if text is None else ((self.used, text),))
+        else:
+            check_ids(self.model, self.tokenizer, self.text.sequences)
+            check_samples(config, self.model, self.text)
         self.record = self._record(lengths)
         self.differences = None if was is None else compare(was, config, record, self.record, self.run_dir)
         self.measured_before = record is not None and record.measured == self.record.measured
@@ -146,7 +162,7 @@ class _Run:
                 "%s has no record of its text and model: whether they are the same is not known", self.run_dir
             )
             self.measured_before = not self.differences.measured
-        say_size(config, self.model, world.size, len(self.text))
+        say_size(config, self.model, world.size, self.known)
         names = arms_of(self.model, config.bitflip, trained=True)
         self.trained_arms = tuple(name for name in names if ARMS[name].trained)
         if config.model.init == "random" and not config.faulty:
@@ -157,8 +173,20 @@ class _Run:
         segments = [count for count, _ in self.record.text]
         training = Training(config, self.model, self.world, self.text, segments)
         # under the run's faults, in a control too
-        validation = Validation(self.config, names, self.model, self.held_out, self.world, len(self.text))
+        validation = Validation(self.config, names, self.model, self.held_out, self.world, self.known or 0)
         return _Course(config, self.world, training, validation, checkpoint, logged)
+
+    def _stream(self, stack: ExitStack) -> tuple[StreamedText, PackedText]:
+        """(training text, of which one process of each node packs more from now on; held-out text)."""
+        seq_len, here = self.config.training.seq_len, (socket.gethostname(), os.getpid())
+        held_out = load_held_out(self.config.data, self.tokenizer, seq_len)
+        open_with = partial(open_stream, self.config.data, self.tokenizer, seq_len, held_out)
+        leads = os.environ.get("LOCAL_RANK", "0") == "0"
+        text = stack.enter_context(open_with(os.getpid())) if leads else None
+        leaders = self.world.gathered(here if leads else None)
+        if text is None:
+            text = stack.enter_context(open_with(next(each[1] for each in leaders if each and each[0] == here[0])))
+        return text, held_out
 
     def _load_text(self, at_least: int) -> tuple[PackedText, PackedText]:
         """(training text of at least so many sequences, held-out text)."""
@@ -185,10 +213,10 @@ class _Run:
                 )
 
         def of_text() -> tuple[tuple[tuple[int, str], ...], str]:
-            text, held_out = self.text, self.held_out
-            return text_segments(text.sequences, lengths, text.marks), text_fingerprint(
-                held_out.sequences, held_out.marks
-            )
+            text, held_out = self.text, text_fingerprint(self.held_out.sequences, self.held_out.marks)
+            if isinstance(text, PackedText):
+                return text_segments(text.sequences, lengths, text.marks), held_out
+            return ((self.used, text.fingerprint(self.used)),) if self.used else (), held_out
 
         text, held_out = self.world.once(of_text)
         measured = hashlib.sha256(json.dumps([asdict(self.config.eval), held_out]).encode()).hexdigest()[:32]
@@ -313,7 +341,7 @@ class _Run:
             found = best_checkpoint(self.run_dir / "checkpoints", self.config.training.steps)
             best = {} if found is None else {"best": {"checkpoint": found[0].name, "eval_loss": found[1]}}
         values = results(self.config, in_order(arms), self.model, self.held_out)
-        if self.text.about is not None:
+        if isinstance(self.text, PackedText) and self.text.about is not None:
             values["trained_on"] = asdict(self.text.about)
         write_record(self.run_dir / RESULTS, values | best)
         write_all_results(self.run_dir, arms, self.trained_arms[0], self.metrics_from)
@@ -367,6 +395,7 @@ class _Course:
             for step in range(self.first_step, config.steps):
                 lr = learning_rate(config, step)
                 with log.step(step):
+                    run.await_text(step, checkpoints.wait)
                     loss, grad_norm = run.step(step, lr)
                 done = step + 1
                 checkpoints.check()
@@ -385,7 +414,9 @@ class _Course:
                 if due or stopping or (is_best and self.config.checkpoint.keep_best):
                     run.check_finite(done)
                     log.sync()
-                    checkpoints.save(done, self.model, run.optimizer, run.saved(), self.logged, validated)
+                    checkpoints.save(
+                        done, self.model, run.optimizer, run.saved(), self.logged, validated, run.text_until(done)
+                    )
                 if stopping:
                     break
             checkpoints.wait()

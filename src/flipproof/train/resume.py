@@ -75,6 +75,7 @@ RULES = {
     "lora": Rule.FIXED,
     "bitflip": Rule.FIXED,
     "data": Rule.TEXT,
+    "data.streaming": Rule.FIXED,  # the order is another
     "eval": Rule.MEASURED,
     "logging": Rule.FREE,
     "checkpoint": Rule.FREE,

@@ -13,9 +13,10 @@ from torch import nn
 
 from flipproof.config import DataConfig, RunConfig, TrainingConfig
 from flipproof.data.document import Part, pieces
-from flipproof.data.packing import beginning, holds_no
+from flipproof.data.packing import holds_no
 from flipproof.data.samples import encoder, instruction_format, read
 from flipproof.data.source import HubData, Source, check_apart, held_out_source, training_source, whole_rows
+from flipproof.data.tokens import beginning
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.inject import inject
@@ -112,6 +113,14 @@ def check_trainable(config: RunConfig) -> None:
             "checkpoint.keep_best = True with training.eval_freq = 0: the best checkpoint is the one of the least "
             "validation loss; set eval_freq to a number of steps or 'epoch'"
         )
+    if config.data.streaming:
+        unknown = "is not known before its end; give a number of steps"
+        if config.training.epochs is not None:
+            problems.append(
+                f"data.streaming = True with training.epochs = {config.training.epochs:g}: its length {unknown}"
+            )
+        if config.training.eval_freq == "epoch":
+            problems.append(f"data.streaming = True with training.eval_freq = 'epoch': a pass's length {unknown}")
     if problems:
         raise ConfigError(problems)
 
@@ -149,7 +158,7 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
         "a step takes %d sequences of %d tokens (local_batch_size %d x processes %d x gradient_accumulation_steps %d); "
         "%s",
         a_step, training.seq_len, training.local_batch_size, processes, training.gradient_accumulation_steps,
-        _length(training, a_step, sequences),
+        _length(training, a_step, sequences, config.data.streaming),
     )  # fmt: skip
     if training.control and config.bitflip.any_fault:
         logger.info("its control, trained without faults, takes as much again (training.control)")
@@ -158,12 +167,14 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
     logger.info("all of it is written into %s", config.logging.run_dir)
 
 
-def _length(training: TrainingConfig, a_step: int, sequences: float | None) -> str:
+def _length(training: TrainingConfig, a_step: int, sequences: float | None, streamed: bool) -> str:
     """Of a run whose steps take so many sequences of a text that has so many."""
     if training.steps is None:
         return f"it takes {training.epochs:g} passes over the text; the steps are known once it is tokenised"
     needed = a_step * training.steps
-    if sequences is None:
+    if streamed:
+        passes = "of text that is tokenised meanwhile"
+    elif sequences is None:
         passes = "passes over the text are known once it is tokenised"
     elif needed > sequences:
         passes = f"{needed / sequences:.1f} passes over the text"

@@ -5,7 +5,7 @@ is, so what training changes is all in ``Training``: weights, optimizer and ``pr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import Batch, PackedText, training_indices
+from flipproof.data.stream import StreamedText
 from flipproof.dtensor import local, whole
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import is_faulty, set_tick
@@ -55,8 +56,10 @@ def chosen_sequences(lengths: Sequence[int], seed: int, first: int, count: int) 
 class Training:
     """What training changes, in one process of a run."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, world: World, text: PackedText, lengths: list[int]) -> None:
-        """``lengths``: of the segments of the text, as in ``chosen_sequences``."""
+    def __init__(
+        self, config: RunConfig, model: nn.Module, world: World, text: PackedText | StreamedText, lengths: list[int]
+    ) -> None:
+        """``lengths``: of the segments of a text that is not streamed, as in ``chosen_sequences``."""
         self.config, self.model, self.world, self.text, self.lengths = config, model, world, text, lengths
         self.optimizer = make_optimizer(model, config.training)
         self.gradients = Gradients(model, config.parallelism, world)
@@ -76,6 +79,26 @@ class Training:
         }
         self._losses = 0.0
         """Of this process's sequences since ``progress`` has those of all."""
+
+    def await_text(self, step: int, saved: Callable[[], None]) -> None:
+        """Until the text of a step is there, where it is streamed. All processes ask for the same, and end alike.
+
+        Args:
+            saved: waits until the checkpoints that were begun are written.
+
+        Raises:
+            ConfigError: where it will not come, with the step and what the run can go on from.
+        """
+        if not isinstance(self.text, StreamedText):
+            return
+        a_step = self.config.sequences_per_step(self.world.size)
+        try:
+            self.text.need(self.config.training.seed, step * a_step, a_step)
+        except ConfigError as error:
+            saved()
+            raise ConfigError(
+                f"training stopped after step {step}: {problem}; {self._kept()}" for problem in error.problems
+            ) from error
 
     def step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns (mean loss of this process's rows, global gradient norm)."""
@@ -101,6 +124,12 @@ class Training:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def text_until(self, done: int) -> str | None:
+        """The fingerprint of the streamed text that so many steps have taken; None where it is not streamed."""
+        if not isinstance(self.text, StreamedText):
+            return None
+        return self.text.fingerprint(done * self.config.sequences_per_step(self.world.size))
 
     def saved(self) -> Progress:
         """``progress`` with what all processes have used. All call."""
@@ -140,7 +169,7 @@ class Training:
         """
         training, world = self.config.training, self.world
         rows, accumulation = training.local_batch_size, training.gradient_accumulation_steps
-        if self.text.marks is None:
+        if isinstance(self.text, StreamedText) or self.text.marks is None:
             return [1.0] * accumulation, rows
         shape = accumulation, world.size, rows
         chosen = chosen_sequences(self.lengths, training.seed, sequence, math.prod(shape))
@@ -153,7 +182,10 @@ class Training:
         training, rows = self.config.training, self.config.training.local_batch_size
         if is_faulty(self.model):
             set_tick(self.model, tick)
-        chosen = chosen_sequences(self.lengths, training.seed, sequence + self.world.rank * rows, rows)
+        first = sequence + self.world.rank * rows
+        if isinstance(self.text, StreamedText):
+            return self.text.batch(training.seed, first, rows).to(self.world.device)
+        chosen = chosen_sequences(self.lengths, training.seed, first, rows)
         return self.text.batch(chosen).to(self.world.device)
 
     def _of_ids(self, ids: Tensor, factor: float | Tensor) -> Tensor:
@@ -209,15 +241,17 @@ class Training:
             why = "the text or the base model, since no step was finite from the start"
         else:
             why = f"the learning rate (training.lr = {training.lr:g}, warmup_steps = {training.warmup_steps})"
-        kept = list_checkpoints(Path(self.config.logging.run_dir) / "checkpoints")
-        way_out = f"the last checkpoint, {kept[-1].name}, is whole" if kept else "no checkpoint was written"
         return Diverged(
             [
                 f"training stopped after step {done}: {MAX_SKIPPED} steps in a row were not finite (loss "
                 f"{float(loss):g}, gradient norm {float(grad_norm):g}) and none of them was taken; the likely cause is "
-                f"{why}; {way_out}"
+                f"{why}; {self._kept()}"
             ]
         )
+
+    def _kept(self) -> str:
+        kept = list_checkpoints(Path(self.config.logging.run_dir) / "checkpoints")
+        return f"the last checkpoint, {kept[-1].name}, is whole" if kept else "no checkpoint was written"
 
     def check_finite(self, done: int) -> None:
         """Raises Diverged where weights or optimizer are not finite: such a checkpoint would push out a good one."""
