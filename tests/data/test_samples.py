@@ -147,7 +147,7 @@ def test_a_column_of_text_is_text_and_a_format_can_be_named(tmp_path):
         with pytest.raises(ConfigError, match=said):
             loaded(chat, **wrong)
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ConfigError, match="data.format = 'chat': .*is text, and has no columns"):
+    with pytest.raises(ConfigError, match=r"data\.format = 'chat': .*is text, and has no columns"):
         loaded(tmp_path / "a.txt", format="chat")
 
 

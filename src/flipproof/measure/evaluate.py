@@ -233,11 +233,11 @@ def evaluate(
     return arms
 
 
-def check_samples(config: RunConfig, model: nn.Module, text: PackedText) -> None:
+def check_samples(config: RunConfig, model: nn.Module, *texts: PackedText) -> None:
     """Raises ConfigError where samples share sequences and would see each other in this model. All processes call."""
-    if text.packed:
+    if any(text.packed for text in texts):
         with compute_context(config.training, model):
-            check_packing(model, config.training.local_batch_size, text.sequences.shape[1])
+            check_packing(model, config.training.local_batch_size, config.training.seq_len)
 
 
 def faulty_arm(names: Sequence[str]) -> str:

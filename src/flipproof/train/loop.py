@@ -135,8 +135,7 @@ class _Run:
                 check_not_done(config.training.steps, checkpoint)
         self.model = build_model(config, self.tokenizer, world, config.lora)
         check_ids(self.model, self.tokenizer, self.text.sequences, self.held_out.sequences)
-        check_samples(config, self.model, self.text)
-        check_samples(config, self.model, self.held_out)
+        check_samples(config, self.model, self.text, self.held_out)
         self.record = self._record(lengths)
         self.differences = None if was is None else compare(was, config, record, self.record, self.run_dir)
         self.measured_before = record is not None and record.measured == self.record.measured
