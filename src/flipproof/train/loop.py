@@ -37,11 +37,11 @@ from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_writable, discard
 from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
-from flipproof.measure.evaluate import arms_of, check_samples, measure_config_arms, results
+from flipproof.measure.evaluate import arms_of, measure_config_arms, results
 from flipproof.models.adapter import save_adapter
 from flipproof.models.build import build_model, with_trainable_weights
-from flipproof.models.limits import check_ids
 from flipproof.models.load import load_tokenizer, save_model
+from flipproof.models.packed import check_text
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, RESULTS, read_record, write_record, write_toml
 from flipproof.train.checkpoint import (
@@ -134,8 +134,7 @@ class _Run:
             if checkpoint is not None:
                 check_not_done(config.training.steps, checkpoint)
         self.model = build_model(config, self.tokenizer, world, config.lora)
-        check_ids(self.model, self.tokenizer, self.text.sequences, self.held_out.sequences)
-        check_samples(config, self.model, self.text, self.held_out)
+        check_text(config.training, self.model, self.tokenizer, self.text, self.held_out)
         self.record = self._record(lengths)
         self.differences = None if was is None else compare(was, config, record, self.record, self.run_dir)
         self.measured_before = record is not None and record.measured == self.record.measured
