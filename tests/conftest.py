@@ -136,7 +136,7 @@ def learned_llama_dir(tiny_llama, tmp_path):
     model = tiny_llama()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
-        next_token_loss(model, text.batch(range(16))).backward()
+        next_token_loss(model, text.batch(range(16)).ids).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "model")

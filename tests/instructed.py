@@ -6,8 +6,9 @@ import random
 from flipproof.models.load import byte_tokenizer
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|endoftext|>"
+    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TELLING_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
@@ -16,8 +17,8 @@ TELLING_TEMPLATE = (
 ALPACA = {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"}
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n### Instruction:\nAdd the numbers.\n\n### Input:\n1 and 2\n\n"
-    "### Response:"
+    "response that appropriately completes the request.\n\n### Instruction:\nAdd the numbers.\n\n"
+    "### Input:\n1 and 2\n\n### Response:"
 )
 SHORT = {"instruction": "Say yes.", "output": "yes"}
 SHORT_PROMPT = (

@@ -363,4 +363,4 @@ def test_a_network_that_goes_is_one_line(monkeypatch):
     hub(monkeypatch, datasets.IterableDataset.from_generator(generate))
     with opened("org/data") as text, pytest.raises(ConfigError) as told:
         text.need(0, 0, 10_000)
-    assert told.value.problems == ["data source 'org/data' cannot be read on after row 299 (no route to host)"]
+    assert told.value.problems == ["data source 'org/data' cannot be read on after 300 rows (no route to host)"]

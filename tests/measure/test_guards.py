@@ -78,7 +78,7 @@ def test_maxima_are_those_that_plain_hooks_see(tiny_llama, model_dir, fitted):
         module.register_forward_hook(look(name))
     text, _ = load_text(settings(model_dir).data, byte_tokenizer(), LENGTH)
     for i in range(SAMPLES):  # as evaluation spreads them over the text
-        model(text.batch([i * len(text) // SAMPLES]))
+        model(text.batch([i * len(text) // SAMPLES]).ids)
     inputs = {name: maxima for name, maxima in guards.maxima.items() if name.endswith("/x")}
     assert inputs.keys() == {f"{name}/x" for name in linear}
     for name, maxima in inputs.items():

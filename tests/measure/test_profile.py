@@ -179,7 +179,7 @@ def inputs_of(model, text, chosen):
     hooks = [m.register_forward_pre_hook(keep(n)) for n, m in model.named_modules() if type(m) is torch.nn.Linear]
     with torch.no_grad():
         for i in chosen:
-            model(input_ids=text.batch(np.array([i])))
+            model(input_ids=text.batch(np.array([i])).ids)
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(parts) for name, parts in seen.items() if name != "lm_head"}

@@ -31,10 +31,9 @@ from flipproof.measure.arms import ARMS, Arm, arm_names, arms_table, costs, gap_
 from flipproof.measure.intervals import MIN_TRIALS, sure_enough, weighted_mean, weights_of
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, check_length, flipped_dtype
-from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer
 from flipproof.models.loss import loss_by_row
-from flipproof.models.packed import check_packing
+from flipproof.models.packed import check_text
 from flipproof.records import RESULTS, write_new_record
 from flipproof.world import World, join_world
 
@@ -206,8 +205,7 @@ def evaluate(
         check_length(config, tokenizer)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model, names = open_model(config, tokenizer, world, adapter, control)
-        check_ids(model, tokenizer, text.sequences)
-        check_samples(config, model, text)
+        check_text(config.training, model, tokenizer, text)
         seed = fault_seeds(config.bitflip.base_seed, 1)[0]
         replayed = []
         if flip_log or replay:
@@ -231,13 +229,6 @@ def evaluate(
         if to is not None and world.first:
             write_new_record(to / RESULTS, results(config, arms, model, text), "--to")
     return arms
-
-
-def check_samples(config: RunConfig, model: nn.Module, text: PackedText) -> None:
-    """Raises ConfigError where samples share sequences and would see each other in this model. All processes call."""
-    if text.packed:
-        with compute_context(config.training, model):
-            check_packing(model, config.training.local_batch_size, text.sequences.shape[1])
 
 
 def faulty_arm(names: Sequence[str]) -> str:

@@ -27,11 +27,11 @@ from flipproof.faults.same_model import check_fitted
 from flipproof.faults.spec import BitFlipSpec, Granularity
 from flipproof.files import check_new
 from flipproof.log import bar
-from flipproof.measure.evaluate import check_samples, evaluating, passes_of
+from flipproof.measure.evaluate import evaluating, passes_of
 from flipproof.models.build import build_model, check_guards, check_length, flipped_dtype
-from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
 from flipproof.models.loss import next_token_loss
+from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
 from flipproof.models.weights import read_tensor
 from flipproof.records import GUARDS
@@ -135,8 +135,7 @@ def fit_guards(
         model = build_model(replace(config, bitflip=spec), tokenizer, world)
         for path in merge:
             check_guards(path, model, world, near=False)
-        check_ids(model, tokenizer, text.sequences)
-        check_samples(config, model, text)
+        check_text(config.training, model, tokenizer, text)
         with compute_context(training, model):
             maxima, tokens = largest_magnitudes(model, text, samples, training.local_batch_size, world)
         found = Guards(

@@ -39,11 +39,11 @@ from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
-from flipproof.measure.evaluate import check_samples, evaluating, passes_of
+from flipproof.measure.evaluate import evaluating, passes_of
 from flipproof.models.build import build_model, check_length, flipped_dtype
-from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer
 from flipproof.models.loss import next_token_loss
+from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
 from flipproof.records import write_new_record
 from flipproof.world import World, join_world
@@ -348,8 +348,7 @@ def profile(config: RunConfig, to: Path | None = None, tell: Callable[[str], Non
         check_length(config, tokenizer)
         text = load_held_out(config.data, tokenizer, training.seq_len)
         model = build_model(replace(config, bitflip=_everywhere(config.bitflip)), tokenizer, world)
-        check_ids(model, tokenizer, text.sequences)
-        check_samples(config, model, text)
+        check_text(config.training, model, tokenizer, text)
         dtype = cast_to(training, model)
         with compute_context(training, model):
             layers, total, tokens = count_magnitudes(

@@ -35,19 +35,11 @@ from flipproof.files import check_new, check_writable
 from flipproof.log import bar, logger
 from flipproof.measure.answers import SEEDS, Answers, as_sha256, cause_of
 from flipproof.measure.arms import ARMS, Arm, arms_table
-from flipproof.measure.evaluate import (
-    arm_faults,
-    arm_seeds,
-    check_samples,
-    fault_seeds,
-    measure_config_arms,
-    open_model,
-    results,
-)
+from flipproof.measure.evaluate import arm_faults, arm_seeds, fault_seeds, measure_config_arms, open_model, results
 from flipproof.measure.intervals import MIN_TRIALS, narrow_enough, t_interval
 from flipproof.models.build import check_length
-from flipproof.models.limits import check_ids
 from flipproof.models.load import load_tokenizer
+from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
 from flipproof.records import RESULTS, read_record, write_record
 from flipproof.world import join_world
@@ -335,8 +327,7 @@ def evaluate_tasks(
             text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model, names = open_model(config, tokenizer, world, adapter)
         if text:
-            check_ids(model, tokenizer, text.sequences)
-            check_samples(config, model, text)
+            check_text(config.training, model, tokenizer, text)
         arms = measure_config_arms(config, names, model, text, world) if text else {}
         if arms and tell:
             tell(arms_table(arms) + "\n")

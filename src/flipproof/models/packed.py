@@ -10,15 +10,28 @@ Samples with a row of their own need none of it: padding is on the right, where 
 
 import inspect
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
+from flipproof.config import TrainingConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import faults, is_faulty
+from flipproof.models.limits import check_ids
+from flipproof.models.load import compute_context
 from flipproof.models.loss import last_states
 
 _WAY_OUT = "set data.packing = false, which pads instead"
+
+
+def check_text(training: TrainingConfig, model: nn.Module, tokenizer: Any, *texts: Any) -> None:
+    """Raises ConfigError where texts (``PackedText``) hold tokens that the model does not know, or several samples in a
+    sequence, which it does not keep apart. All processes must call."""
+    check_ids(model, tokenizer, *(text.sequences for text in texts))
+    if any(text.packed for text in texts):
+        with compute_context(training, model):
+            check_packing(model, training.local_batch_size, training.seq_len)
 
 
 def check_packing(model: nn.Module, rows: int, seq_len: int) -> None:

@@ -25,10 +25,10 @@ from flipproof.faults.inject import faults, inject, set_faults
 from flipproof.faults.spec import OPERANDS
 from flipproof.log import bar, logger
 from flipproof.measure.arms import Arm, guard_warning
-from flipproof.measure.evaluate import check_samples, mean_loss, measure_arms
+from flipproof.measure.evaluate import mean_loss, measure_arms
 from flipproof.models.build import build_model, check_computed_bits, check_guards, check_length, flipped_dtype
-from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
+from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
 from flipproof.models.recompute import expect_variants
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
@@ -67,8 +67,7 @@ def sweep(config: RunConfig, to: Path) -> str:
         _check_grid(config, rates, tokenizer)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
-        check_ids(model, tokenizer, text.sequences)
-        check_samples(config, model, text)
+        check_text(config.training, model, tokenizer, text)
         check_guards(config.bitflip.guards, model, world)
         grid = Grid(config, rates, model, flipped_dtype(config.training, model))
         expect_variants(_VARIANTS * len(grid.plan.curves))

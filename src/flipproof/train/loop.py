@@ -41,10 +41,11 @@ from flipproof.files import check_writable, discard
 from flipproof.launch import started_by_devices
 from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
-from flipproof.measure.evaluate import arms_of, check_samples, measure_config_arms, results
+from flipproof.measure.evaluate import arms_of, measure_config_arms, results
 from flipproof.models.build import build_model, with_trainable_weights
 from flipproof.models.limits import check_ids
 from flipproof.models.load import load_tokenizer
+from flipproof.models.packed import check_text
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, RESULTS, read_record, write_record, write_toml
 from flipproof.train.checkpoint import (
@@ -143,17 +144,15 @@ class _Run:
             if checkpoint is not None:
                 check_not_done(config.training.steps, checkpoint)
         self.model = build_model(config, self.tokenizer, world, config.lora)
-        check_ids(self.model, self.tokenizer, self.held_out.sequences)
-        check_samples(config, self.model, self.held_out)
         if isinstance(self.text, StreamedText):
+            check_text(config.training, self.model, self.tokenizer, self.held_out)
             self.text.check = partial(check_ids, self.model, self.tokenizer)
             self.text.need(config.training.seed, self.used, 1)
             if record is not None and checkpoint is not None:  # compared is what was used until then
                 text = text_of(checkpoint)
                 record = replace(record, text=() if text is None else ((self.used, text),))
         else:
-            check_ids(self.model, self.tokenizer, self.text.sequences)
-            check_samples(config, self.model, self.text)
+            check_text(config.training, self.model, self.tokenizer, self.text, self.held_out)
         self.record = self._record(lengths)
         self.differences = None if was is None else compare(was, config, record, self.record, self.run_dir)
         self.measured_before = record is not None and record.measured == self.record.measured
