@@ -117,9 +117,9 @@ def streamed_ids_are_kept(_rank, directory):
     batch = StreamedText.batch
 
     def kept(text, seed, first, count):
-        ids = batch(text, seed, first, count)
-        np.save(directory / f"ids-{first}-{count}.npy", ids.numpy())
-        return ids
+        made = batch(text, seed, first, count)
+        np.save(directory / f"ids-{first}-{count}.npy", made.ids.numpy())
+        return made
 
     StreamedText.batch = kept
 

@@ -42,7 +42,7 @@ def opened(source, tokenizer=None, packs=None, length=LENGTH, **more):
 
 
 def taken(text, count, first=0, seed=0):
-    return text.batch(seed, first, count).numpy()
+    return text.batch(seed, first, count).ids.numpy()
 
 
 def as_packed(source, tokenizer=None, length=LENGTH, **more):
@@ -327,8 +327,8 @@ def test_each_shard_is_checked_before_it_is_used(tmp_path):
 
 
 def hub(monkeypatch, found):
-    def load_dataset(name, split, streaming):
-        assert (name, split, streaming) == ("org/data", "train", True)
+    def load_dataset(name, subset, split, revision, streaming):
+        assert (name, subset, split, revision, streaming) == ("org/data", None, "train", None, True)
         return found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -68,7 +68,7 @@ def test_a_run_and_its_control_take_the_same_text_more_than_once(base, tmp_path,
     train(config)
     (line,) = {message for message in caplog.messages if "pass 2 over them begins" in message}
     count = int(line.split(" has ")[1].split()[0])
-    rows = [row.numpy().tobytes() for ids in taken for row in ids]
+    rows = [row.numpy().tobytes() for batch in taken for row in batch.ids]
     assert len(rows) == 2 * 48
     assert rows[:48] == rows[48:]  # the control's
     assert max(Counter(rows[:count]).values()) == 1

@@ -214,9 +214,7 @@ def _set(module: Any, **values: Any) -> Iterator[None]:
 def one_process(what: str) -> None:
     """Raises ConfigError where torchrun started several processes."""
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ConfigError(
-            [f"{what}: {size} processes were started; tasks run in one process (without torchrun or --devices)"]
-        )
+        raise ConfigError([f"{what}: {size} processes were started; tasks run in one (no torchrun, no --devices)"])
 
 
 def harness_model(model: nn.Module, tokenizer: Any, config: RunConfig) -> Any:
