@@ -17,7 +17,7 @@ from flipproof.data import stream as stream_module
 from flipproof.data.document import Row, spans
 from flipproof.data.sequences import PackedText, load_held_out, load_text
 from flipproof.data.shards import AHEAD, Place
-from flipproof.data.source import HubStream, LocalFiles
+from flipproof.data.source import Choice, HubStream, LocalFiles
 from flipproof.data.stream import open_stream
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
@@ -346,10 +346,10 @@ def test_hub_data_are_streamed(tmp_path, monkeypatch):
         held_out, load_held_out(DataConfig(source=source), byte_tokenizer(), LENGTH).sequences
     )
     other = datasets.Dataset.from_list(lines[1:]).to_iterable_dataset()
-    signature = HubStream("org/data", "text").signature("training")
-    assert signature == HubStream("org/data", "text").signature("training")
+    signature = HubStream("org/data", "text", Choice()).signature("training")
+    assert signature == HubStream("org/data", "text", Choice()).signature("training")
     hub(monkeypatch, other)
-    assert signature != HubStream("org/data", "text").signature("training")
+    assert signature != HubStream("org/data", "text", Choice()).signature("training")
     with pytest.raises(ConfigError, match="'org/data' has the columns text"):
         opened("org/data", text_column="body")
 
