@@ -1,6 +1,9 @@
 """Tokens from chunks are those of the whole text, or there are none."""
 
+import os
 import random
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,11 +11,12 @@ from small_tokenizers import GPT2, LINES, text, trained
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from flipproof.data import chunks
+from flipproof.data import chunks, workers
 from flipproof.data import tokens as tokens_module
 from flipproof.data.chunks import _CHUNK, _CUT, Chunks, chunks_of
 from flipproof.data.document import Piece
 from flipproof.data.tokens import Tokens
+from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
 
 ODD = [*" \n\taB9é文.,'_(<’", "  ", "\r\n", "12", "\u00a0", "\u2028", "\u0301"]
@@ -37,6 +41,10 @@ def test_chunks_are_the_text_cut_wherever_two_characters_are_a_cut():
     assert [a + b for a in "az.é文'" for b in "'b é\u0301\u00a0" if _CUT.match(a + b)] == [a + " " for a in "az.é文'"]
 
 
+def encoded(known, texts, begin):
+    return [ids.tolist() for ids in known.encode(texts, [begin] * len(texts))]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2-prefix", "llama3", "llama2", "metaspace-first", "gemma", "bytes"])
 def test_chunks_have_the_tokens_of_the_whole(kind):
     tokenizer = byte_tokenizer() if kind == "bytes" else trained(kind, apart=True)
@@ -45,20 +53,20 @@ def test_chunks_have_the_tokens_of_the_whole(kind):
     for seed in range(5):
         texts = [text(200, seed), mixed(seed), "", "word"]
         expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        assert known.encode(texts, [True] * 4) == expected
+        assert encoded(known, texts, True) == expected
         middle = [" " + t for t in texts]
         context = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = tokenizer(["a" + t for t in middle], add_special_tokens=False)["input_ids"]
-        assert [context + ids for ids in known.encode(middle, [False] * 4)] == whole
+        assert [context + ids for ids in encoded(known, middle, False)] == whole
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
     monkeypatch.setattr(chunks, "_KEPT", 500)
     tokenizer = trained("gpt2")
-    known, sizes = Chunks(tokenizer), []
+    known, sizes = Chunks(tokenizer.backend_tokenizer), []
     for seed in range(30):
         whole = text(10, seed)
-        assert known.encode([whole], [True]) == [tokenizer(whole, add_special_tokens=False)["input_ids"]]
+        assert encoded(known, [whole], True) == [tokenizer(whole, add_special_tokens=False)["input_ids"]]
         sizes.append(sum(map(len, known._tokens)))
     assert max(sizes) < 500 + 2 * len(text(10))
     assert sizes != sorted(sizes)
@@ -81,7 +89,7 @@ def test_added_tokens_are_found_in_chunks_too():
     tokenizer.add_tokens([AddedToken("foo", single_word=True)])
     texts = ["a <|im_start|>user\n\nsays two words", "go right  on <left> foo_bar foo.bar foo", "a b, c"]
     known = chunks_of(tokenizer)
-    assert known.encode(texts, [True] * 3) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert encoded(known, texts, True) == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def test_a_vocabulary_that_lies_across_has_no_chunks():
@@ -120,7 +128,32 @@ def test_a_first_batch_that_comes_out_otherwise_is_the_last_by_chunks(monkeypatc
     tokenizer, batches = trained("gpt2"), pieces_of(text(600))
     expected = np.concatenate(list(Tokens(tokenizer, []).of(batches)))
     used = []
-    monkeypatch.setattr(Chunks, "encode", lambda self, texts, begins: used.append(1) or [[7]] * len(texts))
+    monkeypatch.setattr(Chunks, "encode", lambda self, texts, begins: used.append(1) or [np.array([7])] * len(texts))
     monkeypatch.setattr(tokens_module, "_LEARN", 1000)
     np.testing.assert_array_equal(np.concatenate(list(Tokens(tokenizer, []).of(batches))), expected)
     assert len(used) == 1
+
+
+def test_workers_give_the_same_tokens_in_order(monkeypatch):
+    tokenizer = trained("gpt2")
+    batches = [batch for seed in range(6) for batch in pieces_of(text(200, seed))]
+    start = tokenizer("<s>", add_special_tokens=False)["input_ids"]
+    expected = list(Tokens(tokenizer, start).of(batches))
+    by_workers, encode = [], workers.encoded_by_workers
+    for name, value in (("_LEARN", 100), ("_ALONE", 2), ("workers_here", lambda: 2)):
+        monkeypatch.setattr(tokens_module, name, value)
+    monkeypatch.setattr(tokens_module, "encoded_by_workers", lambda *a: by_workers.append(a[2]) or encode(*a))
+    got = list(Tokens(tokenizer, start).of(batches))
+    assert by_workers == [2]
+    assert [ids.tolist() for ids in got] == [ids.tolist() for ids in expected]
+
+
+def test_a_worker_that_is_killed_is_one_line(monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    batches = (batch for _ in range(4) for batch in pieces_of(text(200)))
+    done = workers.encoded_by_workers(trained("gpt2").backend_tokenizer, batches, 1)
+    next(done)
+    os.kill(started[0].pid, signal.SIGKILL)
+    with pytest.raises(ConfigError, match=r"process that tokenises text has ended \(exit code -9\)"):
+        list(done)

@@ -36,17 +36,17 @@ _KEPT = 2**23  # characters of chunks, with their tokens about 0.2 GB
 
 
 class Chunks:
-    """The tokens of chunks of text, by one tokenizer."""
+    """The tokens of chunks of text, by one tokenizer (``tokenizers.Tokenizer``)."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._backend = tokenizer.backend_tokenizer
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
         self._watched = _watched(self._backend)
         self._context = self._ids([CONTEXT])[0]
         self._tokens: dict[str, bytes] = {}
         self._held = 0
 
-    def encode(self, texts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
-        """The token ids of each text, which ``begins`` or comes after another."""
+    def encode(self, texts: Sequence[str], begins: Sequence[bool]) -> list[np.ndarray]:
+        """The token ids of each text, int32, which ``begins`` or comes after another."""
         chunks = [self._chunks(text) for text in texts]
         first = [parts.pop(0) if here and parts else "" for parts, here in zip(chunks, begins, strict=True)]
         if self._held > _KEPT:
@@ -55,10 +55,12 @@ class Chunks:
         new = list({chunk for parts in chunks for chunk in parts}.difference(self._tokens))
         self._tokens.update(zip(new, self._after_context(new), strict=True))
         self._held += sum(map(len, new))
-        ids = self._ids(first)
-        for text, parts in zip(ids, chunks, strict=True):
-            text += np.frombuffer(b"".join(map(self._tokens.__getitem__, parts)), dtype="i4").tolist()
-        return ids
+        begun = (array("i", ids).tobytes() for ids in self._ids(first))
+        known = self._tokens.__getitem__
+        return [
+            np.frombuffer(head + b"".join(map(known, parts)), dtype="i4")
+            for head, parts in zip(begun, chunks, strict=True)
+        ]
 
     def _chunks(self, text: str) -> list[str]:
         if self._watched is not None and self._watched.search(text):
@@ -77,7 +79,8 @@ class Chunks:
 
 def chunks_of(tokenizer: Any) -> Chunks | None:
     """None where the tokens of a text may be others than those of its chunks."""
-    return Chunks(tokenizer) if tokenizer.is_fast and _cuts_apart(tokenizer.backend_tokenizer) else None
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    return Chunks(backend) if backend is not None and _cuts_apart(backend) else None
 
 
 def _cuts_apart(backend: Any) -> bool:

@@ -13,11 +13,13 @@ import numpy as np
 
 from flipproof.data.chunks import CONTEXT, Chunks, chunks_of
 from flipproof.data.document import Piece
+from flipproof.data.workers import encoded_by_workers, workers_here
 from flipproof.errors import ConfigError
 
 BATCH_CHARACTERS = 2**20
 """Enough pieces for the tokenizer's threads, and about 0.15 GB while it works."""
 _LEARN = 2**19  # characters of a batch by which the quicker way to the same tokens is tried
+_ALONE = 8  # batches that one process tokenises by itself: others take a second to start
 
 
 def beginning(bos: bool | None, tokenizer: Any) -> list[int]:
@@ -64,33 +66,40 @@ class Tokens:
     def of(self, batches: Iterable[list[Piece]], before: Iterable[int] = ()) -> Iterator[np.ndarray]:
         """Those of each batch, int32; neither ``start`` nor end is put beside its like, nor beside the last tokens
         ``before``."""
-        start, end = self._start, self._end
-        before = list(before)
-        for batch in batches:
-            tokens = list(before)
-            for piece, ids in zip(batch, self._encoded(batch), strict=True):
-                if piece.begins and start and ids[: len(start)] != start and tokens[-len(start) :] != start:
-                    tokens += start
-                tokens += ids
-                if piece.ends and end is not None and tokens[-1:] != [end]:
-                    tokens.append(end)
-            yield np.array(tokens[len(before) :], dtype="<i4")
-            before = tokens[-max(1, len(start)) :]
+        start, keep = self._start, max(1, len(self._start))
+        end = [] if self._end is None else [self._end]
+        last = list(before)
+        for batch, encoded in self._encoded(batches):
+            parts = []
+            for piece, ids in zip(batch, encoded, strict=True):
+                if piece.begins and start and ids[: len(start)].tolist() != start and last[-len(start) :] != start:
+                    parts.append(np.array(start, dtype="<i4"))
+                    last = start
+                parts.append(ids)
+                last = [*last, *ids[-keep:].tolist()][-keep:]
+                if piece.ends and end and last[-1:] != end:
+                    parts.append(np.array(end, dtype="<i4"))
+                    last = [*last, *end][-keep:]
+            yield np.concatenate(parts)
 
-    def _encoded(self, batch: list[Piece]) -> list[list[int]]:
-        if self._chunks is not None:
-            return self._by_chunks(self._chunks, batch)
-        encoded = self._by_pieces(batch)
-        if not self._compared and sum(len(piece.text) for piece in batch) >= _LEARN:
-            self._compared, chunks = True, chunks_of(self._tokenizer)
-            if chunks is not None and self._by_chunks(chunks, batch) == encoded:
-                self._chunks = chunks
-        return encoded
+    def _encoded(self, batches: Iterable[list[Piece]]) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+        """Each batch, and the ids of each of its pieces, int32."""
+        unread = iter(batches)
+        for number, batch in enumerate(unread, 1):
+            if self._chunks is None:
+                yield batch, self._by_pieces(batch)
+            else:
+                yield batch, self._by_chunks(self._chunks, batch)
+                if number >= _ALONE and (count := workers_here()):
+                    break
+        else:
+            return
+        yield from encoded_by_workers(self._tokenizer.backend_tokenizer, unread, count)
 
-    def _by_chunks(self, chunks: Chunks, batch: list[Piece]) -> list[list[int]]:
+    def _by_chunks(self, chunks: Chunks, batch: list[Piece]) -> list[np.ndarray]:
         return chunks.encode([piece.text for piece in batch], [piece.begins for piece in batch])
 
-    def _by_pieces(self, batch: list[Piece]) -> list[list[int]]:
+    def _by_pieces(self, batch: list[Piece]) -> list[np.ndarray]:
         # Some tokenizers put a space, or its mark, before each text. A piece from the middle is given a letter to come
         # after, whose tokens are then taken off.
         encoded = self._ids([piece.text if piece.begins else CONTEXT + piece.text for piece in batch])
@@ -98,7 +107,12 @@ class Tokens:
         for k, (piece, ids) in enumerate(zip(batch, encoded, strict=True)):
             if not piece.begins:
                 encoded[k] = ids[len(context) :] if ids[: len(context)] == context else self._ids([piece.text])[0]
-        return encoded
+        made = [np.array(ids, dtype="<i4") for ids in encoded]
+        if not self._compared and sum(len(piece.text) for piece in batch) >= _LEARN:
+            self._compared, chunks = True, chunks_of(self._tokenizer)
+            if chunks is not None and all(map(np.array_equal, self._by_chunks(chunks, batch), made)):
+                self._chunks = chunks
+        return made
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
