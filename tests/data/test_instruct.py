@@ -13,6 +13,7 @@ from instructed import (
     TELLING_TEMPLATE,
     tokenizer_with,
 )
+from small_tokenizers import trained
 
 from flipproof.data.document import Record
 from flipproof.data.instruct import Encoder, recognised
@@ -121,6 +122,60 @@ def test_what_has_no_answer_is_no_sample():
         assert encoded({"messages": messages}, "chat") is None
 
 
+def test_answers_side_by_side_both_count():
+    """Where a template has nothing between them, and does not mark the end of text."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "<|endoftext|>{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    said = [("user", "q"), ("assistant", "yes"), ("assistant", "no")]
+    item = {"messages": [{"role": role, "content": content} for role, content in said]}
+    parts = [("q", False), ("yes", True), (END, True), ("no", True), (END, True)]
+    assert is_sample(encoded(item, "chat", tokenizer_with(template)), *parts)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "metaspace-first"])
+def test_an_answer_goes_on_from_its_prompt_as_the_text_does(kind):
+    """With tokenizers that put a space before each text, also where the prompt's end is a token with the answer."""
+    tokenizer = trained(kind)
+    for prompt, answer in (("the cat sat: ", "on the mat"), ("the cat", " sat on"), ("the ca", "t sat")):
+        sample = encoded({"prompt": prompt, "completion": answer}, "prompt_completion", tokenizer)
+        ids = sample.ids.tolist()
+        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+        whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+        said, wanted = ("".join(tokenizer.convert_ids_to_tokens(tokens)) for tokens in (ids, whole))
+        assert said == wanted
+
+
+def test_tokens_do_not_depend_on_the_day():
+    template = "{% set day = strftime_now('%d %b %Y') %}{{ day }}" + CHAT_TEMPLATE
+    sample = encoded(CHAT, "chat", tokenizer_with(template))
+    fixed = encoded(CHAT, "chat", tokenizer_with("26 Jul 2024" + CHAT_TEMPLATE))
+    assert sample.ids.tolist() == fixed.ids.tolist()
+
+
+def test_what_stands_beside_the_messages_counts_too():
+    asked = {"from": "human", "value": "One?"}
+    told = {"conversations": [asked, {"from": "gpt", "value": "two"}], "system": "Be short."}
+    parts = [("<system>Be short.\n<user>One?\n<assistant>", False), ("two", True), (END, True), ("\n", False)]
+    assert is_sample(encoded(told, "chat"), *parts)
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    said = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, called]
+    item = {"messages": [*said, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "c"}]}
+    with_tools = tokenizer_with("{{ tools | length if tools else 'none' }}" + CHAT_TEMPLATE)
+    sample = encoded(item | {"tools": [{"name": "f"}]}, "chat", with_tools)
+    parts = [
+        ("1<user>ab\n<assistant>", False),
+        (END, False),
+        ("\n<tool>1\n<assistant>", False),
+        ("c", True),
+        (END, True),
+    ]
+    assert is_sample(sample, *parts, ("\n", False))
+    with pytest.raises(ConfigError, match="tools = 'f'; a list of tools"):
+        encoded(item | {"tools": "f"}, "chat", with_tools)
+
+
 @pytest.mark.parametrize(
     ("item", "format", "said"),
     [
@@ -129,6 +184,9 @@ def test_what_has_no_answer_is_no_sample():
         ({"instruction": "a", "input": ["b"], "output": "c"}, "alpaca", "input = ['b']"),
         ({"prompt": None, "completion": "c"}, "prompt_completion", "prompt = None"),
         ({"prompt": "p", "response": {"a": "b" * 99}}, "prompt_completion", "response = {'a': 'bbb"),
+        ({"messages": None}, "chat", "messages = None; a list"),
+        ({"prompt": "p", "messages": None, "conversations": 5}, "chat", "conversations = 5; a list"),
+        ({"messages": [{"speaker": "x", "text": "y"}]}, "chat", "message 1: it has no role"),
         ({"messages": "hello"}, "chat", "messages = 'hello'; a list"),
         ({"messages": ["hello"]}, "chat", "message 1: 'hello' is no message"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "chat", "message 1: role = 'bot'; system, user, assistant"),
@@ -136,7 +194,7 @@ def test_what_has_no_answer_is_no_sample():
         (
             {"conversations": [{"from": "robot", "value": "x"}]},
             "chat",
-            "from = 'robot'; system, user, assistant, tool, human",
+            "from = 'robot'; system, user, assistant, tool, developer, human",
         ),
     ],
 )

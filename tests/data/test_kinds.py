@@ -146,12 +146,19 @@ def test_a_folder_of_several_kinds(tmp_path, caplog):
         (b'id,text\n1,"x"y\n', ["a.csv, line 2 is not CSV", "expected after"]),
         (b"id,text\n1,x\n2\n", ["a.csv, line 3 has 1 cells, and the first line 2"]),
         (b'id,text\n1,"x\ny"\n2,x,y\n', ["a.csv, line 4 has 3 cells, and the first line 2"]),
+        (b"text,id,text\nx,1,y\n", ["a.csv: its first line names column 'text' more than once"]),
         (b"id,text\n1,\xe9\n", ["a.csv, line 2: byte 2 (0xe9) is not UTF-8", "iconv"]),
     ],
 )
 def test_what_is_wrong_with_csv_is_named_by_its_line(tmp_path, content, words):
     (tmp_path / "a.csv").write_bytes(content)
     refused(words, tmp_path / "a.csv")
+
+
+def test_what_follows_a_json_array_is_refused(tmp_path):
+    for more in ('[{"text": "b"}]', "garbage"):
+        (tmp_path / "a.json").write_text(f'[{{"text": "a"}}]\n{more}\n')
+        refused([f"a.json: {more[0]!r} follows the end of its JSON array"], tmp_path / "a.json")
 
 
 def test_a_cell_of_any_usual_length(tmp_path):

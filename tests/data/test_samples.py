@@ -173,8 +173,14 @@ def test_all_that_tokens_depend_on_is_in_the_name(tmp_path, cache):
 
 
 def test_without_samples_there_is_nothing_to_do(tmp_path):
-    for rows in ([{"prompt": "p", "completion": ""}] * 3, [{"prompt": "p" * 60, "completion": "c"}]):
-        with pytest.raises(ConfigError, match="holds no sample with an answer"):
+    for rows, said in (
+        ([{"prompt": "p", "completion": ""}] * 3, "holds no sample with an answer"),
+        (
+            [{"prompt": "p" * 60, "completion": "c"}] * 2,
+            r"seq_len = 48: the answers of all 2 samples of .* begin",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
             loaded(write_rows(tmp_path / "rows.jsonl", rows))
     with pytest.raises(ConfigError, match="holds no sample with an answer in its held-out part"):
         loaded(write_rows(tmp_path / "rows.jsonl", rows_of("prompt_completion", 1)), "training")

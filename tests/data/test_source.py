@@ -165,7 +165,7 @@ def test_other_columns_are_of_no_matter(tmp_path):
     write_rows(tmp_path / "two" / "b.jsonl", [{"text": "c"}])
     assert read(tmp_path / "two") == ["", "", "", "c"]
     chat = write_rows(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    refused(["has the columns messages", "no text, and no instruction data"], chat)
+    refused(["has the columns messages", "instruction data has instruction and output"], chat)
     refused(["chat.jsonl, line 1 holds a value of type list of dict", "data.format = 'chat'"], chat, "messages")
 
 

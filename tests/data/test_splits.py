@@ -54,6 +54,8 @@ def asked(monkeypatch):
         ({"subset": "en", "eval_source": "org/b"}, ("org/a", "en", "train", None), ("org/b", None, "train", None)),
         ({"split": "train[:90%]", "eval_split": "train[90%:]"},
          ("org/a", None, "train[:90%]", None), ("org/a", None, "train[90%:]", None)),
+        ({"split": "train[200:]", "eval_split": "train[:100]"},
+         ("org/a", None, "train[200:]", None), ("org/a", None, "train[:100]", None)),
     ],
 )  # fmt: skip
 def test_what_is_asked_of_the_hub(asked, keys, training, held_out):
@@ -95,6 +97,8 @@ def test_packed_text_is_that_of_its_subset_split_and_revision(asked, cache):
         {"subset": "default", "eval_source": "Org/A", "eval_split": "train"},
         {"eval_split": "train[:10%]"},
         {"split": "train[:50%]", "eval_split": "train[:60%]"},
+        {"split": "train[:100]", "eval_split": "train[90%:]"},
+        {"split": "train[:-100]", "eval_split": "train[-100:]"},  # which nobody has worked out
         {"split": "train+dev", "eval_split": "dev"},
     ],
 )

@@ -16,8 +16,8 @@ from flipproof.data import shards as shards_module
 from flipproof.data import stream as stream_module
 from flipproof.data.document import Row, spans
 from flipproof.data.sequences import PackedText, load_held_out, load_text
-from flipproof.data.shards import AHEAD, Place
-from flipproof.data.source import Choice, HubStream, LocalFiles
+from flipproof.data.shards import AHEAD, Place, Reader
+from flipproof.data.source import Choice, HubStream, LocalFiles, training_source
 from flipproof.data.stream import open_stream
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
@@ -189,6 +189,34 @@ def test_a_damaged_shard_is_packed_again(tmp_path, caplog, kind):
         np.testing.assert_array_equal(taken(text, 40), expected)
     assert file.read_bytes() == content
     assert "is damaged: its text is tokenised anew" in caplog.text
+
+
+def test_an_early_shard_that_is_gone_is_packed_again_when_a_later_pass_needs_it(tmp_path):
+    source = rows(tmp_path / "a.jsonl")
+    count = len(as_packed(source))
+    with opened(source) as text:
+        expected = taken(text, count, count)
+    (directory_of(text) / "000000.json").unlink()
+    with opened(source) as text:
+        np.testing.assert_array_equal(taken(text, count, count), expected)
+
+
+@pytest.mark.parametrize("start", [[5, 6], [5, 6, 7]])
+def test_a_reader_goes_on_anywhere_where_sequences_begin_with_several_tokens(tmp_path, start):
+    """A sequence then takes fewer tokens than it has, and what is left over may be of two batches."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x" * (n % 17)}) + "\n" for n in range(300)))
+    source = training_source(config(str(tmp_path / "a.jsonl")))
+
+    def reader(place):
+        return Reader(source, byte_tokenizer(), start, 11, 8, place, lambda: None)
+
+    whole = np.concatenate(list(reader(Place()).sequences(10_000)))
+    one = reader(Place())
+    for first in range(0, len(whole), 11):
+        place = one.place
+        assert place.used >= 0
+        np.testing.assert_array_equal(next(reader(place).sequences(1)), whole[first : first + 11])
+        next(one.sequences(1))
 
 
 def test_runs_that_share_a_cache_take_turns(tmp_path):

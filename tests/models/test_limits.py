@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,7 @@ import transformers
 
 from flipproof.cli.main import main
 from flipproof.errors import ConfigError
-from flipproof.models.limits import check_ids, check_positions, positions, watch_ids
+from flipproof.models.limits import check_ids, check_positions, checker_of_ids, positions, watch_ids
 from flipproof.models.load import byte_tokenizer
 
 SHAPE = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -126,3 +129,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_runs_until_one_is_met(short
     assert "holds '<image_soft_token>', id 258" in capsys.readouterr().err.strip().splitlines()[-1]
     assert main(["generate", model, "--prompt", "a<image_soft_token>", "--max_new_tokens", "2"]) == 2
     assert "holds '<image_soft_token>', id 258" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_checks_ids_later_does_not_hold_the_model(tiny_llama):
+    """A run's text outlives its model, beside which that of its control would have no room."""
+    model, tokenizer = tiny_llama(vocab_size=100), byte_tokenizer()
+    check, gone = checker_of_ids(model, tokenizer), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    check(np.array([[99]]))
+    with pytest.raises(ConfigError, match="id 100, and the model's embedding has 100 rows"):
+        check(np.array([[100]]))

@@ -157,6 +157,9 @@ def _translate_dialects(document: dict[str, Any]) -> tuple[dict[str, Any], list[
         document["bitflip"] = _no_faults() | _seedless(document.pop("fc")) | _table(document, "bitflip")
         document["lora"] = dataclasses.asdict(LoraSpec()) | _table(document, "lora")
     if isinstance(document.get("lora"), dict):  # PEFT's own words, as its other keys are
+        for word, key in _OF_PEFT.items():
+            if document["lora"].keys() >= {word, key}:
+                problems.append(f"[lora] {word} is {key}; give one of the two")
         document["lora"] = {_OF_PEFT.get(key, key): value for key, value in document["lora"].items()}
     if use_lora is False:
         document["lora"] = {"r": 0}

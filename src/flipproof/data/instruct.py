@@ -19,12 +19,14 @@ tokens of the whole where these begin with the prompt's, else with its own.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
+from flipproof.data.chunks import CONTEXT
 from flipproof.data.document import Row
 from flipproof.errors import ConfigError
 
@@ -39,8 +41,10 @@ _ALPACA_WITH_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "developer"}
 _SHAREGPT = _ROLES | {"human": "user", "gpt": "assistant"}
+_DAY = date(2024, 7, 26)  # which Llama 3's template has where it cannot ask
+_CODES = ("-d", *"aAbBdHIjmMpSUwyY")  # of strftime
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -118,10 +122,15 @@ class Encoder:
         ids: list[int] = []
         counts: list[bool] = []
         for part, whole in zip(parts, encoded, strict=True):
-            own = whole[len(ids) :] if whole[: len(ids)] == ids else self._tokens([part.text])[0]
+            own = whole[len(ids) :] if whole[: len(ids)] == ids else self._after_others(part.text)
             ids = ids + own
             counts += [part.counts] * len(own)
         return self._finished(ids, counts)
+
+    def _after_others(self, text: str) -> list[int]:
+        """Tokens of a text that does not begin one: without the space that some tokenizers put before a text."""
+        context, whole = self._tokens([CONTEXT, CONTEXT + text])
+        return whole[len(context) :] if whole[: len(context)] == context else self._tokens([text])[0]
 
     def _finished(self, ids: list[int], counts: list[bool]) -> Sample:
         """With its beginning, and with the end-of-text token after each answer."""
@@ -152,6 +161,7 @@ class Encoder:
                 return [*ids, end], [*counts, True]
             elif ids[begin] == end:
                 counts[begin] = True
+                begin += 1  # what follows is another answer
         return ids, counts
 
     # -- rows to texts -------------------------------------------------------------------------------------------------
@@ -160,7 +170,7 @@ class Encoder:
         """The parts of a sample's text; none where it has no answer."""
         item = row.item()
         if self.format == "chat":
-            return self._chat(_messages(item, row.where), row.where)
+            return self._chat(_messages(item, row.where), row.where, _tools(item, row.where))
         if self.format == "alpaca":
             given = {key: _text(item, key, row.where) for key in ("instruction", "output")}
             given["input"] = _text(item, "input", row.where) if item.get("input") is not None else ""
@@ -168,24 +178,25 @@ class Encoder:
             prompt, answer = template.format(**given), given["output"]
         else:
             prompt = _text(item, "prompt", row.where)
-            answer = _text(item, "completion" if "completion" in item else "response", row.where)
+            key = "completion" if item.get("completion") is not None or "response" not in item else "response"
+            answer = _text(item, key, row.where)
         if not answer.strip():
             return []
         parts = [_Part(prompt, not self.mask_prompt), _Part(answer, True)]
         return [part for part in parts if part.text]
 
-    def _chat(self, messages: list[dict[str, Any]], where: str) -> list[_Part]:
+    def _chat(self, messages: list[dict[str, Any]], where: str, tools: dict[str, Any]) -> list[_Part]:
         if not messages:
             return []
         if not self.mask_prompt:
-            return [_Part(self._rendered(messages, where), True)]
+            return [_Part(self._rendered(messages, where, **tools), True)]
         parts: list[_Part] = []
         done = ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._rendered(messages[:i], where, add_generation_prompt=True) if i else ""
-            after = self._rendered(messages[: i + 1], where)
+            before = self._rendered(messages[:i], where, add_generation_prompt=True, **tools) if i else ""
+            after = self._rendered(messages[: i + 1], where, **tools)
             if not (before.startswith(done) and after.startswith(before)):
                 raise ConfigError(
                     [
@@ -201,7 +212,9 @@ class Encoder:
 
     def _rendered(self, messages: list[dict[str, Any]], where: str, **how: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **how})
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self._template, **{"tokenize": False, **how}
+            )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             what = " ".join(str(error).split())[:200]
             raise ConfigError([f"{where}: the tokenizer's chat template does not take it: {what}"]) from error
@@ -211,38 +224,71 @@ class Encoder:
         """Whether the chat template marks what the assistant says."""
         if self.format != "chat" or not self.mask_prompt:
             return False
-        return bool(_GENERATION.search(self.tokenizer.get_chat_template()))
+        return bool(_GENERATION.search(self._template))
+
+    @cached_property
+    def _template(self) -> str:
+        """The tokenizer's. Some write today's date, and tokens are not to depend on the day: it is a fixed one."""
+        template: str = self.tokenizer.get_chat_template()
+        if "strftime_now" not in template:
+            return template
+        codes = "".join(f"|replace('%{code}', '{_DAY.strftime('%' + code)}')" for code in _CODES)
+        return f"{{% macro strftime_now(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}{template}"
 
     def _by_template(self, row: Row) -> Sample | None:
         messages = _messages(row.item(), row.where)
         if not messages:
             return None
         how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        how |= _tools(row.item(), row.where)
         told = self._rendered(messages, row.where, **how)
         counts = [bool(told_here) for told_here in told["assistant_masks"]]
         return self._finished(list(told["input_ids"]), counts) if any(counts) else None
 
 
+def _tools(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a template is told of the tools that a chat may call."""
+    tools = item.get("tools")
+    if tools is None:
+        return {}
+    if not isinstance(tools, list):
+        raise ConfigError([f"{where}: {_seen(item, 'tools')}; a list of tools is allowed"])
+    return {"tools": tools}
+
+
 def _messages(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """The messages of a chat up to the assistant's last, with the keys of a template; none where it says nothing."""
-    column = "messages" if item.get("messages") is not None else "conversations"
+    column = next((c for c in ("messages", "conversations") if item.get(c) is not None), None)
+    column = column or ("conversations" if "conversations" in item else "messages")
     given = item.get(column)
     if not isinstance(given, list):
         raise ConfigError([f"{where}: {_seen(item, column)}; a list of messages is allowed"])
-    messages = []
+    messages: list[dict[str, Any]] = []
+    if column == "conversations" and item.get("system"):  # ShareGPT's has a column of its own
+        messages.append({"role": "system", "content": _text(item, "system", where)})
     for number, message in enumerate(given, 1):
         of = f"{where}, message {number}"
         if not isinstance(message, dict):
             raise ConfigError([f"{of}: {_short(message)} is no message; an object with role and content is allowed"])
-        plain = "role" in message
+        plain = "role" in message or "from" not in message
         role_key, text_key, roles = ("role", "content", _ROLES) if plain else ("from", "value", _SHAREGPT)
         if not isinstance(role := message.get(role_key), str) or role not in roles:
             raise ConfigError([f"{of}: {_seen(message, role_key)}; {', '.join(roles)} are allowed"])
-        text = _text(message, text_key, of)
+        text = _content(message, text_key, of)
         more = {key: value for key, value in message.items() if plain and value is not None}
         messages.append({**more, "role": roles[role], "content": text})
     said = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
     return messages[: said[-1] + 1] if said else []
+
+
+def _content(message: Mapping[str, Any], key: str, where: str) -> str:
+    """The text of a message, which may come in parts, or be none where it calls a tool."""
+    value = message.get(key)
+    if value is None and message.get("tool_calls"):
+        return ""
+    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        return "".join(_text(part, "text", where) for part in value)
+    return _text(message, key, where)
 
 
 def _text(item: Mapping[str, Any], key: str, where: str) -> str:

@@ -29,7 +29,7 @@ from flipproof.records import read_record, write_record
 HAS_LOSS, BEGINS = np.uint8(1), np.uint8(2)
 """Bits of a token's mark."""
 _TOKEN = np.dtype([("id", "<i4"), ("mark", "u1")])
-_FILLING = 1  # part of every key: to be raised when the same rows make other sequences
+_FILLING = 2  # part of every key: to be raised when the same rows make other sequences
 _OPEN = 64  # sequences that a sample may go into
 _BATCH = 2**20  # characters that are tokenised at a time, about
 
@@ -58,8 +58,15 @@ def instruction_format(config: DataConfig, source: Source, part: Part) -> Format
     """What ``data.format`` means for a source; None is text.
 
     Raises:
-        ConfigError: for a format of tables where the source is text.
+        ConfigError: for a format of tables where the source is text, and for instruction data that is to be streamed.
     """
+    found = _format(config, source, part)
+    if found is not None and config.streaming:
+        raise ConfigError([f"data.streaming = True: {source.name!r} is instruction data, which is not streamed"])
+    return found
+
+
+def _format(config: DataConfig, source: Source, part: Part) -> Format | None:
     if config.format == "text":
         return None
     columns = source.columns(part)
@@ -67,7 +74,14 @@ def instruction_format(config: DataConfig, source: Source, part: Part) -> Format
         if columns is None:
             raise ConfigError([f"data.format = {config.format!r}: {source.name!r} is text, and has no columns"])
         return config.format
-    return None if columns is None or config.text_column in columns else recognised(columns)
+    if columns is None:
+        return None
+    found = recognised(columns)
+    if found is not None and config.text_column in columns:
+        logger.info("data source %r: its column %r is what is read; data.format = %r reads the others as instructions",
+                    source.name, config.text_column, found)  # fmt: skip
+        return None
+    return found
 
 
 def encoder(config: DataConfig, format: Format, tokenizer: Any) -> Encoder:
@@ -92,7 +106,8 @@ def filled(
         "format": encoder.format,
         "mask_prompt": encoder.mask_prompt,
         "bos": encoder.bos,
-        "chat_template": tokenizer.chat_template if encoder.format == "chat" else None,
+        "chat": [tokenizer.chat_template, tokenizer.special_tokens_map] if encoder.format == "chat" else None,
+        "first": tokenizer.bos_token_id,
         "packing": config.packing,
         "seq_len": seq_len,
         "padding": _padding(tokenizer),
@@ -103,7 +118,11 @@ def filled(
     def make() -> Iterator[np.ndarray]:
         maker = _Maker(encoder, seq_len, About(encoder.format, config.packing))
         yield from islice(maker.sequences(read(source, part, encoder)), limit)
-        write_record(said, asdict(maker.about))
+        if maker.about.samples:
+            write_record(said, asdict(maker.about))
+        elif maker.about.beyond:
+            what = f"the answers of all {maker.about.beyond:,} samples of {source.name!r} begin beyond it"
+            raise ConfigError([f"training.seq_len = {seq_len}: {what}"])
 
     for _ in range(2):
         flat = packed_file(path, source, part, make, what="sample with an answer", dtype=_TOKEN)
@@ -112,6 +131,8 @@ def filled(
             break
         except (OSError, ValueError, TypeError):  # gone or damaged: all is made anew
             path.unlink(missing_ok=True)
+    else:
+        raise ConfigError([f"data source {source.name!r}: {said}, which was written a moment ago, cannot be read"])
     tokens = flat.reshape(-1, seq_len)
     _say(source.name, part, about, len(tokens), seq_len, encoder.mask_prompt)
     return tokens["id"], tokens["mark"], about

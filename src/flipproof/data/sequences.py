@@ -171,11 +171,9 @@ def _text(
     if source.remote:
         check_cache()  # which what tells of its columns writes into
     if (format := instruction_format(config, source, part)) is not None:
-        if config.streaming:
-            raise ConfigError(
-                [f"data.streaming = True: {source.name!r} holds instruction data, which are not streamed"]
-            )
         rows = None if limit is None else limit // seq_len
+        if rows == 0:
+            raise ConfigError([f"data.max_tokens = {limit}: at least one sequence (training.seq_len = {seq_len})"])
         made = filled(source, part, config, encoder(config, format, tokenizer), seq_len, rows)
         return PackedText(made[0], called, *made[1:])
     return PackedText(_sequences(source, part, config, tokenizer, seq_len, limit), called)

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -137,12 +138,16 @@ class Reader:
         self._before = list(place.before)
         self._batches = batches(self._pieces(), characters)
         self._rest = np.empty(0, dtype="<i4")
-        self._batch, self._tokens_of_batch = place, place.used  # of which ``_rest`` is the end
+        # the batches that ``_rest`` is the end of: where each begins, and its tokens
+        self._held = deque([(place._replace(used=0), place.used)])
 
     @property
     def place(self) -> Place:
         """Where the next sequence begins."""
-        return self._batch._replace(used=self._tokens_of_batch - len(self._rest))
+        used = sum(count for _, count in self._held) - len(self._rest)
+        while len(self._held) > 1 and used >= self._held[0][1]:
+            used -= self._held.popleft()[1]
+        return self._held[0][0]._replace(used=used)
 
     def sequences(self, count: int) -> Iterator[np.ndarray]:
         """The next ``count`` sequences, some at a time, one after the other; fewer where the source ends."""
@@ -154,14 +159,13 @@ class Reader:
                 yield whole
             elif not self._more():
                 last = begun(self._rest, self._start)
-                if len(last) == self._seq_len:
+                if len(last) >= self._seq_len:  # with its beginning
                     self._rest = self._rest[:0]
-                    yield last
+                    yield last[: self._seq_len]
                 return
 
     def _more(self) -> bool:
-        """Tokenise a batch; False at the end of the source. Before, ``_rest`` is shorter than a sequence, and all of it
-        is in the next: so what a shard leaves over is always the end of one batch."""
+        """Tokenise a batch; False at the end of the source."""
         self._alive()
         place = Place(*self._at, 0, tuple(self._before))
         batch = next(self._batches, None)
@@ -170,7 +174,9 @@ class Reader:
         (tokens,) = self._tokens.of([batch], self._before)
         keep = max(1, len(self._start))
         self._before = [*self._before, *tokens[-keep:].tolist()][-keep:]
-        self._batch, self._tokens_of_batch = place, len(tokens)
+        if not len(self._rest):
+            self._held.clear()
+        self._held.append((place, len(tokens)))
         drop = min(self._drop, len(tokens))
         self._drop -= drop
         self._rest = np.concatenate([self._rest, tokens[drop:]])

@@ -325,9 +325,9 @@ class HubStream(HubData):
             yield row.get(self.column)
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        read = 0
+        read, stream = 0, self._data
         try:
-            for row in self._data:
+            for row in stream:
                 yield row
                 read += 1
         except Exception as error:  # of the network, of its files, of dozens of kinds
@@ -410,16 +410,27 @@ def check_apart(data: DataConfig) -> None:
     )
 
 
+def _bounds(name: str) -> tuple[str, str, tuple[float, float]] | None:
+    """("train", "%", (10, 20)) of "train[10%:20%]"; None of what is not a split and a slice of it."""
+    told = re.fullmatch(r"([^\[]*)(?:\[(\d*)(%?):(\d*)(%?)\])?", name)
+    if told is None:
+        return None
+    split, begin, of_begin, end, of_end = told.groups()
+    return split, of_begin or of_end or "", (float(begin or 0), float(end or "inf"))
+
+
 def _overlap(trained: set[Any], measured: set[Any]) -> bool:
-    """Two parts of a split do not where one begins where the other ends."""
+    """Two parts of a split do not where one ends before the other begins."""
     for a in trained:
         for b in measured:
             if a == b:
                 return True
             if len(a) == len(b) == 3 and a[:2] == b[:2]:
-                (split, *one), (other, *two) = (re.split(r"[\[:\]]", name) for name in (a[2], b[2]))
-                meet = len(one) == len(two) == 3 and ("" != one[1] == two[0] or "" != two[1] == one[0])
-                if split == other and not meet:
+                one, two = _bounds(a[2]), _bounds(b[2])
+                if one is None or two is None:
+                    return True
+                apart = one[1] == two[1] and max(one[2][0], two[2][0]) >= min(one[2][1], two[2][1])
+                if one[0] == two[0] and not apart:
                     return True
     return False
 

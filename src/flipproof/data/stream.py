@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from flipproof.config import DataConfig
-from flipproof.data.packing import cache_path
+from flipproof.data.packing import cache_error, cache_path
+from flipproof.data.samples import instruction_format
 from flipproof.data.sequences import Batch, PackedText, does_not_divide, training_limit
 from flipproof.data.shards import POLL_S, Packer, Place, Reader, Shards, is_alive, status_file
 from flipproof.data.source import training_source
@@ -32,7 +33,7 @@ from flipproof.data.tokens import BATCH_CHARACTERS, beginning
 from flipproof.errors import ConfigError
 from flipproof.log import logger
 
-PATIENCE_S = 600.0
+PATIENCE_S = 300.0
 """How long no sign of life of the thread that packs is waited for: its network or its disk may be slow."""
 _OPEN = 64  # shards that a process keeps open
 
@@ -153,7 +154,8 @@ class StreamedText:
         seen, since = -1, time.monotonic()
         while not self._is_there(number):
             if self._packer is not None:
-                self._packer.ask(number)
+                # an earlier one may be gone, and where the source ends is not known without it
+                self._packer.ask(number if self.total is not None else min(number, self._known))
             if (problems := self._problems()) and not self._is_there(number):
                 raise ConfigError(problems)
             if (sign := self._sign_of_life()) != seen:
@@ -223,11 +225,15 @@ def open_stream(config: DataConfig, tokenizer: Any, seq_len: int, held_out: Pack
     start, size = beginning(config.bos, tokenizer), config.buffer_size
     limit = training_limit(config, held_out, seq_len)
     source = training_source(config)
+    instruction_format(config, source, "training")  # which is not streamed
     path = cache_path(source, "training", tokenizer, start, seq_len, limit)
     shards = Shards(path.with_name(f"{path.stem}-{size}x{seq_len}"), size, seq_len)
     if packs != os.getpid():
         return StreamedText(config.source, shards, packs, None)
-    shards.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        shards.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cache_error(shards.directory, error) from error
     for old in shards.directory.glob(f"packer-{socket.gethostname()}-*.json"):
         process = old.stem.rpartition("-")[2]
         if process.isdigit() and (int(process) == os.getpid() or not is_alive(int(process))):

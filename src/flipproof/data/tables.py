@@ -28,8 +28,8 @@ def reason(error: BaseException) -> str:
 
 
 def no_column(column: str, name: str, columns: Iterable[str]) -> ConfigError:
-    known = "no text, and no instruction data (instruction, output; prompt, completion; messages)"
-    return ConfigError([f"data.text_column = {column!r}: {name!r} has the columns {', '.join(columns)}: {known}"])
+    instead = "instruction data has instruction and output, prompt and completion, or messages (data.format)"
+    return ConfigError([f"data.text_column = {column!r}: {name!r} has the columns {', '.join(columns)}; {instead}"])
 
 
 def rows(values: Iterable[Any], name: str, column: str | None) -> Iterator[Row]:
@@ -99,6 +99,8 @@ def csv_rows(path: Path, column: str | None) -> Iterator[Row]:
             header = next(reader, None)
             if header is None:
                 return
+            if twice := [name for name in dict.fromkeys(header) if header.count(name) > 1]:
+                raise ConfigError([f"data file {path}: its first line names column {twice[0]!r} more than once"])
             if column is not None and column not in header:
                 raise no_column(column, str(path), header)
             begins = number + 1
@@ -157,11 +159,14 @@ def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
         while reader.skip() == mark:
             reader.at += 1
             if mark == "[" and reader.skip() == "]":
-                return
+                break
             number, mark = number + 1, ","
             yield reader.item()
         if reader.skip() != "]":
             raise ValueError("a comma or the end of the array is missing after it")
+        reader.at += 1
+        if rest := reader.skip():
+            raise ConfigError([f"data file {path}: {rest!r} follows the end of its JSON array; one array is allowed"])
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -5,6 +5,7 @@ column names, with what their configs are.
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -119,12 +120,16 @@ def run_card(
 
 
 def _opening(config: RunConfig, kind: str, name: str, base: str, online: bool) -> str:
-    flags = "".join(f" --bitflip.{key} {v}" for key, v in _said(asdict(config.bitflip)).items()
-                    if isinstance(v, int | float | str) and not isinstance(v, bool) and key != "guards")  # fmt: skip
-    if config.bitflip.guards:
-        flags += f" --bitflip.guards {name}"
+    said = _said(asdict(config.bitflip)) | ({"guards": name} if config.bitflip.guards else {})
+    tables = [key for key, value in said.items() if isinstance(value, Mapping)]
+    flags = {f"bitflip.{key}": value for key, value in said.items() if key not in tables}
+    flags |= {"training.dtype": config.training.dtype} if config.training.dtype else {}
     model = f"{base} --adapter {name}" if kind == "adapter" else name
-    under = f"Measured under the faults that it was trained with:\n\n```\nflipproof eval {model}{flags}\n```"
+    words = [f"--{key} {shlex.quote(_flag(value))}" for key, value in flags.items()]
+    command = " ".join([f"flipproof eval {model} --data.source TEXT", *words])
+    under = f"To measure it under the faults that it was trained with:\n\n```\n{command}\n```"
+    if tables:
+        under += f"\n\nThe run had {' and '.join(tables)} besides, which `config.toml` has and no flag."
     if online:
         return f"Its inputs are rotated when it runs: flipproof opens it, `transformers` alone does not. {under}"
     code = f'model = AutoModelForCausalLM.from_pretrained("{base if kind == "adapter" else name}")'
@@ -133,6 +138,10 @@ def _opening(config: RunConfig, kind: str, name: str, base: str, online: bool) -
         imports = f"from peft import PeftModel\n{imports}"
         code += f'\nmodel = PeftModel.from_pretrained(model, "{name}")'
     return f"```python\n{imports}\n\n{code}\n```\n\n{under}"
+
+
+def _flag(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _facts(config: RunConfig, base: str, results: Mapping[str, Any], steps: int) -> list[list[str]]:

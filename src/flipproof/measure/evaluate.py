@@ -270,7 +270,7 @@ def check_alike(adapter: Path | None, control: Path) -> None:
     for layer in sorted(own.keys() | other.keys()):
         one, two = own.get(layer), other.get(layer)
         if (one and (one.r, one.scaling)) != (two and (two.r, two.scaling)):
-            has, wants = (f"r = {it.r}, lora_alpha = {it.lora_alpha:g}" if it else "no adapter" for it in (two, one))
+            has, wants = (f"r = {it.r}, scaled by {it.scaling:g}" if it else "no adapter" for it in (two, one))
             raise ConfigError(
                 [f"--control {control}: {layer} has {has} there and {wants} in {adapter}; a control is trained alike"]
             )

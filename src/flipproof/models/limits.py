@@ -1,5 +1,6 @@
 """What a model can take: how many positions a sequence may have, and which token ids."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,22 @@ def check_ids(model: nn.Module, tokenizer: Any, *texts: Any) -> None:
 
     A tokenizer may have more tokens than the model, as long as no text holds one.
     """
-    rows = _rows(model)
-    if max(tokenizer.get_vocab().values()) < rows:
-        return
+    check = checker_of_ids(model, tokenizer)
     for ids in texts:
-        for part in np.array_split(ids, len(ids) // 2**14 + 1):
+        check(ids)
+
+
+def checker_of_ids(model: nn.Module, tokenizer: Any) -> Callable[[np.ndarray], None]:
+    """``check_ids`` of a text, for later: it does not hold the model."""
+    rows = _rows(model)
+    knows_all = max(tokenizer.get_vocab().values()) < rows
+
+    def check(ids: np.ndarray) -> None:
+        for part in [] if knows_all else np.array_split(ids, len(ids) // 2**14 + 1):
             if part.size:
                 _check_largest(int(part.max()), rows, tokenizer)
+
+    return check
 
 
 def watch_ids(model: nn.Module, tokenizer: Any) -> None:

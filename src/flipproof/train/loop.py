@@ -43,7 +43,7 @@ from flipproof.log import RunLog, logger
 from flipproof.measure.arms import ARMS, Arm, arms_table, in_order
 from flipproof.measure.evaluate import arms_of, measure_config_arms, results
 from flipproof.models.build import build_model, with_trainable_weights
-from flipproof.models.limits import check_ids
+from flipproof.models.limits import checker_of_ids
 from flipproof.models.load import load_tokenizer
 from flipproof.models.packed import check_text
 from flipproof.models.save import new_directory
@@ -146,7 +146,7 @@ class _Run:
         self.model = build_model(config, self.tokenizer, world, config.lora)
         if isinstance(self.text, StreamedText):
             check_text(config.training, self.model, self.tokenizer, self.held_out)
-            self.text.check = partial(check_ids, self.model, self.tokenizer)
+            self.text.check = checker_of_ids(self.model, self.tokenizer)
             self.text.need(config.training.seed, self.used, 1)
             if record is not None and checkpoint is not None:  # compared is what was used until then
                 text = text_of(checkpoint)
@@ -181,10 +181,17 @@ class _Run:
         held_out = load_held_out(self.config.data, self.tokenizer, seq_len)
         open_with = partial(open_stream, self.config.data, self.tokenizer, seq_len, held_out)
         leads = os.environ.get("LOCAL_RANK", "0") == "0"
-        text = stack.enter_context(open_with(os.getpid())) if leads else None
-        leaders = self.world.gathered(here if leads else None)
+        text, problems = None, list[str]()
+        try:
+            text = stack.enter_context(open_with(os.getpid())) if leads else None
+        except ConfigError as error:
+            problems = error.problems
+        told = self.world.gathered((here if leads else None, problems))
+        if found := next((problems for _, problems in told if problems), None):
+            raise ConfigError(found)
         if text is None:
-            text = stack.enter_context(open_with(next(each[1] for each in leaders if each and each[0] == here[0])))
+            leaders = (leader for leader, _ in told if leader)
+            text = stack.enter_context(open_with(next(process for host, process in leaders if host == here[0])))
         return text, held_out
 
     def _load_text(self, at_least: int) -> tuple[PackedText, PackedText]:

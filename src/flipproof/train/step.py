@@ -91,14 +91,15 @@ class Training:
         """
         if not isinstance(self.text, StreamedText):
             return
-        a_step = self.config.sequences_per_step(self.world.size)
+        a_step, problems = self.config.sequences_per_step(self.world.size), list[str]()
         try:
             self.text.need(self.config.training.seed, step * a_step, a_step)
         except ConfigError as error:
+            problems = error.problems
+        if self.world.largest(len(problems)):  # another node may have another reason, or none
+            told = next(found for found in self.world.gathered(problems) if found)
             saved()
-            raise ConfigError(
-                f"training stopped after step {step}: {problem}; {self._kept()}" for problem in error.problems
-            ) from error
+            raise ConfigError(f"training stopped after step {step}: {problem}; {self._kept()}" for problem in told)
 
     def step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns (mean loss of this process's rows, global gradient norm)."""
