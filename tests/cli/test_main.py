@@ -126,11 +126,13 @@ EXAMPLES = {
     "p_bits": '{ "15" = 0.25 }',
     "layer_name_to_config": "{ a = { w_p_exp = 0.25 } }",
 }
+NEEDS = {"--lora.target_modules": ["--lora.r", "2"]}
+"""Flags without which a key says nothing, and is refused."""
 BY_TYPE = {int: "16", float: "0.25", bool: "true", str: "abc", tuple: "head"}
 
 
 def example(flag):
-    """A value of the key, other than its default, that needs no other key."""
+    """A value of the key, other than its default, that needs no key but those of ``NEEDS``."""
     section, key = flag.removeprefix("--").split(".")
     field = next(field for field in dataclasses.fields(SECTIONS[section]) if field.name == key)
     for name, value in EXAMPLES.items():
@@ -151,7 +153,7 @@ def example(flag):
 
 @pytest.mark.parametrize("flag", KEY_FLAGS)
 def test_every_key_that_the_help_prints_is_set_by_its_flag(flag, capsys, config_of_a_model):
-    base = ["train", "--config", str(config_of_a_model), "--dry-run"]
+    base = ["train", "--config", str(config_of_a_model), "--dry-run", *NEEDS.get(flag, [])]
     assert main([*base, flag, example(flag)]) == 0
     config = tomllib.loads(capsys.readouterr().out)
     assert main(base) == 0
