@@ -20,8 +20,9 @@ from flipproof.data.source import training_source
 
 
 def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    """Of this process and of those that it has ended."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
 
 
 def peak_mib() -> float:
@@ -69,7 +70,8 @@ def main() -> None:
         tokens = len(packed_tokens(source, "all", tokenizer, [], 2048, None))
         wall, cpu = time.perf_counter() - begin, cpu_seconds() - begin_cpu
     print(f"packed: {tokens:,} tokens, {tokens / wall:,.0f} a second, {tokens / cpu:,.0f} a CPU second")
-    print(f"peak memory: {before:,.0f} MiB before, {peak_mib():,.0f} MiB after")
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"peak memory: {before:,.0f} MiB before, {peak_mib():,.0f} MiB after; of a worker at most {largest:,.0f} MiB")
 
 
 if __name__ == "__main__":
