@@ -385,8 +385,8 @@ def test_a_teacher_compiles_once_more(tiny_llama, token_ids, graphs):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_inductor_gives_the_same(tiny_llama, token_ids, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # else it compiles vectors, to see which there are
+@torch._inductor.config.patch("cpp.simdlen", 1)  # else it compiles vectors, to see which there are
+def test_inductor_gives_the_same(tiny_llama, token_ids):
     torch._dynamo.reset()
     counters.clear()
     got = loss_and_gradients(build(tiny_llama, "full", compiled=True), token_ids)

@@ -235,9 +235,7 @@ def test_what_is_no_control_is_refused(home, run, tmp_path, capsys):
     other = settings(home, tmp_path / "other", lora_r=4, steps=1, control=False)
     train(other)
     config = settings(home, run)
-    wrong = (
-        r"down_proj has r = 4, lora_alpha = 4 there and r = 2, lora_alpha = 4 in .*run/adapter; a control is trained"
-    )
+    wrong = r"down_proj has r = 4, scaled by 1 there and r = 2, scaled by 2 in .*run/adapter; a control is trained"
     with pytest.raises(ConfigError, match=wrong):
         evaluate(config, run / "adapter", control=tmp_path / "other/adapter")
     with pytest.raises(ConfigError, match=r"--control .*: is compared with the adapter trained with faults; name it"):
