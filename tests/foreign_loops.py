@@ -69,12 +69,15 @@ def gradients(model):
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def ddp(model, rank, _directory):
-    wrapped = DistributedDataParallel(model)
+def plain_loop(wrapped, rank):
     for ids in batches_here(rank):
         loss = wrapped(input_ids=ids, labels=ids).loss
         loss /= MICRO_BATCHES
         loss.backward()
+
+
+def ddp(model, rank, _directory):
+    plain_loop(DistributedDataParallel(model), rank)
     return gradients(model)
 
 
@@ -82,10 +85,7 @@ def fsdp(model, rank, _directory):
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    for ids in batches_here(rank):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss /= MICRO_BATCHES
-        loss.backward()
+    plain_loop(model, rank)
     return gradients(model)
 
 

@@ -1,10 +1,10 @@
 """Documents to tokens in a file, once for all processes and runs.
 
-The tokens are a file ``flipproof/KEY.npy`` in the cache directory of ``datasets``, which every process
-maps into memory: the processes of a node share its pages, and a resumed run tokenises nothing. KEY is a hash of all
-that the tokens depend on, so a file is never out of date, only unused; between runs any may be deleted. Whoever first
-takes the lock of a key packs, and the others wait for the lock and find the file. A file gets its name when it is
-complete, so even where a file system has no locks the worst is that two processes do the same work.
+The tokens are a file ``flipproof/KEY.npy`` in the cache directory of ``datasets``, which every process maps into
+memory: the processes of a node share its pages, and a resumed run tokenises nothing. KEY is a hash of all that the
+tokens depend on, so a file is never out of date, only unused; between runs any may be deleted. Whoever first takes
+the lock of a key packs, and the others wait for the lock and find the file. A file gets its name when it is complete,
+so even where a file system has no locks the worst is that two processes do the same work.
 """
 
 import hashlib
@@ -60,10 +60,23 @@ def cache_path(
     limit: int | None,
     more: dict[str, Any] | None = None,
 ) -> Path:
-    """The file that these tokens are in, or will be. ``more``: what else they depend on, as JSON."""
+    """The file that these tokens are in, or will be: equal in every process, another one wherever the tokens might be
+    others. ``more``: what else they depend on, as JSON."""
     if source.remote:
         check_cache()
-    return _directory() / f"{_key(source, part, tokenizer, start, seq_len, limit, more or {})}.npy"
+    depends_on = {
+        "packing": _PACKING,
+        "source": source.signature(part),
+        "part": part,
+        "tokenizer": [type(tokenizer).__qualname__, _tokenizer_state(tokenizer)],
+        "versions": [version("tokenizers"), version("transformers")],
+        "start": [start, seq_len] if start else None,
+        "end": tokenizer.eos_token_id,
+        "limit": limit,
+        **({} if more is None else {"more": more}),
+    }
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
+    return _directory() / f"{key}.npy"
 
 
 def packed_file(
@@ -137,30 +150,6 @@ def _lock(path: Path) -> AbstractContextManager[Any]:
         return FileLock(path.with_suffix(".lock")).acquire()
     except (OSError, NotImplementedError):
         return nullcontext()
-
-
-def _key(
-    source: Source,
-    part: Part,
-    tokenizer: Any,
-    start: list[int],
-    seq_len: int,
-    limit: int | None,
-    more: dict[str, Any],
-) -> str:
-    """Equal in every process for the same tokens; another one wherever the tokens might be others."""
-    depends_on = {
-        "packing": _PACKING,
-        "source": source.signature(part),
-        "part": part,
-        "tokenizer": [type(tokenizer).__qualname__, _tokenizer_state(tokenizer)],
-        "versions": [version("tokenizers"), version("transformers")],
-        "start": [start, seq_len] if start else None,
-        "end": tokenizer.eos_token_id,
-        "limit": limit,
-        **({"more": more} if more else {}),
-    }
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _tokenizer_state(tokenizer: Any) -> Any:
