@@ -7,7 +7,8 @@ A variant is ACTIVATION_CHECKPOINTING/WHAT[/section.key=value...]; the first may
 with where memory abounds. WHAT is ``faults`` (p = 2^-16 for every bit, both guards, r = 32), ``clean`` (our layer with
 adapters, nothing flips) or ``peft`` (PEFT's layer, adapters in bfloat16, which makes it fastest). All take the same
 path: random weights, 2 x 2048 random tokens in each process, blocks compiled, the loss without logits, AdamW on the
-adapters after each micro-step. Figures are means of six steps after three.
+adapters after each micro-step; on one GPU the micro-batch is a CUDA graph, as in training. Figures are means of six
+steps after three.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from flipproof.models.build import build_model
 from flipproof.models.load import byte_tokenizer, materialise, model_on_meta
 from flipproof.models.loss import fuse_loss, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, parallelize
+from flipproof.train.cuda_graph import Recorded
 from flipproof.train.optimizer import make_optimizer
 from flipproof.train.throughput import communication_share
 from flipproof.world import World, arrange, join_world
@@ -91,21 +93,29 @@ def measure(config: RunConfig, variant: str, world: World) -> str:
     ids = torch.randint(0, 256, (training.local_batch_size, training.seq_len), generator=generator).to(world.device)
     model.train()
 
+    def micro_batch(ids: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+        with gradients.micro_batch(last=True):
+            loss = next_token_loss(model, ids, forward=gradients.forward)
+            (loss * factor).backward()
+        return loss.detach()
+
+    recorded = Recorded(micro_batch, model, blocks(model), several=False) if world.size == 1 else None
+    run = recorded or micro_batch
+
     def step(tick: int) -> torch.Tensor:
         if is_faulty(model):
             set_tick(model, tick)
-        with gradients.micro_batch(last=True):
-            loss = next_token_loss(model, ids, forward=gradients.forward)
-            loss.backward()
+        loss = run(ids, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
-    for tick in range(3):
+    step(0)
+    torch.cuda.reset_peak_memory_stats()  # what is recorded next allocates nothing later
+    for tick in (1, 2):
         step(tick)
     torch.cuda.synchronize()
     world.wait()
-    torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     for tick in range(3, 3 + _STEPS):
         loss = step(tick)
@@ -117,6 +127,8 @@ def measure(config: RunConfig, variant: str, world: World) -> str:
         step(0)
         torch.cuda.synchronize()
     running, exposed = communication_share(profile) or (0.0, 0.0)
+    if recorded:
+        recorded.release()
     tokens = ids.numel() * world.size
     return (
         f"{variant:<60} {tokens / seconds:>8.0f} tokens/s {seconds * 1e3:>8.1f} ms {peak:>6.1f} GiB  "

@@ -108,6 +108,17 @@ def test_in_bfloat16_sums_over_chunks_are_float32(autocast):
         assert float((grad.double() - wanted).norm() / wanted.norm()) < 2**-7
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the product that adds to a float32 sum is a GPU's")
+def test_products_add_to_the_sum_of_the_weight_s_gradient_in_float32():
+    """Each chunk's product rounded to bfloat16 before it is added would be off by 2**-9."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(48, 40, generator=generator).bfloat16().cuda() for _ in range(2))
+    total = torch.randn(48, 48, generator=generator).cuda()
+    expected = total.double() + a.double() @ b.double().T
+    loss._add_product_(total, a, b.T)
+    assert float((total.double() - expected).norm() / expected.norm()) < 1e-6
+
+
 def test_without_gradients_the_loss_is_the_same():
     head, hidden, labels = make_head(), make_hidden(), make_labels()
     with torch.no_grad():

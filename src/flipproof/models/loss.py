@@ -266,7 +266,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                grad_weight += grad.T @ part
+                _add_product_(grad_weight, grad.T, part)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, n)
         return total / n
 
@@ -275,6 +275,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *held, n = ctx.saved_tensors
         scale = grads[0] / n
         return *(None if grad is None else grad * scale for grad in held), None, None, None
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to a float32 sum; on a GPU within the product, whose sums are float32 there too."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _losses_and_gradient(
@@ -299,7 +307,9 @@ def _eager_losses_and_gradient(
     logits: Tensor, target: Tensor, counts: Tensor, taught: Tensor | None, share: float
 ) -> tuple[Tensor, Tensor]:
     wide = logits.float()
-    norm = wide.logsumexp(1, keepdim=True)
+    # as logsumexp, but in the form of which the compiler knows that one pass over the logits gives both
+    largest = wide.amax(1, keepdim=True)
+    norm = (wide - largest).exp().sum(1, keepdim=True).log() + largest
     losses = norm - wide.gather(1, target)
     wanted = (torch.arange(logits.shape[1], device=logits.device) == target).float()
     if taught is not None:

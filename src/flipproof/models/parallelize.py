@@ -38,10 +38,13 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
     compiled = training.compile if training.compile is not None else world.device.type == "cuda"
     recompute.prepare(layers, compiled)
     recompute.set_kept(layers, _mode(config, world))
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if cast_to(training, model) == torch.bfloat16:
+        embedding.register_forward_hook(_as_computed)
     if compiled:
         # The first block's input needs no gradient where the embedding is frozen. With one it is a block like the
         # others, and compiled with them.
-        model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+        embedding.register_forward_hook(_require_grad)
     if is_faulty(model):
         fault_state(model).rank = world.rank
     if world.mesh is None or parallelism.sharding_strategy == "no_shard":
@@ -62,7 +65,7 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
     }
     for layer in layers:
         fully_shard(layer, **options)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is not embedding.weight:
         fully_shard(embedding, **options)
         # its backward needs no weights (loss.py), and comes right after its forward
@@ -73,6 +76,12 @@ def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
 
 def _require_grad(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+
+
+def _as_computed(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    """Of autocast to bfloat16, which casts at products alone: what passes between them is bfloat16 then, as FSDP has
+    it, and half as much to read and write. (float16 has too few exponents for the sums that a residual stream is.)"""
+    return output.bfloat16() if torch.is_autocast_enabled(output.device.type) else output
 
 
 def cast_to(training: TrainingConfig, model: nn.Module) -> torch.dtype | None:
