@@ -74,8 +74,9 @@ def checked(name: str, value: Any, declared: Any, readings: Readings = itself) -
     except (ValueError, OverflowError) as error:
         reason = f" ({error})" if str(error) else ""
     allowed, seen = described(declared), f" = {shown(value)}"
-    if isinstance(value, str):
-        seen = seen if value else " is empty"
+    if isinstance(value, str) and not value:
+        seen = " is empty"
+    if isinstance(value, str) and not reason:
         with suppress(ValueError):
             _as_declared(name, [value], declared, readings)
             allowed += f", such as {shown([value])},"

@@ -1,9 +1,12 @@
 import logging
+from typing import get_origin
 
 import pytest
 
-from flipproof.config import SECTIONS, split_overrides
+from flipproof.config import SECTIONS, load_config, split_overrides
+from flipproof.config.names import KEYS
 from flipproof.errors import ConfigError
+from flipproof.values import bare
 
 
 def test_keys_are_split_off_a_command_line():
@@ -78,3 +81,33 @@ def test_a_truth_without_a_value_is_true():
         "logging": {"profile": "true"},
         "parallelism": {"cpu_offload": "false"},
     }
+
+
+LISTS = [
+    key
+    for key, name in KEYS.items()
+    if {list, tuple} & {get_origin(kind) for kind in bare(SECTIONS[key.partition(".")[0]].declared()[name])}
+]
+
+
+def read(key, text):
+    """What a config has of a flag that sets a key."""
+    flags = ["--model.hf_model_path=m", "--lora.r=1", f"--{key}", text]
+    section, _, name = key.partition(".")
+    return getattr(getattr(load_config([], split_overrides(flags)[0]), section), name)
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_every_list_is_given_with_commas_in_brackets_and_in_toml(key):
+    """Down to those that are written as one text, whose parts are its own."""
+    words = {"sites": "head,embedding", "protection": "none,guard", "p": "1e-5,1e-4"}.get(KEYS[key], "15,7")
+    first, last = words.split(",")
+    as_toml = read(key, f'["{first}", "{last}"]')
+    assert list(as_toml) == [first, last]
+    for text in (words, f"[{words}]", f"[ {first} , {last} ]", f"['{first}', {last}]"):
+        found = read(key, text)
+        parts = found.split(",") if isinstance(found, str) else [str(part) for part in found]
+        assert [part.replace("1e-05", "1e-5").replace("0.0001", "1e-4") for part in parts] == [first, last]
+    for text in (f"[{words}", f"{words}]"):
+        with pytest.raises(ConfigError, match=rf"^{key} = .* is allowed \(a bracket or a quote is not closed\)$"):
+            read(key, text)

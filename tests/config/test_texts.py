@@ -37,6 +37,15 @@ Size = Literal["small", "large"]
         (tuple[str, ...], "[]", ()),
         (tuple[str, ...], "[wikitext]", ("wikitext",)),
         (tuple[str, ...], "['a', \"b\"]", ("a", "b")),
+        (tuple[str, ...], "[q_proj,v_proj]", ("q_proj", "v_proj")),
+        (tuple[str, ...], " [ q_proj , 'v,proj', ] ", ("q_proj", "v,proj")),
+        (tuple[str, ...], "[15, 7-14, 1e-5, true, '0', null]", ("15", "7-14", "1e-5", "true", "0", "null")),
+        (tuple[str, ...], "[q_proj, .*[kv]_proj, *a]", ("q_proj", ".*[kv]_proj", "*a")),
+        (tuple[str, ...], "[qk]_proj", ("[qk]_proj",)),
+        (tuple[str, ...], "[qk]_proj,layers.[01]", ("[qk]_proj", "layers.[01]")),
+        (tuple[str, ...] | None, "null", None),
+        (list[str | float] | str | float, "[1e-5,1e-4]", [1e-5, 1e-4]),
+        (list[str | float] | str | float, "[1e-7:1e-3:9]", ["1e-7:1e-3:9"]),
         (list[str | float] | str | float, "[a, 1e-3]", ["a", 1e-3]),
         (list[str | float] | str | float, "1e-7:1e-3:9", "1e-7:1e-3:9"),
         (Mapping[str, float], {15: 0, "exp": "1e-5"}, {"15": 0.0, "exp": 1e-5}),
@@ -106,6 +115,9 @@ def test_values_that_are_something_else(declared, value, words):
         (tuple[Size, ...], "small,huge", ["key[1] = 'huge': 'small' or 'large' is allowed"]),
         (tuple[str, ...], ["a", ""], ["key[1] is empty: a text is allowed"]),
         (tuple[str, ...], "a,,b", ["key[1] is empty: a text is allowed"]),
+        (tuple[str, ...], "[a,,b]", ["key[1] is empty: a text is allowed"]),
+        (tuple[str, ...], "[[a], b]", ["key[0] = ['a']: a text is allowed"]),
+        (tuple[str, ...], "[a: b]", ["key[0] = {'a': 'b'}: a text is allowed"]),
         (
             Mapping[str, float],
             {"exp": "much", "frac": 1, "sign": "1e"},
@@ -115,6 +127,14 @@ def test_values_that_are_something_else(declared, value, words):
 )
 def test_items_of_lists_and_tables_are_named(declared, value, problems):
     assert refused(value, declared) == problems
+
+
+@pytest.mark.parametrize("text", ["[a,b", "a,b]", "[", "[a,[b]", "['a]", '["a", "b]'])
+@pytest.mark.parametrize("declared", [tuple[str, ...], tuple[Size, ...] | None, list[str | float] | float])
+def test_lists_that_are_not_closed(text, declared):
+    (problem,) = refused(text, declared)
+    reason = "(a bracket or a quote is not closed)"
+    assert problem == f"key = {shown(text)}: {described(declared)} is allowed {reason}"
 
 
 def test_yaml_words_are_those_of_toml_and_of_flags():

@@ -73,6 +73,12 @@ def _bit_name(item: str) -> str:
     return item
 
 
+def _layer_name(item: str) -> str:
+    if not item or re.search(r"[][]", item):  # which no module's name has
+        raise ValueError
+    return item
+
+
 class ProtectionParts(NamedTuple):
     """What a protection of the grid, such as "tmr-sign+exp+guard", is made of."""
 
@@ -112,6 +118,7 @@ Probabilities = Annotated[
 ]
 Sites = Annotated[Axis, _each(_site_name), "w, x, kv, several of these together (wx), head or embedding"]
 BitNames = Annotated[Axis, _each(_bit_name), "'all', 'each', 'sign', 'exp', 'frac', a bit ('15') or a range ('7-14')"]
+Layers = Annotated[Axis, _each(_layer_name), "all, block, kind or substrings of layers' names"]
 Protections = Annotated[
     Axis,
     _each(parse_protection),
@@ -131,7 +138,7 @@ class SweepConfig(Table):
     sites: Sites = "wx"
     """What flips: w (weights), x (inputs of linear layers), kv (keys and values), together (wx, wxkv), or the weights
     of the output head or the embedding alone (head, embedding)."""
-    layers: Axis = "all"
+    layers: Layers = "all"
     """all, block (each repeated block by itself), kind (each last name, such as q_proj), or substrings of names."""
     bits: BitNames = "all"
     """all, sign, exp (the exponent), frac, each (every bit of the dtype by itself), or bits such as 15 and 7-14."""

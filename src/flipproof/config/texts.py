@@ -24,12 +24,16 @@ NULL = ("null", "None")
 
 
 def readings(text: str) -> Iterator[Any]:
-    """The values that a text may stand for, those first that are meant where a key allows several."""
+    """The values that a text may stand for, those first that are meant where a key allows several.
+
+    Raises:
+        ValueError: after all of them, where what looks like a list is none.
+    """
     if text in NULL:
         yield None
-    if text.lstrip().startswith("["):
-        with suppress(ValueError):
-            yield structure(text)
+    bracketed = re.fullmatch(_BRACKETED, text)
+    lists = _lists(text.strip(), bracketed[1] if bracketed else "")
+    yield from lists
     yield text
     for words, value in _WORDS.items():
         if re.fullmatch(words, text):
@@ -37,7 +41,34 @@ def readings(text: str) -> Iterator[Any]:
                 yield value(text)
     with suppress(ValueError):
         yield structure(text)
-    yield [word.strip() for word in text.split(",")]
+    if not lists:
+        if bracketed or text.count("[") != text.count("]"):
+            raise ValueError("a bracket or a quote is not closed")
+        yield _words(text)
+
+
+_BRACKETED = r"\s*\[((?:[^][]|\[[^][]*\])*)\]\s*"
+"""Brackets around all of it, and maybe others within: [qk]_proj,[ab] are two words."""
+
+
+def _lists(text: str, within: str) -> list[list[Any]]:
+    """The lists that a text in brackets may stand for: of values, and of the texts that they are written as; where it
+    is none in TOML, JSON or YAML, of the words ``within``, such as regular expressions."""
+    lists: list[list[Any]] = []
+    if not text.startswith("["):
+        return lists
+    with suppress(ValueError):
+        lists.append(structure(text))  # type: ignore[arg-type]
+    with suppress(yaml.YAMLError, RecursionError):
+        texts = yaml.load(text, yaml.BaseLoader)
+        lists += [texts] if all(isinstance(item, str) for item in texts) else []
+    if within and not lists and not re.search("['\"]", within):
+        lists.append(_words(within))
+    return lists
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 _WORDS: dict[str, Callable[[str], Any]] = {
