@@ -9,18 +9,19 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from flipproof.config import aliases, described_keys, sections_help, split_overrides, warn_of_two
-from flipproof.config.flags import TRUTHS
+from flipproof.config.flags import is_truth_value, truth_called
 from flipproof.config.names import KEYS, MEANT, is_named, keys_meant, nearest, plain
 from flipproof.config.schema import SECTIONS
 from flipproof.config.texts import readings
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import field_names
 from flipproof.files import OTHER_LETTERS
-from flipproof.values import checked
+from flipproof.values import checked, described
 
 
 class Argument(NamedTuple):
@@ -115,22 +116,46 @@ class Parser(argparse.ArgumentParser):
             if plain(flag) in own and (flag.startswith("--") or flag == "-h"):
                 rest[place] = own[plain(flag)] + equals + value
                 following = rest[place + 1] if place + 1 < end else "--"
-                if not equals and plain(flag) in switches and following.lower() not in TRUTHS:
+                if not equals and plain(flag) in switches and not is_truth_value(following):
                     rest[place] += "=true"  # what follows is not its value, but mostly MODEL
             else:
                 problems.append(f"{flag}: unknown flag{self._meant(flag)}")
         if problems:
             raise ConfigError(problems)
-        return self.parse_intermixed_args(rest), overrides
+        args, surplus = self.parse_known_intermixed_args(rest)
+        # MODEL, where nothing else can be meant
+        if (surplus or getattr(args, "config", None) or "model" in overrides) and (said := self._behind_switches(argv)):
+            raise ConfigError(said)
+        if surplus:
+            raise ConfigError([f"{' '.join(surplus)}: not expected here"])
+        return args, overrides
+
+    def _behind_switches(self, argv: Sequence[str]) -> list[str]:
+        """A line for each word behind a switch that is not its value, and does not look like MODEL."""
+        words, said = self.verb.words(), []
+        for flag, word in pairwise(argv[: argv.index("--")] if "--" in argv else argv):
+            if not flag.startswith("--") or word.startswith("-") or "/" in word or os.path.exists(word):
+                continue
+            key, own = truth_called(flag, words), self.verb.flags.get(plain(flag))
+            declared: Any = bool
+            if key:
+                section, _, name = key.partition(".")
+                declared = SECTIONS[section].declared()[name]
+            elif own and own.options.get("action") == "store_true":
+                declared = None
+            elif not own or own.options.get("const") is not True:
+                continue
+            if declared is None or not is_truth_value(word):
+                said.append(f"{key or flag} = {word!r}: {described(declared) if declared else 'no value'} is allowed")
+        return said
 
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())
-        if extra := re.fullmatch(r"unrecognized arguments: (.*)", text):
-            text = f"{extra[1]}: not expected here"
-        elif missing := re.fullmatch(r"the following arguments are required: (.*)", text):
+        if missing := re.fullmatch(r"the following arguments are required: (.*)", text):
             text = f"{missing[1]} is missing"
         elif value := re.fullmatch(r"argument ([^\s/:]+)\S*: (.*)", text):
             problem = "a value is missing" if value[2] == "expected one argument" else value[2]
+            problem = re.sub(r"ignored explicit argument (.*)", r"= \1: no value is allowed", problem)
             text = value[1] + (f" {problem}" if problem.startswith(("= ", "is ")) else f": {problem}")
         raise ConfigError([text])
 

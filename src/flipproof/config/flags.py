@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import textwrap
 from collections.abc import Container, Iterable, Mapping
 from functools import cache
@@ -68,8 +69,7 @@ def _values(declared: Any) -> str:
 
 
 _CALLED = {tuple: "list", Mapping: "table"}
-TRUTHS = ("", "true", "false", *map(str.lower, NULL), "yes", "no", "on", "off", "1", "0")
-"""What stands behind a switch as its value and not as MODEL; those that are not allowed are told so."""
+_TRUTHS = ("", "true", "false", *map(str.lower, NULL), "yes", "no", "on", "off")
 
 
 def split_overrides(
@@ -89,14 +89,14 @@ def split_overrides(
     while waiting:
         argument = waiting.pop(0)
         flag, equals, value = argument.partition("=")
-        section, dot, key = (words or {}).get(plain(flag), flag.removeprefix("--").replace("-", "_")).partition(".")
+        section, dot, key = _key_of(flag, words).partition(".")
         if argument == "--":
             return overrides, [*rest, argument, *waiting]
         if not (flag.startswith("--") and dot):
             rest.append(argument)
             continue
         truth, following = _is_truth(section, key), waiting[0] if waiting else "--"
-        if not equals and (following.lower() in TRUTHS if truth else not following.startswith("--")):
+        if not equals and (is_truth_value(following) if truth else not following.startswith("--")):
             value = waiting.pop(0)
         elif not equals and truth:
             value = "true"
@@ -111,6 +111,21 @@ def split_overrides(
     if problems:
         raise ConfigError(problems)
     return overrides, rest
+
+
+def is_truth_value(word: str) -> bool:
+    """Whether what stands behind a switch is its value and not MODEL; what is not allowed of it is told so."""
+    return word.lower() in _TRUTHS or bool(re.fullmatch(r"[-+]?[0-9.]+", word))
+
+
+def truth_called(flag: str, words: Mapping[str, str]) -> str | None:
+    """The key that a flag sets, as section.key, where that is true or false; ``words`` as in ``split_overrides``."""
+    key = _key_of(flag, words)
+    return key if flag.startswith("--") and _is_truth(*key.partition(".")[::2]) else None
+
+
+def _key_of(flag: str, words: Mapping[str, str] | None) -> str:
+    return (words or {}).get(plain(flag), flag.removeprefix("--").replace("-", "_"))
 
 
 def _is_truth(section: str, key: str) -> bool:
