@@ -5,15 +5,18 @@ import http.server
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from flipproof.config import ModelConfig
 from flipproof.errors import ConfigError
+from flipproof.models import hub
 from flipproof.models.hub import from_hub, reason
 from flipproof.models.load import load_model, load_tokenizer, model_on_meta
 from flipproof.models.tokenizer import byte_tokenizer
@@ -71,6 +74,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 ASK = """
 import json, sys
 from flipproof.config import ModelConfig
+from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
 from flipproof.models.load import load_tokenizer, model_config
 said = {}
@@ -80,22 +84,38 @@ for name in sys.argv[1:]:
             what(ModelConfig(hf_model_path=name), *[None] * (what is model_config))
         except ConfigError as error:
             said.setdefault(name, []).append(error.problems)
+for source in [open_source("org/data", "text"), open_source("org/data", "text", streaming=True)] * ("org/data" in said):
+    for what in (source.check, lambda: list(source.spans("training"))):
+        try:
+            what()
+        except ConfigError as error:
+            said["org/data"].append(error.problems)
 print(json.dumps(said))
 """
 
 
+def asked(names, home, port):
+    """What a process of its own says of names as a tokenizer, as a model and of org/data as data; and its stderr."""
+    there = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environ = os.environ | there | {"HF_HOME": str(home), "HF_DATASETS_CACHE": str(home / "data")}
+    run = subprocess.run([sys.executable, "-c", ASK, *names], env=environ, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1]), run.stderr
+
+
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """Name -> the lines about it as a tokenizer, and as a model. In a process of its own, which asks this Hub."""
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def said(home):
+    """Name -> the lines about it as a tokenizer, and as a model, of this Hub."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    there = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environ = os.environ | there | {"HF_HOME": str(tmp_path_factory.mktemp("home"))}
-    names = [f"org/{name}" for name in SAID]
-    run = subprocess.run([sys.executable, "-c", ASK, *names], env=environ, capture_output=True, text=True, check=True)
+    found, _ = asked([f"org/{name}" for name in SAID], home, server.server_port)
     server.shutdown()
     server.server_close()
-    return json.loads(run.stdout.splitlines()[-1])
+    return found
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -110,6 +130,60 @@ def test_what_the_hub_said_is_passed_on_in_a_line(said, name):
     assert re.match(f"{start} model of that name: .*{words}", model[0])
     assert len(tokenizer) == len(model) == 1
     assert not re.search(r"\n", tokenizer[0] + model[0])
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again_and_the_cache_counts(said, home):
+    """The client itself would print two lines for each of six times, about each file."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and listens to none
+        found, stderr = asked(["org/newer", "org/data"], home, nobody.getsockname()[1])
+    assert "Retrying" not in stderr
+    assert "refused" not in stderr
+    assert found["org/newer"][1] == said["org/newer"][1]  # of its config.json, which was given before
+    tokenizer, model, *data = (line for (line,) in found["org/data"])
+    for line in tokenizer, model:
+        assert line.endswith(": the Hub cannot be reached, and it is not in the cache; give a local directory")
+    assert len(data) == 4
+    assert all("data source 'org/data'" in line and "Couldn't reach 'org/data' on the Hub" in line for line in data)
+
+
+class ConnectError(Exception):
+    pass
+
+
+class ConnectTimeout(Exception):
+    pass
+
+
+class ReadTimeout(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_asked"),
+    [
+        ([None], True),
+        ([ReadTimeout], True),  # a slow one
+        ([ConnectError, None], True),
+        ([ConnectError, ConnectError], False),
+        ([ConnectTimeout], False),
+    ],
+)
+def test_a_slow_hub_is_asked(answers, is_asked, monkeypatch):
+    class Session:
+        def head(self, *_, **__):
+            if (error := answers.pop(0)) is not None:
+                raise error
+
+    hub._reachable.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    seen = from_hub(lambda *_, **__: constants.is_offline_mode(), "org/model", "key", "a model")
+    assert seen is not is_asked
+    assert not answers
+    assert not constants.is_offline_mode()
+    hub._reachable.cache_clear()
 
 
 def test_without_a_network_it_says_so():

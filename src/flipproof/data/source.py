@@ -26,6 +26,7 @@ from flipproof.data.document import Document, Part, Row, Span, spans
 from flipproof.data.folders import KINDS, by_split, identity, kind_of, readable_within
 from flipproof.data.tables import csv_rows, json_rows, no_column, parquet_rows, reason, rows, suffix_of, text_file
 from flipproof.errors import ConfigError
+from flipproof.models.hub import cache_where_unreachable
 
 _WAYS_OUT = "give a local file or folder as data.source, or data.source = 'stdlib', which needs no network"
 _HEAD = 2**16  # bytes of a file that are part of its signature
@@ -266,7 +267,8 @@ class HubData(_Table):
         import datasets
 
         try:
-            found = datasets.load_dataset_builder(self.name, self.choice.subset, revision=self.choice.revision)
+            with cache_where_unreachable():
+                found = datasets.load_dataset_builder(self.name, self.choice.subset, revision=self.choice.revision)
         except Exception as error:  # of dozens of kinds; each means that this source gives no text
             raise ConfigError(
                 [f"data source {self.name!r} cannot be reached as a Hub data set ({_with_key(reason(error))})"]
@@ -287,9 +289,10 @@ class HubData(_Table):
             # load_dataset would read whatever files of this kind are in the current directory
             raise ConfigError([f"data source {self.name!r} is a kind of file, not the name of one; {_WAYS_OUT}"])
         try:
-            return datasets.load_dataset(
-                self.name, self.choice.subset, split=self.split, revision=self.choice.revision, **self._how
-            )
+            with cache_where_unreachable():
+                return datasets.load_dataset(
+                    self.name, self.choice.subset, split=self.split, revision=self.choice.revision, **self._how
+                )
         except Exception as error:  # of dozens of kinds; each means that this source gives no text
             raise ConfigError(
                 [

@@ -4,9 +4,13 @@ import errno
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from safetensors import SafetensorError, safe_open
 
@@ -39,7 +43,10 @@ def from_hub(load: Any, name: str, key: str, what: str, **kwargs: Any) -> Any:
     if is_path(name) and not path.exists():  # the Hub's client would ask for it, and ask again
         raise ConfigError([f"{key} = {name!r}: no local directory has this path"])
     try:
-        return load(str(path) if path.is_dir() else expand(name), trust_remote_code=False, **kwargs)
+        if path.is_dir():
+            return load(str(path), trust_remote_code=False, **kwargs)
+        with cache_where_unreachable():
+            return load(expand(name), trust_remote_code=False, **kwargs)
     except ConfigError:
         raise
     except Exception as error:  # transformers, safetensors and the Hub client raise many kinds, all meaning this
@@ -49,6 +56,39 @@ def from_hub(load: Any, name: str, key: str, what: str, **kwargs: Any) -> Any:
         raise ConfigError(
             [f"{key} = {name!r}: no local directory, and the Hub did not give {what} of that name: {why}"]
         ) from error
+
+
+@contextmanager
+def cache_where_unreachable() -> Iterator[None]:
+    """Within its block the Hub's client, and ``datasets``, take what their caches hold and ask nobody, where the Hub
+    cannot be reached. Left to itself the client asks six times for each file: half a minute and a dozen lines."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode() or _reachable(int(time.monotonic() / 60)):
+        yield
+        return
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
+        yield
+
+
+@lru_cache(maxsize=1)
+def _reachable(_minute: int) -> bool:
+    """Whether there is anybody to ask: all answers mean so, and slow ones, too. Asked anew each minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    for attempt in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False)
+            return True
+        except Exception as error:  # of httpx or of httpx2, as the client's version has it
+            if type(error).__name__ == "ConnectTimeout":
+                return False
+            if type(error).__name__ != "ConnectError":
+                return True
+        if not attempt:
+            time.sleep(1)  # a name server may fail once
+    return False
 
 
 def _first_line(error: BaseException) -> str:
