@@ -2,7 +2,7 @@
 
 import pytest
 
-from flipproof.config import SECTIONS, load_config
+from flipproof.config import SECTIONS, load_config, preset_names
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import LoraSpec
 
@@ -76,3 +76,36 @@ def test_adapters_are_said_in_pefts_own_words(tmp_path):
         read.append(load_config([tmp_path / "run.toml"]).lora)
     assert read[0] == read[1] == LoraSpec(r=8, target_modules=("q_proj", "v_proj"), dropout=0.05, use_rslora=True)
     assert read[0].scaling == 32 / 8**0.5
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        ({}, []),
+        (
+            {"lora": {"dropout": 0.1, "lora_alpha": 8}, "checkpoint": {"export_merged": True}},
+            [
+                "lora.lora_alpha = 8.0 says nothing: lora.r = 0 makes no adapters",
+                "lora.dropout = 0.1 says nothing: lora.r = 0 makes no adapters",
+                "checkpoint.export_merged = True says nothing: lora.r = 0 makes no adapters",
+            ],
+        ),
+        ({"lora": {"r": 1, "dropout": 0.1, "use_rslora": True}, "checkpoint": {"export_merged": True}}, []),
+        ({"lora": {"dropout": 0}, "checkpoint": {"export_merged": False}}, []),
+        (
+            {"training": {"lr_scheduler": "constant", "min_lr_ratio": 0.1}},
+            ["training.min_lr_ratio = 0.1 says nothing: training.lr_scheduler = 'constant' stays at the peak"],
+        ),
+        ({"training": {"min_lr_ratio": 0.1}}, []),
+        ({"data": {"buffer_size": 7}}, ["data.buffer_size = 7 says nothing: data.streaming is off"]),
+        ({"data": {"buffer_size": 7, "streaming": True}}, []),
+    ],
+)
+def test_keys_that_say_nothing_beside_the_others_are_a_line_each(keys, lines):
+    assert load_config([], {"model": {"hf_model_path": "m"}} | keys).in_vain() == lines
+
+
+def test_no_preset_sets_a_key_in_vain():
+    for name in preset_names():
+        config = load_config([name], {"model": {"hf_model_path": "m"}})
+        assert config.in_vain() == []

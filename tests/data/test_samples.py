@@ -108,6 +108,28 @@ def test_what_is_cut_and_left_out_is_counted_and_said(tmp_path, caplog):
         assert "1 cut at training.seq_len = 48 by 13 tokens together, 1 left out whose answer" in caplog.text
 
 
+@pytest.mark.parametrize(("trained", "measured"), [("text", "text"), ("rows", "text"), ("text", "rows")])
+def test_keys_of_instruction_data_say_nothing_where_all_is_text(trained, measured, tmp_path, caplog):
+    paths = {"text": tmp_path / "a.txt", "rows": write_rows(tmp_path / "b.jsonl", rows_of("prompt_completion", 40))}
+    paths["text"].write_text("some words\n" * 100)
+    (tmp_path / "c.txt").write_text("other words\n" * 100)
+    held_out = tmp_path / "c.txt" if measured == "text" else paths["rows"]
+    names = {"source": str(paths[trained]), "eval_source": str(held_out)}
+    usual, asked = DataConfig(**names), DataConfig(**names, packing=False, mask_prompt=False)
+    said = [
+        f"data.{key} = False says nothing: this is text, and no instruction data" for key in ("mask_prompt", "packing")
+    ]
+    for load, in_vain in (
+        (load_text, trained == measured == "text"),
+        (load_held_out, measured == "text"),
+    ):
+        caplog.clear()
+        load(usual, tokenizer_with(), LENGTH)
+        assert not [line for line in caplog.messages if "says nothing" in line]
+        load(asked, tokenizer_with(), LENGTH)
+        assert [line for line in caplog.messages if "says nothing" in line] == said * in_vain
+
+
 def test_files_of_all_kinds_hold_the_same(tmp_path):
     rows = rows_of("chat", 30)
     write_rows(tmp_path / "a.json", rows)

@@ -55,6 +55,18 @@ def test_what_a_run_takes_is_said_without_weights_or_a_file(config, tiny_llama, 
     assert f"all of it is written into {tmp_path / 'run'}" in caplog.messages
 
 
+def test_keys_that_say_nothing_are_told(config, caplog):
+    check(parts(config, lora={"r": 0, "dropout": 0.1}, data={"packing": False}))
+    vain = [line for line in caplog.messages if "says nothing" in line]
+    assert vain == [
+        "data.packing = False says nothing: this is text, and no instruction data",
+        "lora.dropout = 0.1 says nothing: lora.r = 0 makes no adapters",
+    ]
+    caplog.clear()
+    check(parts(config, lora={"dropout": 0.1}))
+    assert not [line for line in caplog.messages if "says nothing" in line]
+
+
 def test_adapters_that_train_without_any_fault_are_told(config, caplog):
     check(parts(config, bitflip={"w_p_frac": None}))
     line = "no faults are configured (bitflip.w_p_exp and more): the adapters train without any"

@@ -31,6 +31,13 @@ PRECISIONS: dict[str, tuple[Dtype, Dtype | None]] = {
 """LitGPT's word -> (dtype, mixed_precision_param)."""
 
 
+def _set_in_vain(why: str, where: str, table: Table, *keys: str) -> list[str]:
+    """A line for each of some keys of a table that is set, and not to what it is by default."""
+    usual = type(table)()
+    set_to = {key: value for key in keys if (value := getattr(table, key)) != getattr(usual, key)}
+    return [f"{where}.{key} = {value!r} says nothing: {why}" for key, value in set_to.items()]
+
+
 @dataclass(frozen=True)
 class ModelConfig(Table):
     """Which model."""
@@ -240,6 +247,10 @@ class DataConfig(Table):
     """Begin each document and each sequence with the tokenizer's beginning-of-text token. Default: where the tokenizer
     begins a text with one."""
 
+    def in_vain_of_text(self) -> list[str]:
+        """A line for each key that is set and is about instruction data, where all is text."""
+        return _set_in_vain("this is text, and no instruction data", "data", self, "mask_prompt", "packing")
+
 
 @dataclass(frozen=True)
 class EvalConfig(Table):
@@ -323,6 +334,20 @@ class RunConfig:
     def faulty(self) -> bool:
         """Whether the run's model has faulty layers: flips, a guard, or the adapters that live in such layers."""
         return bool(self.lora.r) or self.bitflip.any_fault
+
+    def in_vain(self) -> list[str]:
+        """A line for each key that is set and says nothing of a training run beside the others."""
+        lines = []
+        if not self.lora.r:
+            why = "lora.r = 0 makes no adapters"
+            lines += _set_in_vain(why, "lora", self.lora, "lora_alpha", "dropout", "use_rslora")
+            lines += _set_in_vain(why, "checkpoint", self.checkpoint, "export_merged")
+        if self.training.lr_scheduler == "constant":
+            why = "training.lr_scheduler = 'constant' stays at the peak"
+            lines += _set_in_vain(why, "training", self.training, "min_lr_ratio")
+        if not self.data.streaming:
+            lines += _set_in_vain("data.streaming is off", "data", self.data, "buffer_size")
+        return lines
 
     def sequences_per_step(self, processes: int) -> int:
         """The effective batch: sequences of an optimizer step, of all processes and micro-batches."""

@@ -121,11 +121,12 @@ def load_text(
             training and one of held-out text; for evaluation text that is trained on; for a ``bos`` that the tokenizer
             does not have; and for a cache directory that cannot be written.
     """
-    held_out = load_held_out(config, tokenizer, seq_len)
+    held_out = _held_out(config, tokenizer, seq_len)
     limit = None if needed is None else max(1, needed) * seq_len
     if (left := training_limit(config, held_out, seq_len)) is not None:
         limit = left if limit is None else min(limit, left)
     train = _text(training_source(config), "training", config, tokenizer, seq_len, limit, config.source)
+    _say_in_vain(config, train, held_out)
     if needed is not None and needed > len(train):
         logger.warning(
             "data.source = %r has %d sequences of %d tokens to train on, and the run takes %d: each is seen %.1f times",
@@ -146,6 +147,18 @@ def training_limit(config: DataConfig, held_out: PackedText, seq_len: int) -> in
 
 def load_held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedText:
     """The held-out text alone. Raises as ``load_text`` does."""
+    held_out = _held_out(config, tokenizer, seq_len)
+    _say_in_vain(config, held_out)
+    return held_out
+
+
+def _say_in_vain(config: DataConfig, *texts: PackedText) -> None:
+    if all(text.about is None for text in texts):
+        for line in config.in_vain_of_text():
+            logger.warning("%s", line)
+
+
+def _held_out(config: DataConfig, tokenizer: Any, seq_len: int) -> PackedText:
     if start := beginning(config.bos, tokenizer):
         token = "".join(tokenizer.convert_ids_to_tokens(start))
         logger.info("data.bos: each document and each sequence begins with %s", token)

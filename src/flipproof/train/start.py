@@ -141,7 +141,7 @@ def planned(config: RunConfig, tokenizer: Any, processes: int) -> RunConfig:
 
 
 def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: float | None) -> None:
-    """Log what a run takes and where it writes.
+    """Log what a run takes and where it writes, and which keys say nothing.
 
     Args:
         model: with its adapters; may be on the meta device.
@@ -153,6 +153,8 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
     logger.info("%s parameters, of which %s train (%.3g%%)", f"{total:,}", f"{trained:,}", 100 * trained / total)
     if config.lora.r and not config.bitflip.any_fault:
         logger.warning("no faults are configured (bitflip.w_p_exp and more): the adapters train without any")
+    for line in config.in_vain():
+        logger.warning("%s", line)
     a_step = config.sequences_per_step(processes)
     logger.info(
         "a step takes %d sequences of %d tokens (local_batch_size %d x processes %d x gradient_accumulation_steps %d); "
@@ -255,12 +257,15 @@ def _check_text(data: DataConfig, tokenizer: Any) -> float | None:
     measured, part = held_out_source(data)
     check_apart(data)
     tokens: float | None = None
+    all_text = True
     parts: list[tuple[Source, Part]] = [(training_source(data), "training"), (measured, part)]
     for source, part in parts:
         if isinstance(source, HubData):
             source.check()
+            all_text = False  # for all that is known
             continue
         if (format := instruction_format(data, source, part)) is not None:
+            all_text = False
             samples = read(whole_rows(source), part, encoder(data, format, tokenizer))
             if next((sample for sample in samples if sample is not None), None) is None:
                 raise holds_no("sample with an answer", source.name, part)
@@ -271,4 +276,6 @@ def _check_text(data: DataConfig, tokenizer: Any) -> float | None:
         if part == "training" and source.is_text:
             size = sum(span.end - span.start for span in source.spans(part))
             tokens = size * len(tokenizer.encode(piece.text)) / len(piece.text.encode(errors="replace"))
+    for line in data.in_vain_of_text() if all_text else ():
+        logger.warning("%s", line)
     return tokens if data.max_tokens is None or tokens is None else min(tokens, data.max_tokens)
