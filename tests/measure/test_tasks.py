@@ -10,6 +10,7 @@ import lm_eval.evaluator
 import lm_eval.tasks
 import pytest
 import torch
+from huggingface_hub import constants
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from scipy import stats
@@ -23,6 +24,7 @@ from flipproof.measure import tasks
 from flipproof.measure.answers import model_key
 from flipproof.measure.intervals import t_interval
 from flipproof.measure.tasks import Metric, TaskRequest, evaluate_tasks, tasks_table
+from flipproof.models import hub
 from flipproof.models.adapter import load_adapter, save_adapter
 from flipproof.models.load import byte_tokenizer
 
@@ -395,3 +397,17 @@ def test_data_that_the_hub_does_not_give_is_told_as_it_says(model_dir, lm_eval_t
     (tmp_path / "elsewhere.yaml").write_text(task.replace("toy_pages", "elsewhere"))
     with pytest.raises(ConfigError, match=r"--tasks elsewhere: .*'nobody/no-such-data' on the Hub \(OfflineMode"):
         evaluate_tasks(settings(model_dir), TaskRequest(("elsewhere",), tmp_path))
+
+
+def test_questions_come_from_the_cache_where_the_hub_cannot_be_reached(monkeypatch):
+    """``models/test_hub.py`` is about the rest."""
+
+    class Manager:
+        def load(self, names):
+            raise OSError(f"offline is {constants.is_offline_mode()}")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for reachable in (True, False):
+        monkeypatch.setattr(hub, "_reachable", lambda _, found=reachable: found)
+        with pytest.raises(ConfigError, match=f"--tasks a: its questions cannot be read .*offline is {not reachable}"):
+            tasks._load_task(Manager(), "a", TaskRequest(("a",)))

@@ -38,6 +38,7 @@ from flipproof.measure.arms import ARMS, Arm, arms_table
 from flipproof.measure.evaluate import arm_faults, arm_seeds, fault_seeds, measure_config_arms, open_model, results
 from flipproof.measure.intervals import MIN_TRIALS, narrow_enough, t_interval
 from flipproof.models.build import check_length
+from flipproof.models.hub import cache_where_unreachable
 from flipproof.models.load import load_tokenizer
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
@@ -137,21 +138,19 @@ def load_tasks(request: TaskRequest, metadata: Mapping[str, Any] | None = None) 
 
 def _load_task(manager: Any, name: str, request: TaskRequest) -> LoadedTask:
     try:
-        loaded = manager.load([name])
+        with cache_where_unreachable():
+            loaded = manager.load([name])
     except Exception as error:  # lm-eval, datasets and the tasks' own code raise any kind
         raise ConfigError([f"--tasks {name}: its questions cannot be read ({cause_of(error)})"]) from error
     groups, tasks = loaded.get("groups", {}), loaded["tasks"]
     own_files = sorted(request.include_path.rglob("*")) if request.include_path else []
+    own = [file.read_bytes() for file in own_files if file.suffix in (".py", ".yaml", ".yml")]
     key = {
         "name": name,
         "groups": {group: groups[group].child_names for group in groups},
         "tasks": {task: [tasks[task].dump_config(), _data_key(tasks[task])] for task in tasks},
         # functions of a task call others beside them
-        "files": [
-            hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in own_files
-            if file.suffix in (".py", ".yaml", ".yml")
-        ],
+        "files": [hashlib.sha256(content).hexdigest() for content in own],
         "num_fewshot": request.num_fewshot,
         "limit": request.limit,
         "chat": request.chat,
