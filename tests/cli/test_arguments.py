@@ -46,6 +46,7 @@ def said(capsys, *argv):
         ("generate m --prompt a --seed 1e3", "--seed = '1e3': a whole number is allowed"),
         ("generate m --prompt a --do_sample yes", "--do-sample = 'yes': true or false is allowed"),
         ("train m n", "n: not expected here"),
+        ("train m --sites [linear, head]", "head]: not expected here; a list with spaces is quoted, as '[a, b]'"),
         ("export m n --to x", "n: not expected here"),
         ("train --batch_size 1", "--batch_size: unknown flag; sequences per process and micro-batch are "
          "training.local_batch_size"),

@@ -127,7 +127,8 @@ class Parser(argparse.ArgumentParser):
         if (surplus or getattr(args, "config", None) or "model" in overrides) and (said := self._behind_switches(argv)):
             raise ConfigError(said)
         if surplus:
-            raise ConfigError([f"{' '.join(surplus)}: not expected here"])
+            hint = "; a list with spaces is quoted, as '[a, b]'" if surplus[-1].endswith("]") else ""
+            raise ConfigError([f"{' '.join(surplus)}: not expected here{hint}"])
         return args, overrides
 
     def _behind_switches(self, argv: Sequence[str]) -> list[str]:
