@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from safetensors import SafetensorError, safe_open
 
@@ -67,8 +66,11 @@ def cache_where_unreachable() -> Iterator[None]:
     if constants.is_offline_mode() or _reachable(int(time.monotonic() / 60)):
         yield
         return
-    with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
+    constants.HF_HUB_OFFLINE = True
+    try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 @lru_cache(maxsize=1)
