@@ -9,7 +9,7 @@ from instructed import CHAT_TEMPLATE, rows_of, samples_in, tokenizer_with, write
 from flipproof.config import DataConfig
 from flipproof.data.instruct import Encoder
 from flipproof.data.samples import read, whole_rows
-from flipproof.data.sequences import load_held_out, load_text
+from flipproof.data.sequences import PackedText, load_held_out, load_text
 from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
 
@@ -80,6 +80,24 @@ def test_labels_and_positions_follow_from_the_marks(tmp_path):
             assert labels[row, i] == (ids[row, i] if text.marks[row, i] & 1 else -100)
     assert torch.equal(ids, torch.from_numpy(text.sequences.astype(np.int64)))
     assert loaded(tmp_path / "rows.jsonl", packing=False).batch(np.arange(2)).positions is None
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_without_their_padding(tmp_path, packing):
+    """The token that pads is in no sample here."""
+    text = loaded(write_rows(tmp_path / "rows.jsonl", rows_of("prompt_completion", 40)), packing=packing)
+    every = np.arange(len(text))
+    expected = (text.sequences != 257).sum(1)
+    assert (text.sizes(every) == expected).all()
+    assert expected.sum() < text.sequences.size
+    for rows in (every[:1], every[2:5], every):
+        whole, cut = text.batch(rows), text.without_padding(rows)
+        for one, other in zip(whole, cut, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one[:, : expected[rows].max()], other)
+    plain = PackedText(np.full((2, 8), 257, dtype=np.int32), "text of one token, which is no padding")
+    assert plain.sizes(np.arange(2)).tolist() == [8, 8]
+    assert plain.without_padding(np.arange(2)).ids.shape == (2, 8)
 
 
 def test_fewer_sequences_are_the_beginning_of_more(tmp_path):
