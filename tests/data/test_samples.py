@@ -126,6 +126,29 @@ def test_what_is_cut_and_left_out_is_counted_and_said(tmp_path, caplog):
         assert "1 cut at training.seq_len = 48 by 13 tokens together, 1 left out whose answer" in caplog.text
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_of_a_limited_source_what_was_used_is_counted(tmp_path, packing):
+    """Packing reads 64 samples on before it gives the first sequence away."""
+    kinds = [("p" * 60, "c"), ("p", " "), ("p", "c" * 60), ("p" * 30, "c" * 4), ("p" * 40, "c")]
+    rows = [{"prompt": f"{i} {kinds[i % 5][0]}", "completion": kinds[i % 5][1]} for i in range(300)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    encoder = Encoder("prompt_completion", tokenizer_with(), (), None, True)
+    source = list(read(whole_rows(open_source(str(path), "text")), "all", encoder))
+    for sequences in (2, 30, 10_000):
+        text = loaded(path, packing=packing, max_tokens=sequences * LENGTH)
+        assert len(text) == min(sequences, 180)
+        heads = {tuple(ids[:6]) for ids, _ in samples_in(text)}  # each begins with a number of its own
+        used = [i for i, sample in enumerate(source) if sample and tuple(sample.ids[:6].tolist()) in heads]
+        fits = [sample is not None and sample.counts[:LENGTH].any() for sample in source]
+        used = [i for i in used if fits[i]]
+        until = len(source) if len(used) == sum(fits) else used[-1]
+        over = [len(source[i].ids) - LENGTH for i in used if len(source[i].ids) > LENGTH]
+        about = text.about
+        assert (about.samples, about.cut, about.cut_tokens) == (len(used), len(over), sum(over))
+        assert about.unanswered == sum(sample is None for sample in source[:until])
+        assert about.beyond == sum(sample is not None and not fits[i] for i, sample in enumerate(source[:until]))
+
+
 def test_files_of_all_kinds_hold_the_same(tmp_path):
     rows = rows_of("chat", 30)
     write_rows(tmp_path / "a.json", rows)
