@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import flipproof.cli.main
 import flipproof.train.checkpoint as checkpoint_module
 import flipproof.train.loop as train_module
 import flipproof.train.step as step_module
+from flipproof.data import shards as shards_module
 from flipproof.data.stream import StreamedText
 from flipproof.models import save
 
@@ -110,6 +112,34 @@ def step_3_waits_for_sigterm(rank, directory):
         (directory / "noted").touch()
 
     train_module.learning_rate, train_module._StopRequest._note = wait, note_and_tell
+
+
+def text_stays_away_after(shards, patch=setattr):
+    """What packs text shows signs of life, and makes no more than so many shards; after a minute all, at once."""
+    sequences, calls, end = shards_module.Reader.sequences, [], time.monotonic() + 60
+
+    def sequences_that_stay_away(reader, count):
+        calls.append(count)
+        while len(calls) > shards and time.monotonic() < end:
+            reader._alive()
+            time.sleep(0.01)
+        yield from sequences(reader, count)
+
+    patch(shards_module.Reader, "sequences", sequences_that_stay_away)
+
+
+def rank_1_gets_sigterm_while_text_stays_away(rank, _directory):
+    """There is text of shards of 7 for two steps of 8; rank 1 takes its last part half a second before."""
+    text_stays_away_after(3)
+    batch, calls = StreamedText.batch, []
+
+    def taken(*arguments):
+        calls.append(rank)
+        if rank == 1 and len(calls) == 4:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return batch(*arguments)
+
+    StreamedText.batch = taken
 
 
 def streamed_ids_are_kept(_rank, directory):

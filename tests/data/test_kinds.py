@@ -110,7 +110,7 @@ def test_a_folder_of_several_kinds(tmp_path, caplog):
     folder.mkdir()
     (folder / "a.txt").write_text("a text")
     (folder / "b.md").write_text("# a page")
-    write_rows(folder / "c.jsonl", [{"text": "of json"}, {"id": 3}])
+    write_rows(folder / "c.jsonl", [{"text": "of json"}, {"text": None}])
     (folder / "d.csv").write_text("text,n\nof csv,1\n")
     pq.write_table(pa.table({"text": ["of parquet"]}), folder / "e.parquet")
     (folder / "f.txt.gz").write_bytes(gzip.compress(b"a compressed text"))

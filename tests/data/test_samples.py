@@ -9,7 +9,7 @@ from instructed import CHAT_TEMPLATE, rows_of, samples_in, tokenizer_with, write
 from flipproof.config import DataConfig
 from flipproof.data.instruct import Encoder
 from flipproof.data.samples import read, whole_rows
-from flipproof.data.sequences import load_held_out, load_text
+from flipproof.data.sequences import PackedText, load_held_out, load_text
 from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
 
@@ -82,6 +82,24 @@ def test_labels_and_positions_follow_from_the_marks(tmp_path):
     assert loaded(tmp_path / "rows.jsonl", packing=False).batch(np.arange(2)).positions is None
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_without_their_padding(tmp_path, packing):
+    """The token that pads is in no sample here."""
+    text = loaded(write_rows(tmp_path / "rows.jsonl", rows_of("prompt_completion", 40)), packing=packing)
+    every = np.arange(len(text))
+    expected = (text.sequences != 257).sum(1)
+    assert (text.sizes(every) == expected).all()
+    assert expected.sum() < text.sequences.size
+    for rows in (every[:1], every[2:5], every):
+        whole, cut = text.batch(rows), text.without_padding(rows)
+        for one, other in zip(whole, cut, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one[:, : expected[rows].max()], other)
+    plain = PackedText(np.full((2, 8), 257, dtype=np.int32), "text of one token, which is no padding")
+    assert plain.sizes(np.arange(2)).tolist() == [8, 8]
+    assert plain.without_padding(np.arange(2)).ids.shape == (2, 8)
+
+
 def test_fewer_sequences_are_the_beginning_of_more(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows_of("prompt_completion", 400))
     config = DataConfig(source=str(path))
@@ -128,6 +146,29 @@ def test_keys_of_instruction_data_say_nothing_where_all_is_text(trained, measure
         assert not [line for line in caplog.messages if "says nothing" in line]
         load(asked, tokenizer_with(), LENGTH)
         assert [line for line in caplog.messages if "says nothing" in line] == said * in_vain
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_of_a_limited_source_what_was_used_is_counted(tmp_path, packing):
+    """Packing reads 64 samples on before it gives the first sequence away."""
+    kinds = [("p" * 60, "c"), ("p", " "), ("p", "c" * 60), ("p" * 30, "c" * 4), ("p" * 40, "c")]
+    rows = [{"prompt": f"{i} {kinds[i % 5][0]}", "completion": kinds[i % 5][1]} for i in range(300)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    encoder = Encoder("prompt_completion", tokenizer_with(), (), None, True)
+    source = list(read(whole_rows(open_source(str(path), "text")), "all", encoder))
+    for sequences in (2, 30, 10_000):
+        text = loaded(path, packing=packing, max_tokens=sequences * LENGTH)
+        assert len(text) == min(sequences, 180)
+        heads = {tuple(ids[:6]) for ids, _ in samples_in(text)}  # each begins with a number of its own
+        used = [i for i, sample in enumerate(source) if sample and tuple(sample.ids[:6].tolist()) in heads]
+        fits = [sample is not None and sample.counts[:LENGTH].any() for sample in source]
+        used = [i for i in used if fits[i]]
+        until = len(source) if len(used) == sum(fits) else used[-1]
+        over = [len(source[i].ids) - LENGTH for i in used if len(source[i].ids) > LENGTH]
+        about = text.about
+        assert (about.samples, about.cut, about.cut_tokens) == (len(used), len(over), sum(over))
+        assert about.unanswered == sum(sample is None for sample in source[:until])
+        assert about.beyond == sum(sample is not None and not fits[i] for i, sample in enumerate(source[:until]))
 
 
 def test_files_of_all_kinds_hold_the_same(tmp_path):

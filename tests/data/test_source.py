@@ -155,18 +155,26 @@ def test_what_is_no_source_is_named(tmp_path, monkeypatch):
 def test_other_columns_are_of_no_matter(tmp_path):
     late = [{"text": "a" * 2000, "id": 1}] * 40 + [
         {"text": "b", "id": "x", "meta": {"a": 1}},
-        {"id": 3},
         {"text": None},
     ]
-    assert read(write_rows(tmp_path / "a.jsonl", late)) == ["", "", *["a" * 2000] * 40, "b"]
+    assert read(write_rows(tmp_path / "a.jsonl", late)) == ["", *["a" * 2000] * 40, "b"]
     refused(["text_column = 'body'", "has the columns text, id"], tmp_path / "a.jsonl", "body")
-    (tmp_path / "two").mkdir()
-    write_rows(tmp_path / "two" / "a.jsonl", [{"title": "no text"}] * 3)
-    write_rows(tmp_path / "two" / "b.jsonl", [{"text": "c"}])
-    assert read(tmp_path / "two") == ["", "", "", "c"]
     chat = write_rows(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
     refused(["has the columns messages", "instruction data has instruction and output"], chat)
     refused(["chat.jsonl, line 1 holds a value of type list of dict", "data.format = 'chat'"], chat, "messages")
+
+
+def test_a_row_without_the_column_among_rows_that_have_it_is_refused(tmp_path):
+    words = ["data.text_column = 'text'", "has the columns id, body; without text", "null or ''"]
+    mixed = [{"text": "a"}, {"text": None}, {"id": 3, "body": "b"}, {"text": "c"}]
+    refused(["a.jsonl, line 3", *words], write_rows(tmp_path / "a.jsonl", mixed))
+    (tmp_path / "a.json").write_text(json.dumps(mixed))
+    refused(["a.json, item 2", *words], tmp_path / "a.json")
+    refused(["b.jsonl, line 2", "has no columns"], write_rows(tmp_path / "b.jsonl", [{"text": "a"}, {}]))
+    (tmp_path / "two").mkdir()
+    write_rows(tmp_path / "two" / "a.jsonl", [{"title": "no text"}] * 3)
+    write_rows(tmp_path / "two" / "b.jsonl", [{"text": "c"}])
+    refused(["a.jsonl, line ", "has the columns title"], tmp_path / "two")
 
 
 def test_json_lines_of_every_usual_form(tmp_path):

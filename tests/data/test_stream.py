@@ -351,6 +351,44 @@ def test_each_shard_is_checked_before_it_is_used(tmp_path):
     assert checked == [(SIZE, LENGTH)] * 3
 
 
+def empty_rows(path):
+    """(40 rows, every fifth of them null, "" or white space, as a file; what is to be said of its training part)."""
+    texts = [[None, "", " \n"][i // 5 % 3] if i % 5 == 0 else f"row {i} of text " * 9 for i in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held_out = [span.document.data.decode() for span in training_source(config(str(path))).spans("held-out")]
+    blank = sum(not text.strip() for text in held_out)
+    return str(path), f"{8 - blank} of {40 - len(held_out)} rows are empty"
+
+
+def test_empty_rows_are_counted_and_said_once(tmp_path, caplog):
+    source, expected = empty_rows(tmp_path / "a.jsonl")
+    caplog.set_level("INFO", "flipproof")
+    with opened(source) as text:
+        text.need(0, 0, 1000)  # all of it, more than once
+        text.batch(0, 0, 1000)
+    of_stream = [message for message in caplog.messages if "rows are empty" in message]
+    assert of_stream == [f"data source {source!r}, its training part: {expected}"]
+    caplog.clear()
+    as_packed(source)
+    assert [message for message in caplog.messages if expected in message] == of_stream
+    caplog.clear()
+    with opened(rows(tmp_path / "b.jsonl")) as text:
+        text.need(0, 0, 1000)
+    as_packed(str(tmp_path / "b.jsonl"))
+    assert "rows are empty" not in caplog.text
+
+
+def test_a_row_without_the_column_ends_a_stream(tmp_path):
+    source = tmp_path / "a.jsonl"
+    rows(source, 100)
+    source.write_text(source.read_text() + '{"body": "b"}\n' * 20)
+    with opened(str(source)) as text, pytest.raises(ConfigError) as told:
+        text.need(0, 0, 10_000)
+    (line,) = told.value.problems
+    assert "a.jsonl, line 1" in line
+    assert "has the columns body" in line
+
+
 # -- the Hub -----------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +418,15 @@ def test_hub_data_are_streamed(tmp_path, monkeypatch):
     assert signature != HubStream("org/data", "text", Choice()).signature("training")
     with pytest.raises(ConfigError, match="'org/data' has the columns text"):
         opened("org/data", text_column="body")
+
+
+def test_a_row_of_the_hub_without_the_column_is_named(monkeypatch):
+    lines = [{"text": f"row {number} " * 20} for number in range(100)] + [{"body": "b", "id": 1}]
+    hub(monkeypatch, datasets.IterableDataset.from_generator(lambda: iter(lines)))
+    with opened("org/data") as text, pytest.raises(ConfigError) as told:
+        text.need(0, 0, 10_000)
+    (line,) = told.value.problems
+    assert line.startswith("data.text_column = 'text': org/data, row 100 has the columns body, id; ")
 
 
 def test_a_network_that_goes_is_one_line(monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import guards_by_hand
 import pytest
 import torch
+from instructed import rows_of, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,10 @@ import flipproof
 from flipproof import BitFlipSpec
 from flipproof.cli.main import main
 from flipproof.config import load_config
+from flipproof.data.instruct import Encoder
+from flipproof.data.samples import read, whole_rows
 from flipproof.data.sequences import load_text
+from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
 from flipproof.faults.fitted import Guards, read_guards
 from flipproof.faults.spec import Fitted
@@ -93,6 +97,44 @@ def test_maxima_are_those_that_plain_hooks_see(tiny_llama, model_dir, fitted):
     torch.testing.assert_close(guards.maxima["model.layers.0.self_attn/v"].flatten(), values, rtol=1e-5, atol=1e-6)
     assert guards.maxima["model.layers.0.self_attn/k"].shape == guards.maxima["model.layers.0.self_attn/v"].shape
     assert guards.texts == ({"source": "stdlib", "tokens": SAMPLES * LENGTH},)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@torch.no_grad()
+def test_maxima_are_of_real_tokens_alone(tiny_llama, model_dir, tmp_path, monkeypatch, packing):
+    """Against hooks that see each sample by itself, as the tokenizer has it. The token that pads is made a huge one."""
+    model, count = tiny_llama(), 60
+    pad = byte_tokenizer().pad_token_id
+    model.get_input_embeddings().weight[pad] *= 100
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    path = write_rows(tmp_path / "rows.jsonl", rows_of("prompt_completion", count))
+    config = settings(tmp_path / "model")
+    config = replace(config, data=replace(config.data, source=str(path), packing=packing, max_tokens=None))
+    with pytest.raises(ConfigError, match=r"are fitted to (\d+) tokens without padding; at least 4,096") as told:
+        fit_guards(config, "channel", tmp_path / "guards")
+    monkeypatch.setattr(measure_guards, "_LEAST_TOKENS", 100)
+    guards = fit_guards(config, "channel", tmp_path / "guards")
+
+    seen, tokens = {}, 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda _m, args, _y, name=name: seen.setdefault(name, []).append(args[0].abs().flatten(0, -2).amax(0))
+            )
+    text, _ = load_text(config.data, byte_tokenizer(), LENGTH)
+    encoder = Encoder("prompt_completion", byte_tokenizer(), (), None, True)
+    for sample in read(whole_rows(open_source(str(path), "text")), "training", encoder):
+        model(torch.from_numpy(sample.ids)[None].long())
+        tokens += len(sample.ids)
+    assert text.about.samples == len(seen[DOWN])
+    assert tokens < 0.6 * len(text) * LENGTH if not packing else tokens < len(text) * LENGTH
+    assert guards.texts[0]["tokens"] == tokens
+    assert f"{tokens:,} tokens without padding" in str(told.value)
+    for name, maxima in seen.items():
+        if name != "lm_head":  # which is not asked about the last token
+            expected = torch.stack(maxima).amax(0)
+            torch.testing.assert_close(guards.maxima[f"{name}/x"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_file_is_what_was_fitted_and_coarser_ones_follow_from_it(fitted):

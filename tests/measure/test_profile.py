@@ -14,6 +14,7 @@ import flipproof
 from flipproof import BitFlipSpec
 from flipproof.cli.main import main
 from flipproof.config import load_config
+from flipproof.data.samples import BEGINS, HAS_LOSS, About
 from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
 from flipproof.measure.profile import (
@@ -215,6 +216,29 @@ def test_a_model_is_profiled_clean_and_left_as_it_was(tiny_llama, text, dtype):
     assert (total.weights.zero_out_t, total.inputs.zero_out_t) == (None, 2.0)
 
 
+def test_what_is_made_of_padding_is_not_counted(tiny_llama, text):
+    """Three rows of 24 tokens, of which the last 7, none and 15 are padding, against each row alone without it."""
+    rows, marks = text.sequences[:3].copy(), np.zeros((3, 24), dtype=np.uint8)
+    marks[:, 0] |= BEGINS
+    for row, mark, size in zip(rows, marks, (17, 24, 9), strict=True):
+        mark[size - 1] |= HAS_LOSS
+        row[size:] = 0
+    model = tiny_llama()
+    flipproof.inject(model, BitFlipSpec(w_p_exp=0.1, x_p_exp=0.1))
+    padded = PackedText(rows, "padded", marks, About("alpaca", packing=False))
+    layers, total, tokens = count_magnitudes(model, padded, 3, 2)
+    assert tokens == 17 + 24 + 9
+    alone = [
+        count_magnitudes(model, PackedText(rows[i : i + 1, :size], "alone"), 1, 1)[0]
+        for i, size in enumerate((17, 24, 9))
+    ]
+    for name, found in layers.items():
+        inputs = [one[name].inputs for one in alone]
+        assert found.inputs.count == sum(one.count for one in inputs) == tokens * model.get_submodule(name).in_features
+        assert found.inputs.maximum == max(one.maximum for one in inputs)
+    assert total.inputs.maximum == max(found.inputs.maximum for found in layers.values())
+
+
 def test_hooks_are_gone_after_a_pass_that_fails(tiny_llama, text):
     model = tiny_llama()
     flipproof.inject(model, BitFlipSpec(w_p_exp=0.1))
@@ -303,8 +327,10 @@ def test_values_are_counted_in_the_dtype_that_is_computed_with(model_dir, tiny_l
     weight = tiny_llama().get_submodule(name).weight.detach().bfloat16()
     assert_quantiles(found.layers[name].weights.quantiles, nearest_ranks(weight.flatten()), torch.bfloat16)
     text = load_held_out(config.data, byte_tokenizer(), 32)
+    model = tiny_llama()
+    model.get_input_embeddings().register_forward_hook(lambda _module, _args, states: states.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        inputs = inputs_of(tiny_llama(), text, np.arange(6) * len(text) // 6)[name].bfloat16()
+        inputs = inputs_of(model, text, np.arange(6) * len(text) // 6)[name].bfloat16()
     assert_quantiles(found.layers[name].inputs.quantiles, nearest_ranks(inputs), torch.bfloat16)
 
 

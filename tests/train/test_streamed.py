@@ -1,7 +1,11 @@
 """Training on text that is packed meanwhile: the same run whatever stops it, and one line where it cannot go on."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -9,14 +13,16 @@ import datasets
 import numpy as np
 import pytest
 from rounding import training_moved
-from sharded_runs import MOVED, alone, arguments, assert_same_run, make_home, run_jobs, stopped_after
+from sharded_jobs import text_stays_away_after
+from sharded_runs import MOVED, alone, arguments, assert_same_run, make_home, run_jobs, stderr, stopped_after
 from texts import sentences
 from tiny_runs import assert_same_run as assert_same_bits
 from tiny_runs import metrics, settings, train_until_crash
 
 from flipproof.data.stream import StreamedText
 from flipproof.errors import ConfigError
-from flipproof.train.loop import train
+from flipproof.train.checkpoint import list_checkpoints
+from flipproof.train.loop import Interrupted, train
 from flipproof.train.start import check
 
 # -- in one process ----------------------------------------------------------------------------------------------------
@@ -111,6 +117,56 @@ def test_text_that_cannot_be_read_ends_a_run_after_its_last_checkpoint(base, tmp
     assert losses[0][:2] == losses[1][:2]  # of the warm-up, the same whatever comes after
 
 
+@pytest.fixture
+def asked_to_stop():
+    """Sends this process a signal once training has taken it over and a run has so many lines of metrics."""
+    threads = []
+
+    def send(number, run_dir, lines):
+        def sent():
+            taken_over = signal.getsignal(number)
+            while signal.getsignal(number) is taken_over or len(metrics_so_far(run_dir)) < lines:
+                time.sleep(0.01)
+            time.sleep(0.1)  # in which the wait begins; where it has not, the end is the same
+            os.kill(os.getpid(), number)
+
+        threads.append(threading.Thread(target=sent, daemon=True))
+        threads[-1].start()
+
+    yield send
+    for thread in threads:
+        thread.join(timeout=10)
+
+
+def metrics_so_far(run_dir):
+    return metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+
+
+@pytest.mark.parametrize(
+    ("number", "shards", "size", "done", "save_freq"),
+    [(signal.SIGTERM, 2, 5, 2, 5), (signal.SIGINT, 2, 5, 2, 2), (signal.SIGTERM, 1, 2, 0, 2)],
+)
+def test_a_run_that_waits_for_text_is_asked_to_stop(
+    base, tmp_path, cache, asked_to_stop, number, shards, size, done, save_freq
+):
+    """It ends as between two steps: with a checkpoint of those that it has taken, from which it goes on."""
+    source = documents(tmp_path / "text.jsonl")
+    run = streamed(base, tmp_path / "run", source, save_freq=save_freq)
+    run = replace(run, data=replace(run.data, buffer_size=size))
+    with pytest.MonkeyPatch.context() as patch:
+        text_stays_away_after(shards, patch.setattr)
+        asked_to_stop(number, tmp_path / "run", done)
+        with pytest.raises(Interrupted, match=f"after step {done}; flipproof train .* --resume goes on from there"):
+            train(run)
+    assert len(metrics_so_far(tmp_path / "run")) == done
+    kept = [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")]
+    assert kept == [f"step-{done}"] * (done > 0)
+    train(run, resume="auto")
+    whole = streamed(base, tmp_path / "whole", source, save_freq=save_freq)
+    train(replace(whole, data=run.data))
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+
+
 def test_what_cannot_be_is_told_at_once(base, tmp_path):
     config = streamed(
         base, tmp_path / "run", documents(tmp_path / "text.jsonl"), steps=None, epochs=2, eval_freq="epoch"
@@ -178,6 +234,19 @@ def test_a_run_goes_on_in_two_processes_and_in_one_again(home):
             np.testing.assert_array_equal(last[first, 4], ids)
     rows = Counter(row.tobytes() for ids in two.values() for row in ids)
     assert max(rows.values()) == 1
+
+
+def test_two_processes_that_wait_for_text_stop_alike(home):
+    """Whichever of them the signal came to."""
+    source = documents(home / "away.jsonl")  # of which nothing is in the cache
+    argv = command(home, "away", 2, "--training.save_freq", "5", source=source)
+    patches = {"stopped": "rank_1_gets_sigterm_while_text_stays_away"}
+    run_jobs(
+        home / "away.jobs", 2, {"stopped": argv, "resumed": [*argv, "--resume"]}, patches, codes={"stopped": [75, 75]}
+    )
+    (line,) = (line for line in stderr(home / "away.jobs", "stopped").splitlines() if "stopped by" in line)
+    assert "stopped by SIGTERM after step 2; " in line
+    assert [path.name for path in list_checkpoints(home / "away/checkpoints")] == ["step-2", "step-5", "step-6"]
 
 
 def test_two_processes_end_alike_where_text_cannot_be_read(home):

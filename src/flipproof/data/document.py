@@ -24,7 +24,7 @@ import io
 import re
 import threading
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +35,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import numpy as np
 
 from flipproof.errors import ConfigError
+from flipproof.log import logger
 
 Part = Literal["all", "training", "held-out"]
 """Of a source."""
@@ -179,7 +180,10 @@ class Row:
 
     @cached_property
     def data(self) -> bytes:
-        return _utf8(self.item().get(self.column), self.where, self.column)
+        item = self.item()
+        if self.column not in item:
+            raise lacks_column(self.column, self.where, item)
+        return _utf8(item[self.column], self.where, self.column)
 
     @property
     def size(self) -> int:
@@ -199,6 +203,12 @@ class Record(Row):
 
     size = 1
     data = b" "
+
+
+def lacks_column(column: str, where: str, columns: Collection[str]) -> ConfigError:
+    """What is said of a row without a column that others have: its text may stand in another one."""
+    seen = f"the columns {', '.join(columns)}" if columns else "no columns"
+    return ConfigError([f"data.text_column = {column!r}: {where} has {seen}; without text it holds null or '' there"])
 
 
 def _text_decoder(errors: str) -> Any:
@@ -223,6 +233,30 @@ class Piece(NamedTuple):
     begins: bool
     """Whether the span begins here."""
     ends: bool
+
+
+class RowCount:
+    """How many rows were read, and how many of them hold no text: many tell of a column that was not meant."""
+
+    def __init__(self) -> None:
+        self.rows = self.empty = 0
+
+    def of(self, spans: Iterable[Span]) -> Iterator[Span]:
+        """The same spans, counted."""
+        for span in spans:
+            self.see(span)
+            yield span
+
+    def see(self, span: Span) -> None:
+        if isinstance(span.document, Row):
+            data = span.document.data
+            self.rows += 1
+            self.empty += not data or data.isspace()
+
+    def say(self, name: str, part: Part) -> None:
+        if self.empty:
+            which = "" if part == "all" else f", its {part} part"
+            logger.info("data source %r%s: %s of %s rows are empty", name, which, f"{self.empty:,}", f"{self.rows:,}")
 
 
 def spans(documents: Iterable[Document], part: Part) -> Iterator[Span]:

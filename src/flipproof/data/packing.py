@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock
 
-from flipproof.data.document import Part, pieces
+from flipproof.data.document import Part, RowCount, pieces
 from flipproof.data.source import Source
 from flipproof.data.tokens import BATCH_CHARACTERS, Tokens, batches, in_sequences
 from flipproof.errors import ConfigError
@@ -40,15 +40,18 @@ def packed_tokens(
     Raises:
         ConfigError: for text that cannot be read, a part without text, a cache that cannot be written.
     """
+    rows = RowCount()
 
     def make() -> Iterator[np.ndarray]:
-        texts = (piece for span in source.spans(part) for piece in pieces(span))
+        texts = (piece for span in rows.of(source.spans(part)) for piece in pieces(span))
         # a token has a few characters: for a few tokens few are tokenised
         characters = BATCH_CHARACTERS if limit is None else min(BATCH_CHARACTERS, 8 * limit)
         stream = Tokens(tokenizer, start).of(batches(texts, characters))
         return in_sequences(stream, start, seq_len) if start else stream
 
-    return packed_file(cache_path(source, part, tokenizer, start, seq_len, limit), source, part, make, limit)
+    tokens = packed_file(cache_path(source, part, tokenizer, start, seq_len, limit), source, part, make, limit)
+    rows.say(source.name, part)
+    return tokens
 
 
 def cache_path(

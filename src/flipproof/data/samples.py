@@ -12,7 +12,7 @@ where positions begin anew, ``transformers`` lets no token attend to the sample 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from flipproof.records import read_record, write_record
 HAS_LOSS, BEGINS = np.uint8(1), np.uint8(2)
 """Bits of a token's mark."""
 _TOKEN = np.dtype([("id", "<i4"), ("mark", "u1")])
-_FILLING = 2  # part of every key: to be raised when the same rows make other sequences
+_FILLING = 3  # part of every key: to be raised when the same rows make other sequences, or are counted otherwise
 _OPEN = 64  # sequences that a sample may go into
 _BATCH = 2**20  # characters that are tokenised at a time, about
 
@@ -49,9 +49,9 @@ class About:
     cut_tokens: int = 0
     """... and by how much together."""
     beyond: int = 0
-    """Samples left out since their answer begins where a sequence ends."""
+    """Samples left out since their answer begins where a sequence ends, ..."""
     unanswered: int = 0
-    """Samples left out since they have no answer."""
+    """... or since they have no answer; of a limited source those before the last sample that is in."""
 
 
 def instruction_format(config: DataConfig, source: Source, part: Part) -> Format | None:
@@ -154,12 +154,26 @@ def read(source: Source, part: Part, encoder: Encoder) -> Iterator[Sample | None
     yield from encoder.samples(rows)
 
 
+class _Fitting(NamedTuple):
+    """A sample that has a place in sequences."""
+
+    sample: Sample
+    """As long as a sequence at most."""
+    over: int
+    """Tokens that were cut."""
+    beyond: int
+    """Samples left out before it, as in ``About``."""
+    unanswered: int
+
+
 class _Maker:
-    """Samples to sequences, and the count of what becomes of them."""
+    """Samples to sequences, and the count of what becomes of them. Samples are read ahead of the sequences that they go
+    into, so what is counted with a sequence is what it holds, and what was left out before that."""
 
     def __init__(self, encoder: Encoder, seq_len: int, about: About) -> None:
         self.seq_len, self.about = seq_len, about
         self.padding = _padding(encoder.tokenizer)
+        self._beyond = self._unanswered = 0
 
     def sequences(self, samples: Iterable[Sample | None]) -> Iterator[np.ndarray]:
         """Each of shape (seq_len,)."""
@@ -167,34 +181,47 @@ class _Maker:
             made = np.zeros(self.seq_len, dtype=_TOKEN)
             made["id"] = self.padding
             at = 0
-            for ids, counts in row:
+            for (ids, counts), *_ in row:
                 here = made[at : at + len(ids)]
                 here["id"], here["mark"] = ids, counts * HAS_LOSS
                 here["mark"][0] |= BEGINS
                 at += len(ids)
-            trained = sum(int(sample.counts.sum()) for sample in row)
-            self._count(samples=len(row), trained_tokens=trained)
+            self._count(row)
             yield made
+        # all were read, so those that were left out behind the last sample count as well
+        self.about = replace(self.about, beyond=self._beyond, unanswered=self._unanswered)
 
-    def _that_fit(self, samples: Iterable[Sample | None]) -> Iterator[Sample]:
+    def _count(self, row: list[_Fitting]) -> None:
+        about = self.about
+        self.about = replace(
+            about,
+            samples=about.samples + len(row),
+            trained_tokens=about.trained_tokens + sum(int(each.sample.counts.sum()) for each in row),
+            cut=about.cut + sum(each.over > 0 for each in row),
+            cut_tokens=about.cut_tokens + sum(each.over for each in row),
+            beyond=max(about.beyond, *(each.beyond for each in row)),
+            unanswered=max(about.unanswered, *(each.unanswered for each in row)),
+        )
+
+    def _that_fit(self, samples: Iterable[Sample | None]) -> Iterator[_Fitting]:
         for sample in samples:
             if sample is None:
-                self._count(unanswered=1)
+                self._unanswered += 1
             elif not sample.counts[: self.seq_len].any():
-                self._count(beyond=1)
+                self._beyond += 1
             else:
-                if (over := len(sample.ids) - self.seq_len) > 0:
-                    self._count(cut=1, cut_tokens=over)
-                yield Sample(sample.ids[: self.seq_len], sample.counts[: self.seq_len])
+                fits = Sample(sample.ids[: self.seq_len], sample.counts[: self.seq_len])
+                over = max(0, len(sample.ids) - self.seq_len)
+                yield _Fitting(fits, over, self._beyond, self._unanswered)
 
-    def _rows(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    def _rows(self, samples: Iterable[_Fitting]) -> Iterator[list[_Fitting]]:
         if not self.about.packing:
             yield from ([sample] for sample in samples)
             return
-        rows: list[list[Sample]] = []
+        rows: list[list[_Fitting]] = []
         rooms: list[int] = []
-        for sample in samples:
-            size = len(sample.ids)
+        for fitting in samples:
+            size = len(fitting.sample.ids)
             at = next((i for i, room in enumerate(rooms) if room >= size), None)
             if at is None:
                 if len(rows) == _OPEN:
@@ -203,12 +230,9 @@ class _Maker:
                 at = len(rows)
                 rows.append([])
                 rooms.append(self.seq_len)
-            rows[at].append(sample)
+            rows[at].append(fitting)
             rooms[at] -= size
         yield from rows
-
-    def _count(self, **more: int) -> None:
-        self.about = replace(self.about, **{key: getattr(self.about, key) + n for key, n in more.items()})
 
 
 def _padding(tokenizer: Any) -> int:

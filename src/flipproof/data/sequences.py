@@ -79,6 +79,20 @@ class PackedText:
         labels = ids.where((marks & int(HAS_LOSS)) > 0, _NO_LABEL)
         return Batch(ids, labels, _positions((marks & int(BEGINS)) > 0) if self.packed else None)
 
+    def without_padding(self, indices: np.ndarray) -> Batch:
+        """The same, as wide as the longest of these rows is without the padding at its end."""
+        width = int(self.sizes(indices).max())
+        return Batch(*(None if part is None else part[:, :width] for part in self.batch(indices)))  # type: ignore[arg-type]
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """How many tokens each of these sequences has before its padding: int64, shape (len(indices),). What a row ends
+        in, over and over and without a loss, is padding."""
+        ids = self.sequences[indices]
+        if self.marks is None:
+            return np.full(len(indices), ids.shape[1])
+        real = (self.marks[indices] > 0) | (ids != ids[:, -1:])
+        return np.asarray(ids.shape[1] - real[:, ::-1].argmax(1))
+
     def trained_tokens(self, indices: np.ndarray) -> np.ndarray:
         """How many tokens of each of these sequences have a loss: int64, shape (len(indices),)."""
         if self.marks is None:

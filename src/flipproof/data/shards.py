@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from flipproof.data import packing
-from flipproof.data.document import Piece, pieces
+from flipproof.data.document import Piece, RowCount, pieces
 from flipproof.data.source import Source
 from flipproof.data.tokens import Tokens, batches, begun, cut
 from flipproof.errors import ConfigError
@@ -131,7 +131,7 @@ class Reader:
             characters: that are tokenised at once.
             alive: called now and then; what it raises ends the reading.
         """
-        self._source, self._start, self._seq_len = source, start, seq_len
+        self._source, self._start, self._seq_len, self._rows = source, start, seq_len, RowCount()
         self._tokens = Tokens(tokenizer, start)
         self._alive, self._from, self._drop = alive, place, place.used
         self._at = place.span, place.piece
@@ -148,6 +148,10 @@ class Reader:
         while len(self._held) > 1 and used >= self._held[0][1]:
             used -= self._held.popleft()[1]
         return self._held[0][0]._replace(used=used)
+
+    def say_rows(self) -> None:
+        """How many of those that it has read are empty."""
+        self._rows.say(self._source.name, "training")
 
     def sequences(self, count: int) -> Iterator[np.ndarray]:
         """The next ``count`` sequences, some at a time, one after the other; fewer where the source ends."""
@@ -188,6 +192,7 @@ class Reader:
                 self._alive()
             if number < self._from.span:
                 continue
+            self._rows.see(span)
             for of_span, piece in enumerate(pieces(span)):
                 if (number, of_span) >= (self._from.span, self._from.piece):
                     self._at = number, of_span + 1
@@ -255,6 +260,8 @@ class Packer(threading.Thread):
             self._failed([f"text could not be packed: {type(error).__name__}: {error}"])
         finally:
             self._lock.release()
+            if self._reader is not None:
+                self._reader.say_rows()
 
     def _missing(self) -> int | None:
         """The first shard that is not there, of those asked for and a few more."""

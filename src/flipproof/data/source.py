@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from flipproof.config import DataConfig
-from flipproof.data.document import Document, Part, Row, Span, spans
+from flipproof.data.document import Document, Part, Row, Span, lacks_column, spans
 from flipproof.data.folders import KINDS, by_split, identity, kind_of, readable_within
 from flipproof.data.tables import csv_rows, json_rows, no_column, parquet_rows, reason, rows, suffix_of, text_file
 from flipproof.errors import ConfigError
@@ -325,7 +325,9 @@ class HubStream(HubData):
         for number, row in enumerate(self._read()):
             if number == 0 and self.column not in row:
                 raise no_column(self.column, self.name, row)
-            yield row.get(self.column)
+            if self.column not in row:
+                raise lacks_column(self.column, f"{self.name}, row {number}", row)
+            yield row[self.column]
 
     def _read(self) -> Iterator[dict[str, Any]]:
         read, stream = 0, self._data

@@ -16,7 +16,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -72,13 +72,19 @@ class StreamedText:
             self._packer.close()
 
     def need(self, seed: int, first: int, count: int) -> None:
-        """Wait for the first-th to (first+count)-th sequence of a run with this seed.
+        """Wait for the first-th to (first+count)-th sequence of a run with this seed. Raises as ``coming`` does."""
+        _wait_for(self.coming(seed, first, count))
+
+    def coming(self, seed: int, first: int, count: int) -> Iterator[bool]:
+        """True, again and again, while any of these sequences is still to come; who asks decides how long to wait.
 
         Raises:
             ConfigError: where the text cannot be read, is shorter than one sequence, holds what ``check`` refuses, or
                 does not come.
         """
         while count > 0:
+            if self.total is None:
+                yield from self._shard_coming(first // self.shards.size)
             epoch, place = self._epoch(first)
             if epoch > self._said:
                 self._said = epoch
@@ -86,8 +92,9 @@ class StreamedText:
                     "data source %r has %s sequences of %d tokens to train on: pass %d over them begins",
                     self.source, f"{self.total:,}", self.shards.seq_len, epoch + 1,
                 )  # fmt: skip
-            sequences = self._shard(self._number(seed, epoch, place))
-            here = min(count, len(sequences) - place % self.shards.size)
+            number = self._number(seed, epoch, place)
+            yield from self._opening(number)
+            here = min(count, len(self._open[number]) - place % self.shards.size)
             first, count = first + here, count - here
 
     def batch(self, seed: int, first: int, count: int) -> Batch:
@@ -113,7 +120,7 @@ class StreamedText:
     def _epoch(self, k: int) -> tuple[int, int]:
         """(pass over the text, which of its sequences) of a run's k-th."""
         if self.total is None:
-            self._wait(k // self.shards.size)
+            _wait_for(self._shard_coming(k // self.shards.size))
         if self.total is None:
             return 0, k
         if not self.total:
@@ -136,10 +143,15 @@ class StreamedText:
         return int(_order(seed, epoch, _ALL, whole)[number]) if number < whole else number
 
     def _shard(self, number: int) -> np.ndarray:
+        _wait_for(self._opening(number))
+        return self._open[number]
+
+    def _opening(self, number: int) -> Iterator[bool]:
+        """True while a shard is to come; then it is open."""
         if self._packer is not None:
             self._packer.ask(number)
         while number not in self._open:
-            self._wait(number)
+            yield from self._shard_coming(number)
             head = self.shards.head(number)
             sequences = None if head is None else self.shards.tokens(number, head.sequences)
             if sequences is not None:
@@ -147,10 +159,9 @@ class StreamedText:
                 while len(self._open) >= _OPEN:
                     del self._open[next(iter(self._open))]
                 self._open[number] = sequences
-        return self._open[number]
 
-    def _wait(self, number: int) -> None:
-        """Until the shard is there, or it is known that the source ends before it."""
+    def _shard_coming(self, number: int) -> Iterator[bool]:
+        """True until a shard is there, or it is known that the source ends before it."""
         seen, since = -1, time.monotonic()
         while not self._is_there(number):
             if self._packer is not None:
@@ -167,7 +178,7 @@ class StreamedText:
                     [f"data source {self.source!r}: its text is no longer packed: process {self._packs}, which does "
                      f"so on this node, {why}"]
                 )  # fmt: skip
-            time.sleep(POLL_S)
+            yield True
 
     def _is_there(self, number: int) -> bool:
         if number in self._open:
@@ -201,6 +212,11 @@ class StreamedText:
             return status_file(self.shards.directory, self._packs).stat().st_mtime_ns
         except OSError:
             return 0
+
+
+def _wait_for(coming: Iterator[bool]) -> None:
+    for _ in coming:
+        time.sleep(POLL_S)
 
 
 _ALL = 2**32 - 1

@@ -32,7 +32,7 @@ from flipproof.measure.intervals import MIN_TRIALS, sure_enough, weighted_mean, 
 from flipproof.models.adapter import adapter_spec, load_adapter
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.load import compute_context, load_tokenizer
-from flipproof.models.loss import loss_by_row
+from flipproof.models.loss import loss_by_row, next_token_loss
 from flipproof.models.packed import check_text
 from flipproof.records import RESULTS, write_new_record
 from flipproof.world import World, join_world
@@ -74,6 +74,33 @@ def passes_of(text: PackedText, num_samples: int, batch_size: int, world: World)
     return [(first, chosen[first:][:batch_size]) for first in firsts]
 
 
+@torch.no_grad()
+def run_over(
+    model: nn.Module,
+    text: PackedText,
+    num_samples: int,
+    batch_size: int,
+    world: World,
+    looking: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> int:
+    """Run the sequences of ``passes_of`` through a model, for who looks at all that it makes of them; returns how many
+    tokens they have, in all processes together.
+
+    What is made of padding is of no text. So a sequence that may end in some has a pass of its own, without it.
+
+    Args:
+        looking: around each pass but those for which this process has no sequence left: a sharded model needs it there.
+    """
+    passes = passes_of(text, num_samples, batch_size if text.marks is None else 1, world)
+    with evaluating(model), bar(len(passes), "batch", world.first) as shown:
+        for _, here in passes:
+            batch = text.without_padding(here if len(here) else np.array([0])).to(world.device)
+            with looking() if len(here) else nullcontext():
+                next_token_loss(model, batch.ids, positions=batch.positions)
+            shown.update()
+    return unpadded_tokens(text, num_samples)
+
+
 def mean_loss(
     model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World | None = None
 ) -> tuple[float, int]:
@@ -86,6 +113,11 @@ def tokens_of(text: PackedText, num_samples: int) -> list[int]:
     """How many tokens each of the sequences of ``passes_of`` is measured on."""
     tokens: list[int] = text.trained_tokens(_chosen(text, num_samples)).tolist()
     return tokens
+
+
+def unpadded_tokens(text: PackedText, num_samples: int) -> int:
+    """How many tokens the sequences of ``passes_of`` have together, without padding."""
+    return int(text.sizes(_chosen(text, num_samples)).sum())
 
 
 def _chosen(text: PackedText, num_samples: int) -> np.ndarray:

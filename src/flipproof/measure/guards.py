@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +25,9 @@ from flipproof.faults.inject import fault_state, inject, set_faults
 from flipproof.faults.same_model import check_fitted
 from flipproof.faults.spec import BitFlipSpec, Granularity
 from flipproof.files import check_new
-from flipproof.log import bar
-from flipproof.measure.evaluate import evaluating, passes_of
+from flipproof.measure.evaluate import run_over, unpadded_tokens
 from flipproof.models.build import build_model, check_guards, check_length, flipped_dtype
 from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
-from flipproof.models.loss import next_token_loss
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
 from flipproof.models.weights import read_tensor
@@ -71,20 +68,14 @@ class Maxima:
         return {name: found[name] for name in sorted(found)}
 
 
-@torch.no_grad()
 def largest_magnitudes(
     model: nn.Module, text: PackedText, num_samples: int, batch_size: int, world: World
 ) -> tuple[dict[str, Tensor], int]:
     """(the maxima of a model that ``fitting_spec`` made faulty, tokens that it has run over)."""
-    passes = passes_of(text, num_samples, batch_size, world)
     maxima = Maxima()
-    with evaluating(model), hooked(model, maxima), bar(len(passes), "batch", world.first) as shown:
-        for _, here in passes:
-            # a sharded model needs all processes in every pass
-            batch = text.batch(here if len(here) else np.array([0])).to(world.device)
-            next_token_loss(model, batch.ids, positions=batch.positions)
-            shown.update()
-    return maxima.of_all(world), min(num_samples, len(text)) * text.sequences.shape[1]
+    with hooked(model, maxima):
+        tokens = run_over(model, text, num_samples, batch_size, world)
+    return maxima.of_all(world), tokens
 
 
 def fitting_spec(spec: BitFlipSpec, keys_and_values: bool) -> BitFlipSpec:
@@ -183,11 +174,12 @@ def calibration_text(config: RunConfig, tokenizer: Any) -> PackedText:
     """What guards are fitted to. Raises ConfigError where it cannot be read, or is too short."""
     samples, seq_len = config.eval.num_samples, config.training.seq_len
     text, _ = load_text(config.data, tokenizer, seq_len, samples if config.data.streaming else None)
-    if (tokens := min(samples, len(text)) * seq_len) < _LEAST_TOKENS:
+    if (tokens := unpadded_tokens(text, samples)) < _LEAST_TOKENS:
+        padding = "" if text.marks is None else " without padding"
         raise ConfigError(
             [
                 f"{len(text):,} sequences of {text.source}, {samples:,} samples of {seq_len:,} tokens: "
-                f"guards are fitted to {tokens:,} tokens; at least {_LEAST_TOKENS:,} are allowed"
+                f"guards are fitted to {tokens:,} tokens{padding}; at least {_LEAST_TOKENS:,} are allowed"
             ]
         )
     return text

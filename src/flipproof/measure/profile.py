@@ -20,7 +20,7 @@ the same whichever process they come to, the last and smaller one too.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,11 +38,10 @@ from flipproof.faults.inject import faults, iter_faulty
 from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
-from flipproof.log import bar, logger
-from flipproof.measure.evaluate import evaluating, passes_of
+from flipproof.log import logger
+from flipproof.measure.evaluate import run_over
 from flipproof.models.build import build_model, check_length, flipped_dtype
 from flipproof.models.load import compute_context, load_tokenizer
-from flipproof.models.loss import next_token_loss
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
 from flipproof.records import write_new_record
@@ -291,25 +290,15 @@ def count_magnitudes(
         # Before any forward pass: after one, FSDP may keep a weight gathered, and every process would count it.
         weights[name].add(local(layer.weight).reshape(-1)[replica::replicas])
 
-    passes = passes_of(text, num_samples, batch_size, world)
-    with (
-        evaluating(model),
-        faults(model, flips=False, guard=False, adapters=False),
-        bar(len(passes), "batch", world.first) as shown,
-    ):
-        for _, here in passes:
-            # A sharded model needs all processes in every pass; one that has no sequence left counts nothing.
-            with _counted_inputs(layers, inputs) if len(here) else nullcontext():
-                batch = text.batch(here if len(here) else np.array([0])).to(world.device)
-                next_token_loss(model, batch.ids, positions=batch.positions)
-            shown.update()
+    with faults(model, flips=False, guard=False, adapters=False):
+        tokens = run_over(model, text, num_samples, batch_size, world, lambda: _counted_inputs(layers, inputs))
 
     for tally in (*weights.values(), *inputs.values()):
         tally.reduce(world)
     w, x = ({name: tally.histogram() for name, tally in tallies.items()} for tallies in (weights, inputs))
     profiles = {name: LayerProfile(w[name].summary(), x[name].summary()) for name in layers}
     total = LayerProfile(Histogram.pooled(w.values()).summary(), Histogram.pooled(x.values()).summary())
-    return profiles, total, min(num_samples, len(text)) * text.sequences.shape[1]
+    return profiles, total, tokens
 
 
 def _replica(world: World) -> tuple[int, int]:

@@ -200,6 +200,13 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def forget_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for path in list_checkpoints(directory):
+        if step_of(path) > step:
+            discard(path)
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> int:
     """Restore trainable parameters, optimizer and progress in place; returns the step. All processes call, after
     ``whole_checkpoint``.

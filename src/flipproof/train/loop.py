@@ -53,6 +53,7 @@ from flipproof.train.checkpoint import (
     best_checkpoint,
     clear_unfinished,
     find_checkpoint,
+    forget_after,
     list_checkpoints,
     load_checkpoint,
     step_of,
@@ -301,7 +302,7 @@ class _Run:
         def look() -> Path | None:
             directory.mkdir(exist_ok=True)
             clear_unfinished(checkpoints)
-            _forget_after(checkpoints, steps)
+            forget_after(checkpoints, steps)
             return find_checkpoint(checkpoints, "auto")
 
         last = self.world.once(look)
@@ -321,7 +322,7 @@ class _Run:
             forget_abandoned(self.run_dir)
             control = self.run_dir / CONTROL
             if self.checkpoint is None or (self.differences and self.differences.said):
-                _forget_after(control / "checkpoints", self.first_step)  # it trained otherwise
+                forget_after(control / "checkpoints", self.first_step)  # it trained otherwise
             if self.first_step != self.config.training.steps:  # else it is of as many steps
                 for result in ("adapter", "model"):
                     discard(control / result)
@@ -381,7 +382,7 @@ class _Course:
             config, world, training, validation, checkpoint, logged
         )  # fmt: skip
         self.model = training.model
-        self.first_step = 0 if checkpoint is None else step_of(checkpoint)
+        self.first_step = self.kept = 0 if checkpoint is None else step_of(checkpoint)  # kept: the last that is saved
 
     def load(self) -> None:
         if self.checkpoint is not None:
@@ -395,13 +396,14 @@ class _Course:
         self.model.train()
         run.fit_memory()
         self.validation.announce()
-        best = self._best_so_far()
+        best, done, validated = self._best_so_far(), self.first_step, None
         writer = Checkpointer(self._checkpoints, self.config.checkpoint, world)
         with _StopRequest() as stop, log.training(), writer as checkpoints:
             for step in range(self.first_step, config.steps):
+                if not run.await_text(step, checkpoints.wait, lambda: stop.asked(world)):
+                    break
                 lr = learning_rate(config, step)
                 with log.step(step):
-                    run.await_text(step, checkpoints.wait)
                     loss, grad_norm = run.step(step, lr)
                 done = step + 1
                 checkpoints.check()
@@ -415,20 +417,23 @@ class _Course:
                 validated = self._validated(done, log)
                 is_best = validated is not None and validated < best
                 best = validated if validated is not None and is_best else best
-                stopping = world.largest(stop.came) > 0
                 due = (config.save_freq and done % config.save_freq == 0) or done == config.steps
-                if due or stopping or (is_best and self.config.checkpoint.keep_best):
-                    run.check_finite(done)
-                    log.sync()
-                    checkpoints.save(
-                        done, self.model, run.optimizer, run.saved(), self.logged, validated, run.text_until(done)
-                    )
-                if stopping:
+                if due or (is_best and self.config.checkpoint.keep_best):
+                    self._save(done, validated, log, checkpoints)
+                if stop.asked(world):
                     break
+            if done > self.kept:  # it was asked to stop
+                self._save(done, validated, log, checkpoints)
             checkpoints.wait()
             run.release()
-            if by := int(world.largest(stop.came)):
+            if by := stop.asked(world):
                 raise Interrupted(f"stopped by {_SAID[by]} after step {done}; {goes_on}")
+
+    def _save(self, done: int, validated: float | None, log: StepLog, checkpoints: Checkpointer) -> None:
+        run, self.kept = self.training, done
+        run.check_finite(done)
+        log.sync()
+        checkpoints.save(done, self.model, run.optimizer, run.saved(), self.logged, validated, run.text_until(done))
 
     @property
     def _checkpoints(self) -> Path:
@@ -465,24 +470,21 @@ class _StopRequest:
             self._before = {number: signal.signal(number, self._note) for number in _SAID}
         return self
 
+    def asked(self, world: World) -> int:
+        """The number of the signal that came to any process, which all must call; 0 for none."""
+        return int(world.largest(self.came))
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.came = number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # the second ends at once
             if os.environ.get("RANK", "0") == "0":
                 with suppress(OSError):  # no log line, since it may be one that the signal interrupts
-                    os.write(2, b"\nthe step is finished and saved; Ctrl-C again ends at once\n")
+                    os.write(2, b"\na step that has begun is finished, and all is saved; Ctrl-C again ends at once\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _forget_after(checkpoints: Path, step: int) -> None:
-    """Delete the checkpoints of later steps."""
-    for path in list_checkpoints(checkpoints):
-        if step_of(path) > step:
-            discard(path)
 
 
 def _saved_arms(run_dir: Path) -> dict[str, Arm] | None:

@@ -5,6 +5,7 @@ is, so what training changes is all in ``Training``: weights, optimizer and ``pr
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import Batch, PackedText, training_indices
+from flipproof.data.shards import POLL_S
 from flipproof.data.stream import StreamedText
 from flipproof.dtensor import local, whole
 from flipproof.errors import ConfigError
@@ -80,26 +82,36 @@ class Training:
         self._losses = 0.0
         """Of this process's sequences since ``progress`` has those of all."""
 
-    def await_text(self, step: int, saved: Callable[[], None]) -> None:
-        """Until the text of a step is there, where it is streamed. All processes ask for the same, and end alike.
+    def await_text(self, step: int, saved: Callable[[], None], stops: Callable[[], object]) -> bool:
+        """Until the text of a step is there, where it is streamed; False where the run is to stop before it is. All
+        processes ask for the same, and end alike.
 
         Args:
             saved: waits until the checkpoints that were begun are written.
+            stops: whether the run is to stop, asked in all processes at once.
 
         Raises:
             ConfigError: where it will not come, with the step and what the run can go on from.
         """
         if not isinstance(self.text, StreamedText):
-            return
+            return True
         a_step, problems = self.config.sequences_per_step(self.world.size), list[str]()
-        try:
-            self.text.need(self.config.training.seed, step * a_step, a_step)
-        except ConfigError as error:
-            problems = error.problems
-        if self.world.largest(len(problems)):  # another node may have another reason, or none
-            told = next(found for found in self.world.gathered(problems) if found)
-            saved()
-            raise ConfigError(f"training stopped after step {step}: {problem}; {self._kept()}" for problem in told)
+        coming, waits = self.text.coming(self.config.training.seed, step * a_step, a_step), False
+        while True:
+            try:
+                waits = next(coming, False)
+            except ConfigError as error:
+                problems = error.problems
+            state = self.world.largest(2 if problems else waits)
+            if state == 0:
+                return True
+            if state == 2:  # another node may have another reason, or none
+                told = next(found for found in self.world.gathered(problems) if found)
+                saved()
+                raise ConfigError(f"training stopped after step {step}: {problem}; {self._kept()}" for problem in told)
+            if stops():  # a signal may have come to one process alone
+                return False
+            time.sleep(POLL_S)
 
     def step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns (mean loss of this process's rows, global gradient norm)."""
