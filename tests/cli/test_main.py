@@ -77,7 +77,7 @@ def printed_by(capsys, *argv):
     return text, {flag[1]: flag[2] for flag in found if flag}
 
 
-CONFIG_VERBS = ("train", "eval", "generate", "profile", "sweep", "harden")
+CONFIG_VERBS = ("train", "eval", "generate", "profile", "sweep", "harden", "plan")
 KEY_FLAGS = [f"--{key}" for key in KEYS]
 
 
@@ -193,6 +193,7 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         "export": ["run", "--to", "x"],
         "report": ["run"],
         "config": ["tiny"],
+        "plan": ["--gpus", "1"],
     }
     seen = {}
 

@@ -18,7 +18,7 @@ TOKENS, WIDTH, VOCABULARY = 12, 8, 37
 @pytest.fixture(autouse=True)
 def five_rows_at_a_time(monkeypatch):
     """22 predicted tokens make four chunks and a ragged last one."""
-    monkeypatch.setattr(loss, "_CHUNK", 5 * VOCABULARY + 3)
+    monkeypatch.setattr(loss, "HELD_LOGITS", 5 * VOCABULARY + 3)
 
 
 def make_head(bias=True, dtype=torch.float32):
@@ -236,7 +236,7 @@ class _Largest(TorchDispatchMode):
 def test_logits_are_never_held_whole(tiny_llama, monkeypatch, frozen):
     """48 rows at a time, and nothing else is larger; a transposed weight, (32, vocabulary), is smaller."""
     vocabulary, tokens = 1031, 4 * 64
-    monkeypatch.setattr(loss, "_CHUNK", 48 * vocabulary)
+    monkeypatch.setattr(loss, "HELD_LOGITS", 48 * vocabulary)
     ids = torch.randint(0, vocabulary, (4, 65), generator=torch.Generator().manual_seed(0))
     seen = []
     for fuse in (False, True):
@@ -406,7 +406,9 @@ def test_a_distilled_float16_gradient_survives_by_the_loss_scale():
 
 
 def test_a_share_of_0_changes_no_bit_and_who_says_the_same_learns_nothing(monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK", 2**20)  # one chunk: with a teacher there are more, and sums in another order
+    monkeypatch.setattr(
+        loss, "HELD_LOGITS", 2**20
+    )  # one chunk: with a teacher there are more, and sums in another order
     head, labels, hidden = make_head().requires_grad_(False), make_labels(), make_hidden().requires_grad_()
     results = []
     for teacher in (None, Teacher(hidden.detach().flip(1), 0.0), Teacher(hidden.detach(), 1.0)):
@@ -479,7 +481,7 @@ def test_the_teacher_is_the_model_before_it_had_faults_and_adapters(telling_llam
 
 def test_the_teachers_logits_are_never_held_whole_either(tiny_llama, monkeypatch):
     vocabulary, tokens = 1031, 4 * 64
-    monkeypatch.setattr(loss, "_CHUNK", 96 * vocabulary)
+    monkeypatch.setattr(loss, "HELD_LOGITS", 96 * vocabulary)
     ids = torch.randint(0, vocabulary, (4, 65), generator=torch.Generator().manual_seed(0))
     model = faulty(tiny_llama(vocab_size=vocabulary))
     fuse_loss(model)

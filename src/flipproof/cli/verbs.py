@@ -1,11 +1,12 @@
 """The verbs as a table: what each is for, which flags it has, and what it runs, which is imported when it runs."""
 
+import json
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from flipproof.cli.arguments import Argument, Verb, checkpoint_of, devices_of, path_of, value_of
 from flipproof.config import SECTIONS, RunConfig, changed_preset, described_keys, preset_names, preset_text
@@ -16,6 +17,9 @@ from flipproof.faults.spec import GRANULARITIES, field_names
 from flipproof.launch import EXIT_REQUEUE, tell_launcher
 from flipproof.log import logger
 from flipproof.records import CONFIG
+from flipproof.values import Count, Positive
+
+_Share = Annotated[float, lambda value: 0 < value <= 1, "a share above 0, up to 1"]
 
 
 def _say(result: object) -> None:
@@ -102,6 +106,14 @@ def _sweep(args: Namespace, config: RunConfig) -> None:
     from flipproof.sweep.run import sweep
 
     _say(sweep(config, args.to))
+
+
+def _plan(args: Namespace, config: RunConfig) -> None:
+    from flipproof.plan.estimate import Request, as_record, as_text, make_plan
+
+    request = Request(args.gpus, args.nodes, args.gpu, args.node_link, args.efficiency, args.price)
+    plan = make_plan(config, request)
+    _say(json.dumps(as_record(plan), indent=2) if args.json else as_text(plan))
 
 
 def _report(args: Namespace) -> None:
@@ -389,6 +401,25 @@ VERBS = {
             "flipproof sweep merged --p 1e-6 --layers block --protection none,guard,secded --to sweeps/layers",
         ),
         (*_ON_TEXT, "sweep"),
+    ),
+    "plan": Verb(
+        "Whether a training fits on GPUs, how long it takes and what it costs; needs none.",
+        _plan,
+        (
+            *_CONFIG,
+            _flag("--gpus", "GPUs of a node.", "N", Count, required=True),
+            _flag("--nodes", "Nodes.", "M", Count, default=1),
+            _flag("--gpu", "Which: a100-40, a100-80, h100, h200, b200, l40s, 4090, 5090.", "NAME", default="h100"),
+            _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
+            _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
+            _flag("--price", "Of a GPU-hour: what the training costs.", "X", Positive),
+            _flag("--json", "Print JSON."),
+        ),
+        (
+            "flipproof plan --config 70b --gpus 4 --gpu h200",
+            "flipproof plan --config my.toml --gpus 8 --nodes 8 --json",
+        ),
+        ("model", "training", "parallelism", "lora", "bitflip"),
     ),
     "report": Verb(
         "What runs, sweeps and profiles measured as one HTML page, with PNG and CSV files beside it.",

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from flipproof.faults.inject import faults
 
-_CHUNK = 2**27
+HELD_LOGITS = 2**27
 """Logits held at a time, at most: 512 MiB in float32."""
 _CHANGES_LOGITS = (
     *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
@@ -98,7 +98,7 @@ class LossHead(nn.Linear):
 
     def _token_losses(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy (n, 1) in float64 of hidden states (n, in) with their targets (n, 1), a chunk at a time."""
-        parts = hidden.split(max(1, _CHUNK // self.out_features))
+        parts = hidden.split(max(1, HELD_LOGITS // self.out_features))
         losses = [
             _cross_entropy(F.linear(part, self.weight, self.bias), rows)
             for part, rows in zip(parts, target.split(len(parts[0])), strict=True)
@@ -249,7 +249,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         counted = targets != IGNORED
         logits_of_a_row = len(weight) * (1 if taught is None else 2)
-        n, rows = counted.sum().clamp(min=1), max(1, _CHUNK // logits_of_a_row)
+        n, rows = counted.sum().clamp(min=1), max(1, HELD_LOGITS // logits_of_a_row)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # sums over chunks are in float32 whatever the weight is

@@ -91,6 +91,8 @@ _PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("v100 sxm3", 125.0),
     ("v100 pcie", 112.0),
     ("t4", 65.0),
+    ("rtx 4090", 165.2),
+    ("rtx 5090", 209.5),
 )
 """Words of a GPU's name -> dense peak in 16 bits; the first row whose words all occur counts."""
 
@@ -103,7 +105,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     None for CPUs, for GPUs that are not listed and for dtypes other than bfloat16 and float16: what float32 reaches
     depends on whether TF32 is allowed.
 
-    The figures are those of NVIDIA's data sheets (A100, A10, L4, L40, L40S, H100, H200, GH200, B200, GB200, V100, T4)
+    The figures are those of NVIDIA's data sheets (A100, A10, L4, L40, L40S, H100, H200, GH200, B200, GB200, V100, T4),
+    of the Ada and Blackwell GeForce whitepapers for the RTX 4090 and 5090 (products that add in float32),
     and of the Hopper whitepaper for H100 SXM and PCIe, without sparsity, which doubles what newer sheets print.
     """
     if device.type != "cuda":

@@ -1,0 +1,233 @@
+"""``flipproof plan``: whether a training fits, how long it takes and what it costs, before any GPU is rented."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from flipproof.config import RunConfig
+from flipproof.errors import ConfigError
+from flipproof.plan.gpus import Gpu, gpu_called
+from flipproof.plan.memory import LEVELS, Kept, Memory, Spread, memory
+from flipproof.plan.pace import Pace, pace
+from flipproof.plan.shape import Shape, shape_of
+from flipproof.train.start import resolve_steps
+
+_ROOM = 0.94
+"""Of a GPU's memory, what training fills, as ``activation_checkpointing = "auto"`` has it."""
+_KEEPS: dict[str, Kept] = {"full": "nothing", "selective": "products", "none": "everything"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a plan beside the training's config."""
+
+    gpus: int
+    """Of a node."""
+    nodes: int = 1
+    gpu: str = "h100"
+    node_link: float = 50.0
+    """Between nodes, of a GPU, in 10⁹ bytes a second; 400 Gb/s InfiniBand is 50."""
+    efficiency: float = 0.5
+    price: float | None = None
+    """Of a GPU for an hour."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training needs, as far as arithmetic tells."""
+
+    shape: Shape
+    spread: Spread
+    gpu: Gpu
+    kept: Kept
+    more: int
+    """Blocks that keep what comes after ``kept``."""
+    memory: Memory
+    pace: Pace
+    steps: int
+    rows: dict[Kept, int]
+    """For each level the largest ``local_batch_size`` that fits."""
+    request: Request
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.needed <= _room(self.gpu)
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.pace.seconds / 3600
+
+    @property
+    def cost(self) -> float | None:
+        price = self.request.price
+        return None if price is None else price * self.hours * self.spread.gpus
+
+
+def make_plan(config: RunConfig, request: Request) -> Plan:
+    """
+    Raises:
+        ConfigError: for what cannot be: a GPU nobody knows, degrees that do not multiply to the GPUs, a model of
+            another kind than decoders, one that fits at no setting.
+    """
+    gpu = gpu_called(request.gpu)
+    spread = _spread(config, request)
+    training = config.training
+    if training.dtype is None:
+        config = replace(config, training=replace(training, dtype="bfloat16" if config.lora.r else "float32"))
+    shape = shape_of(config)
+    counted = shape.parameters - (shape.embedding if config.training.tokens_per_parameter_of == "non-embedding" else 0)
+    config = resolve_steps(config, counted, spread.gpus)
+    _check_fits(shape, config, spread, gpu)
+    kept, more = _level(shape, config, spread, gpu)
+    across = request.nodes > 1 and config.parallelism.sharding_strategy != "hybrid_shard"
+    link = min(gpu.link, request.node_link) if across else gpu.link
+    return Plan(
+        shape,
+        spread,
+        gpu,
+        kept,
+        more,
+        memory(shape, config, spread, kept, more),
+        pace(shape, config, spread, kept, gpu, link, request.efficiency),
+        config.training.steps or 0,
+        {level: _rows(shape, config, spread, gpu, level) for level in LEVELS},
+        request,
+    )
+
+
+def _spread(config: RunConfig, request: Request) -> Spread:
+    total, parallelism = request.gpus * request.nodes, config.parallelism
+    if total < 1:
+        raise ConfigError([f"--gpus {request.gpus} --nodes {request.nodes}: at least one GPU is needed"])
+    if parallelism.sharding_strategy == "no_shard":
+        return Spread(1, total)
+    if parallelism.sharding_strategy == "hybrid_shard":
+        shards = parallelism.fsdp_degree or request.gpus
+    else:
+        shards = parallelism.fsdp_degree or total // (parallelism.replicas or 1)
+    replicas = parallelism.replicas or max(1, total // shards)
+    if shards * replicas != total:
+        raise ConfigError(
+            [
+                f"fsdp_degree x replicas = {shards} x {replicas}: {total} GPUs ({request.nodes} x {request.gpus}) "
+                f"need {total}"
+            ]
+        )
+    return Spread(shards, replicas)
+
+
+def _check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> None:
+    """Raises ConfigError where not one sequence fits at any setting, with what would."""
+    one = replace(config, training=replace(config.training, local_batch_size=1))
+    least = memory(shape, one, spread, "nothing").needed
+    if least <= _room(gpu):
+        return
+    more = next(
+        (n for n in (2**i for i in range(1, 13)) if memory(shape, one, Spread(n, 1), "nothing").needed <= _room(gpu)), 0
+    )
+    would = f"full_shard over {more} of them would" if more else "no number of them would"
+    raise ConfigError(
+        [
+            f"--gpus {spread.gpus} x {gpu.name}: even one sequence with activation_checkpointing = 'full' needs "
+            f"{least / 2**30:.1f} GiB of the {_ROOM * gpu.memory:.1f} that training may fill on each; {would} do"
+        ]
+    )
+
+
+def _room(gpu: Gpu) -> float:
+    return _ROOM * gpu.memory * 2**30
+
+
+def _level(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> tuple[Kept, int]:
+    mode = config.training.activation_checkpointing
+    if isinstance(mode, int):  # every n-th block keeps nothing
+        return "nothing", shape.blocks - -(-shape.blocks // mode)
+    if mode != "auto":
+        return _KEEPS[mode], 0
+    room = _room(gpu)
+    fitting = [level for level in LEVELS if memory(shape, config, spread, level).needed <= room]
+    best = fitting[-1] if fitting else LEVELS[0]
+    more = 0
+    while best != LEVELS[-1] and more < shape.blocks and fitting:
+        if memory(shape, config, spread, best, more + 1).needed > room:
+            break
+        more += 1
+    return best, more
+
+
+def _rows(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, level: Kept) -> int:
+    def fits(rows: int) -> bool:
+        tried = replace(config, training=replace(config.training, local_batch_size=rows))
+        return memory(shape, tried, spread, level).needed <= _room(gpu)
+
+    low, high = 0, 1
+    while fits(high) and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def as_record(plan: Plan) -> dict[str, Any]:
+    """Of JSON: bytes, seconds and counts."""
+    return {
+        "model": asdict(plan.shape) | {"parameters": plan.shape.parameters},
+        "gpu": plan.gpu._asdict() | {"peak_flops": plan.gpu.peak},
+        "gpus": plan.spread.gpus,
+        "shards": plan.spread.shards,
+        "replicas": plan.spread.replicas,
+        "kept": plan.kept,
+        "blocks_that_keep_more": plan.more,
+        "memory": {
+            "parts": plan.memory.parts,
+            "peak": plan.memory.when,
+            "allocated": plan.memory.allocated,
+            "needed": plan.memory.needed,
+        },
+        "fits": plan.fits,
+        "largest_local_batch_size": plan.rows,
+        "step": asdict(plan.pace) | {"seconds": plan.pace.seconds, "tokens_per_second": plan.pace.tokens_per_second},
+        "steps": plan.steps,
+        "hours": plan.hours,
+        "cost": plan.cost,
+        "efficiency": plan.request.efficiency,
+    }
+
+
+_SAYS: dict[Kept, str] = {
+    "nothing": "each block's input (full)",
+    "products": "products and attention (selective)",
+    "everything": "everything (none)",
+    "weights": "everything, merged weights and flipped inputs (what auto ends with)",
+}
+
+
+def as_text(plan: Plan) -> str:
+    """For a terminal."""
+    shape, spread, pace_ = plan.shape, plan.spread, plan.pace
+    lines = [
+        f"{shape.parameters / 1e9:.2f}B parameters and {shape.adapters * shape.blocks / 1e6:.0f}M in adapters on "
+        f"{spread.gpus} x {plan.gpu.name}, sharded over {spread.shards}, {spread.replicas} times"
+    ]
+    lines.append(f"\nmemory of each GPU in GiB, at its most {plan.memory.when}:")
+    lines += [f"  {name:<28}{size / 2**30:>8.1f}" for name, size in plan.memory.parts.items()]
+    lines.append(f"  {'allocated by PyTorch':<28}{plan.memory.allocated / 2**30:>8.1f}")
+    lines.append(f"  {'needed, with CUDA and gaps':<28}{plan.memory.needed / 2**30:>8.1f}  of {plan.gpu.memory:.1f}")
+    more = f"; {plan.more} of {shape.blocks} blocks more than that" if plan.more else ""
+    lines.append(f"  blocks keep {_SAYS[plan.kept]}{more}")
+    if not plan.fits:
+        lines.append("  it does NOT fit")
+    lines.append("  the largest local_batch_size that fits, by what blocks keep:")
+    lines += [f"    {_SAYS[level]}: {rows or 'none'}" for level, rows in plan.rows.items()]
+    beside = (
+        f", communication {pace_.communication:.2f} beside them, of which {pace_.exposed:.2f} exposed, and "
+        f"{pace_.slowed:.2f} of slowing them down"
+    )
+    lines.append(
+        f"\na step of {pace_.tokens:,} tokens: {pace_.seconds:.2f} s (products {pace_.products:.2f} at "
+        f"{plan.request.efficiency:.0%} of {plan.gpu.peak / 1e12:.0f} TFLOP/s, flips and merges {pace_.flips:.2f}"
+        f"{beside if spread.gpus > 1 else ''})"
+    )
+    price = "" if plan.cost is None else f", {plan.cost:,.2f} at {plan.request.price:g} a GPU-hour"
+    lines.append(f"{pace_.tokens_per_second:,.0f} tokens/s; {plan.steps:,} steps take {plan.hours:,.2f} hours{price}")
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""How much memory a training step takes on each GPU, term by term, in a closed form.
+
+What lies there all the time: weights, adapters, gradients, AdamW's two moments. What comes and goes: activations, which
+grow through forward and fall through backward. So there are three times at which memory may be at its most: at the
+loss, in the backward pass of the last block, and at the end of backward, when all gradients are there.
+
+**Activations of a block**, in values of the computed dtype per token, with H hidden features, A of queries, K of keys
+and F of the MLP, are what the compiled block keeps (``torch.compile`` computes again what is cheap):
+
+- ``nothing``: its input, H;
+- ``products``: its input, q, k, v, attention, attention's projection, gate and up, 2H + 2A + 2K + 2F;
+- ``everything``: its input, both norms' results, the sum between them, q, k, v, attention, gate, up and their product,
+  4H + 2A + 2K + 3F;
+- ``weights``: with flips each layer's own flipped input in the place of one that layers share, 7H + 3A + 2K + 3F, a bit
+  for each value of these inputs, and the block's merged weights;
+
+and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast.
+
+Sources: what is kept was read off the compiler's own partition of a block, and off peaks measured on GPUs
+(tests/plan/test_memory.py); ZeRO's stages are Rajbhandari et al., 2020.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flipproof.config import RunConfig
+from flipproof.models.loss import HELD_LOGITS
+from flipproof.plan.shape import Shape
+
+Kept = Literal["nothing", "products", "everything", "weights"]
+LEVELS: tuple[Kept, ...] = ("nothing", "products", "everything", "weights")
+"""From least to most, as ``models/recompute.py`` has them."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CONTEXT = 0.6 * 2**30
+"""What CUDA, cuBLAS and NCCL hold beside PyTorch's own."""
+_FRAGMENTS = 0.02
+"""Of what PyTorch allocates, what lies idle between."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU."""
+
+    parts: dict[str, float]
+    """At the time of the peak, by what they are for; these are PyTorch's own."""
+    when: str
+    """The time of the peak."""
+
+    @property
+    def allocated(self) -> float:
+        """PyTorch's peak, as ``torch.cuda.max_memory_allocated`` counts."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> float:
+        """With what CUDA holds, and what lies idle between allocations."""
+        return self.allocated * (1 + _FRAGMENTS) + _CONTEXT
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a model lies on GPUs."""
+
+    shards: int
+    """GPUs that share each parameter; 1 is the whole model on each."""
+    replicas: int
+
+    @property
+    def gpus(self) -> int:
+        return self.shards * self.replicas
+
+
+def held_bytes(config: RunConfig) -> int:
+    """Of a weight."""
+    return _BYTES[config.training.dtype or "float32"]
+
+
+def computed_bytes(config: RunConfig) -> int:
+    """Of a value that is computed with."""
+    return _BYTES[config.training.mixed_precision_param or config.training.dtype or "float32"]
+
+
+def activations(shape: Shape, config: RunConfig, kept: Kept) -> float:
+    """Bytes of a block that a token leaves for backward."""
+    h, a, k, f = shape.hidden, shape.queries, shape.keys, shape.ffn
+    values: int = {
+        "nothing": h,
+        "products": 2 * h + 2 * a + 2 * k + 2 * f,
+        "everything": 4 * h + 2 * a + 2 * k + 3 * f,
+        "weights": 4 * h + 2 * a + 2 * k + 3 * f,
+    }[kept]
+    size = float(values * computed_bytes(config) + (0 if kept == "nothing" else 4 * shape.heads))
+    if kept == "weights" and shape.faulty:
+        size += (3 * h + a) * computed_bytes(config) + (5 * h + a + f) / 8
+    return size
+
+
+def _kept_weights(shape: Shape, config: RunConfig, kept: Kept) -> float:
+    """Bytes of a block's weights that are kept beside the weights themselves."""
+    size, trains = 0.0, not config.lora.r
+    if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config):
+        size += shape.products * computed_bytes(config)
+    if kept == "weights" and not trains:
+        size += shape.products * computed_bytes(config)
+        size += shape.faulty / 8  # which of them the guard zeroed
+    return size
+
+
+def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, more: int = 0) -> Memory:
+    """
+    Args:
+        kept: what all blocks keep for backward.
+        more: how many of them keep what comes next in ``LEVELS``.
+    """
+    training, c, held = config.training, computed_bytes(config), held_bytes(config)
+    tokens, trains = training.local_batch_size * training.seq_len, not config.lora.r
+    adapters, sharded = shape.adapters * shape.blocks, spread.shards > 1
+    trained = shape.parameters if trains else adapters
+    h, f = shape.hidden, shape.ffn
+    always = {
+        "weights": held * shape.parameters / spread.shards,
+        "adapters": 4 * adapters / spread.shards,
+        "AdamW's moments": 8 * trained / spread.shards,
+    }
+    gradients = 4 * trained / spread.shards
+    following = LEVELS[min(LEVELS.index(kept) + 1, len(LEVELS) - 1)]
+    blocks = {kept: shape.blocks - more, following: more} if more else {kept: shape.blocks}
+    kept_activations = sum(n * activations(shape, config, what) for what, n in blocks.items()) * tokens
+    kept_weights = sum(n * _kept_weights(shape, config, what) for what, n in blocks.items())
+    unit = shape.block * c + shape.adapters * min(4, c if held != c else 4)
+    gathered = 0.0
+    if sharded:
+        # the block at work and the one ahead, and the head, which its backward needs no more but FSDP frees later
+        gathered = 2 * unit + (shape.head or shape.embedding) * c
+        if config.parallelism.sharding_strategy == "shard_grad_op" or config.parallelism.keep_gathered:
+            gathered = shape.blocks * unit + (shape.head + shape.embedding) * c
+    loss = 2 * HELD_LOGITS * c + 2 * tokens * h * c
+    loss += 4 * (shape.head or shape.embedding) * trains
+    block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(kept, 3 * f + 4 * h)
+    block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
+    a_block_s = (4 + c) * shape.block if trains and sharded else 4 * shape.adapters
+    soon = gradients if training.gradient_accumulation_steps > 1 or spread.gpus == 1 else 0.0
+    moments = {
+        "at the loss": {"activations": kept_activations, "loss": loss, "gradients": soon},
+        "in a block's backward": {
+            "activations": kept_activations,
+            "a block at work": block,
+            "gradients": soon + a_block_s * sharded,
+        },
+        "at the end of backward": {
+            "activations": kept_activations / shape.blocks,
+            "a block at work": block,
+            "gradients": gradients + a_block_s * sharded,
+        },
+    }
+    every = {"kept weights": kept_weights, "gathered": gathered}
+    when = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = always | moments[when] | every
+    return Memory({name: size for name, size in parts.items() if size}, when)

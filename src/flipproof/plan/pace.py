@@ -1,0 +1,102 @@
+"""How long a training step takes: products, flips and communication, each from what it moves or computes.
+
+Products: the FLOPs that the mathematics asks for (``train/throughput.py``), with forward once more where it is computed
+again, but for a block's last product, whose result backward does not need, over a share of the GPU's dense peak. Flips
+and merges move bytes through the GPU's memory: an input is read and written for each layer that it enters, a weight is
+read and written when it is merged, flipped or both, in forward and, where flipped operands are not kept, again in
+backward. Communication is what FSDP2 gathers and reduces. It runs beside the rest, so a step takes the longer of the
+two, and the first and last block's share of it in any case; FSDP copies what it gathered out of its buffers, and while
+NCCL's kernels run, products are slower.
+"""
+
+from dataclasses import dataclass
+
+from flipproof.config import RunConfig
+from flipproof.plan.gpus import Gpu
+from flipproof.plan.memory import Kept, Spread, computed_bytes, held_bytes
+from flipproof.plan.shape import Shape
+
+OF_BANDWIDTH = 0.85
+"""Of the memory's bandwidth, what flips reach (benchmarks/README.md: 0.95 of a copy, which reaches 0.9)."""
+OF_LINK = 0.75
+"""Of a link, what NCCL's all-gather reaches."""
+BESIDE_NCCL = 0.25
+"""Of the time that communication takes, what it costs the products beside it (8B on 4 GPUs: benchmarks/README.md)."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of an optimizer step, on every GPU alike."""
+
+    products: float
+    flips: float
+    slowed: float
+    """What communication costs the rest: copies, and products that share the GPU with it."""
+    communication: float
+    """Beside the rest, but for ``exposed``."""
+    exposed: float
+    gathered_bytes: float
+    """That a GPU receives in a step."""
+    reduced_bytes: float
+    tokens: int
+    """Of a step, on all GPUs."""
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.flips + self.slowed + self.exposed
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, link: float, efficiency: float) -> Pace:
+    """
+    Args:
+        link: the slowest link that a gather crosses, in 10⁹ bytes a second and direction.
+        efficiency: of the dense peak, what products reach.
+    """
+    training, c = config.training, computed_bytes(config)
+    accumulation = training.gradient_accumulation_steps
+    tokens = training.local_batch_size * training.seq_len * accumulation
+    again = shape.forward_flops * (1 - shape.largest / shape.products) if kept == "nothing" else 0.0
+    flops = shape.flops + again
+    products = tokens * flops / (gpu.peak * efficiency)
+    flips = accumulation * _flipped_bytes(shape, config, kept) / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
+
+    gathered = copied = 0.0
+    others = 1 - 1 / spread.shards
+    if spread.shards > 1:
+        whole = c * shape.parameters + shape.adapters * shape.blocks * (c if held_bytes(config) != c else 4)
+        strategy = config.parallelism.sharding_strategy
+        times = 1 if config.parallelism.keep_gathered else accumulation
+        times *= 1 if strategy == "shard_grad_op" or config.parallelism.keep_gathered else 2
+        gathered = whole * others * times
+        copied = 2 * whole * times / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
+    trained = shape.adapters * shape.blocks if config.lora.r else shape.parameters
+    reduced = 4.0 * trained * others
+    if spread.replicas > 1:  # an all-reduce is a reduce-scatter and a gather
+        reduced += 2 * 4.0 * trained / spread.shards * (1 - 1 / spread.replicas)
+    communication = (gathered + reduced) / (link * 1e9 * OF_LINK)
+    ends = 2 * communication / max(1, shape.blocks * accumulation)
+    exposed = max(communication - products - flips, ends) if communication else 0.0
+    slowed = copied + BESIDE_NCCL * communication
+    return Pace(
+        products,
+        flips,
+        slowed,
+        communication,
+        exposed,
+        gathered,
+        reduced,
+        training.seq_len * config.sequences_per_step(spread.gpus),
+    )
+
+
+def _flipped_bytes(shape: Shape, config: RunConfig, kept: Kept) -> float:
+    """That flips and merges read and write for a micro-batch on a GPU."""
+    c, tokens = computed_bytes(config), config.training.local_batch_size * config.training.seq_len
+    inputs = tokens * (5 * shape.hidden + shape.queries + shape.ffn) if shape.faulty else 0
+    weights = shape.products if shape.faulty or config.lora.r else 0
+    times = 1 if kept == "weights" else 2
+    return float(shape.blocks * 2 * c * times * (inputs + weights))

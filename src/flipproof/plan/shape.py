@@ -1,0 +1,116 @@
+"""The sizes of a model that a plan counts with, read off the model itself on the meta device, faults and adapters
+included: nothing is loaded, and no weights are needed."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from flipproof.config import RunConfig
+from flipproof.errors import ConfigError
+from flipproof.faults.inject import inject
+from flipproof.models.load import byte_tokenizer, skeleton
+from flipproof.models.parallelize import blocks, cast_to
+from flipproof.train.throughput import flops_per_token
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense decoder of equal blocks: attention, then a gated MLP. Parameters are counts, widths are features."""
+
+    blocks: int
+    hidden: int
+    ffn: int
+    queries: int
+    """Heads x channels of a head; of keys and values each ``keys``."""
+    keys: int
+    heads: int
+    vocabulary: int
+    block: int
+    """Parameters of a block, without adapters."""
+    products: int
+    """Of these, weights of linear layers; the largest of them has ``largest``."""
+    largest: int
+    adapters: int
+    """Of a block."""
+    faulty: int
+    """Weights of a block's faulty layers."""
+    embedding: int
+    head: int
+    """0 where it is the embedding's weight."""
+    rest: int
+    """The last norm, and what else is in no block."""
+    flops: float
+    """That training needs for a token, forward and backward, recomputing nothing."""
+    forward_flops: float
+
+    @property
+    def parameters(self) -> int:
+        """Without adapters."""
+        return self.blocks * self.block + self.embedding + self.head + self.rest
+
+
+def shape_of(config: RunConfig) -> Shape:
+    """
+    Raises:
+        ConfigError: for a model that is not known, or whose blocks are of another kind.
+    """
+    model_config = config.model
+    if model_config.flavor is not None:  # says all that is to know, without a network
+        model_config = replace(model_config, init="random", hf_model_path=None)
+    model = skeleton(model_config, byte_tokenizer(), config.training.dtype)
+    hf_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    frozen = sum(p.numel() for p in model.parameters())
+    forward = _forward_flops(model, config.training.seq_len)
+    if config.lora.r or config.bitflip.any_fault:
+        inject(model, config.bitflip, config.lora if config.lora.r else None, computed=cast_to(config.training, model))
+    layers = blocks(model)
+    first = layers[0]
+    linear = {name: module.weight.numel() for name, module in first.named_modules() if isinstance(module, nn.Linear)}
+    adapters = sum(p.numel() for name, p in first.named_parameters() if "lora_" in name)
+    sizes = {sum(p.numel() for p in layer.parameters()) for layer in layers}
+    missing = [key for key in ("intermediate_size", "num_attention_heads", "hidden_size") if not _has(hf_config, key)]
+    if missing or len(sizes) > 1 or getattr(hf_config, "num_experts_per_tok", None):
+        raise ConfigError(
+            [f"flipproof plan knows decoders of equal blocks with one MLP each; {type(model).__name__} is another kind"]
+        )
+    heads = hf_config.num_attention_heads
+    width = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    block, own_head = sizes.pop() - adapters, head.numel() if head is not embedding else 0
+    return Shape(
+        blocks=len(layers),
+        hidden=hf_config.hidden_size,
+        ffn=hf_config.intermediate_size,
+        queries=heads * width,
+        keys=(getattr(hf_config, "num_key_value_heads", None) or heads) * width,
+        heads=heads,
+        vocabulary=embedding.shape[0],
+        block=block,
+        products=sum(linear.values()),
+        largest=max(linear.values()),
+        adapters=adapters,
+        faulty=sum(linear.values()) if config.bitflip.any_fault else 0,
+        embedding=embedding.numel(),
+        head=own_head,
+        rest=frozen - len(layers) * block - embedding.numel() - own_head,
+        flops=_training_flops(model, config),
+        forward_flops=forward,
+    )
+
+
+def _has(config: Any, key: str) -> bool:
+    return isinstance(getattr(config, key, None), int)
+
+
+def _training_flops(model: nn.Module, config: RunConfig) -> float:
+    if config.lora.r:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    return flops_per_token(model, config.training.seq_len, bool(config.training.distill))
+
+
+def _forward_flops(model: nn.Module, seq_len: int) -> float:
+    """A third of what training all weights needs."""
+    return flops_per_token(model, seq_len) / 3

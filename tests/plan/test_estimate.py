@@ -1,0 +1,165 @@
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from planned import SHARDED, config_of, shape
+
+from flipproof.cli.main import main
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
+from flipproof.plan.estimate import Request, make_plan
+from flipproof.plan.gpus import GPUS, gpu_called
+from flipproof.plan.memory import Spread, memory
+from flipproof.plan.pace import pace
+from flipproof.plan.shape import shape_of
+from flipproof.train.throughput import flops_per_token
+
+
+def test_every_gpu_has_a_peak_and_a_name_that_cuda_knows():
+    assert {name: gpu.peak / 1e12 for name, gpu in GPUS.items()} == {
+        "a100-40": 312.0,
+        "a100-80": 312.0,
+        "h100": 989.4,
+        "h200": 989.4,
+        "b200": 2250.0,
+        "l40s": 362.0,
+        "4090": 165.2,
+        "5090": 209.5,
+    }
+    assert gpu_called("H100") is gpu_called("nvidia-h100") is GPUS["h100"]
+
+
+def test_a_shape_is_that_of_the_model(tiny_llama, tmp_path):
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    config = load_config([], {"model": {"hf_model_path": str(tmp_path)}, "training": {"seq_len": 16}})
+    found = shape_of(replace(config, lora=replace(config.lora, r=4)))
+    layer = model.model.layers[0]
+    linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.blocks == len(model.model.layers)
+    assert found.products == sum(module.weight.numel() for module in linear)
+    assert found.adapters == sum(4 * (module.in_features + module.out_features) for module in linear)
+    assert found.forward_flops * 3 == flops_per_token(model, 16)
+    tied = tmp_path / "tied"
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tied)
+    found = shape_of(load_config([], {"model": {"hf_model_path": str(tied)}, "training": {"seq_len": 16}}))
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+MEASURED = [
+    # flavor, GPUs, GPU, rows, what blocks keep, faults, tokens a second (benchmarks/README.md)
+    ("8B", 1, "h100", 2, "everything", True, 14_208),
+    ("8B", 1, "h100", 2, "everything", False, 15_560),
+    ("8B", 1, "h100", 2, "weights", True, 14_958),
+    ("8B", 1, "h200", 2, "products", True, 14_166),
+    ("8B", 1, "h200", 2, "everything", True, 14_443),
+    ("70B", 4, "h200", 2, "nothing", True, 4_946),
+    ("70B", 4, "h200", 2, "nothing", False, 5_156),
+    ("70B", 4, "h200", 2, "products", True, 6_106),
+    ("70B", 4, "h200", 2, "products", False, 6_496),
+]
+
+
+def test_speed_is_that_which_was_measured_after_one_run_says_how_efficient_products_are():
+    """The first row calibrates all of them."""
+
+    def speed(row, efficiency):
+        flavor, gpus, gpu, rows, kept, faults, _ = row
+        config = config_of(flavor, rows, faults=faults)
+        found = pace(shape(flavor, faults=faults), config, Spread(gpus, 1), kept, GPUS[gpu], GPUS[gpu].link, efficiency)
+        return found.tokens_per_second
+
+    low, high = 0.1, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if speed(MEASURED[0], middle) < MEASURED[0][-1] else (low, middle)
+    errors = {row[:-1]: speed(row, low) / row[-1] - 1 for row in MEASURED[1:]}
+    for strategy, spread, _, measured in SHARDED:
+        config = config_of("8B", 2, strategy=strategy)
+        found = pace(shape("8B"), config, spread, "everything", GPUS["h200"], GPUS["h200"].link, low)
+        errors[strategy, spread] = found.tokens_per_second / measured - 1
+    assert max(map(abs, errors.values())) < 0.2, errors
+    assert statistics.median(map(abs, errors.values())) < 0.1, errors
+
+
+@pytest.mark.parametrize(
+    ("strategy", "spread", "gathers", "reductions"),
+    [
+        ("full_shard", Spread(4, 1), 2 * 2 * 0.75, 0.75),  # forward and backward of both micro-batches
+        ("shard_grad_op", Spread(4, 1), 2 * 0.75, 0.75),
+        ("hybrid_shard", Spread(4, 2), 2 * 2 * 0.75, 0.75 + 2 * 0.25 * 0.5),
+        ("no_shard", Spread(1, 4), 0, 2 * 0.75),
+    ],
+)
+def test_what_is_gathered_and_reduced_follows_from_the_strategy(strategy, spread, gathers, reductions):
+    config = config_of("8B", 2, strategy=strategy, gradient_accumulation_steps=2)
+    found = pace(shape("8B"), config, spread, "everything", GPUS["h100"], 450, 0.5)
+    adapters = 4 * shape("8B").adapters * shape("8B").blocks  # float32
+    assert found.gathered_bytes == pytest.approx(gathers * (2 * shape("8B").parameters + adapters))
+    assert found.reduced_bytes == pytest.approx(reductions * adapters)
+    assert found.tokens == 2 * 2 * 2048 * spread.gpus
+
+
+def test_the_largest_batch_is_the_last_that_fits():
+    config = config_of("8B", 2)
+    plan = make_plan(config, Request(1, gpu="h100"))
+    room = 0.94 * GPUS["h100"].memory * 2**30
+    for level, rows in plan.rows.items():
+        assert rows > 0
+        at = [memory(shape("8B"), config_of("8B", n), Spread(1, 1), level).needed for n in (rows, rows + 1)]
+        assert at[0] <= room < at[1]
+    assert (plan.kept, plan.fits) == ("weights", True)  # as "auto" ended there with on a GPU
+
+
+def test_auto_keeps_what_fits_and_a_fixed_level_what_it_is():
+    tight = make_plan(config_of("70B", 2), Request(4, gpu="h200"))
+    assert tight.kept == "everything"  # and in 3 of 80 blocks more, as measured; here in 1
+    assert 0 < tight.more < 8
+    full = make_plan(config_of("70B", 2, activation_checkpointing="full"), Request(4, gpu="h200"))
+    assert (full.kept, full.more) == ("nothing", 0)
+    every_fourth = make_plan(config_of("8B", 2, activation_checkpointing=4), Request(1))
+    assert (every_fourth.kept, every_fourth.more) == ("nothing", 24)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpus", "0"], "--gpus = '0': a whole number from 1"),
+        (["--gpus", "1", "--gpu", "h300"], "--gpu h300: known are a100-40, a100-80, h100"),
+        (["--gpus", "8", "--parallelism.fsdp_degree", "3"], "fsdp_degree x replicas = 3 x 2: 8 GPUs (1 x 8) need 8"),
+        (["--gpus", "1", "--model.flavor", "70B"], "even one sequence with activation_checkpointing = 'full' needs"),
+        (["--gpus", "1", "--efficiency", "1.5"], "--efficiency = '1.5': a share above 0, up to 1 is allowed"),
+        (["--gpus", "1", "--model.flavor", "9B"], "model.flavor = '9B': known are 1B"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, said, capsys):
+    assert main(["plan", "--config", "8b", *flags]) != 0
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_what_would_fit_is_said_and_does():
+    with pytest.raises(ConfigError, match=r"full_shard over (\d+) of them would do") as caught:
+        make_plan(config_of("70B", 2), Request(1, gpu="a100-80"))
+    enough = int(str(caught.value).split("full_shard over ")[1].split()[0])
+    assert make_plan(config_of("70B", 1), Request(enough, gpu="a100-80")).rows["nothing"] >= 1
+    with pytest.raises(ConfigError, match="even one sequence"):
+        make_plan(config_of("70B", 2), Request(enough // 2, gpu="a100-80"))
+
+
+def test_json_is_what_the_table_says(capsys):
+    arguments = ["plan", "--config", "clm-60m", "--gpus", "2", "--efficiency", "0.3", "--price", "2"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 7075  # the third tutorial's
+    assert f"{found['step']['tokens_per_second']:,.0f} tokens/s; 7,075 steps take {found['hours']:,.2f} hours" in table
+    assert found["cost"] == pytest.approx(2 * 2 * found["hours"])
+    assert found["memory"]["allocated"] == pytest.approx(sum(found["memory"]["parts"].values()))
+    assert f"{found['memory']['needed'] / 2**30:8.1f}  of 79.6" in table
