@@ -58,7 +58,7 @@ def test_losses_by_row_are_those_of_the_logits(tiny_llama, token_ids, fused, mon
     if fused:
         fuse_loss(model)
         assert isinstance(model.get_output_embeddings(), LossHead)
-        monkeypatch.setattr(loss, "_CHUNK", 258 * 7)  # 46 tokens in chunks of 7
+        monkeypatch.setattr(loss, "HELD_LOGITS", 258 * 7)  # 46 tokens in chunks of 7
     got = loss_by_row(model, token_ids)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, -log_p.mean((1, 2)), rtol=ROUNDED, atol=0)
