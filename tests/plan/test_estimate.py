@@ -42,6 +42,11 @@ def test_a_shape_is_that_of_the_model(tiny_llama, tmp_path):
     assert found.blocks == len(model.model.layers)
     assert found.products == sum(module.weight.numel() for module in linear)
     assert found.adapters == sum(4 * (module.in_features + module.out_features) for module in linear)
+    assert found.faulty == 0
+    flipped = replace(config, bitflip=replace(config.bitflip, w_p_frac=0.1, skip_patterns=("self_attn",)))
+    assert shape_of(replace(flipped, lora=replace(config.lora, r=0))).faulty == sum(
+        module.weight.numel() for module in layer.mlp.modules() if isinstance(module, torch.nn.Linear)
+    )
     assert found.forward_flops * 3 == flops_per_token(model, 16)
     tied = tmp_path / "tied"
     model = tiny_llama(tie_word_embeddings=True)
@@ -134,6 +139,10 @@ def test_auto_keeps_what_fits_and_a_fixed_level_what_it_is():
         (["--gpus", "1", "--model.flavor", "70B"], "even one sequence with activation_checkpointing = 'full' needs"),
         (["--gpus", "1", "--efficiency", "1.5"], "--efficiency = '1.5': a share above 0, up to 1 is allowed"),
         (["--gpus", "1", "--model.flavor", "9B"], "model.flavor = '9B': known are 1B"),
+        (
+            ["--gpus", "8", "--parallelism.cpu_offload", "true"],
+            "parallelism.cpu_offload = True: what lies in the CPU's",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(flags, said, capsys):

@@ -69,6 +69,10 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
             another kind than decoders, one that fits at no setting.
     """
     gpu = gpu_called(request.gpu)
+    if config.parallelism.cpu_offload:
+        raise ConfigError(
+            ["parallelism.cpu_offload = True: what lies in the CPU's memory is not planned; leave it out"]
+        )
     spread = _spread(config, request)
     training = config.training
     if training.dtype is None:
@@ -202,13 +206,17 @@ _SAYS: dict[Kept, str] = {
 }
 
 
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
 def as_text(plan: Plan) -> str:
     """For a terminal."""
     shape, spread, pace_ = plan.shape, plan.spread, plan.pace
-    lines = [
-        f"{shape.parameters / 1e9:.2f}B parameters and {shape.adapters * shape.blocks / 1e6:.0f}M in adapters on "
-        f"{spread.gpus} x {plan.gpu.name}, sharded over {spread.shards}, {spread.replicas} times"
-    ]
+    adapters = f" and {_short(shape.adapters * shape.blocks)} in adapters" if shape.adapters else ""
+    copies = f", sharded over {spread.shards}" if spread.shards > 1 else ""
+    copies += f", {spread.replicas} copies" if spread.replicas > 1 else ""
+    lines = [f"{_short(shape.parameters)} parameters{adapters} on {spread.gpus} x {plan.gpu.name}{copies}"]
     lines.append(f"\nmemory of each GPU in GiB, at its most {plan.memory.when}:")
     lines += [f"  {name:<28}{size / 2**30:>8.1f}" for name, size in plan.memory.parts.items()]
     lines.append(f"  {'allocated by PyTorch':<28}{plan.memory.allocated / 2**30:>8.1f}")
@@ -220,8 +228,8 @@ def as_text(plan: Plan) -> str:
     lines.append("  the largest local_batch_size that fits, by what blocks keep:")
     lines += [f"    {_SAYS[level]}: {rows or 'none'}" for level, rows in plan.rows.items()]
     beside = (
-        f", communication {pace_.communication:.2f} beside them, of which {pace_.exposed:.2f} exposed, and "
-        f"{pace_.slowed:.2f} of slowing them down"
+        f", communication {pace_.communication:.2f} beside them, which slows them by {pace_.slowed:.2f} and leaves "
+        f"{pace_.exposed:.2f} exposed"
     )
     lines.append(
         f"\na step of {pace_.tokens:,} tokens: {pace_.seconds:.2f} s (products {pace_.products:.2f} at "

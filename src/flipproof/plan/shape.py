@@ -9,6 +9,7 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import inject
+from flipproof.faults.linear import FaultyLinear
 from flipproof.models.load import byte_tokenizer, skeleton
 from flipproof.models.parallelize import blocks, cast_to
 from flipproof.train.throughput import flops_per_token
@@ -67,6 +68,7 @@ def shape_of(config: RunConfig) -> Shape:
     layers = blocks(model)
     first = layers[0]
     linear = {name: module.weight.numel() for name, module in first.named_modules() if isinstance(module, nn.Linear)}
+    faulty = [module for module in first.modules() if isinstance(module, FaultyLinear)]
     adapters = sum(p.numel() for name, p in first.named_parameters() if "lora_" in name)
     sizes = {sum(p.numel() for p in layer.parameters()) for layer in layers}
     missing = [key for key in ("intermediate_size", "num_attention_heads", "hidden_size") if not _has(hf_config, key)]
@@ -91,7 +93,7 @@ def shape_of(config: RunConfig) -> Shape:
         products=sum(linear.values()),
         largest=max(linear.values()),
         adapters=adapters,
-        faulty=sum(linear.values()) if config.bitflip.any_fault else 0,
+        faulty=sum(module.weight.numel() for module in faulty) if config.bitflip.any_fault else 0,
         embedding=embedding.numel(),
         head=own_head,
         rest=frozen - len(layers) * block - embedding.numel() - own_head,
