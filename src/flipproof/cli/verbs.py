@@ -112,6 +112,12 @@ def _plan(args: Namespace, config: RunConfig) -> None:
     from flipproof.plan.estimate import Request, as_record, as_text, make_plan
 
     request = Request(args.gpus, args.nodes, args.gpu, args.node_link, args.efficiency, args.price)
+    if args.recommend:
+        from flipproof.plan.recommend import as_records, as_table, recommend
+
+        options = recommend(config, request)
+        _say(json.dumps(as_records(options), indent=2) if args.json else as_table(options))
+        return
     plan = make_plan(config, request)
     _say(json.dumps(as_record(plan), indent=2) if args.json else as_text(plan))
 
@@ -413,11 +419,12 @@ VERBS = {
             _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
             _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
             _flag("--price", "Of a GPU-hour: what the training costs.", "X", Positive),
+            _flag("--recommend", "All ways to run it instead: which fit, the fastest first, with its TOML."),
             _flag("--json", "Print JSON."),
         ),
         (
             "flipproof plan --config 70b --gpus 4 --gpu h200",
-            "flipproof plan --config my.toml --gpus 8 --nodes 8 --json",
+            "flipproof plan --config my.toml --gpus 8 --recommend",
         ),
         ("model", "training", "parallelism", "lora", "bitflip"),
     ),

@@ -68,19 +68,32 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
         ConfigError: for what cannot be: a GPU nobody knows, degrees that do not multiply to the GPUs, a model of
             another kind than decoders, one that fits at no setting.
     """
-    gpu = gpu_called(request.gpu)
+    gpu, spread = gpu_called(request.gpu), _spread(config, request)
+    shape, config = sized(config, spread.gpus)
+    check_fits(shape, config, spread, gpu)
+    return plan_of(shape, config, spread, gpu, request)
+
+
+def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
+    """The model's shape, and the config with what follows from it: dtypes, accumulation, steps.
+
+    Raises:
+        ConfigError: as ``make_plan`` does.
+    """
     if config.parallelism.cpu_offload:
         raise ConfigError(
             ["parallelism.cpu_offload = True: what lies in the CPU's memory is not planned; leave it out"]
         )
-    spread = _spread(config, request)
     training = config.training
     if training.dtype is None:
         config = replace(config, training=replace(training, dtype="bfloat16" if config.lora.r else "float32"))
     shape = shape_of(config)
-    counted = shape.parameters - (shape.embedding if config.training.tokens_per_parameter_of == "non-embedding" else 0)
-    config = resolve_steps(config, counted, spread.gpus)
-    _check_fits(shape, config, spread, gpu)
+    counted = shape.parameters - (shape.embedding if training.tokens_per_parameter_of == "non-embedding" else 0)
+    return shape, resolve_steps(config, counted, gpus)
+
+
+def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: Request) -> Plan:
+    """Of a config whose steps are resolved."""
     kept, more = _level(shape, config, spread, gpu)
     across = request.nodes > 1 and config.parallelism.sharding_strategy != "hybrid_shard"
     link = min(gpu.link, request.node_link) if across else gpu.link
@@ -119,7 +132,7 @@ def _spread(config: RunConfig, request: Request) -> Spread:
     return Spread(shards, replicas)
 
 
-def _check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> None:
+def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> None:
     """Raises ConfigError where not one sequence fits at any setting, with what would."""
     one = replace(config, training=replace(config.training, local_batch_size=1))
     least = memory(shape, one, spread, "nothing").needed
