@@ -134,7 +134,8 @@ def test_a_model_without_attention_heads_has_weights_only():
         ("Tesla V100-SXM2-16GB", 125),
         ("Tesla V100-PCIE-32GB", 112),
         ("Tesla T4", 65),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3090", None),
     ],
 )
 def test_gpus_are_known_by_name(name, tflops):
