@@ -11,7 +11,7 @@ from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.plan.estimate import Request, make_plan
 from flipproof.plan.gpus import GPUS, gpu_called
-from flipproof.plan.memory import Spread, memory
+from flipproof.plan.memory import Spread, in_all, memory
 from flipproof.plan.pace import pace
 from flipproof.plan.shape import shape_of
 from flipproof.train.throughput import flops_per_token
@@ -75,7 +75,15 @@ def test_speed_is_that_which_was_measured_after_one_run_says_how_efficient_produ
     def speed(row, efficiency):
         flavor, gpus, gpu, rows, kept, faults, _ = row
         config = config_of(flavor, rows, faults=faults)
-        found = pace(shape(flavor, faults=faults), config, Spread(gpus, 1), kept, GPUS[gpu], GPUS[gpu].link, efficiency)
+        found = pace(
+            shape(flavor, faults=faults),
+            config,
+            Spread(gpus, 1),
+            in_all(shape(flavor), kept),
+            GPUS[gpu],
+            GPUS[gpu].link,
+            efficiency,
+        )
         return found.tokens_per_second
 
     low, high = 0.1, 1.0
@@ -85,7 +93,9 @@ def test_speed_is_that_which_was_measured_after_one_run_says_how_efficient_produ
     errors = {row[:-1]: speed(row, low) / row[-1] - 1 for row in MEASURED[1:]}
     for strategy, spread, _, measured in SHARDED:
         config = config_of("8B", 2, strategy=strategy)
-        found = pace(shape("8B"), config, spread, "everything", GPUS["h200"], GPUS["h200"].link, low)
+        found = pace(
+            shape("8B"), config, spread, in_all(shape("8B"), "everything"), GPUS["h200"], GPUS["h200"].link, low
+        )
         errors[strategy, spread] = found.tokens_per_second / measured - 1
     assert max(map(abs, errors.values())) < 0.2, errors
     assert statistics.median(map(abs, errors.values())) < 0.1, errors
@@ -102,7 +112,7 @@ def test_speed_is_that_which_was_measured_after_one_run_says_how_efficient_produ
 )
 def test_what_is_gathered_and_reduced_follows_from_the_strategy(strategy, spread, gathers, reductions):
     config = config_of("8B", 2, strategy=strategy, gradient_accumulation_steps=2)
-    found = pace(shape("8B"), config, spread, "everything", GPUS["h100"], 450, 0.5)
+    found = pace(shape("8B"), config, spread, in_all(shape("8B"), "everything"), GPUS["h100"], 450, 0.5)
     adapters = 4 * shape("8B").adapters * shape("8B").blocks  # float32
     assert found.gathered_bytes == pytest.approx(gathers * (2 * shape("8B").parameters + adapters))
     assert found.reduced_bytes == pytest.approx(reductions * adapters)
@@ -115,19 +125,22 @@ def test_the_largest_batch_is_the_last_that_fits():
     room = 0.94 * GPUS["h100"].memory * 2**30
     for level, rows in plan.rows.items():
         assert rows > 0
-        at = [memory(shape("8B"), config_of("8B", n), Spread(1, 1), level).needed for n in (rows, rows + 1)]
+        at = [
+            memory(shape("8B"), config_of("8B", n), Spread(1, 1), in_all(shape("8B"), level)).needed
+            for n in (rows, rows + 1)
+        ]
         assert at[0] <= room < at[1]
-    assert (plan.kept, plan.fits) == ("weights", True)  # as "auto" ended there with on a GPU
+    assert (plan.kept, plan.fits) == ({"weights": 32}, True)  # as "auto" ended there with on a GPU
 
 
 def test_auto_keeps_what_fits_and_a_fixed_level_what_it_is():
     tight = make_plan(config_of("70B", 2), Request(4, gpu="h200"))
-    assert tight.kept == "everything"  # and in 3 of 80 blocks more, as measured; here in 1
-    assert 0 < tight.more < 8
+    assert tight.kept.keys() == {"everything", "weights"}
+    assert 0 < tight.kept["weights"] < 8  # 3 of 80 on GPUs
     full = make_plan(config_of("70B", 2, activation_checkpointing="full"), Request(4, gpu="h200"))
-    assert (full.kept, full.more) == ("nothing", 0)
+    assert full.kept == {"nothing": 80}
     every_fourth = make_plan(config_of("8B", 2, activation_checkpointing=4), Request(1))
-    assert (every_fourth.kept, every_fourth.more) == ("nothing", 24)
+    assert every_fourth.kept == {"nothing": 8, "everything": 24}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import statistics
 import pytest
 from planned import SHARDED, config_of, shape
 
-from flipproof.plan.memory import LEVELS, Spread, activations, memory
+from flipproof.plan.memory import LEVELS, Spread, activations, in_all, memory
 
 ADAPTED = [
     # flavor, GPUs, rows, what blocks keep, how many of them more, faults, GiB
@@ -38,20 +38,25 @@ def predicted():
     """(what, GiB predicted, GiB measured) of each row."""
     for flavor, gpus, rows, kept, more, faults, measured in ADAPTED:
         config = config_of(flavor, rows, faults=faults)
-        found = memory(shape(flavor, faults=faults), config, Spread(gpus, 1), kept, more)
+        sizes, after = shape(flavor, faults=faults), LEVELS[min(LEVELS.index(kept) + 1, 3)]
+        found = memory(
+            sizes, config, Spread(gpus, 1), {kept: sizes.blocks - more, after: more} if more else in_all(sizes, kept)
+        )
         yield f"{flavor} {gpus} {kept} {faults}", found.allocated, measured
     for strategy, spread, measured, _ in SHARDED:
-        found = memory(shape("8B"), config_of("8B", 2, strategy=strategy), spread, "everything")
+        found = memory(shape("8B"), config_of("8B", 2, strategy=strategy), spread, in_all(shape("8B"), "everything"))
         yield f"8B {strategy} {spread}", found.allocated, measured
     for flavor, rows, kept, measured in TRIED:
         config = config_of(flavor, rows, lora=False)
-        parts = memory(shape(flavor, lora=False), config, Spread(1, 1), kept).parts
+        parts = memory(shape(flavor, lora=False), config, Spread(1, 1), in_all(shape(flavor, lora=False), kept)).parts
         late = parts["weights"] + parts["gradients"] + parts["a block at work"] if "a block at work" in parts else 0
         early = sum(parts.values()) - parts["AdamW's moments"] - parts["gradients"]
         yield f"{flavor} {kept}", max(early, late), measured
     for flavor, rows, faults, measured in RECORDED:
         config = config_of(flavor, rows, lora=False, faults=faults, gradient_accumulation_steps=2)
-        found = memory(shape(flavor, False, faults), config, Spread(1, 1), "weights")
+        found = memory(
+            shape(flavor, False, faults), config, Spread(1, 1), in_all(shape(flavor, False, faults), "weights")
+        )
         yield f"{flavor} recorded {faults}", found.allocated - found.parts["AdamW's moments"], measured
 
 
@@ -64,7 +69,7 @@ def test_peaks_are_those_that_were_measured():
 def test_a_seventy_billion_model_s_weights_on_four_gpus():
     """33.2 GiB with their adapters, as the issue of planning has it from a run."""
     config = config_of("70B", 2)
-    parts = memory(shape("70B"), config, Spread(4, 1), "nothing").parts
+    parts = memory(shape("70B"), config, Spread(4, 1), in_all(shape("70B"), "nothing")).parts
     assert (parts["weights"] + parts["adapters"]) / 2**30 == pytest.approx(33.2, abs=0.1)
 
 
@@ -78,8 +83,12 @@ def test_levels_keep_more_and_more():
 
 def test_replicas_hold_what_one_does_and_shards_share():
     config = config_of("8B", 2)
-    alone, replicated = (memory(shape("8B"), config, Spread(1, n), "everything").parts for n in (1, 4))
+    alone, replicated = (
+        memory(shape("8B"), config, Spread(1, n), in_all(shape("8B"), "everything")).parts for n in (1, 4)
+    )
     assert replicated["weights"] == alone["weights"]
-    halves, eighths = (memory(shape("8B"), config, Spread(n, 1), "everything").parts for n in (2, 8))
+    halves, eighths = (
+        memory(shape("8B"), config, Spread(n, 1), in_all(shape("8B"), "everything")).parts for n in (2, 8)
+    )
     for part in ("weights", "adapters", "AdamW's moments"):
         assert halves[part] == 4 * eighths[part] == alone[part] / 2

@@ -6,14 +6,14 @@ from typing import Any
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.plan.gpus import Gpu, gpu_called
-from flipproof.plan.memory import LEVELS, Kept, Memory, Spread, memory
+from flipproof.plan.memory import LEVELS, Kept, Level, Memory, Spread, in_all, memory
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
 from flipproof.train.start import resolve_steps
 
 _ROOM = 0.94
 """Of a GPU's memory, what training fills, as ``activation_checkpointing = "auto"`` has it."""
-_KEEPS: dict[str, Kept] = {"full": "nothing", "selective": "products", "none": "everything"}
+_KEEPS: dict[str, Level] = {"full": "nothing", "selective": "products", "none": "everything"}
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,10 @@ class Plan:
     spread: Spread
     gpu: Gpu
     kept: Kept
-    more: int
-    """Blocks that keep what comes after ``kept``."""
     memory: Memory
     pace: Pace
     steps: int
-    rows: dict[Kept, int]
+    rows: dict[Level, int]
     """For each level the largest ``local_batch_size`` that fits."""
     request: Request
 
@@ -94,7 +92,7 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
 
 def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: Request) -> Plan:
     """Of a config whose steps are resolved."""
-    kept, more = _level(shape, config, spread, gpu)
+    kept = _kept(shape, config, spread, gpu)
     across = request.nodes > 1 and config.parallelism.sharding_strategy != "hybrid_shard"
     link = min(gpu.link, request.node_link) if across else gpu.link
     return Plan(
@@ -102,8 +100,7 @@ def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: 
         spread,
         gpu,
         kept,
-        more,
-        memory(shape, config, spread, kept, more),
+        memory(shape, config, spread, kept),
         pace(shape, config, spread, kept, gpu, link, request.efficiency),
         config.training.steps or 0,
         {level: _rows(shape, config, spread, gpu, level) for level in LEVELS},
@@ -135,11 +132,16 @@ def _spread(config: RunConfig, request: Request) -> Spread:
 def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> None:
     """Raises ConfigError where not one sequence fits at any setting, with what would."""
     one = replace(config, training=replace(config.training, local_batch_size=1))
-    least = memory(shape, one, spread, "nothing").needed
+    least = memory(shape, one, spread, in_all(shape, "nothing")).needed
     if least <= _room(gpu):
         return
     more = next(
-        (n for n in (2**i for i in range(1, 13)) if memory(shape, one, Spread(n, 1), "nothing").needed <= _room(gpu)), 0
+        (
+            n
+            for n in (2**i for i in range(1, 13))
+            if memory(shape, one, Spread(n, 1), in_all(shape, "nothing")).needed <= _room(gpu)
+        ),
+        0,
     )
     would = f"full_shard over {more} of them would" if more else "no number of them would"
     raise ConfigError(
@@ -154,27 +156,32 @@ def _room(gpu: Gpu) -> float:
     return _ROOM * gpu.memory * 2**30
 
 
-def _level(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> tuple[Kept, int]:
+def _kept(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> Kept:
+    """As ``models/recompute.py`` has it: auto goes through the levels as long as all blocks find room, and the level
+    that does not fit goes to as many as do."""
     mode = config.training.activation_checkpointing
-    if isinstance(mode, int):  # every n-th block keeps nothing
-        return "nothing", shape.blocks - -(-shape.blocks // mode)
+    if isinstance(mode, int):
+        nothing = -(-shape.blocks // mode)
+        return {"nothing": nothing, "everything": shape.blocks - nothing}
     if mode != "auto":
-        return _KEEPS[mode], 0
-    room = _room(gpu)
-    fitting = [level for level in LEVELS if memory(shape, config, spread, level).needed <= room]
-    best = fitting[-1] if fitting else LEVELS[0]
-    more = 0
-    while best != LEVELS[-1] and more < shape.blocks and fitting:
-        if memory(shape, config, spread, best, more + 1).needed > room:
-            break
-        more += 1
-    return best, more
+        return in_all(shape, _KEEPS[mode])
+
+    def fits(kept: Kept) -> bool:
+        return memory(shape, config, spread, kept).needed <= _room(gpu)
+
+    best = LEVELS[0]
+    for level in LEVELS[1:]:
+        if not fits(in_all(shape, level)):
+            some = ({best: shape.blocks - n, level: n} for n in range(shape.blocks - 1, 0, -1))
+            return next(filter(fits, some), in_all(shape, best))
+        best = level
+    return in_all(shape, best)
 
 
-def _rows(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, level: Kept) -> int:
+def _rows(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, level: Level) -> int:
     def fits(rows: int) -> bool:
         tried = replace(config, training=replace(config.training, local_batch_size=rows))
-        return memory(shape, tried, spread, level).needed <= _room(gpu)
+        return memory(shape, tried, spread, in_all(shape, level)).needed <= _room(gpu)
 
     low, high = 0, 1
     while fits(high) and high < 2**20:
@@ -194,7 +201,6 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "shards": plan.spread.shards,
         "replicas": plan.spread.replicas,
         "kept": plan.kept,
-        "blocks_that_keep_more": plan.more,
         "memory": {
             "parts": plan.memory.parts,
             "peak": plan.memory.when,
@@ -211,7 +217,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-_SAYS: dict[Kept, str] = {
+_SAYS: dict[Level, str] = {
     "nothing": "each block's input (full)",
     "products": "products and attention (selective)",
     "everything": "everything (none)",
@@ -234,8 +240,7 @@ def as_text(plan: Plan) -> str:
     lines += [f"  {name:<28}{size / 2**30:>8.1f}" for name, size in plan.memory.parts.items()]
     lines.append(f"  {'allocated by PyTorch':<28}{plan.memory.allocated / 2**30:>8.1f}")
     lines.append(f"  {'needed, with CUDA and gaps':<28}{plan.memory.needed / 2**30:>8.1f}  of {plan.gpu.memory:.1f}")
-    more = f"; {plan.more} of {shape.blocks} blocks more than that" if plan.more else ""
-    lines.append(f"  blocks keep {_SAYS[plan.kept]}{more}")
+    lines += [f"  {n} blocks keep {_SAYS[level]}" for level, n in plan.kept.items() if n]
     if not plan.fits:
         lines.append("  it does NOT fit")
     lines.append("  the largest local_batch_size that fits, by what blocks keep:")

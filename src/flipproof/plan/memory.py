@@ -20,6 +20,7 @@ Sources: what is kept was read off the compiler's own partition of a block, and 
 (tests/plan/test_memory.py); ZeRO's stages are Rajbhandari et al., 2020.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +28,11 @@ from flipproof.config import RunConfig
 from flipproof.models.loss import HELD_LOGITS
 from flipproof.plan.shape import Shape
 
-Kept = Literal["nothing", "products", "everything", "weights"]
-LEVELS: tuple[Kept, ...] = ("nothing", "products", "everything", "weights")
-"""From least to most, as ``models/recompute.py`` has them."""
+Level = Literal["nothing", "products", "everything", "weights"]
+LEVELS: tuple[Level, ...] = ("nothing", "products", "everything", "weights")
+"""What a block keeps for backward, from least to most, as ``models/recompute.py`` has them."""
+Kept = Mapping[Level, int]
+"""How many blocks keep what."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CONTEXT = 0.6 * 2**30
 """What CUDA, cuBLAS and NCCL hold beside PyTorch's own."""
@@ -80,7 +83,12 @@ def computed_bytes(config: RunConfig) -> int:
     return _BYTES[config.training.mixed_precision_param or config.training.dtype or "float32"]
 
 
-def activations(shape: Shape, config: RunConfig, kept: Kept) -> float:
+def gathered_adapter_bytes(config: RunConfig) -> int:
+    """Of an adapter's value that FSDP gathers: it casts all or nothing."""
+    return computed_bytes(config) if held_bytes(config) != computed_bytes(config) else 4
+
+
+def activations(shape: Shape, config: RunConfig, kept: Level) -> float:
     """Bytes of a block that a token leaves for backward."""
     h, a, k, f = shape.hidden, shape.queries, shape.keys, shape.ffn
     values: int = {
@@ -95,7 +103,7 @@ def activations(shape: Shape, config: RunConfig, kept: Kept) -> float:
     return size
 
 
-def _kept_weights(shape: Shape, config: RunConfig, kept: Kept) -> float:
+def _kept_weights(shape: Shape, config: RunConfig, kept: Level) -> float:
     """Bytes of a block's weights that are kept beside the weights themselves."""
     size, trains = 0.0, not config.lora.r
     if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config):
@@ -106,12 +114,12 @@ def _kept_weights(shape: Shape, config: RunConfig, kept: Kept) -> float:
     return size
 
 
-def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, more: int = 0) -> Memory:
-    """
-    Args:
-        kept: what all blocks keep for backward.
-        more: how many of them keep what comes next in ``LEVELS``.
-    """
+def in_all(shape: Shape, level: Level) -> Kept:
+    return {level: shape.blocks}
+
+
+def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memory:
+    """Of each GPU, where one block after the other is the one at work."""
     training, c, held = config.training, computed_bytes(config), held_bytes(config)
     tokens, trains = training.local_batch_size * training.seq_len, not config.lora.r
     adapters, sharded = shape.adapters * shape.blocks, spread.shards > 1
@@ -123,11 +131,10 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, more: in
         "AdamW's moments": 8 * trained / spread.shards,
     }
     gradients = 4 * trained / spread.shards
-    following = LEVELS[min(LEVELS.index(kept) + 1, len(LEVELS) - 1)]
-    blocks = {kept: shape.blocks - more, following: more} if more else {kept: shape.blocks}
-    kept_activations = sum(n * activations(shape, config, what) for what, n in blocks.items()) * tokens
-    kept_weights = sum(n * _kept_weights(shape, config, what) for what, n in blocks.items())
-    unit = shape.block * c + shape.adapters * min(4, c if held != c else 4)
+    kept_activations = sum(n * activations(shape, config, level) for level, n in kept.items()) * tokens
+    kept_weights = sum(n * _kept_weights(shape, config, level) for level, n in kept.items())
+    least = min((level for level, n in kept.items() if n), key=LEVELS.index)
+    unit = shape.block * c + shape.adapters * gathered_adapter_bytes(config)
     gathered = 0.0
     if sharded:
         # the block at work and the one ahead, and the head, which its backward needs no more but FSDP frees later
@@ -136,7 +143,7 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, more: in
             gathered = shape.blocks * unit + (shape.head + shape.embedding) * c
     loss = 2 * HELD_LOGITS * c + 2 * tokens * h * c
     loss += 4 * (shape.head or shape.embedding) * trains
-    block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(kept, 3 * f + 4 * h)
+    block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
     a_block_s = (4 + c) * shape.block if trains and sharded else 4 * shape.adapters
     soon = gradients if training.gradient_accumulation_steps > 1 or spread.gpus == 1 else 0.0

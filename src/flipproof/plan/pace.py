@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from flipproof.config import RunConfig
 from flipproof.plan.gpus import Gpu
-from flipproof.plan.memory import Kept, Spread, computed_bytes, held_bytes
+from flipproof.plan.memory import Kept, Spread, computed_bytes, gathered_adapter_bytes
 from flipproof.plan.shape import Shape
 
 OF_BANDWIDTH = 0.85
@@ -59,7 +59,7 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
     training, c = config.training, computed_bytes(config)
     accumulation = training.gradient_accumulation_steps
     tokens = training.local_batch_size * training.seq_len * accumulation
-    again = shape.forward_flops * (1 - shape.largest / shape.products) if kept == "nothing" else 0.0
+    again = shape.forward_flops * (1 - shape.largest / shape.products) * kept.get("nothing", 0) / shape.blocks
     flops = shape.flops + again
     products = tokens * flops / (gpu.peak * efficiency)
     flips = accumulation * _flipped_bytes(shape, config, kept) / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
@@ -67,7 +67,7 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
     gathered = copied = 0.0
     others = 1 - 1 / spread.shards
     if spread.shards > 1:
-        whole = c * shape.parameters + shape.adapters * shape.blocks * (c if held_bytes(config) != c else 4)
+        whole = c * shape.parameters + shape.adapters * shape.blocks * gathered_adapter_bytes(config)
         strategy = config.parallelism.sharding_strategy
         times = 1 if config.parallelism.keep_gathered else accumulation
         times *= 1 if strategy == "shard_grad_op" or config.parallelism.keep_gathered else 2
@@ -98,5 +98,5 @@ def _flipped_bytes(shape: Shape, config: RunConfig, kept: Kept) -> float:
     c, tokens = computed_bytes(config), config.training.local_batch_size * config.training.seq_len
     inputs = tokens * (5 * shape.hidden + shape.queries + shape.ffn) if shape.faulty else 0
     weights = shape.products if shape.faulty or config.lora.r else 0
-    times = 1 if kept == "weights" else 2
-    return float(shape.blocks * 2 * c * times * (inputs + weights))
+    times = sum(n * (1 if level == "weights" else 2) for level, n in kept.items())
+    return float(2 * c * times * (inputs + weights))
