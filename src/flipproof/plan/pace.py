@@ -68,9 +68,8 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
     others = 1 - 1 / spread.shards
     if spread.shards > 1:
         whole = c * shape.parameters + shape.adapters * shape.blocks * gathered_adapter_bytes(config)
-        strategy = config.parallelism.sharding_strategy
-        times = 1 if config.parallelism.keep_gathered else accumulation
-        times *= 1 if strategy == "shard_grad_op" or config.parallelism.keep_gathered else 2
+        again_for_backward = config.parallelism.sharding_strategy != "shard_grad_op"
+        times = 1 if config.parallelism.keep_gathered else accumulation * (1 + again_for_backward)
         gathered = whole * others * times
         copied = 2 * whole * times / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
     trained = shape.adapters * shape.blocks if config.lora.r else shape.parameters

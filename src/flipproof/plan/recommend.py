@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import tomli_w
+
 from flipproof.config import RunConfig
 from flipproof.plan.estimate import Plan, Request, check_fits, plan_of, sized
 from flipproof.plan.gpus import gpu_called
@@ -100,12 +102,7 @@ def as_table(options: list[Option]) -> str:
             f"{speed} {plan.memory.needed / 2**30:>6.1f}  {lies:<19} {training.activation_checkpointing!s:<14} "
             f"{training.local_batch_size} x {training.gradient_accumulation_steps}{why}"
         )
-    lines.append("\nthe first, as TOML:")
-    for table, keys in options[0].settings.items():
-        lines.append(f"\n[{table}]")
-        lines += [
-            f"{key} = {value if isinstance(value, int) else chr(34) + value + chr(34)}" for key, value in keys.items()
-        ]
+    lines.append(f"\nthe first, as TOML:\n\n{tomli_w.dumps(options[0].settings).rstrip()}")
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ def shape_of(config: RunConfig) -> Shape:
         inject(model, config.bitflip, config.lora if config.lora.r else None, computed=cast_to(config.training, model))
     layers = blocks(model)
     first = layers[0]
-    linear = {name: module.weight.numel() for name, module in first.named_modules() if isinstance(module, nn.Linear)}
+    linear = [module.weight.numel() for module in first.modules() if isinstance(module, nn.Linear)]
     faulty = [module for module in first.modules() if isinstance(module, FaultyLinear)]
     adapters = sum(p.numel() for name, p in first.named_parameters() if "lora_" in name)
     sizes = {sum(p.numel() for p in layer.parameters()) for layer in layers}
@@ -90,8 +90,8 @@ def shape_of(config: RunConfig) -> Shape:
         heads=heads,
         vocabulary=embedding.shape[0],
         block=block,
-        products=sum(linear.values()),
-        largest=max(linear.values()),
+        products=sum(linear),
+        largest=max(linear),
         adapters=adapters,
         faulty=sum(module.weight.numel() for module in faulty) if config.bitflip.any_fault else 0,
         embedding=embedding.numel(),
