@@ -2,30 +2,34 @@
 
     python benchmarks/training.py 8B
     torchrun --nproc_per_node=4 benchmarks/training.py 70B --variants full/faults full/clean full/peft
+    python benchmarks/training.py 8B --samples 300 --attention sdpa flex_attention --variants none/faults
 
 A variant is ACTIVATION_CHECKPOINTING/WHAT[/section.key=value...]; the first may also be ``weights``, what "auto" ends
 with where memory abounds. WHAT is ``faults`` (p = 2^-16 for every bit, both guards, r = 32), ``clean`` (our layer with
 adapters, nothing flips) or ``peft`` (PEFT's layer, adapters in bfloat16, which makes it fastest). All take the same
 path: random weights, 2 x 2048 random tokens in each process, blocks compiled, the loss without logits, AdamW on the
 adapters after each micro-step; on one GPU the micro-batch is a CUDA graph, as in training. Figures are means of six
-steps after three.
+steps after three. With ``--samples`` rows hold samples that see nothing of each other, by each ``--attention``.
 """
 
 import argparse
 import gc
+import itertools
 import time
 from typing import Any
 
 import torch
 from torch import nn
 
-from flipproof.config import ParallelismConfig, RunConfig, load_config
+from flipproof.config import ParallelismConfig, RunConfig, TrainingConfig, load_config
+from flipproof.data.sequences import Batch
 from flipproof.dtensor import local
+from flipproof.faults.attention import attend_with
 from flipproof.faults.inject import is_faulty, set_tick
 from flipproof.models import recompute
 from flipproof.models.build import build_model
 from flipproof.models.load import byte_tokenizer, materialise, model_on_meta
-from flipproof.models.loss import fuse_loss, next_token_loss
+from flipproof.models.loss import IGNORED, fuse_loss, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, parallelize
 from flipproof.train.cuda_graph import Recorded
 from flipproof.train.optimizer import make_optimizer
@@ -60,6 +64,23 @@ def _config(flavor: str, rows: int, variant: str) -> RunConfig:
     return load_config([], tree)
 
 
+def _batch(training: TrainingConfig, samples: int | None, seed: int) -> Batch:
+    """Random tokens; with samples, of half to one and a half times so many, of which the first has no loss."""
+    random = torch.Generator().manual_seed(seed)
+    shape = training.local_batch_size, training.seq_len
+    ids = torch.randint(0, 256, shape, generator=random)
+    if samples is None:
+        return Batch(ids)
+    positions = torch.empty(shape, dtype=torch.int64)
+    for row in positions:
+        at = 0
+        while at < len(row):
+            size = min(len(row) - at, int(torch.randint(samples // 2, samples * 3 // 2 + 1, (), generator=random)))
+            row[at : at + size] = torch.arange(size)
+            at += size
+    return Batch(ids, ids.where(positions > 0, IGNORED), positions)
+
+
 def _peft_model(config: RunConfig, world: World) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -77,7 +98,7 @@ def _peft_model(config: RunConfig, world: World) -> nn.Module:
     return model
 
 
-def measure(config: RunConfig, variant: str, world: World) -> str:
+def measure(config: RunConfig, variant: str, samples: int | None, attention: str | None, world: World) -> str:
     """One line of the table."""
     mode, what, *_ = variant.split("/")
     model = _peft_model(config, world) if what == "peft" else build_model(config, byte_tokenizer(), world, config.lora)
@@ -87,15 +108,18 @@ def measure(config: RunConfig, variant: str, world: World) -> str:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # not zero, as in training
             nn.init.normal_(local(parameter.data), std=1e-4)
+    if attention:
+        attend_with(model, attention)
     training = config.training
     gradients, optimizer = Gradients(model, config.parallelism, world), make_optimizer(model, training)
-    generator = torch.Generator().manual_seed(world.rank)
-    ids = torch.randint(0, 256, (training.local_batch_size, training.seq_len), generator=generator).to(world.device)
+    batch = _batch(training, samples, world.rank).to(world.device)
     model.train()
 
-    def micro_batch(ids: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    def micro_batch(batch: Batch, factor: float | torch.Tensor) -> torch.Tensor:
         with gradients.micro_batch(last=True):
-            loss = next_token_loss(model, ids, forward=gradients.forward)
+            loss = next_token_loss(
+                model, batch.ids, labels=batch.labels, forward=gradients.forward, positions=batch.positions
+            )
             (loss * factor).backward()
         return loss.detach()
 
@@ -105,7 +129,7 @@ def measure(config: RunConfig, variant: str, world: World) -> str:
     def step(tick: int) -> torch.Tensor:
         if is_faulty(model):
             set_tick(model, tick)
-        loss = run(ids, 1.0)
+        loss = run(batch, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -129,9 +153,10 @@ def measure(config: RunConfig, variant: str, world: World) -> str:
     running, exposed = communication_share(profile) or (0.0, 0.0)
     if recorded:
         recorded.release()
-    tokens = ids.numel() * world.size
+    tokens = batch.ids.numel() * world.size
+    title = f"{variant} {attention}" if attention else variant
     return (
-        f"{variant:<60} {tokens / seconds:>8.0f} tokens/s {seconds * 1e3:>8.1f} ms {peak:>6.1f} GiB  "
+        f"{title:<60} {tokens / seconds:>8.0f} tokens/s {seconds * 1e3:>8.1f} ms {peak:>6.1f} GiB  "
         f"communication {running:>4.0%}, exposed {exposed:>4.0%}  loss {world.mean(loss):.3f}"
     )
 
@@ -141,11 +166,15 @@ def main() -> None:
     parser.add_argument("flavor")
     parser.add_argument("--rows", type=int, default=2, help="sequences in each process")
     parser.add_argument("--variants", nargs="+", default=["none/faults", "none/clean", "none/peft"])
+    parser.add_argument("--samples", type=int, help="tokens of a sample in the mean, where rows hold several")
+    parser.add_argument(
+        "--attention", nargs="+", default=[None], help="what transformers calls it: sdpa, flex_attention"
+    )
     arguments = parser.parse_args()
     with join_world(ParallelismConfig()) as world:
-        for variant in arguments.variants:
+        for variant, attention in itertools.product(arguments.variants, arguments.attention):
             config = _config(arguments.flavor, arguments.rows, variant)
-            line = measure(config, variant, arrange(world, config.parallelism))
+            line = measure(config, variant, arguments.samples, attention, arrange(world, config.parallelism))
             if world.first:
                 print(line, flush=True)
             torch._dynamo.reset()

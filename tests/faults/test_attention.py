@@ -17,7 +17,7 @@ from transformers import (
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
-from flipproof.faults.attention import FaultyKeysValues
+from flipproof.faults.attention import FaultyKeysValues, attend_with
 from flipproof.faults.inject import fault_sites
 from flipproof.faults.state import FaultState
 from flipproof.models import recompute
@@ -56,6 +56,19 @@ def test_without_flips_the_model_is_itself(model, token_ids):
     flipproof.remove(model)
     assert model.config._attn_implementation == name
     assert torch.equal(logits(model, token_ids), clean)
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_another_attention_reads_the_same_faulty_keys_and_values(tiny_llama, token_ids, faulty):
+    one, other = tiny_llama(attn_implementation="sdpa"), tiny_llama(attn_implementation="eager")
+    if faulty:
+        for model in (one, other):
+            flipproof.inject(model, BitFlipSpec(kv_p_exp=0.001, kv_p_frac=0.05))
+    attend_with(one, "eager")
+    assert torch.equal(logits(one, token_ids), logits(other, token_ids))
+    if faulty:
+        flipproof.remove(one)
+    assert one.config._attn_implementation == "eager"
 
 
 def test_keys_and_values_flip_as_rows_of_their_own_draws(tiny_llama, token_ids, monkeypatch):

@@ -115,6 +115,18 @@ def uninstall(model: Any) -> None:
     _rename(model.config.get_text_config(), _original(model.config.get_text_config()))
 
 
+def attend_with(model: Any, name: str) -> None:
+    """Let a model compute attention by what ``transformers`` calls ``name``, and read faulty keys and values as before.
+
+    Raises:
+        ValueError: where the model cannot.
+    """
+    read = [module.config for module in attention_modules(model).values() if hasattr(module, _CHILD)]
+    model.set_attn_implementation(name)
+    for config in [*read, model.config.get_text_config()] if read else []:
+        _rename(config, _PREFIX + name)
+
+
 def attention_modules(model: nn.Module) -> dict[str, Any]:
     """Name -> module, of all that call attention functions by name."""
     return {

@@ -2,8 +2,10 @@
 
 Nothing is done for it but to tell the model the positions: where they begin anew, ``transformers`` makes the causal
 mask block-diagonal (``masking_utils``, which looks for it where there is no attention mask), for all its kinds of
-attention and for ours (``faults/attention.py``). A model whose code makes its masks otherwise, or that has a memory
-beside attention (Mamba), would let samples leak, silently. So it is tried before anything is trained or measured.
+attention and for ours (``faults/attention.py``). On a GPU that is FlexAttention where a model has it, which passes over
+what the mask leaves out and needs no mask of seq_len² in memory. A model whose code makes its masks otherwise, or that
+has a memory beside attention (Mamba), would let samples leak, silently. So it is tried before anything is trained or
+measured.
 
 Samples with a row of their own need none of it: padding is on the right, where causal attention does not look.
 """
@@ -17,6 +19,7 @@ from torch import nn
 
 from flipproof.config import TrainingConfig
 from flipproof.errors import ConfigError
+from flipproof.faults.attention import attend_with
 from flipproof.faults.inject import faults, is_faulty
 from flipproof.models.limits import check_ids
 from flipproof.models.load import compute_context
@@ -27,11 +30,21 @@ _WAY_OUT = "set data.packing = false, which pads instead"
 
 def check_text(training: TrainingConfig, model: nn.Module, tokenizer: Any, *texts: Any) -> None:
     """Raises ConfigError where texts (``PackedText``) hold tokens that the model does not know, or several samples in a
-    sequence, which it does not keep apart. All processes must call."""
+    sequence, which it does not keep apart. All processes must call, before the model first runs."""
     check_ids(model, tokenizer, *(text.sequences for text in texts))
     if any(text.packed for text in texts):
+        if next(model.parameters()).is_cuda and can_attend_by_blocks(model):
+            attend_with(model, "flex_attention")
         with compute_context(training, model):
             check_packing(model, training.local_batch_size, training.seq_len)
+
+
+def can_attend_by_blocks(model: Any) -> bool:
+    """Whether a model has FlexAttention, and nothing that this has not: dropout, and heads of fewer than 16."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropped = getattr(config, "attention_dropout", 0.0)
+    return bool(getattr(model, "_supports_flex_attn", False)) and not dropped and head_dim >= 16
 
 
 def check_packing(model: nn.Module, rows: int, seq_len: int) -> None:

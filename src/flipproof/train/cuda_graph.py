@@ -2,8 +2,9 @@
 
 A step of a small model is hundreds of products of a few microseconds, each launched from Python, and the GPU waits for
 most of them. So the second micro-batch of a training is recorded, forward and backward, and from then on the record is
-launched. The same kernels meet the same numbers: token ids, the factor on the loss and the tick of the flips are
-written where the record reads them, and gradients come out where it left them.
+launched. The same kernels meet the same numbers: the batch, the factor on the loss and the tick of the flips are
+written where the record reads them, and gradients come out where it left them. Where samples share rows, the mask that
+keeps them apart is made of their positions within the record (``transformers`` makes it without looking at them then).
 
 Where none can be made, since something waits for the device (patterns of faults, experts that look at how many tokens
 they got) or there is no memory for it, micro-batches run kernel by kernel, as they do elsewhere.
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flipproof.data.sequences import Batch
 from flipproof.log import logger
 
-MicroBatch = Callable[[Tensor, "float | Tensor"], Tensor]
-"""Adds the gradients of a micro-batch: (token ids (rows, s) int64, what its loss is multiplied with) -> its loss."""
+MicroBatch = Callable[[Batch, "float | Tensor"], Tensor]
+"""Adds the gradients of a micro-batch: (batch, what its loss is multiplied with) -> its loss."""
 
 
 class Recorded:
@@ -44,14 +46,16 @@ class Recorded:
         self._hooks = [block.register_forward_pre_hook(self._same_mask, with_kwargs=True) for block in blocks]
         self._calls = 0
 
-    def __call__(self, ids: Tensor, factor: float) -> Tensor:
+    def __call__(self, batch: Batch, factor: float) -> Tensor:
         """As what is recorded; the loss is overwritten by the next."""
         self._calls += 1
         if self._calls == 2:
-            self._record(ids)
+            self._record(batch)
         if self._graph is None:
-            return self._run(ids, factor)
-        self._ids.copy_(ids)
+            return self._run(batch, factor)
+        for held, given in zip(self._batch, batch, strict=True):
+            if held is not None and given is not None:
+                held.copy_(given)
         self._factor.fill_(factor)
         self._graph.replay()
         if self._with_gradient[0].grad is not None:
@@ -70,22 +74,26 @@ class Recorded:
         if self._graph is not None:
             for parameter in self._trained:
                 parameter.grad = None
-            del self._ids, self._loss
+            del self._batch, self._loss
             self._gradients, self._sums, self._graph = [], [], None
             torch.cuda.empty_cache()
 
-    def _record(self, ids: Tensor) -> None:
+    def _record(self, batch: Batch) -> None:
         """Record the micro-batch, or leave everything as it was."""
-        self._ids, self._factor = ids.clone(), torch.ones((), device=ids.device)
+        device = batch.ids.device
+        self._batch = Batch(*(None if tensor is None else tensor.clone() for tensor in batch))  # type: ignore[arg-type]
+        self._factor = torch.ones((), device=device)
+        if batch.positions is not None:
+            self._remove_hooks()
         sums = [parameter.grad for parameter in self._trained]
         for parameter in self._trained:
             parameter.grad = None  # so that the record makes gradients, and adds to none
-        generator = torch.cuda.default_generators[ids.device.index]
+        generator = torch.cuda.default_generators[device.index]
         random, graph = generator.get_state(), torch.cuda.CUDAGraph()
         try:
             # a record that fails leaves its stream the current one
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-                self._loss = self._run(self._ids, self._factor)
+                self._loss = self._run(self._batch, self._factor)
             made = [(p, p.grad, own) for p, own in zip(self._trained, sums, strict=True) if p.grad is not None]
             self._with_gradient = [parameter for parameter, _, _ in made]
             self._gradients = [gradient for _, gradient, _ in made]
@@ -96,7 +104,7 @@ class Recorded:
         except RuntimeError as error:
             why = str(error.__context__ or error).splitlines()[0]
             logger.info("steps are launched kernel by kernel, since they make no CUDA graph: %s", why)
-            fresh = torch.Generator(ids.device)  # the old one counts as one that is recorded
+            fresh = torch.Generator(device)  # the old one counts as one that is recorded
             fresh.set_state(random)
             generator.graphsafe_set_state(fresh.graphsafe_get_state())
         for parameter, gradient in zip(self._trained, sums, strict=True):

@@ -68,7 +68,7 @@ class Training:
         self.loss_scale = LossScale(config.training, next(model.parameters()).dtype)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         several = config.training.gradient_accumulation_steps > 1
-        self.recorded = Recorded(self._of_ids, model, blocks(model), several) if self._may_record() else None
+        self.recorded = Recorded(self._micro_batch, model, blocks(model), several) if self._may_record() else None
         self.progress: Progress = {
             "sequences": torch.tensor(0),
             "micro_steps": torch.tensor(0),
@@ -126,7 +126,7 @@ class Training:
             batch = self._begin(int(self.progress["micro_steps"]), int(self.progress["sequences"]))
             factor = weights[micro] * float(self.loss_scale.scale) / accumulation
             with self.gradients.micro_batch(last=micro == accumulation - 1):
-                loss = self.recorded(batch.ids, factor) if self.recorded else self._micro_batch(batch, factor)
+                loss = self.recorded(batch, factor) if self.recorded else self._micro_batch(batch, factor)
             loss_sum.add_(loss, alpha=weights[micro])
             self.progress["micro_steps"] += 1
             self.progress["sequences"] += rows * self.world.size
@@ -167,10 +167,6 @@ class Training:
     def _may_record(self) -> bool:
         """Whether a micro-batch may be recorded as a CUDA graph, as far as is known before."""
         drops_layers = getattr(getattr(self.model, "config", None), "layerdrop", 0)  # which is drawn on the CPU
-        if self.world.device.type == "cuda" and self.text.marks is not None:
-            # a record has one mask for all batches, and samples lie elsewhere in each
-            logger.info("steps are launched kernel by kernel, since instruction data make no CUDA graph")
-            return False
         return self.world.device.type == "cuda" and self.world.size == 1 and not drops_layers
 
     def _weights(self, sequence: int) -> tuple[list[float], int]:
@@ -200,9 +196,6 @@ class Training:
             return self.text.batch(training.seed, first, rows).to(self.world.device)
         chosen = chosen_sequences(self.lengths, training.seed, first, rows)
         return self.text.batch(chosen).to(self.world.device)
-
-    def _of_ids(self, ids: Tensor, factor: float | Tensor) -> Tensor:
-        return self._micro_batch(Batch(ids), factor)
 
     def _micro_batch(self, batch: Batch, factor: float | Tensor) -> Tensor:
         """Add the gradients of the loss times a factor; returns the loss."""
