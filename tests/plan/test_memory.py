@@ -48,9 +48,10 @@ def predicted():
         yield f"8B {strategy} {spread}", found.allocated, measured
     for flavor, rows, kept, measured in TRIED:
         config = config_of(flavor, rows, lora=False)
-        parts = memory(shape(flavor, lora=False), config, Spread(1, 1), in_all(shape(flavor, lora=False), kept)).parts
-        late = parts["weights"] + parts["gradients"] + parts["a block at work"] if "a block at work" in parts else 0
-        early = sum(parts.values()) - parts["AdamW's moments"] - parts["gradients"]
+        sizes = shape(flavor, lora=False)
+        parts = memory(sizes, config, Spread(1, 1), in_all(sizes, kept)).parts
+        early = sum(parts.values()) - parts["AdamW's moments"] - parts.get("gradients", 0)
+        late = parts["weights"] + 4 * sizes.parameters + parts.get("a block at work", 0)
         yield f"{flavor} {kept}", max(early, late), measured
     for flavor, rows, faults, measured in RECORDED:
         config = config_of(flavor, rows, lora=False, faults=faults, gradient_accumulation_steps=2)

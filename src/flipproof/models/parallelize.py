@@ -28,15 +28,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=lambda found: sum(p.numel() for module in found for p in module.parameters()), default=[])
 
 
-def parallelize(model: nn.Module, config: RunConfig, world: World) -> None:
+def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any = None) -> None:
     """Recomputation, compilation and sharding, in place; a model on the meta device stays there.
 
     Parameters that are sharded become DTensors. Faulty layers learn which rows of the global batch are theirs.
+
+    Args:
+        compiler: a backend of torch.compile to compile by, whatever the config says.
     """
     training, parallelism = config.training, config.parallelism
     layers = blocks(model)
     compiled = training.compile if training.compile is not None else world.device.type == "cuda"
-    recompute.prepare(layers, compiled)
+    compiled = compiled or compiler is not None
+    recompute.prepare(layers, compiled, compiler or "inductor")
     recompute.set_kept(layers, _mode(config, world))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if cast_to(training, model) == torch.bfloat16:

@@ -83,18 +83,20 @@ class Recomputing:
 
 
 @cache
-def _recomputing(block: type[Any], compiled: bool) -> type[nn.Module]:
+def _recomputing(block: type[Any], compiler: Any) -> type[nn.Module]:
     # One class for all blocks of a kind, so that torch.compile sees one function and compiles it once.
     def run(self: nn.Module, keep: Keep, *args: Any, **kwargs: Any) -> Any:
         return _run(block.forward, self, keep, *args, **kwargs)
 
-    return type(block.__name__, (Recomputing, block), {"run": torch.compile(run, fullgraph=True) if compiled else run})
+    run = torch.compile(run, fullgraph=True, backend=compiler) if compiler else run
+    return type(block.__name__, (Recomputing, block), {"run": run})
 
 
-def prepare(blocks: list[nn.Module], compiled: bool) -> None:
-    """Give each block a ``keep`` and, if asked, compile it, in place; its class becomes a subclass of what it was."""
+def prepare(blocks: list[nn.Module], compiled: bool, compiler: Any = "inductor") -> None:
+    """Give each block a ``keep`` and, if asked, compile it, in place; its class becomes a subclass of what it was.
+    ``compiler`` is a backend of torch.compile."""
     for block in blocks:
-        block.__class__ = _recomputing(type(block), compiled)  # type: ignore[arg-type]
+        block.__class__ = _recomputing(type(block), compiler if compiled else None)  # type: ignore[arg-type]
     if compiled:
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
         expect_variants(_VARIANTS)

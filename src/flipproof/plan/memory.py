@@ -14,7 +14,8 @@ and F of the MLP, are what the compiled block keeps (``torch.compile`` computes 
 - ``weights``: with flips each layer's own flipped input in the place of one that layers share, 7H + 3A + 2K + 3F, a bit
   for each value of these inputs, and the block's merged weights;
 
-and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast.
+and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast, but
+under FSDP, which casts what it gathers.
 
 Sources: what is kept was read off the compiler's own partition of a block, and off peaks measured on GPUs
 (tests/plan/test_memory.py); ZeRO's stages are Rajbhandari et al., 2020.
@@ -103,10 +104,10 @@ def activations(shape: Shape, config: RunConfig, kept: Level) -> float:
     return size
 
 
-def _kept_weights(shape: Shape, config: RunConfig, kept: Level) -> float:
+def _kept_weights(shape: Shape, config: RunConfig, kept: Level, sharded: bool) -> float:
     """Bytes of a block's weights that are kept beside the weights themselves."""
     size, trains = 0.0, not config.lora.r
-    if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config):
+    if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config) and not sharded:
         size += shape.products * computed_bytes(config)
     if kept == "weights" and not trains:
         size += shape.products * computed_bytes(config)
@@ -132,35 +133,36 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     }
     gradients = 4 * trained / spread.shards
     kept_activations = sum(n * activations(shape, config, level) for level, n in kept.items()) * tokens
-    kept_weights = sum(n * _kept_weights(shape, config, level) for level, n in kept.items())
+    kept_weights = sum(n * _kept_weights(shape, config, level, sharded) for level, n in kept.items())
     least = min((level for level, n in kept.items() if n), key=LEVELS.index)
     unit = shape.block * c + shape.adapters * gathered_adapter_bytes(config)
-    gathered = 0.0
-    if sharded:
-        # the block at work and the one ahead, and the head, which its backward needs no more but FSDP frees later
-        gathered = 2 * unit + (shape.head or shape.embedding) * c
-        if config.parallelism.sharding_strategy == "shard_grad_op" or config.parallelism.keep_gathered:
-            gathered = shape.blocks * unit + (shape.head + shape.embedding) * c
+    head = (shape.head or shape.embedding) * c
+    stays = config.parallelism.sharding_strategy == "shard_grad_op" or config.parallelism.keep_gathered
+    stay = (shape.blocks * unit + shape.embedding * c) * stays
+    # what works, and NCCL's buffer of what was gathered last, which FSDP keeps until the next is
+    at_loss = (2 * head + stay) * sharded
+    at_block = (stay + head if stays else 2 * unit) * sharded
     loss = 2 * HELD_LOGITS * c + 2 * tokens * h * c
     loss += 4 * (shape.head or shape.embedding) * trains
     block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
     a_block_s = (4 + c) * shape.block if trains and sharded else 4 * shape.adapters
-    soon = gradients if training.gradient_accumulation_steps > 1 or spread.gpus == 1 else 0.0
+    soon = gradients if training.gradient_accumulation_steps > 1 else 0.0
     moments = {
-        "at the loss": {"activations": kept_activations, "loss": loss, "gradients": soon},
+        "at the loss": {"activations": kept_activations, "loss": loss, "gathered": at_loss, "gradients": soon},
         "in a block's backward": {
             "activations": kept_activations,
+            "gathered": at_block,
             "a block at work": block,
             "gradients": soon + a_block_s * sharded,
         },
         "at the end of backward": {
             "activations": kept_activations / shape.blocks,
+            "gathered": at_block,
             "a block at work": block,
             "gradients": gradients + a_block_s * sharded,
         },
     }
-    every = {"kept weights": kept_weights, "gathered": gathered}
     when = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = always | moments[when] | every
+    parts = always | moments[when] | {"kept weights": kept_weights}
     return Memory({name: size for name, size in parts.items() if size}, when)
