@@ -174,6 +174,12 @@ def test_what_would_fit_is_said_and_does():
         make_plan(config_of("70B", 2), Request(enough // 2, gpu="a100-80"))
 
 
+def test_a_budget_counts_the_parameters_that_the_config_says():
+    """The second tutorial's: 1% of 8,000,000,000 tokens, 8 GPUs x 2 micro-batches x 2048 tokens a step."""
+    config = load_config(["8b"], {"training": {"steps": None}})
+    assert make_plan(config, Request(8)).steps == -(-80_000_000 // (8 * 2 * 2048)) == 2442
+
+
 def test_json_is_what_the_table_says(capsys):
     arguments = ["plan", "--config", "clm-60m", "--gpus", "2", "--efficiency", "0.3", "--price", "2"]
     assert main(arguments) == 0

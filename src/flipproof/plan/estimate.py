@@ -86,7 +86,8 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
     if training.dtype is None:
         config = replace(config, training=replace(training, dtype="bfloat16" if config.lora.r else "float32"))
     shape = shape_of(config)
-    counted = shape.parameters - (shape.embedding if training.tokens_per_parameter_of == "non-embedding" else 0)
+    of = training.tokens_per_parameter_of
+    counted = of if isinstance(of, int) else shape.parameters - shape.embedding * (of == "non-embedding")
     return shape, resolve_steps(config, counted, gpus)
 
 
