@@ -44,11 +44,18 @@ class Plan:
     steps: int
     rows: dict[Level, int]
     """For each level the largest ``local_batch_size`` that fits."""
+    by_level: dict[Level, Memory]
+    """What the config's own ``local_batch_size`` needs where all blocks keep the level."""
     request: Request
 
     @property
+    def room(self) -> float:
+        """Bytes of a GPU that training may fill."""
+        return _room(self.gpu)
+
+    @property
     def fits(self) -> bool:
-        return self.memory.needed <= _room(self.gpu)
+        return self.memory.needed <= self.room
 
     @property
     def hours(self) -> float:
@@ -105,6 +112,7 @@ def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: 
         pace(shape, config, spread, kept, gpu, link, request.efficiency),
         config.training.steps or 0,
         {level: _rows(shape, config, spread, gpu, level) for level in LEVELS},
+        {level: memory(shape, config, spread, in_all(shape, level)) for level in LEVELS},
         request,
     )
 
