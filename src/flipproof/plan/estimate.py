@@ -57,6 +57,16 @@ class Plan:
     def fits(self) -> bool:
         return self.memory.needed <= self.room
 
+    def efficiency_at(self, tokens_per_second: float) -> float | None:
+        """The efficiency of products by which so many tokens a second are planned; None where none gives them, or they
+        depend on communication."""
+        paced = self.pace
+        products = paced.products + paced.tokens / tokens_per_second - paced.seconds
+        if products <= 0 or min(products, paced.products) + paced.flips < paced.communication:
+            return None
+        efficiency = self.request.efficiency * paced.products / products
+        return efficiency if efficiency <= 1 else None
+
     @property
     def hours(self) -> float:
         return self.steps * self.pace.seconds / 3600

@@ -12,7 +12,7 @@ class Gpu(NamedTuple):
     """A GPU as it is rented."""
 
     name: str
-    """As CUDA calls it, in part."""
+    """As CUDA calls it, after NVIDIA."""
     memory: float
     """GiB that a program sees, as ``nvidia-smi`` has them."""
     bandwidth: float
@@ -47,3 +47,8 @@ def gpu_called(name: str) -> Gpu:
     if found is None:
         raise ConfigError([f"--gpu {name}: known are {', '.join(GPUS)}"])
     return found
+
+
+def gpu_named(name: str) -> str | None:
+    """The name of ``--gpu`` of what CUDA calls ``name``, such as "NVIDIA H200"; None for a GPU that nobody knows."""
+    return next((key for key, gpu in GPUS.items() if gpu.name == name.removeprefix("NVIDIA ")), None)
