@@ -110,7 +110,7 @@ def _sweep(args: Namespace, config: RunConfig) -> None:
 def _plan(args: Namespace, config: RunConfig) -> None:
     from flipproof.plan.estimate import Request, as_record, as_text, make_plan
 
-    request = Request(args.gpus, args.nodes, args.gpu, args.node_link, args.efficiency, args.price)
+    request = Request(args.gpus, args.nodes, args.gpu, args.node_link, args.efficiency, args.price, args.bench)
     if args.picture:
         if args.recommend:
             raise ConfigError(["--picture is of one way to run a training; leave out --recommend"])
@@ -392,6 +392,12 @@ VERBS = {
             _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
             _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
             _flag("--price", "Of a GPU-hour: what the training costs.", "X", Positive),
+            _flag(
+                "--bench",
+                "What flipproof bench --to FILE measured there: bandwidth and peak are then its.",
+                "FILE",
+                Path,
+            ),
             _flag("--recommend", "All ways to run it instead: which fit, the fastest first, with its TOML."),
             _flag("--picture", "A PNG file to write as well, which must not exist: memory by part.", "FILE", Path),
             _flag("--json", "Print JSON."),

@@ -1,11 +1,12 @@
 """``flipproof plan``: whether a training fits, how long it takes and what it costs, before any GPU is rented."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
-from flipproof.plan.gpus import Gpu, gpu_called
+from flipproof.plan.gpus import Gpu, benched, gpu_called
 from flipproof.plan.memory import LEVELS, Kept, Level, Memory, Spread, in_all, memory
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
@@ -29,6 +30,13 @@ class Request:
     efficiency: float = 0.5
     price: float | None = None
     """Of a GPU for an hour."""
+    bench: Path | None = None
+    """What ``flipproof bench`` wrote on such a GPU."""
+
+    def find_gpu(self) -> Gpu:
+        """Raises ConfigError as ``gpu_called`` and ``benched`` do."""
+        gpu = gpu_called(self.gpu)
+        return gpu if self.bench is None else benched(gpu, self.bench)
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,10 @@ class Plan:
 def make_plan(config: RunConfig, request: Request) -> Plan:
     """
     Raises:
-        ConfigError: for what cannot be: a GPU nobody knows, degrees that do not multiply to the GPUs, a model of
-            another kind than decoders, one that fits at no setting.
+        ConfigError: for what cannot be: a GPU nobody knows, a bench of another, degrees that do not multiply to the
+            GPUs, a model of another kind than decoders, one that fits at no setting.
     """
-    gpu, spread = gpu_called(request.gpu), _spread(config, request)
+    gpu, spread = request.find_gpu(), _spread(config, request)
     shape, config = sized(config, spread.gpus)
     check_fits(shape, config, spread, gpu)
     return plan_of(shape, config, spread, gpu, request)
@@ -215,7 +223,8 @@ def as_record(plan: Plan) -> dict[str, Any]:
     """Of JSON: bytes, seconds and counts."""
     return {
         "model": asdict(plan.shape) | {"parameters": plan.shape.parameters},
-        "gpu": plan.gpu._asdict() | {"peak_flops": plan.gpu.peak},
+        "gpu": {key: getattr(plan.gpu, key) for key in ("name", "memory", "bandwidth", "link")}
+        | {"peak_flops": plan.gpu.peak},
         "gpus": plan.spread.gpus,
         "shards": plan.spread.shards,
         "replicas": plan.spread.replicas,
