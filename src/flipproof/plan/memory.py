@@ -14,7 +14,8 @@ and F of the MLP, are what the compiled block keeps (``torch.compile`` computes 
 - ``weights``: with flips each layer's own flipped input in the place of one that layers share, 7H + 3A + 2K + 3F, a bit
   for each value of these inputs, and the block's merged weights;
 
-and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast.
+and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast;
+under FSDP the cast is what is gathered, and freed.
 
 Sources: what is kept was read off the compiler's own partition of a block, and off peaks measured on GPUs
 (tests/plan/test_memory.py); ZeRO's stages are Rajbhandari et al., 2020.
@@ -103,10 +104,10 @@ def activations(shape: Shape, config: RunConfig, kept: Level) -> float:
     return size
 
 
-def _kept_weights(shape: Shape, config: RunConfig, kept: Level) -> float:
+def _kept_weights(shape: Shape, config: RunConfig, kept: Level, sharded: bool) -> float:
     """Bytes of a block's weights that are kept beside the weights themselves."""
     size, trains = 0.0, not config.lora.r
-    if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config):
+    if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config) and not sharded:
         size += shape.products * computed_bytes(config)
     if kept == "weights" and not trains:
         size += shape.products * computed_bytes(config)
@@ -132,7 +133,7 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     }
     gradients = 4 * trained / spread.shards
     kept_activations = sum(n * activations(shape, config, level) for level, n in kept.items()) * tokens
-    kept_weights = sum(n * _kept_weights(shape, config, level) for level, n in kept.items())
+    kept_weights = sum(n * _kept_weights(shape, config, level, sharded) for level, n in kept.items())
     least = min((level for level, n in kept.items() if n), key=LEVELS.index)
     unit = shape.block * c + shape.adapters * gathered_adapter_bytes(config)
     gathered = 0.0
