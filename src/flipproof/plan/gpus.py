@@ -13,7 +13,8 @@ from flipproof.train.throughput import peak_flops_by_name
 
 PRODUCT_OF_PEAK, COPY_OF_BANDWIDTH = 0.8, 0.9
 """Of what the data sheet says, what a product of 8192 x 8192 x 8192 and a copy reach on an H100 (798 TFLOP/s, 3.0 TB/s)
-and on an H200 (788, 4.3), on which the rest of a plan was calibrated."""
+and on an H200 (788, 4.3), in one short run of each with plain PyTorch; on these GPUs the rest of a plan was
+calibrated."""
 
 
 class Gpu(NamedTuple):
