@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import flipproof.cli.main
 import flipproof.files
 import flipproof.measure.evaluate
-import flipproof.report.figures
+import flipproof.pictures
 import flipproof.report.page
 import flipproof.sweep.run
 import flipproof.train.loop
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--points", type=int, help="So many of each, evenly spread, in the place of all.")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    flipproof.report.figures.DPI = 20  # what is drawn takes no more events for that
+    flipproof.pictures.DPI = 20  # what is drawn takes no more events for that
     flipproof.files._OLD_S = 0.0  # what the dead left is cleared at once, not only after a minute
     with tempfile.TemporaryDirectory() as place:
         problems = [line for name in args.commands for line in crash(name, Path(place) / name, args.points)]

@@ -6,6 +6,7 @@ import torch
 from flipproof import bench as bench_module
 from flipproof.bench import bench, medians
 from flipproof.errors import ConfigError
+from flipproof.plan.gpus import GPUS, benched
 
 
 def test_medians_take_turns_and_are_the_middle_of_the_rounds(monkeypatch):
@@ -43,6 +44,39 @@ def _small(size):
     if isinstance(size, tuple):
         return tuple(min(s, 1024) for s in size)
     return min(size, 1024)
+
+
+def test_speeds_are_what_is_done_over_its_time(monkeypatch):
+    done = {}
+
+    def run_once(functions, device):
+        done.update((name, function()) for name, function in functions.items())
+        return {"product": 0.5, "copy": 4.0}
+
+    torch.manual_seed(0)
+    a, b = (torch.randn(64, 64, dtype=torch.bfloat16) for _ in range(2))
+    torch.manual_seed(0)
+    monkeypatch.setattr(bench_module, "medians", run_once)
+    found = bench_module.speeds("cpu", side=64, copied=1000)
+    assert found == {"product_tflop_s": 2 * 64**3 / 0.5e-3 / 1e12, "copy_gb_s": 2 * 1000 / 4e-3 / 1e9}
+    assert torch.equal(done["product"], a @ b)
+    assert done["copy"].numel() == 1000
+    monkeypatch.undo()
+    assert all(speed > 0 for speed in bench_module.speeds("cpu", side=64, copied=1000).values())
+
+
+def test_what_a_gpu_measured_is_what_plan_reads(monkeypatch, tmp_path):
+    measured = {"product_tflop_s": 400.0, "copy_gb_s": 1800.0}
+    for name in ("_operations", "_small", "_layers"):
+        monkeypatch.setattr(bench_module, name, lambda device: [])
+    monkeypatch.setattr(bench_module, "speeds", lambda device: measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    text = bench("cuda", tmp_path / "bench.json")
+    assert "a large product 400 TFLOP/s in bfloat16, a copy 1,800 GB/s" in text
+    gpu = benched(GPUS["a100-80"], tmp_path / "bench.json")
+    assert gpu.peak == pytest.approx(400e12 / 0.8)
+    assert gpu.bandwidth == pytest.approx(1800 / 0.9)
 
 
 def test_bad_input_is_told_before_anything_runs(tmp_path):

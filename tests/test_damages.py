@@ -4,7 +4,7 @@ import damages
 import pytest
 import torch
 
-from flipproof.report import figures
+from flipproof import pictures
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -15,7 +15,7 @@ def as_in_the_script():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         damages.only_our_tasks(patch.setattr)
-        patch.setattr(figures, "DPI", 20)  # pictures of few points, of which a page has a dozen
+        patch.setattr(pictures, "DPI", 20)  # pictures of few points, of which a page has a dozen
         yield
     torch.set_num_threads(threads)
     datasets.config.HF_DATASETS_CACHE = cache

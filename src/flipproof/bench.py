@@ -58,13 +58,17 @@ def bench(device: str | None = None, to: Path | None = None, tell: Callable[[str
         raise ConfigError(["--device cuda: torch sees no GPU here; flipproof doctor says more"])
     if to is not None:
         check_new(to, "--to", "file")
+    measured = speeds(device) if device == "cuda" else None
     rows = [*_operations(device), *_small(device), *_layers(device)]
     machine = about(device)
     said = tables(machine, rows)
+    if measured:
+        product, copy = measured["product_tflop_s"], measured["copy_gb_s"]
+        said += f"\n\na large product {product:.0f} TFLOP/s in bfloat16, a copy {copy:,.0f} GB/s (read and written)"
     if tell:
         tell(said)
     if to is not None:
-        write_new_record(to, {"about": machine, "rows": [vars(row) for row in rows]}, "--to")
+        write_new_record(to, {"about": machine, "speeds": measured, "rows": [vars(row) for row in rows]}, "--to")
     return said
 
 
@@ -123,6 +127,21 @@ def rows_of(table: str, times: dict[str, float], held: dict[str, float] | None =
     """The rows of a table: name -> milliseconds, beside those of the first; and the GiB held, where they are known."""
     first = next(iter(times.values()))
     return [Row(table, name, ms, ms / first, held[name] if held else None) for name, ms in times.items()]
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def speeds(device: str, side: int = 8192, copied: int = 2**31) -> dict[str, float]:
+    """What ``flipproof plan --bench`` counts with: 10¹² FLOPs a second of a product of bfloat16 matrices of
+    (side, side), and 10⁹ bytes a second that a copy of so many bytes reads and writes."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.zeros(copied, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    functions = {"product": lambda: torch.matmul(a, b, out=product), "copy": lambda: target.copy_(source)}
+    ms = medians(functions, device)
+    return {"product_tflop_s": 2 * side**3 / ms["product"] / 1e9, "copy_gb_s": 2 * copied / ms["copy"] / 1e6}
 
 
 # -- the operation ----------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         ("doctor", "doctor"),
     ):
         monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_, **__: (_ for _ in ()).throw(Reached))
-    monkeypatch.setattr("flipproof.cli.verbs.described_keys", lambda *_: (_ for _ in ()).throw(Reached))
+    monkeypatch.setattr("flipproof.cli.keys.described_keys", lambda *_: (_ for _ in ()).throw(Reached))
     for name in ("preset_names", "changed_preset"):
         monkeypatch.setattr(f"flipproof.cli.verbs.{name}", lambda *_: (_ for _ in ()).throw(Reached))
     for flag, takes in flags.items():

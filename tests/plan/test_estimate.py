@@ -1,34 +1,22 @@
 import json
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from planned import SHARDED, config_of, shape
+from transformers import LlamaConfig
 
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.plan.estimate import Request, make_plan
-from flipproof.plan.gpus import GPUS, gpu_called
+from flipproof.plan.gpus import GPUS
 from flipproof.plan.memory import Spread, in_all, memory
 from flipproof.plan.pace import pace
 from flipproof.plan.shape import shape_of
 from flipproof.train.throughput import flops_per_token
-
-
-def test_every_gpu_has_a_peak_and_a_name_that_cuda_knows():
-    assert {name: gpu.peak / 1e12 for name, gpu in GPUS.items()} == {
-        "a100-40": 312.0,
-        "a100-80": 312.0,
-        "h100": 989.4,
-        "h200": 989.4,
-        "b200": 2250.0,
-        "l40s": 362.0,
-        "4090": 165.2,
-        "5090": 209.5,
-    }
-    assert gpu_called("H100") is gpu_called("nvidia-h100") is GPUS["h100"]
 
 
 def test_a_shape_is_that_of_the_model(tiny_llama, tmp_path):
@@ -174,6 +162,12 @@ def test_what_would_fit_is_said_and_does():
         make_plan(config_of("70B", 2), Request(enough // 2, gpu="a100-80"))
 
 
+def test_a_budget_counts_the_parameters_that_the_config_says():
+    """The second tutorial's: 1% of 8,000,000,000 tokens, 8 GPUs x 2 micro-batches x 2048 tokens a step."""
+    config = load_config(["8b"], {"training": {"steps": None}})
+    assert make_plan(config, Request(8)).steps == -(-80_000_000 // (8 * 2 * 2048)) == 2442
+
+
 def test_json_is_what_the_table_says(capsys):
     arguments = ["plan", "--config", "clm-60m", "--gpus", "2", "--efficiency", "0.3", "--price", "2"]
     assert main(arguments) == 0
@@ -185,3 +179,42 @@ def test_json_is_what_the_table_says(capsys):
     assert found["cost"] == pytest.approx(2 * 2 * found["hours"])
     assert found["memory"]["allocated"] == pytest.approx(sum(found["memory"]["parts"].values()))
     assert f"{found['memory']['needed'] / 2**30:8.1f}  of 79.6" in table
+
+
+def test_the_figures_of_the_documents_page_are_what_is_planned(tmp_path):
+    """docs/planning.md, "The documents' formulas, and the right ones": its LLaMA of 7 billion parameters."""
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text("utf-8")
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    training = {"seq_len": 2048, "local_batch_size": 4, "dtype": "float32", "mixed_precision_param": "bfloat16"}
+
+    def planned(mode="full", strategy="full_shard", nodes=1, **more):
+        values = {
+            "model": {"hf_model_path": str(tmp_path)},
+            "training": training | {"activation_checkpointing": mode} | more,
+            "parallelism": {"sharding_strategy": strategy},
+            "lora": {"r": 0},
+        }
+        return make_plan(load_config([], values), Request(8, nodes, "a100-80", node_link=25.0))
+
+    def gib(plan, *parts):
+        return sum(plan.memory.parts[part] for part in parts) / 2**30 if parts else plan.memory.allocated / 2**30
+
+    full, by_grad = planned(), planned(strategy="shard_grad_op")
+    kept = gib(planned("selective"), "activations"), gib(planned("none"), "activations")
+    assert f"{kept[0]:.1f} of {kept[1]:.1f} GiB stay" in text
+    assert f"plan: {gib(by_grad):.1f} GiB with activations, {gib(full):.1f} under `full_shard`" in text
+    assert f"two blocks and the head, {gib(full, 'gathered'):.1f} GiB in bfloat16" in text
+    moments = gib(full, "AdamW's moments")
+    assert f"weights {gib(full, 'weights'):.2f}, gradients 3.14, moments {moments:.2f} GiB" in text
+    gathered, reduced = full.pace.gathered_bytes / 1e9, full.pace.reduced_bytes / 1e9
+    assert f"plan: {gathered:.1f} GB gathered and {reduced:.1f} reduced" in text
+    assert f"against twice: {by_grad.pace.gathered_bytes / 1e9:.1f} and {gathered:.1f} GB" in text
+    assert f"with 4, {planned(gradient_accumulation_steps=4).pace.gathered_bytes / 1e9:.1f} GB" in text
+    assert f"plan: {full.pace.products:.2f} s against {planned('selective').pace.products:.2f}" in text
+    assert f"`--node-link 25`: {planned(nodes=4).pace.communication:.1f} s" in text
+    node = {"local_batch_size": 2, "gradient_accumulation_steps": 16}
+    hybrid, over_all = (gib(planned(strategy=s, nodes=4, **node)) for s in ("hybrid_shard", "full_shard"))
+    assert f"plan: {hybrid:.1f} GiB, {over_all:.1f} under `full_shard`" in text

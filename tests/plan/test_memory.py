@@ -93,3 +93,12 @@ def test_replicas_hold_what_one_does_and_shards_share():
     )
     for part in ("weights", "adapters", "AdamW's moments"):
         assert halves[part] == 4 * eighths[part] == alone[part] / 2
+
+
+def test_weights_that_are_cast_are_held_by_one_process_and_freed_by_fsdp():
+    """FSDP gathers them in the computed dtype: what autograd saves of them is what is freed after the block."""
+    sizes, config = shape("clm-1.1B", lora=False), config_of("clm-1.1B", 8, lora=False)
+    kept = in_all(sizes, "everything")
+    for spread, of_a_weight in ((Spread(1, 1), 2), (Spread(1, 2), 2), (Spread(2, 1), 0)):
+        found = memory(sizes, config, spread, kept).parts.get("kept weights", 0)
+        assert found == of_a_weight * sizes.blocks * sizes.products

@@ -21,8 +21,8 @@ from flipproof.report.sections import sections_of
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(page_module.figures, "png", lambda _: b"a picture")
-    monkeypatch.setattr(page_module.figures, "svg", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(page_module.pictures, "png", lambda _: b"a picture")
+    monkeypatch.setattr(page_module.pictures, "svg", lambda *_: "<svg></svg>")
 
 
 def table(path):

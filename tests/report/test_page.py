@@ -24,12 +24,12 @@ from report_inputs import (
     write_sweep,
 )
 
+from flipproof import pictures
 from flipproof.cli.main import main
 from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm, costs
 from flipproof.measure.intervals import t_interval
 from flipproof.measure.points import Setting
-from flipproof.report import figures
 from flipproof.report import page as page_module
 from flipproof.report.analyse import curves_of
 from flipproof.report.finding import of_sweep
@@ -41,7 +41,7 @@ from flipproof.report.sections import sections_of
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
     """But for those of ``everything``, which are made before and looked at."""
-    monkeypatch.setattr(figures, "DPI", 20)
+    monkeypatch.setattr(pictures, "DPI", 20)
 
 
 @pytest.fixture(scope="module")
@@ -383,8 +383,8 @@ def test_tasks_have_a_table(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Where their names are the subject: rendering takes most of a report's time."""
-    monkeypatch.setattr(page_module.figures, "png", lambda _: b"a picture")
-    monkeypatch.setattr(page_module.figures, "svg", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(page_module.pictures, "png", lambda _: b"a picture")
+    monkeypatch.setattr(page_module.pictures, "svg", lambda *_: "<svg></svg>")
 
 
 def links(page):

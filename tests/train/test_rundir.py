@@ -7,12 +7,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flipproof.errors import ConfigError
 from flipproof.train import rundir
-from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held
+from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held, placed
+from flipproof.world import World
 
-RECORD = Record("model", 4, ((10, "one"), (5, "two")), "held", "measured", ("step-4",))
+RECORD = Record("model", 4, ((10, "one"), (5, "two")), "held", "measured", ("step-4",), gpu="NVIDIA H200", nodes=2)
 
 
 def test_the_second_is_refused_at_once_and_told_who_has_it(tmp_path, monkeypatch):
@@ -103,6 +105,16 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
         (tmp_path / "run.json").write_text(damage)
         with pytest.raises(ConfigError, match=r"run\.json is damaged"):
             Record.read(tmp_path)
+    replace(RECORD, nodes=0).write(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.json is damaged \(nodes = 0\)"):
+        Record.read(tmp_path)
+
+
+def test_a_record_says_where_its_processes_are(monkeypatch):
+    assert placed(World(0, 1, torch.device("cpu"), None)) == {"gpu": "", "nodes": 1}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert placed(World(0, 16, torch.device("cuda", 0), None)) == {"gpu": "NVIDIA H200", "nodes": 2}
 
 
 def test_what_is_abandoned_is_gone_whoever_finishes_it(tmp_path):

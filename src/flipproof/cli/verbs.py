@@ -4,13 +4,12 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from flipproof.cli.arguments import Argument, Verb, checkpoint_of, devices_of, path_of, value_of
-from flipproof.config import SECTIONS, RunConfig, changed_preset, described_keys, preset_names, preset_text
-from flipproof.config.names import keys_called, keys_meant, near_key, nearest, plain
+from flipproof.cli.keys import print_keys, set_values
+from flipproof.config import SECTIONS, RunConfig, changed_preset, preset_names, preset_text
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import GRANULARITIES, field_names
@@ -111,7 +110,13 @@ def _sweep(args: Namespace, config: RunConfig) -> None:
 def _plan(args: Namespace, config: RunConfig) -> None:
     from flipproof.plan.estimate import Request, as_record, as_text, make_plan
 
-    request = Request(args.gpus, args.nodes, args.gpu, args.node_link, args.efficiency, args.price)
+    request = Request(args.gpus, args.nodes, args.gpu, args.node_link, args.efficiency, args.price, args.bench)
+    if args.picture:
+        if args.recommend:
+            raise ConfigError(["--picture is of one way to run a training; leave out --recommend"])
+        from flipproof.plan.picture import check_picture, write_picture
+
+        check_picture(args.picture)
     if args.recommend:
         from flipproof.plan.recommend import as_records, as_table, recommend
 
@@ -119,6 +124,8 @@ def _plan(args: Namespace, config: RunConfig) -> None:
         _say(json.dumps(as_records(options), indent=2) if args.json else as_table(options))
         return
     plan = make_plan(config, request)
+    if args.picture:
+        write_picture(plan, args.picture)
     _say(json.dumps(as_record(plan), indent=2) if args.json else as_text(plan))
 
 
@@ -142,49 +149,15 @@ def _config(args: Namespace) -> None:
     if args.set and (args.list or args.name is None):
         raise ConfigError(["--set changes a preset: flipproof config NAME --set KEY=VALUE"])
     if args.set:
-        print(_escaped(changed_preset(args.name, _settings(item for items in args.set for item in items))), end="")
+        print(_escaped(changed_preset(args.name, set_values(item for items in args.set for item in items))), end="")
     elif args.list or args.name is None:
         print("\n".join(preset_names()))
     else:
         print(preset_text(args.name), end="")
 
 
-def _settings(items: Iterable[str]) -> dict[str, dict[str, str]]:
-    """section -> key -> text of several KEY=VALUE. Raises ConfigError with all that set no key."""
-    settings: dict[str, dict[str, str]] = {}
-    problems = []
-    for item in items:
-        word, equals, value = item.partition("=")
-        found = keys_called(word)
-        if not (equals and value):
-            problems.append(f"--set {item}: KEY=VALUE is allowed")
-        elif len(found) != 1:
-            meant = found or keys_meant(word)
-            hint = f"did you mean {' or '.join(meant)}?" if meant else "flipproof keys prints all that there are"
-            problems.append(f"--set {item}: {f'several keys are called {word}' if found else 'unknown key'}; {hint}")
-        else:
-            section, _, key = found[0].partition(".")
-            settings.setdefault(section, {})[key] = value
-    if problems:
-        raise ConfigError(problems)
-    return settings
-
-
 def _keys(args: Namespace) -> None:
-    if args.section in (None, *SECTIONS):
-        print(described_keys([args.section] if args.section else SECTIONS))
-        return
-    word = plain(args.section)
-    table, dot, key = word.partition(".")
-    if not (found := keys_called(word)):
-        if dot and table in SECTIONS:
-            raise ConfigError([f"{args.section}: no such key{near_key(key, table)}"])
-        near = nearest(word, SECTIONS)
-        found = [] if near else keys_meant(word)
-        if not found:
-            hint = f"did you mean {near}?" if near else f"known are {', '.join(SECTIONS)}"
-            raise ConfigError([f"{args.section}: no such section or key; {hint}"])
-    print(described_keys(dict.fromkeys(key.partition(".")[0] for key in found), found))
+    print_keys(args.section)
 
 
 def _demo(args: Namespace) -> None:
@@ -419,7 +392,14 @@ VERBS = {
             _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
             _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
             _flag("--price", "Of a GPU-hour: what the training costs.", "X", Positive),
+            _flag(
+                "--bench",
+                "What flipproof bench --to FILE measured there: bandwidth and peak are then its.",
+                "FILE",
+                Path,
+            ),
             _flag("--recommend", "All ways to run it instead: which fit, the fastest first, with its TOML."),
+            _flag("--picture", "A PNG file to write as well, which must not exist: memory by part.", "FILE", Path),
             _flag("--json", "Print JSON."),
         ),
         (

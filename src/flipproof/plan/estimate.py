@@ -1,11 +1,12 @@
 """``flipproof plan``: whether a training fits, how long it takes and what it costs, before any GPU is rented."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
-from flipproof.plan.gpus import Gpu, gpu_called
+from flipproof.plan.gpus import Gpu, benched, gpu_called
 from flipproof.plan.memory import LEVELS, Kept, Level, Memory, Spread, in_all, memory
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
@@ -29,6 +30,13 @@ class Request:
     efficiency: float = 0.5
     price: float | None = None
     """Of a GPU for an hour."""
+    bench: Path | None = None
+    """What ``flipproof bench`` wrote on such a GPU."""
+
+    def find_gpu(self) -> Gpu:
+        """Raises ConfigError as ``gpu_called`` and ``benched`` do."""
+        gpu = gpu_called(self.gpu)
+        return gpu if self.bench is None else benched(gpu, self.bench)
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,28 @@ class Plan:
     steps: int
     rows: dict[Level, int]
     """For each level the largest ``local_batch_size`` that fits."""
+    by_level: dict[Level, Memory]
+    """What the config's own ``local_batch_size`` needs where all blocks keep the level."""
     request: Request
 
     @property
+    def room(self) -> float:
+        """Bytes of a GPU that training may fill."""
+        return _room(self.gpu)
+
+    @property
     def fits(self) -> bool:
-        return self.memory.needed <= _room(self.gpu)
+        return self.memory.needed <= self.room
+
+    def efficiency_at(self, tokens_per_second: float) -> float | None:
+        """The efficiency of products by which so many tokens a second are planned; None where none gives them, or they
+        depend on communication."""
+        paced = self.pace
+        products = paced.products + paced.tokens / tokens_per_second - paced.seconds
+        if products <= 0 or min(products, paced.products) + paced.flips < paced.communication:
+            return None
+        efficiency = self.request.efficiency * paced.products / products
+        return efficiency if efficiency <= 1 else None
 
     @property
     def hours(self) -> float:
@@ -63,10 +88,10 @@ class Plan:
 def make_plan(config: RunConfig, request: Request) -> Plan:
     """
     Raises:
-        ConfigError: for what cannot be: a GPU nobody knows, degrees that do not multiply to the GPUs, a model of
-            another kind than decoders, one that fits at no setting.
+        ConfigError: for what cannot be: a GPU nobody knows, a bench of another, degrees that do not multiply to the
+            GPUs, a model of another kind than decoders, one that fits at no setting.
     """
-    gpu, spread = gpu_called(request.gpu), _spread(config, request)
+    gpu, spread = request.find_gpu(), _spread(config, request)
     shape, config = sized(config, spread.gpus)
     check_fits(shape, config, spread, gpu)
     return plan_of(shape, config, spread, gpu, request)
@@ -86,7 +111,8 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
     if training.dtype is None:
         config = replace(config, training=replace(training, dtype="bfloat16" if config.lora.r else "float32"))
     shape = shape_of(config)
-    counted = shape.parameters - (shape.embedding if training.tokens_per_parameter_of == "non-embedding" else 0)
+    of = training.tokens_per_parameter_of
+    counted = of if isinstance(of, int) else shape.parameters - shape.embedding * (of == "non-embedding")
     return shape, resolve_steps(config, counted, gpus)
 
 
@@ -104,6 +130,7 @@ def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: 
         pace(shape, config, spread, kept, gpu, link, request.efficiency),
         config.training.steps or 0,
         {level: _rows(shape, config, spread, gpu, level) for level in LEVELS},
+        {level: memory(shape, config, spread, in_all(shape, level)) for level in LEVELS},
         request,
     )
 
@@ -196,7 +223,8 @@ def as_record(plan: Plan) -> dict[str, Any]:
     """Of JSON: bytes, seconds and counts."""
     return {
         "model": asdict(plan.shape) | {"parameters": plan.shape.parameters},
-        "gpu": plan.gpu._asdict() | {"peak_flops": plan.gpu.peak},
+        "gpu": {key: getattr(plan.gpu, key) for key in ("name", "memory", "bandwidth", "link")}
+        | {"peak_flops": plan.gpu.peak},
         "gpus": plan.spread.gpus,
         "shards": plan.spread.shards,
         "replicas": plan.spread.replicas,

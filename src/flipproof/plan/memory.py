@@ -14,8 +14,8 @@ and F of the MLP, are what the compiled block keeps (``torch.compile`` computes 
 - ``weights``: with flips each layer's own flipped input in the place of one that layers share, 7H + 3A + 2K + 3F, a bit
   for each value of these inputs, and the block's merged weights;
 
-and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast, but
-under FSDP, which casts what it gathers.
+and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast;
+under FSDP the cast is what is gathered, and freed.
 
 Sources: what is kept was read off the compiler's own partition of a block, and off peaks measured on GPUs
 (tests/plan/test_memory.py); ZeRO's stages are Rajbhandari et al., 2020.

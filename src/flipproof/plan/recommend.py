@@ -9,7 +9,6 @@ import tomli_w
 
 from flipproof.config import RunConfig
 from flipproof.plan.estimate import Plan, Request, check_fits, plan_of, sized
-from flipproof.plan.gpus import gpu_called
 from flipproof.plan.memory import Spread
 
 Mode = Literal["auto", "none", "selective", "full"]
@@ -45,7 +44,7 @@ def recommend(config: RunConfig, request: Request) -> list[Option]:
     Raises:
         ConfigError: as ``make_plan`` does; where none fits, too.
     """
-    gpu, total = gpu_called(request.gpu), request.gpus * request.nodes
+    gpu, total = request.find_gpu(), request.gpus * request.nodes
     usual = replace(config.parallelism, sharding_strategy="full_shard", fsdp_degree=None, replicas=None)
     shape, config = sized(replace(config, parallelism=usual), total)
     check_fits(shape, config, Spread(total, 1), gpu)

@@ -1,20 +1,12 @@
-"""The report's pictures: matplotlib figures, as wide as the text of a paper.
+"""The report's pictures of what was measured.
 
-Each is drawn once and saved twice: ``svg`` for the page, whose text is text and whose ink, grid and paper are the
-page's, light or dark; ``png`` for a paper. Both are equal for equal data. Figures are made without pyplot, so no
-window, backend or global state is involved.
-
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; the heat map's is cividis. Each curve has a
-marker of its own as well, for print without colour. Axes end where numbers stop to mean anything: perplexity is never
-below 1, and a loss above ``CEILING``, which is worse than guessing, is an open marker on the edge.
+Colours are those of all pictures; the heat map's is cividis. Each curve has a marker of its own as well, for print
+without colour. Axes end where numbers stop to mean anything: perplexity is never below 1, and a loss above
+``CEILING``, which is worse than guessing, is an open marker on the edge.
 """
 
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -24,11 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from flipproof.measure.arms import Cost
+from flipproof.pictures import INK, PALETTE, PAPER, WIDTH, styled
 from flipproof.report.analyse import CEILING, CostMap, Curve, is_power_of_two, p_text
 from flipproof.report.read import Logged, Validated
 
-DPI = 200
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHOWN_CURVES, SHOWN_BARS = 7, 40
 """More curves or bars than this cannot be told apart."""
@@ -36,78 +27,6 @@ _VALIDATED = {"flipped": "--", "guard": "-.", "clean": ":"}
 """How lines of validations are drawn."""
 COST_FLOOR = 1e-3
 """Nats; the heat map's darkest colour. Smaller costs drown in the noise of the seeds."""
-_WIDTH = 4.8
-"""Inches: what LaTeX's article has, and what a phone shows without making letters small."""
-_COLOURS = {"#1a1a1b": "var(--ink)", "#dddddc": "var(--grid)", "#fefefe": "var(--paper)"}
-"""What stands for the page's own colours."""
-_INK, _GRID, _PAPER = _COLOURS
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,  # nothing to add to a tick's number, and no factor: both are easily missed
-    "axes.formatter.limits": (-99, 99),
-    "grid.color": _GRID,
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "errorbar.capsize": 2.5,
-    "hatch.linewidth": 0.5,
-    "text.parse_math": False,  # a layer may be called $x
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-}
-
-
-def png(figure: Figure) -> bytes:
-    """The figure at 200 dots per inch, without the time of rendering."""
-    return _saved(figure, "png", facecolor="white", metadata={"Software": None})
-
-
-def svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an element of an HTML page, in which ``name`` is no other figure's: ids begin with it. ``title`` is
-    what screen readers say of it."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        text = _saved(figure, "svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    drawn = text.decode()[text.index(b"<svg") :]
-    drawn = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", drawn, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawn))
-    drawn = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", drawn)
-    drawn = re.sub(r'((?:href="|url\()#| id=")', rf"\1{name}-", drawn)
-    drawn = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", drawn)  # the family is the page's
-    for colour, of_page in _COLOURS.items():
-        drawn = drawn.replace(colour, of_page)
-    points = figure.get_figwidth() * 72
-    size = f'style="min-width: {1.1 * points:.0f}px; max-width: {1.8 * points:.0f}px" role="img"'
-    drawn = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", drawn, count=2)
-    drawn = re.sub(r"\s*\n\s*", "\n", drawn).strip()
-    return drawn.replace("<svg", f'<svg {size} aria-label="{escape(title)}"', 1)
-
-
-def _saved(figure: Figure, kind: str, **how: Any) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format=kind, dpi=DPI if kind == "png" else 72, **how)
-    return buffer.getvalue()
-
-
-@contextmanager
-def _styled(height: float, width: float = _WIDTH, title: str = "", **subplots: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure of so many inches and its axes; what is drawn in the block is in the house style."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height + 0.2 * bool(title)), dpi=DPI, layout="constrained")
-        if title:
-            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-        yield figure, figure.subplots(**subplots)
 
 
 # -- axes --------------------------------------------------------------------------------------------------------------
@@ -157,7 +76,7 @@ def _label_log_values(axis: Any, low: float, high: float) -> None:
 
 def _legend_columns(labels: Sequence[str]) -> int:
     """As many as fit over the axes."""
-    return max(1, min(4, int(_WIDTH / (0.6 + 0.065 * max(map(len, labels), default=0)))))
+    return max(1, min(4, int(WIDTH / (0.6 + 0.065 * max(map(len, labels), default=0)))))
 
 
 def _legend_height(labels: Sequence[str]) -> float:
@@ -172,7 +91,7 @@ def _legend_above(figure: Figure, axis: Any) -> None:
 
 def _at_edge(axis: Any, xs: Sequence[float], **style: Any) -> None:
     """Open markers on the upper edge, for what has no place on the axis."""
-    axis.plot(xs, [1.0] * len(xs), ls="none", ms=6, mfc=_PAPER, transform=axis.get_xaxis_transform(), clip_on=False,
+    axis.plot(xs, [1.0] * len(xs), ls="none", ms=6, mfc=PAPER, transform=axis.get_xaxis_transform(), clip_on=False,
               zorder=5, **style)  # fmt: skip
 
 
@@ -186,7 +105,7 @@ def perplexity_curves(
     ``SHOWN_CURVES`` curves are drawn."""
     curves, labels = curves[:SHOWN_CURVES], labels[:SHOWN_CURVES]
     voltages = {p: volts for curve in curves for p, volts in curve.voltages.items() if p > 0}
-    with _styled(3.0 + _legend_height([*labels, "clean"]) + 0.4 * bool(voltages), title=title) as (figure, axis):
+    with styled(3.0 + _legend_height([*labels, "clean"]) + 0.4 * bool(voltages), title=title) as (figure, axis):
         values = []
         for curve, label, colour, marker in zip(curves, labels, PALETTE, MARKERS, strict=False):
             middle = [curve.arms[p].perplexity if p in curve.shown else math.nan for p in curve.positive]  # a gap
@@ -204,7 +123,7 @@ def perplexity_curves(
             if curve.cliff_interval is not None:
                 axis.axvspan(*curve.cliff_interval, color=colour, alpha=0.12, lw=0)
         if math.isfinite(clean_perplexity):  # else the clean model is broken itself
-            axis.axhline(clean_perplexity, color=_INK, ls="--", lw=1, label="clean")
+            axis.axhline(clean_perplexity, color=INK, ls="--", lw=1, label="clean")
             values.append(clean_perplexity)
         _limit_perplexities(axis, values)
         _label_p_axis(axis, [p for curve in curves for p in curve.positive])
@@ -218,7 +137,7 @@ def cost_curves(curves: Mapping[tuple[str, str], Mapping[float, Cost]]) -> Figur
     """What flips cost against p on logarithmic axes, with 95% intervals: words of a curve -> p -> its cost. What is not
     above 0 has no place there; the first ``SHOWN_CURVES`` are drawn."""
     labels = [", ".join(words) for words in curves][:SHOWN_CURVES]
-    with _styled(3.0 + _legend_height(labels)) as (figure, axis):
+    with styled(3.0 + _legend_height(labels)) as (figure, axis):
         axis.set_yscale("log", nonpositive="clip")
         values = []
         for label, costs, colour, marker in zip(labels, curves.values(), PALETTE, MARKERS, strict=False):
@@ -241,14 +160,14 @@ def cost_curves(curves: Mapping[tuple[str, str], Mapping[float, Cost]]) -> Figur
 def cost_heat_map(of: CostMap) -> Figure:
     """Layers by bits, coloured by what flips there cost; ∞ where they break the model, blank where not measured."""
     costs = of.grid
-    width = min(11.0, max(_WIDTH, 1.6 + 0.4 * len(of.bits) + 0.075 * max(map(len, of.layers))))
-    with _styled(max(2.2, min(14.0, 1.1 + 0.26 * len(of.layers))), width, of.label) as (figure, axis):
+    width = min(11.0, max(WIDTH, 1.6 + 0.4 * len(of.bits) + 0.075 * max(map(len, of.layers))))
+    with styled(max(2.2, min(14.0, 1.1 + 0.26 * len(of.layers))), width, of.label) as (figure, axis):
         broken = costs > CEILING
         top = max(COST_FLOOR * 10, float(costs[~broken & np.isfinite(costs)].max(initial=0)))
         norm = LogNorm(COST_FLOOR, top)
         shown = np.clip(np.where(broken, top, costs), COST_FLOOR, None)
         colours = matplotlib.colormaps["cividis"].resampled(40)
-        mesh = axis.pcolormesh(np.ma.masked_invalid(shown), cmap=colours, norm=norm, edgecolors=_PAPER, lw=0.8)
+        mesh = axis.pcolormesh(np.ma.masked_invalid(shown), cmap=colours, norm=norm, edgecolors=PAPER, lw=0.8)
         if costs.size <= 320:
             for row, column in np.argwhere(~np.isnan(costs)):
                 light = norm(shown[row, column]) >= 0.55
@@ -285,7 +204,7 @@ def cost_bars(costs: Mapping[str, Cost], clean_loss: float, title: str = "") -> 
     low, high = max(min(ends, default=0.0), -clean_loss), min(max(ends, default=1.0), CEILING)
     low, high = min(low, 0.0), max(high, 0.0)
     room = 0.05 * (high - low) or 0.001
-    with _styled(0.65 + 0.22 * len(rows), title=title) as (figure, axis):
+    with styled(0.65 + 0.22 * len(rows), title=title) as (figure, axis):
         axis.set_xlim(low - room * (low < 0), high + room)
         for place, (_, cost) in enumerate(rows):
             broken = not cost.cost <= CEILING
@@ -293,8 +212,8 @@ def cost_bars(costs: Mapping[str, Cost], clean_loss: float, title: str = "") -> 
                       edgecolor=PALETTE[1] if broken else "none", hatch="////" if broken else None)  # fmt: skip
             if cost.interval and not broken:
                 off = [[max(cost.cost - cost.interval[0], 0)], [max(cost.interval[1] - cost.cost, 0)]]
-                axis.errorbar(cost.cost, place, xerr=off, color=_INK, elinewidth=1, ls="none")
-        axis.axvline(0, color=_INK, lw=0.7)
+                axis.errorbar(cost.cost, place, xerr=off, color=INK, elinewidth=1, ls="none")
+        axis.axvline(0, color=INK, lw=0.7)
         axis.set_yticks(range(len(rows)), [name for name, _ in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.grid(visible=False, axis="y")
@@ -309,17 +228,17 @@ def magnitude_panels(histograms: Mapping[str, Sequence[tuple[int, int]]],
                      thresholds: Mapping[str, Mapping[str, float]]) -> Figure:  # fmt: skip
     """How large values are, by power of two: operand -> [(binary exponent, count)], and operand -> name of a threshold
     -> its value."""
-    with _styled(2.7, ncols=len(histograms), squeeze=False, sharey=True) as (figure, axes):
+    with styled(2.7, ncols=len(histograms), squeeze=False, sharey=True) as (figure, axes):
         for i, (axis, (operand, histogram)) in enumerate(zip(axes[0], histograms.items(), strict=True)):
             total = sum(count for _, count in histogram)
             exponents = [exponent for exponent, count in histogram if count]
             shares = [count / total for _, count in histogram if count]
             # A bar of exponent e holds magnitudes from 2^e to 2^(e+1). Its foot is far below any share there can be.
-            axis.bar(exponents, shares, width=1, align="edge", color=PALETTE[i], edgecolor=_PAPER, lw=0.3)
+            axis.bar(exponents, shares, width=1, align="edge", color=PALETTE[i], edgecolor=PAPER, lw=0.3)
             axis.set_yscale("log")
             for name, t in thresholds.get(operand, {}).items():
                 style = "--" if name == "proposed" else "-"
-                axis.axvline(math.log2(t), color=_INK, lw=1.1, ls=style, label=f"{name} guard: {t:g}")
+                axis.axvline(math.log2(t), color=INK, lw=1.1, ls=style, label=f"{name} guard: {t:g}")
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda e, _: p_text(2.0 ** round(e))))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}" if y >= 0.01 else p_text(y)))
@@ -344,7 +263,7 @@ def training_curves(
     }
     found = {key: points for key, points in found.items() if points}
     labels = [*(name or "training" for name in names), *(f"{name} validated, {kind}" for name, kind in found)]
-    with _styled(2.7 + _legend_height(labels) * (len(labels) > 1)) as (figure, axis):
+    with styled(2.7 + _legend_height(labels) * (len(labels) > 1)) as (figure, axis):
         for name, label, colour, marker in zip(names, labels, PALETTE, MARKERS, strict=False):
             steps = [row.step for row in runs[name]]
             losses = [row.loss if row.loss <= CEILING else math.nan for row in runs[name]]

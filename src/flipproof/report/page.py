@@ -19,9 +19,9 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
 
+from flipproof import pictures
 from flipproof.errors import ConfigError
 from flipproof.files import check_writable, claimed, clear_dead, named, temporary_name, write_atomically
-from flipproof.report import figures
 from flipproof.report.read import Sources, read_sources
 from flipproof.report.sections import Section, free_name, sections_of
 
@@ -60,9 +60,9 @@ def _files_of(sections: Iterable[Section], folder: str) -> dict[str, bytes]:
         for i, drawing in enumerate(section.drawings):
             name = free_name(f"{section.id}-{i + 1}.png" if len(section.drawings) > 1 else f"{section.id}.png", files)
             figure = drawing.draw()
-            drawing.svg = figures.svg(figure, f"figure-{len(files)}", section.title)
+            drawing.svg = pictures.svg(figure, f"figure-{len(files)}", section.title)
             drawing.png = quote(f"{folder}/{name}")
-            files[name] = figures.png(figure)
+            files[name] = pictures.png(figure)
         section.tables = [replace(table, file=free_name(table.file, files)) for table in section.tables]
         files |= {table.file: table.to_csv() for table in section.tables}
     return files

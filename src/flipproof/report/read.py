@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from flipproof.config import RunConfig
+from flipproof.config.read import load_written
 from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm, Cost
 from flipproof.measure.points import Point
@@ -23,6 +25,7 @@ from flipproof.records import CONFIG, HARDENED, METRICS, RESULTS, check_toml, li
 from flipproof.sweep.store import HEADER as SWEEP
 from flipproof.sweep.store import POINTS, read_points
 from flipproof.train.checkpoint import list_checkpoints, planted
+from flipproof.train.rundir import Record
 
 PROFILE, GENERATED, SAMPLES = "profile.json", "generate.json", "samples.txt"
 _KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES, HARDENED)
@@ -66,6 +69,18 @@ class About:
     tokens: int | None
     date: date
     """Of the file's last change."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """With what a training on GPUs was begun."""
+
+    config: RunConfig
+    gpu: str
+    """As CUDA calls it."""
+    gpus: int
+    """Of all nodes."""
+    nodes: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,8 @@ class Sources:
     configs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """The tables of a run's config, by their names."""
     training: dict[str, list[Logged]] = field(default_factory=dict)
+    started: dict[str, Started] = field(default_factory=dict)
+    """Trainings on GPUs, whose record says on which."""
     validation: dict[str, list[Validated]] = field(default_factory=dict)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """Arm -> sample of text."""
@@ -368,8 +385,22 @@ def _read_metrics(sources: Sources, directory: Path, path: Path) -> None:
             sources.notes.append(f"{name}: it ends at step {last} of {steps}.")
     if rows:
         sources.training[_name(directory, path)] = rows
+        try:
+            if started := _started(path.parent):
+                sources.started[_name(directory, path)] = started
+        except ConfigError as error:
+            sources.notes.append(f"{error.problems[0]}. What flipproof plan says of that training is left out.")
     if validated := [line for line in read if isinstance(line, Validated)]:
         sources.validation[_name(directory, path)] = validated
+
+
+def _started(run_dir: Path) -> Started | None:
+    """None for what ran on a CPU, or began before records named the GPU."""
+    record = Record.read(run_dir)
+    if record is None or not record.gpu:
+        return None
+    config = load_written(run_dir / CONFIG)
+    return Started(config, record.gpu, record.rows // config.training.local_batch_size, record.nodes)
 
 
 def _logged(values: dict[str, Any]) -> Logged | Validated:

@@ -18,7 +18,7 @@ from flipproof.faults.spec import BitFlipSpec
 from flipproof.measure.arms import ARMS, Arm, Cost, costs
 from flipproof.measure.card import configs_of
 from flipproof.measure.points import Setting
-from flipproof.report import figures, finding, hardening
+from flipproof.report import figures, finding, hardening, planned
 from flipproof.report.analyse import (
     CEILING,
     CLIFF_THRESHOLD,
@@ -73,6 +73,10 @@ def sections_of(sources: Sources) -> list[Section]:
         sections.append(_named(_magnitudes(profile), name, len(sources.profiles), sections))
     if sources.training:
         sections.append(_training(sources.training, sources.validation))
+    made = ((name, planned.section(run, sources.training[name])) for name, run in sources.started.items())
+    compared = {name: of_run for name, of_run in made if of_run}
+    for name, of_run in compared.items():
+        sections.append(_named(of_run, name, len(compared), sections))
     for name, texts in sources.texts.items():
         sections.append(_named(_texts(texts), name, len(sources.texts), sections))
     return sections

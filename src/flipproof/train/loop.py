@@ -64,7 +64,7 @@ from flipproof.train.ending import Kind, write_all_results, write_cards, write_w
 from flipproof.train.metrics import StepLog, check_trackers, log_in, logged_before
 from flipproof.train.optimizer import learning_rate
 from flipproof.train.resume import begun_with, check_not_done, compare, examine_model, text_fingerprint, text_segments
-from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held
+from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held, placed
 from flipproof.train.start import check_trainable, planned, resolve_steps, say_size
 from flipproof.train.step import Training
 from flipproof.train.validation import Validation
@@ -228,7 +228,7 @@ class _Run:
         text, held_out = self.world.once(of_text)
         measured = hashlib.sha256(json.dumps([asdict(self.config.eval), held_out]).encode()).hexdigest()[:32]
         rows = self.config.training.local_batch_size * self.world.size  # of a global micro-batch
-        return Record(model, rows, text, held_out, measured, metrics_from=self.metrics_from)
+        return Record(model, rows, text, held_out, measured, metrics_from=self.metrics_from, **placed(self.world))
 
     def run(self) -> Path:
         config, run_dir = self.config, self.run_dir

@@ -18,12 +18,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from flipproof.errors import ConfigError
 from flipproof.files import discard, write_json
 from flipproof.records import CONFIG, METRICS, RESULTS, read_record, write_record
+from flipproof.world import World, node_size
 
 RECORD = "run.json"
 _LOCK, _HOLDER = ".lock", ".lock-holder"
@@ -116,6 +119,9 @@ class Record:
     """Checkpoints that the run does not go on from, and that are to be deleted."""
     metrics_from: int = 0
     """The step after which ``metrics.jsonl`` begins: above 0 where somebody took an earlier one away."""
+    gpu: str = ""
+    """What CUDA calls the first process's GPU; empty on CPUs. It and the ``nodes`` are those of the last start."""
+    nodes: int = 1
 
     def write(self, run_dir: Path) -> None:
         write_record(run_dir / RECORD, asdict(self))
@@ -133,11 +139,14 @@ class Record:
             text = tuple((int(count), str(mark)) for count, mark in values.pop("text"))
             record = cls(**values | {"text": text, "abandoned": tuple(map(str, values["abandoned"]))})
             kinds = {"model": str | None, "rows": int, "held_out": str, "measured": str | None, "metrics_from": int}
+            kinds |= {"gpu": str, "nodes": int}
             for key, kind in kinds.items():
                 if not isinstance(value := getattr(record, key), kind):
                     raise TypeError(f"{key} = {value!r}")
             if any(count < 0 for count, _ in text):
                 raise ValueError(f"text = {text}")
+            if record.nodes < 1:
+                raise ValueError(f"nodes = {record.nodes}")
             return record
         except FileNotFoundError:
             return None
@@ -145,6 +154,12 @@ class Record:
             raise ConfigError(
                 [f"{path} is damaged ({error}); without it, --resume compares the configs alone"]
             ) from error
+
+
+def placed(world: World) -> dict[str, Any]:
+    """Where a run's processes are: ``gpu`` and ``nodes`` of its record."""
+    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    return {"gpu": gpu, "nodes": world.size // node_size(world.size)}
 
 
 def forget_abandoned(run_dir: Path) -> None:
