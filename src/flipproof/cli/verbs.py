@@ -2,15 +2,13 @@
 
 import json
 import os
-import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from flipproof.cli.arguments import Argument, Verb, checkpoint_of, devices_of, path_of, value_of
-from flipproof.config import SECTIONS, RunConfig, changed_preset, described_keys, preset_names, preset_text
-from flipproof.config.names import keys_called, keys_meant, near_key, nearest, plain
+from flipproof.cli.presets import escaped, print_config, print_keys
+from flipproof.config import SECTIONS, RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import GRANULARITIES, field_names
@@ -28,17 +26,11 @@ def _say(result: object) -> None:
         print(result)
 
 
-def _escaped(toml: str) -> str:
-    """TOML in the letters of the terminal, or of the file that its output goes into; it reads back as the same."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return "".join(letter if letter.encode(encoding, "ignore") else f"\\U{ord(letter):08x}" for letter in toml)
-
-
 def _train(args: Namespace, config: RunConfig) -> int:
     if args.dry_run:
         from flipproof.train.start import check
 
-        _say(_escaped(config.to_toml().rstrip()))
+        _say(escaped(config.to_toml().rstrip()))
         check(config, args.resume)
         return 0
     from flipproof.train.loop import Interrupted, train
@@ -122,6 +114,13 @@ def _plan(args: Namespace, config: RunConfig) -> None:
     _say(json.dumps(as_record(plan), indent=2) if args.json else as_text(plan))
 
 
+def _compare(args: Namespace, config: RunConfig) -> None:
+    from flipproof.plan.compare import as_records, as_table, compare
+
+    found = compare(config, args.strategies, args.checkpointing, args.steps, args.node_link, args.efficiency)
+    _say(json.dumps(as_records(found), indent=2) if args.json else as_table(found))
+
+
 def _report(args: Namespace) -> None:
     if not args.directory.is_dir():  # before anything is imported
         raise ConfigError([f"{args.directory} is not a directory"])
@@ -136,55 +135,6 @@ def _export(args: Namespace) -> None:
     from flipproof.train.export import export
 
     _say(export(args.run, args.to, args.format, args.step))
-
-
-def _config(args: Namespace) -> None:
-    if args.set and (args.list or args.name is None):
-        raise ConfigError(["--set changes a preset: flipproof config NAME --set KEY=VALUE"])
-    if args.set:
-        print(_escaped(changed_preset(args.name, _settings(item for items in args.set for item in items))), end="")
-    elif args.list or args.name is None:
-        print("\n".join(preset_names()))
-    else:
-        print(preset_text(args.name), end="")
-
-
-def _settings(items: Iterable[str]) -> dict[str, dict[str, str]]:
-    """section -> key -> text of several KEY=VALUE. Raises ConfigError with all that set no key."""
-    settings: dict[str, dict[str, str]] = {}
-    problems = []
-    for item in items:
-        word, equals, value = item.partition("=")
-        found = keys_called(word)
-        if not (equals and value):
-            problems.append(f"--set {item}: KEY=VALUE is allowed")
-        elif len(found) != 1:
-            meant = found or keys_meant(word)
-            hint = f"did you mean {' or '.join(meant)}?" if meant else "flipproof keys prints all that there are"
-            problems.append(f"--set {item}: {f'several keys are called {word}' if found else 'unknown key'}; {hint}")
-        else:
-            section, _, key = found[0].partition(".")
-            settings.setdefault(section, {})[key] = value
-    if problems:
-        raise ConfigError(problems)
-    return settings
-
-
-def _keys(args: Namespace) -> None:
-    if args.section in (None, *SECTIONS):
-        print(described_keys([args.section] if args.section else SECTIONS))
-        return
-    word = plain(args.section)
-    table, dot, key = word.partition(".")
-    if not (found := keys_called(word)):
-        if dot and table in SECTIONS:
-            raise ConfigError([f"{args.section}: no such key{near_key(key, table)}"])
-        near = nearest(word, SECTIONS)
-        found = [] if near else keys_meant(word)
-        if not found:
-            hint = f"did you mean {near}?" if near else f"known are {', '.join(SECTIONS)}"
-            raise ConfigError([f"{args.section}: no such section or key; {hint}"])
-    print(described_keys(dict.fromkeys(key.partition(".")[0] for key in found), found))
 
 
 def _demo(args: Namespace) -> None:
@@ -213,6 +163,11 @@ def _flag(name: str, help: str, metavar: str = "", kind: object = str, **options
     if not metavar:
         return Argument(name, help, {"action": "store_true"})
     return Argument(name, help, {"metavar": metavar, "type": path_of if kind is Path else value_of(kind), **options})
+
+
+def _several(name: str, help: str, kind: object, choices: str) -> Argument:
+    """A flag with several values."""
+    return Argument(name, help, {"metavar": (choices, "…"), "type": value_of(kind), "nargs": "+", "default": ()})
 
 
 def _short(name: str, key: str, metavar: str, what: str) -> Argument:
@@ -250,6 +205,10 @@ _DEVICES = Argument(
     "--devices",
     "Processes to start on this machine: one for each GPU, or so many.",
     {"metavar": "auto|N", "type": devices_of},
+)
+_PACE = (
+    _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
+    _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
 )
 _LOGS = (
     _flag("--flip-log", "Every flip of the last faulty arm: JSON lines, .gz compressed.", "FILE", Path),
@@ -416,8 +375,7 @@ VERBS = {
             _flag("--gpus", "GPUs of a node.", "N", Count, required=True),
             _flag("--nodes", "Nodes.", "M", Count, default=1),
             _flag("--gpu", "Which: a100-40, a100-80, h100, h200, b200, l40s, 4090, 5090.", "NAME", default="h100"),
-            _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
-            _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
+            *_PACE,
             _flag("--price", "Of a GPU-hour: what the training costs.", "X", Positive),
             _flag("--recommend", "All ways to run it instead: which fit, the fastest first, with its TOML."),
             _flag("--json", "Print JSON."),
@@ -427,6 +385,34 @@ VERBS = {
             "flipproof plan --config my.toml --gpus 8 --recommend",
         ),
         ("model", "training", "parallelism", "lora", "bitflip"),
+    ),
+    "compare": Verb(
+        "Sharding strategies measured side by side, beside what plan says; a few steps of each.",
+        _compare,
+        (
+            *_CONFIG,
+            _DEVICES,
+            _several(
+                "--strategies",
+                "Values of parallelism.sharding_strategy; default: all, or no_shard for one process.",
+                SECTIONS["parallelism"].declared()["sharding_strategy"],
+                "full_shard|shard_grad_op|hybrid_shard|no_shard",
+            ),
+            _several(
+                "--checkpointing",
+                "Values of training.activation_checkpointing; default: the config's own.",
+                SECTIONS["training"].declared()["activation_checkpointing"],
+                "full|selective|none|auto|N",
+            ),
+            _flag("--steps", "To measure of each, after a warm-up.", "N", Count, default=6),
+            *_PACE,
+            _flag("--json", "Print JSON."),
+        ),
+        (
+            "flipproof compare --config my.toml --devices auto",
+            "flipproof compare --config my.toml --devices 4 --strategies full_shard no_shard --checkpointing full auto",
+        ),
+        ("model", "training", "parallelism", "lora", "bitflip", "data"),
     ),
     "report": Verb(
         "What runs, sweeps and profiles measured as one HTML page, with PNG and CSV files beside it.",
@@ -461,7 +447,7 @@ VERBS = {
     ),
     "config": Verb(
         "Print a preset config, as it is or with other values, or list them.",
-        _config,
+        print_config,
         (
             Argument("name", "A preset's name.", {"metavar": "NAME", "nargs": "?"}),
             _flag("--list", "Print the names of the presets."),
@@ -478,7 +464,7 @@ VERBS = {
     ),
     "keys": Verb(
         "All keys of a config: type, default and meaning.",
-        _keys,
+        print_keys,
         (
             Argument(
                 "section", "A table, or a key by its name here or in other tools.", {"metavar": "SECTION", "nargs": "?"}

@@ -12,7 +12,7 @@ class Gpu(NamedTuple):
     """A GPU as it is rented."""
 
     name: str
-    """As CUDA calls it, in part."""
+    """As CUDA calls it, behind "NVIDIA "."""
     memory: float
     """GiB that a program sees, as ``nvidia-smi`` has them."""
     bandwidth: float
@@ -39,6 +39,11 @@ GPUS: dict[str, Gpu] = {
     "5090": Gpu("GeForce RTX 5090", 31.8, 1792, 64),
 }
 """By the names of ``--gpu``."""
+
+
+def gpu_cuda_calls(device: str) -> Gpu | None:
+    """The GPU that CUDA calls so ("NVIDIA H200"); None for one that is not listed, and for a part of one."""
+    return next((gpu for gpu in GPUS.values() if gpu.name == device.removeprefix("NVIDIA ")), None)
 
 
 def gpu_called(name: str) -> Gpu:
