@@ -208,6 +208,8 @@ def test_on_a_cpu_communication_is_what_gloo_runs_and_nobody_knows_what_is_expos
         annotations={"gloo:all_gather", "gloo:all_reduce", "FSDP::all_gather_copy_out (0)"},
     )
     assert communication_share(profile) == (pytest.approx(30 / 100), None)
+    profile = Profile(("aten::mm", cpu, 0.0, 30.0), ("gloo:send", cpu, 20.0, 60.0), annotations={"gloo:send"})
+    assert communication_share(profile) == (pytest.approx(40 / 60), None)
 
 
 def test_a_profile_of_a_cpu_says_nothing_of_communication():

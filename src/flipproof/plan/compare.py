@@ -36,6 +36,8 @@ Strategy = Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"]
 STRATEGIES: tuple[Strategy, ...] = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
 _WARM_UP = 3
 """Steps before those that count: the first compiles, the second records a CUDA graph where there is one."""
+_PROFILED = 2
+"""Steps after them: one while the profiler warms up, and one that it records."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class _Bench:
         training = replace(
             config.training,
             dtype=held_dtype(config, self.tokenizer),
-            steps=_WARM_UP + self.steps + 1,
+            steps=_WARM_UP + self.steps + _PROFILED,
             epochs=None,
             tokens_per_parameter=None,
             warmup_steps=0,
@@ -233,7 +235,7 @@ class _Bench:
 
 
 def measure_steps(step: Callable[[int], object], world: World, count: int) -> Measured:
-    """Time ``count`` steps, after some that warm up and before one that is profiled; all processes call.
+    """Time ``count`` steps, after some that warm up and before some for the profiler; all processes call.
 
     Args:
         step: runs the step of this number, which counts from 0.
@@ -259,9 +261,17 @@ def measure_steps(step: Callable[[int], object], world: World, count: int) -> Me
     running = exposed = None
     if world.size > 1:
         kind = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[kind.CUDA if on_gpu else kind.CPU], acc_events=True) as profile:
+        one_after_another = torch.profiler.schedule(wait=0, warmup=1, active=1)
+        with torch.profiler.profile(
+            activities=[kind.CUDA if on_gpu else kind.CPU], schedule=one_after_another, acc_events=True
+        ) as profile:
+            # profilers take long to start, not all as long, and waiting for one would pass for communication
             step(_WARM_UP + count)
             together()
+            profile.step()
+            step(_WARM_UP + count + 1)
+            if on_gpu:
+                torch.cuda.synchronize()
         running, exposed = (_mean(share, world) for share in communication_share(profile) or (None, None))
     return Measured(seconds, peak, running, exposed)
 

@@ -173,9 +173,11 @@ def communication_share(profile: torch.profiler.profile) -> tuple[float, float |
             kernels.append(interval)
     on_gpu = bool(collectives or kernels)
     if not on_gpu:
-        collectives = [(e.time_range.start, e.time_range.end) for e in every if e.name.startswith("gloo:")]
+        of_gloo = [event for event in every if event.name.startswith("gloo:")]
+        collectives = [(event.time_range.start, event.time_range.end) for event in of_gloo]
         if not collectives:
             return None
+        events += of_gloo  # which may end last
     start = min(event.time_range.start for event in events)
     duration = max(event.time_range.end for event in events) - start
     exposed = difference_length(collectives, kernels) / duration if on_gpu else None
