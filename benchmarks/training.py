@@ -15,7 +15,6 @@ steps after three. With ``--samples`` rows hold samples that see nothing of each
 import argparse
 import gc
 import itertools
-import time
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from flipproof.models.build import build_model
 from flipproof.models.load import byte_tokenizer, materialise, model_on_meta
 from flipproof.models.loss import IGNORED, fuse_loss, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, parallelize
+from flipproof.plan.compare import measure_steps
 from flipproof.train.cuda_graph import Recorded
 from flipproof.train.optimizer import make_optimizer
-from flipproof.train.throughput import communication_share
 from flipproof.world import World, arrange, join_world
 
 _P = 2.0**-16
@@ -126,38 +125,24 @@ def measure(config: RunConfig, variant: str, samples: int | None, attention: str
     recorded = Recorded(micro_batch, model, blocks(model), several=False) if world.size == 1 else None
     run = recorded or micro_batch
 
-    def step(tick: int) -> torch.Tensor:
+    loss = torch.zeros((), device=world.device)
+
+    def step(tick: int) -> None:
         if is_faulty(model):
             set_tick(model, tick)
-        loss = run(batch, 1.0)
+        loss.copy_(run(batch, 1.0))
         optimizer.step()
         optimizer.zero_grad()
-        return loss
 
-    step(0)
-    torch.cuda.reset_peak_memory_stats()  # what is recorded next allocates nothing later
-    for tick in (1, 2):
-        step(tick)
-    torch.cuda.synchronize()
-    world.wait()
-    began = time.perf_counter()
-    for tick in range(3, 3 + _STEPS):
-        loss = step(tick)
-    torch.cuda.synchronize()
-    world.wait()
-    seconds = (time.perf_counter() - began) / _STEPS
-    peak = world.largest(torch.cuda.max_memory_allocated() / 2**30)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step(0)
-        torch.cuda.synchronize()
-    running, exposed = communication_share(profile) or (0.0, 0.0)
+    found = measure_steps(step, world, _STEPS)
     if recorded:
         recorded.release()
     tokens = batch.ids.numel() * world.size
     title = f"{variant} {attention}" if attention else variant
     return (
-        f"{title:<60} {tokens / seconds:>8.0f} tokens/s {seconds * 1e3:>8.1f} ms {peak:>6.1f} GiB  "
-        f"communication {running:>4.0%}, exposed {exposed:>4.0%}  loss {world.mean(loss):.3f}"
+        f"{title:<60} {tokens / found.seconds:>8.0f} tokens/s {found.seconds * 1e3:>8.1f} ms "
+        f"{(found.peak or 0) / 2**30:>6.1f} GiB  communication {found.communication or 0:>4.0%}, "
+        f"exposed {found.exposed or 0:>4.0%}  loss {world.mean(loss):.3f}"
     )
 
 

@@ -32,7 +32,7 @@ def said(capsys, *argv):
         ("eval --resume", "--resume: unknown flag; it belongs to train"),
         ("eval --profile", "--profile: unknown flag; it belongs to train; flipproof profile is a verb: How large "
          "weights and activations are, and which guard thresholds clip none of them."),
-        ("eval --steps 3", "--steps: unknown flag; did you mean --training.steps? (train has --steps)"),
+        ("eval --steps 3", "--steps: unknown flag; did you mean --training.steps? (train and compare have --steps)"),
         ("eval --lr 3", "--lr: unknown flag; did you mean --training.lr?"),
         ("eval --p 3", "--p: unknown flag; did you mean --sweep.p? (harden and sweep have --p)"),
         ("eval --bitflip", "--bitflip: unknown flag; name a key of the table (--bitflip.w_p_exp, --bitflip.w_p_frac, "
@@ -273,4 +273,4 @@ def test_devices_are_a_number_or_auto(number, capsys):
 
 def test_every_verb_that_runs_a_model_starts_processes():
     verbs = {name for name, verb in VERBS.items() if "devices" in verb.flags}
-    assert verbs == {"train", "eval", "generate", "profile", "harden", "sweep", "export"}
+    assert verbs == {"train", "eval", "generate", "profile", "harden", "sweep", "export", "compare"}

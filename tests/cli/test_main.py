@@ -77,7 +77,7 @@ def printed_by(capsys, *argv):
     return text, {flag[1]: flag[2] for flag in found if flag}
 
 
-CONFIG_VERBS = ("train", "eval", "generate", "profile", "sweep", "harden", "plan")
+CONFIG_VERBS = ("train", "eval", "generate", "profile", "sweep", "harden", "plan", "compare")
 KEY_FLAGS = [f"--{key}" for key in KEYS]
 
 
@@ -210,9 +210,9 @@ def test_every_flag_that_a_help_prints_is_taken_and_every_key_arrives(verb, caps
         ("doctor", "doctor"),
     ):
         monkeypatch.setattr(f"flipproof.{module}.{name}", lambda *_, **__: (_ for _ in ()).throw(Reached))
-    monkeypatch.setattr("flipproof.cli.keys.described_keys", lambda *_: (_ for _ in ()).throw(Reached))
+    monkeypatch.setattr("flipproof.cli.presets.described_keys", lambda *_: (_ for _ in ()).throw(Reached))
     for name in ("preset_names", "changed_preset"):
-        monkeypatch.setattr(f"flipproof.cli.verbs.{name}", lambda *_: (_ for _ in ()).throw(Reached))
+        monkeypatch.setattr(f"flipproof.cli.presets.{name}", lambda *_: (_ for _ in ()).throw(Reached))
     for flag, takes in flags.items():
         if flag in ("--help", "--help-all"):
             continue

@@ -196,6 +196,22 @@ def test_communication_is_what_nccl_and_peer_copies_run_and_exposed_where_nothin
     assert communication_share(alone) == (0.0, 0.0)
 
 
+def test_on_a_cpu_communication_is_what_gloo_runs_and_nobody_knows_what_is_exposed():
+    cpu = DeviceType.CPU
+    profile = Profile(
+        ("aten::mm", cpu, 0.0, 30.0),
+        ("c10d::_allgather_base_", cpu, 30.0, 35.0),
+        ("gloo:all_gather", cpu, 30.0, 50.0),
+        ("gloo:all_reduce", cpu, 45.0, 60.0),
+        ("FSDP::all_gather_copy_out (0)", cpu, 60.0, 95.0),
+        ("aten::copy_", cpu, 60.0, 100.0),
+        annotations={"gloo:all_gather", "gloo:all_reduce", "FSDP::all_gather_copy_out (0)"},
+    )
+    assert communication_share(profile) == (pytest.approx(30 / 100), None)
+    profile = Profile(("aten::mm", cpu, 0.0, 30.0), ("gloo:send", cpu, 20.0, 60.0), annotations={"gloo:send"})
+    assert communication_share(profile) == (pytest.approx(40 / 60), None)
+
+
 def test_a_profile_of_a_cpu_says_nothing_of_communication():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         torch.ones(4) + 1

@@ -2,14 +2,13 @@
 
 import json
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from flipproof.cli.arguments import Argument, Verb, checkpoint_of, devices_of, path_of, value_of
-from flipproof.cli.keys import print_keys, set_values
-from flipproof.config import SECTIONS, RunConfig, changed_preset, preset_names, preset_text
+from flipproof.cli.presets import escaped, print_config, print_keys
+from flipproof.config import SECTIONS, RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import GRANULARITIES, field_names
@@ -27,17 +26,11 @@ def _say(result: object) -> None:
         print(result)
 
 
-def _escaped(toml: str) -> str:
-    """TOML in the letters of the terminal, or of the file that its output goes into; it reads back as the same."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return "".join(letter if letter.encode(encoding, "ignore") else f"\\U{ord(letter):08x}" for letter in toml)
-
-
 def _train(args: Namespace, config: RunConfig) -> int:
     if args.dry_run:
         from flipproof.train.start import check
 
-        _say(_escaped(config.to_toml().rstrip()))
+        _say(escaped(config.to_toml().rstrip()))
         check(config, args.resume)
         return 0
     from flipproof.train.loop import Interrupted, train
@@ -129,6 +122,13 @@ def _plan(args: Namespace, config: RunConfig) -> None:
     _say(json.dumps(as_record(plan), indent=2) if args.json else as_text(plan))
 
 
+def _compare(args: Namespace, config: RunConfig) -> None:
+    from flipproof.plan.compare import as_records, as_table, compare
+
+    found = compare(config, args.strategies, args.checkpointing, args.steps, args.node_link, args.efficiency)
+    _say(json.dumps(as_records(found), indent=2) if args.json else as_table(found))
+
+
 def _report(args: Namespace) -> None:
     if not args.directory.is_dir():  # before anything is imported
         raise ConfigError([f"{args.directory} is not a directory"])
@@ -143,21 +143,6 @@ def _export(args: Namespace) -> None:
     from flipproof.train.export import export
 
     _say(export(args.run, args.to, args.format, args.step))
-
-
-def _config(args: Namespace) -> None:
-    if args.set and (args.list or args.name is None):
-        raise ConfigError(["--set changes a preset: flipproof config NAME --set KEY=VALUE"])
-    if args.set:
-        print(_escaped(changed_preset(args.name, set_values(item for items in args.set for item in items))), end="")
-    elif args.list or args.name is None:
-        print("\n".join(preset_names()))
-    else:
-        print(preset_text(args.name), end="")
-
-
-def _keys(args: Namespace) -> None:
-    print_keys(args.section)
 
 
 def _demo(args: Namespace) -> None:
@@ -186,6 +171,11 @@ def _flag(name: str, help: str, metavar: str = "", kind: object = str, **options
     if not metavar:
         return Argument(name, help, {"action": "store_true"})
     return Argument(name, help, {"metavar": metavar, "type": path_of if kind is Path else value_of(kind), **options})
+
+
+def _several(name: str, help: str, kind: object, choices: str) -> Argument:
+    """A flag with several values."""
+    return Argument(name, help, {"metavar": (choices, "…"), "type": value_of(kind), "nargs": "+", "default": ()})
 
 
 def _short(name: str, key: str, metavar: str, what: str) -> Argument:
@@ -223,6 +213,10 @@ _DEVICES = Argument(
     "--devices",
     "Processes to start on this machine: one for each GPU, or so many.",
     {"metavar": "auto|N", "type": devices_of},
+)
+_PACE = (
+    _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
+    _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
 )
 _LOGS = (
     _flag("--flip-log", "Every flip of the last faulty arm: JSON lines, .gz compressed.", "FILE", Path),
@@ -389,8 +383,7 @@ VERBS = {
             _flag("--gpus", "GPUs of a node.", "N", Count, required=True),
             _flag("--nodes", "Nodes.", "M", Count, default=1),
             _flag("--gpu", "Which: a100-40, a100-80, h100, h200, b200, l40s, 4090, 5090.", "NAME", default="h100"),
-            _flag("--node-link", "Between nodes, 10^9 bytes a second and GPU.", "X", Positive, default=50.0),
-            _flag("--efficiency", "Share of the GPU's peak that products reach.", "X", _Share, default=0.5),
+            *_PACE,
             _flag("--price", "Of a GPU-hour: what the training costs.", "X", Positive),
             _flag(
                 "--bench",
@@ -407,6 +400,34 @@ VERBS = {
             "flipproof plan --config my.toml --gpus 8 --recommend",
         ),
         ("model", "training", "parallelism", "lora", "bitflip"),
+    ),
+    "compare": Verb(
+        "Sharding strategies measured side by side, beside what plan says; a few steps of each.",
+        _compare,
+        (
+            *_CONFIG,
+            _DEVICES,
+            _several(
+                "--strategies",
+                "Values of parallelism.sharding_strategy; default: all, or no_shard for one process.",
+                SECTIONS["parallelism"].declared()["sharding_strategy"],
+                "full_shard|shard_grad_op|hybrid_shard|no_shard",
+            ),
+            _several(
+                "--checkpointing",
+                "Values of training.activation_checkpointing; default: the config's own.",
+                SECTIONS["training"].declared()["activation_checkpointing"],
+                "full|selective|none|auto|N",
+            ),
+            _flag("--steps", "To measure of each, after a warm-up.", "N", Count, default=6),
+            *_PACE,
+            _flag("--json", "Print JSON."),
+        ),
+        (
+            "flipproof compare --config my.toml --devices auto",
+            "flipproof compare --config my.toml --devices 4 --strategies full_shard no_shard --checkpointing full auto",
+        ),
+        ("model", "training", "parallelism", "lora", "bitflip", "data"),
     ),
     "report": Verb(
         "What runs, sweeps and profiles measured as one HTML page, with PNG and CSV files beside it.",
@@ -441,7 +462,7 @@ VERBS = {
     ),
     "config": Verb(
         "Print a preset config, as it is or with other values, or list them.",
-        _config,
+        print_config,
         (
             Argument("name", "A preset's name.", {"metavar": "NAME", "nargs": "?"}),
             _flag("--list", "Print the names of the presets."),
@@ -458,7 +479,7 @@ VERBS = {
     ),
     "keys": Verb(
         "All keys of a config: type, default and meaning.",
-        _keys,
+        print_keys,
         (
             Argument(
                 "section", "A table, or a key by its name here or in other tools.", {"metavar": "SECTION", "nargs": "?"}

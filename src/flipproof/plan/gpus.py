@@ -54,6 +54,11 @@ GPUS: dict[str, Gpu] = {
 """By the names of ``--gpu``."""
 
 
+def gpu_cuda_calls(device: str) -> Gpu | None:
+    """The GPU that CUDA calls so ("NVIDIA H200"); None for one that is not listed, and for a part of one."""
+    return next((gpu for gpu in GPUS.values() if gpu.name == device.removeprefix("NVIDIA ")), None)
+
+
 def gpu_called(name: str) -> Gpu:
     """Raises ConfigError for a GPU that nobody knows."""
     found = GPUS.get(name.lower().removeprefix("nvidia-"))

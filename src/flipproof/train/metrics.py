@@ -76,7 +76,7 @@ class StepLog:
         flops = flops_per_token(model, training.seq_len, distilled=training.distill > 0)
         self._mfu_per_rate = None if peak is None else flops / (peak * world.size)
         """MFU of one token per second."""
-        self._communication: tuple[float, float] | None = None
+        self._communication: tuple[float, float | None] | None = None
 
     def __enter__(self) -> "StepLog":
         return self

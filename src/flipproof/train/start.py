@@ -84,6 +84,14 @@ def resolve_steps(config: RunConfig, parameters: int, processes: int, sequences:
     return replace(config, training=resolved)
 
 
+def held_dtype(config: RunConfig, tokenizer: Any) -> Any:
+    """The name of the dtype that a run's weights have, as far as that is known without them, else None."""
+    if config.training.dtype is not None or config.model.init == "random":
+        return config.training.dtype or "float32"
+    named = getattr(model_config(config.model, tokenizer), "dtype", None)
+    return None if named is None else dtype_name(named)
+
+
 def counted_parameters(model: nn.Module, of: str | int) -> int:
     """How many parameters ``training.tokens_per_parameter_of`` means, of a model without adapters."""
     if isinstance(of, int):
@@ -239,11 +247,7 @@ def check(config: RunConfig, resume: str | None = None) -> None:
 
 def _without_weights(config: RunConfig, tokenizer: Any) -> nn.Module:
     """The run's model on the meta device, with its faults and adapters, in the dtype that its config names."""
-    held: str | None = config.training.dtype
-    if held is None and config.model.init == "pretrained":
-        named = getattr(model_config(config.model, tokenizer), "dtype", None)
-        held = None if named is None else dtype_name(named)
-    model = skeleton(config.model, tokenizer, held)
+    model = skeleton(config.model, tokenizer, held_dtype(config, tokenizer))
     check_computed_bits(config, model)
     if config.faulty:
         logger.info("%s", inject(model, config.bitflip, config.lora, computed=cast_to(config.training, model)))

@@ -144,21 +144,23 @@ def difference_length(intervals: list[Interval], others: list[Interval]) -> floa
     return union_length(intervals + others) - union_length(others)
 
 
-def communication_share(profile: torch.profiler.profile) -> tuple[float, float] | None:
+def communication_share(profile: torch.profiler.profile) -> tuple[float, float | None] | None:
     """(share of the time in which collectives run, share in which they run and no other kernel does).
 
     A collective runs from its start on this process's GPU, so waiting for slower processes is part of it. Collectives
     are NCCL's kernels and, for those that copy engines carry out, copies from GPU to GPU; other copies and fills are
-    neither communication nor computation.
+    neither communication nor computation. On CPUs, collectives are what gloo calls so, from when it is asked to when it
+    is done; whether anything else runs meanwhile is not known, since all share the cores.
 
     Args:
-        profile: finished, of one step or several on a GPU, ``ProfilerActivity.CUDA`` included. The time is that from
-            its first event to the end of its last, on host or device.
+        profile: finished, of one step or several, with ``ProfilerActivity.CUDA`` on a GPU and ``ProfilerActivity.CPU``
+            elsewhere. The time is that from its first event to the end of its last, on host or device.
 
     Returns:
-        The shares, 0 to 1; None where nothing ran on a GPU.
+        The shares, 0 to 1, the second None on CPUs; None where nothing ran on a GPU and gloo did nothing.
     """
-    events = [event for event in profile.events() or () if not event.is_user_annotation]
+    every = profile.events() or ()
+    events = [event for event in every if not event.is_user_annotation]
     collectives: list[Interval] = []
     kernels: list[Interval] = []
     for event in events:
@@ -169,8 +171,14 @@ def communication_share(profile: torch.profiler.profile) -> tuple[float, float] 
             collectives.append(interval)
         elif not event.name.startswith(("Memcpy", "Memset")):
             kernels.append(interval)
-    if not collectives and not kernels:
-        return None
+    on_gpu = bool(collectives or kernels)
+    if not on_gpu:
+        of_gloo = [event for event in every if event.name.startswith("gloo:")]
+        collectives = [(event.time_range.start, event.time_range.end) for event in of_gloo]
+        if not collectives:
+            return None
+        events += of_gloo  # which may end last
     start = min(event.time_range.start for event in events)
     duration = max(event.time_range.end for event in events) - start
-    return union_length(collectives) / duration, difference_length(collectives, kernels) / duration
+    exposed = difference_length(collectives, kernels) / duration if on_gpu else None
+    return union_length(collectives) / duration, exposed
