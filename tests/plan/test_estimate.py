@@ -206,7 +206,7 @@ def test_the_figures_of_the_documents_page_are_what_is_planned(tmp_path):
     kept = gib(planned("selective"), "activations"), gib(planned("none"), "activations")
     assert f"{kept[0]:.1f} of {kept[1]:.1f} GiB stay" in text
     assert f"plan: {gib(by_grad):.1f} GiB with activations, {gib(full):.1f} under `full_shard`" in text
-    assert f"two blocks and the head, {gib(full, 'gathered'):.1f} GiB in bfloat16" in text
+    assert f"a buffer of its size, {gib(full, 'gathered'):.1f} GiB in bfloat16" in text
     moments = gib(full, "AdamW's moments")
     assert f"weights {gib(full, 'weights'):.2f}, gradients 3.14, moments {moments:.2f} GiB" in text
     gathered, reduced = full.pace.gathered_bytes / 1e9, full.pace.reduced_bytes / 1e9
@@ -215,6 +215,6 @@ def test_the_figures_of_the_documents_page_are_what_is_planned(tmp_path):
     assert f"with 4, {planned(gradient_accumulation_steps=4).pace.gathered_bytes / 1e9:.1f} GB" in text
     assert f"plan: {full.pace.products:.2f} s against {planned('selective').pace.products:.2f}" in text
     assert f"`--node-link 25`: {planned(nodes=4).pace.communication:.1f} s" in text
-    node = {"local_batch_size": 2, "gradient_accumulation_steps": 16}
-    hybrid, over_all = (gib(planned(strategy=s, nodes=4, **node)) for s in ("hybrid_shard", "full_shard"))
+    assert f"4 bytes × P: {gib(planned(gradient_accumulation_steps=4)):.1f} GiB and {gib(full):.1f}" in text
+    hybrid, over_all = (gib(planned(strategy=s, nodes=4, local_batch_size=2)) for s in ("hybrid_shard", "full_shard"))
     assert f"plan: {hybrid:.1f} GiB, {over_all:.1f} under `full_shard`" in text

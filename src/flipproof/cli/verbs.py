@@ -101,25 +101,17 @@ def _sweep(args: Namespace, config: RunConfig) -> None:
 
 
 def _plan(args: Namespace, config: RunConfig) -> None:
-    from flipproof.plan.estimate import Request, as_record, as_text, make_plan
+    from flipproof.plan.answer import all_ways, this_way
+    from flipproof.plan.estimate import Request
 
     request = Request(args.gpus, args.nodes, args.gpu, args.node_link, args.efficiency, args.price, args.bench)
-    if args.picture:
-        if args.recommend:
-            raise ConfigError(["--picture is of one way to run a training; leave out --recommend"])
-        from flipproof.plan.picture import check_picture, write_picture
-
-        check_picture(args.picture)
-    if args.recommend:
-        from flipproof.plan.recommend import as_records, as_table, recommend
-
-        options = recommend(config, request)
-        _say(json.dumps(as_records(options), indent=2) if args.json else as_table(options))
+    if not args.recommend:
+        _say(this_way(config, request, args.json, args.picture, args.dry_run))
         return
-    plan = make_plan(config, request)
-    if args.picture:
-        write_picture(plan, args.picture)
-    _say(json.dumps(as_record(plan), indent=2) if args.json else as_text(plan))
+    if args.picture or args.dry_run:
+        flag = "--picture" if args.picture else "--dry-run"
+        raise ConfigError([f"{flag} is of one way to run a training; leave out --recommend"])
+    _say(all_ways(config, request, args.json))
 
 
 def _compare(args: Namespace, config: RunConfig) -> None:
@@ -392,6 +384,7 @@ VERBS = {
                 Path,
             ),
             _flag("--recommend", "All ways to run it instead: which fit, the fastest first, with its TOML."),
+            _flag("--dry-run", "Count memory by a step on fake tensors, too; 10 s for 8B, a minute for 70B."),
             _flag("--picture", "A PNG file to write as well, which must not exist: memory by part.", "FILE", Path),
             _flag("--json", "Print JSON."),
         ),

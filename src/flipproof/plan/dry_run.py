@@ -32,10 +32,11 @@ from flipproof.config import RunConfig
 from flipproof.dtensor import local
 from flipproof.faults.inject import inject
 from flipproof.models import recompute
-from flipproof.models.load import byte_tokenizer, compute_context, model_on_meta
+from flipproof.models.load import compute_context
 from flipproof.models.loss import fuse_loss, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, cast_to, parallelize
 from flipproof.plan.memory import Kept, Spread
+from flipproof.plan.shape import without_weights
 from flipproof.train.optimizer import make_optimizer
 from flipproof.world import World, arrange
 
@@ -94,7 +95,7 @@ def _pretended(spread: Spread) -> Iterator[World]:
 def _model_of(config: RunConfig, world: World, kept: Kept, seen: "_Allocated") -> torch.nn.Module:
     """On the meta device, ready to be trained."""
     training = config.training
-    model = model_on_meta(config.model, byte_tokenizer(), training.dtype)
+    model = without_weights(config)
     if config.lora.r or config.bitflip.any_fault:
         inject(model, config.bitflip, config.lora if config.lora.r else None, computed=cast_to(training, model))
     fuse_loss(model)
@@ -116,8 +117,11 @@ def _step_of(config: RunConfig, model: torch.nn.Module, world: World, seen: "_Al
         held += [value for state in optimizer.state.values() for value in state.values()]
         seen.hold([local(tensor) for tensor in held])
         for last in [False] * (training.gradient_accumulation_steps > 1) + [True]:
-            with gradients.micro_batch(last), compute_context(training, model):
-                next_token_loss(model, ids, forward=gradients.forward).backward()
+            with gradients.micro_batch(last):
+                with compute_context(training, model):
+                    loss = next_token_loss(model, ids, forward=gradients.forward)
+                loss.backward()
+            seen.settle()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -196,6 +200,13 @@ class _Allocated(TorchDispatchMode):
             self.hold(tree_leaves((args, kwargs)))
         self.hold(tree_leaves(results), written=not fused)
         return results
+
+    def settle(self) -> None:
+        """What is still there was written, whatever made it."""
+        for key, (size, written) in self._sizes.items():
+            if not written:
+                self._sizes[key] = size, True
+                self._add(size)
 
     def hold(self, values: list[Any], written: bool = True) -> None:
         for tensor in values if self._counts else ():

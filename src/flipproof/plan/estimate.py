@@ -55,6 +55,10 @@ class Plan:
     by_level: dict[Level, Memory]
     """What the config's own ``local_batch_size`` needs where all blocks keep the level."""
     request: Request
+    config: RunConfig
+    """With what followed from it: dtypes, accumulation, steps."""
+    dry_run: int | None = None
+    """Bytes that ``memory.allocated`` is by ``dry_run.py``, where it was asked."""
 
     @property
     def room(self) -> float:
@@ -132,6 +136,7 @@ def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: 
         {level: _rows(shape, config, spread, gpu, level) for level in LEVELS},
         {level: memory(shape, config, spread, in_all(shape, level)) for level in LEVELS},
         request,
+        config,
     )
 
 
@@ -233,6 +238,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
             "parts": plan.memory.parts,
             "peak": plan.memory.when,
             "allocated": plan.memory.allocated,
+            "dry_run": plan.dry_run,
             "needed": plan.memory.needed,
         },
         "fits": plan.fits,
@@ -267,6 +273,9 @@ def as_text(plan: Plan) -> str:
     lines.append(f"\nmemory of each GPU in GiB, at its most {plan.memory.when}:")
     lines += [f"  {name:<28}{size / 2**30:>8.1f}" for name, size in plan.memory.parts.items()]
     lines.append(f"  {'allocated by PyTorch':<28}{plan.memory.allocated / 2**30:>8.1f}")
+    if plan.dry_run is not None:
+        off = plan.memory.allocated / plan.dry_run - 1
+        lines.append(f"  {'by a dry run of a step':<28}{plan.dry_run / 2**30:>8.1f}  ({off:+.1%} off it)")
     lines.append(f"  {'needed, with CUDA and gaps':<28}{plan.memory.needed / 2**30:>8.1f}  of {plan.gpu.memory:.1f}")
     lines += [f"  {n} blocks keep {_SAYS[level]}" for level, n in plan.kept.items() if n]
     if not plan.fits:

@@ -147,7 +147,8 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
     a_block_s = (4 + c) * shape.block if trains and sharded else 4 * shape.adapters
-    soon = gradients if training.gradient_accumulation_steps > 1 else 0.0
+    # FSDP sums those of a step's earlier micro-batches whole
+    soon = 4.0 * trained if training.gradient_accumulation_steps > 1 else 0.0
     moments = {
         "at the loss": {"activations": kept_activations, "loss": loss, "gathered": at_loss, "gradients": soon},
         "in a block's backward": {

@@ -56,10 +56,7 @@ def shape_of(config: RunConfig) -> Shape:
     Raises:
         ConfigError: for a model that is not known, or whose blocks are of another kind.
     """
-    model_config = config.model
-    if model_config.flavor is not None:  # says all that is to know, without a network
-        model_config = replace(model_config, init="random", hf_model_path=None)
-    model = skeleton(model_config, byte_tokenizer(), config.training.dtype)
+    model = without_weights(config)
     hf_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     frozen = sum(p.numel() for p in model.parameters())
     forward = _forward_flops(model, config.training.seq_len)
@@ -100,6 +97,14 @@ def shape_of(config: RunConfig) -> Shape:
         flops=_training_flops(model, config),
         forward_flops=forward,
     )
+
+
+def without_weights(config: RunConfig) -> nn.Module:
+    """The config's model on the meta device, without faults and adapters. Raises ConfigError where it is not known."""
+    model = config.model
+    if model.flavor is not None:  # says all that is to know, without a network
+        model = replace(model, init="random", hf_model_path=None)
+    return skeleton(model, byte_tokenizer(), config.training.dtype)
 
 
 def _has(config: Any, key: str) -> bool:

@@ -1,0 +1,88 @@
+"""A step on fake tensors against peaks that GPUs had, against the closed form, and its count against sizes known."""
+
+import json
+
+import pytest
+import torch
+from planned import config_of, shape
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flipproof.cli.main import main
+from flipproof.plan.dry_run import _Allocated, dry_run
+from flipproof.plan.memory import Spread, in_all, memory
+
+ROWS = [
+    # flavor, adapters, rows, shards, what blocks keep, strategy, micro-batches, GiB that H100s had (benchmarks/README.md)
+    ("8B", True, 2, 1, "weights", "full_shard", 1, 52.4),
+    ("8B", True, 2, 4, "everything", "shard_grad_op", 1, 38.2),
+    ("clm-1.1B", False, 8, 2, "nothing", "full_shard", 2, None),
+    ("clm-60M", False, 48, 1, "products", "full_shard", 1, None),
+]
+
+
+@pytest.mark.parametrize(("flavor", "lora", "rows", "shards", "kept", "strategy", "micro_batches", "measured"), ROWS)
+def test_it_finds_what_the_closed_form_finds(flavor, lora, rows, shards, kept, strategy, micro_batches, measured):
+    config = config_of(flavor, rows, lora, strategy=strategy, gradient_accumulation_steps=micro_batches)
+    sizes, spread = shape(flavor, lora), Spread(shards, 1)
+    found = dry_run(config, spread, in_all(sizes, kept))
+    assert memory(sizes, config, spread, in_all(sizes, kept)).allocated == pytest.approx(found, rel=0.05)
+    if measured is not None:
+        assert found / 2**30 == pytest.approx(measured, rel=0.05)
+
+
+def counted(work):
+    seen = _Allocated()
+    with FakeTensorMode(), seen:
+        work()
+    return seen.most
+
+
+def test_what_is_fused_takes_no_memory_until_it_is_read():
+    """In matrices of 4 KiB: x, its product y, and z, which is made of y in one pass; then x, z and their product."""
+
+    def work():
+        x = torch.ones(32, 32)
+        y = x @ x
+        z = ((y + 1) * 2).float().clone()
+        del y
+        return z @ x
+
+    assert counted(work) == 3 * 4096
+
+
+def test_what_is_freed_and_taken_again_counts_while_it_is_there():
+    def work():
+        x = torch.ones(32, 32)
+        x.untyped_storage().resize_(0)
+        y = torch.ones(16, 32) @ torch.ones(32, 16)
+        x.untyped_storage().resize_(2048)
+        return x, y
+
+    # both factors and their product; x lay there before them, and is half as large after them
+    assert counted(work) == max(4096, 2048 + 2048 + 1024, 1024 + 2048)
+
+
+def test_masks_are_bits():
+    assert counted(lambda: torch.ones(64, 64, dtype=torch.bool)) == 64 * 64 // 8
+
+
+def test_what_stays_was_written():
+    seen = _Allocated()
+    with FakeTensorMode(), seen:
+        x = torch.ones(32, 32)
+        y = x + 1
+        assert seen.most == 4096
+        seen.settle()
+    assert seen.most == 2 * 4096 and y is not x
+
+
+def test_a_plan_says_it(tiny_llama, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path)
+    plan = ["plan", str(tmp_path), "--training.seq_len", "32", "--gpus", "1"]
+    assert main([*plan, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["memory"]
+    assert found["dry_run"] == pytest.approx(found["allocated"], rel=1)  # HELD_LOGITS dwarfs so small a model
+    assert main([*plan, "--dry-run"]) == 0
+    assert f"by a dry run of a step{found['dry_run'] / 2**30:>14.1f}" in capsys.readouterr().out
+    assert main([*plan, "--dry-run", "--recommend"]) == 2
+    assert "--dry-run is of one way to run a training; leave out --recommend" in capsys.readouterr().err
