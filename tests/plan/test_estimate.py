@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
-from flipproof.plan.estimate import Request, make_plan
+from flipproof.plan.estimate import Request, make_plan, offloading
 from flipproof.plan.gpus import GPUS
 from flipproof.plan.memory import Spread, in_all, memory
 from flipproof.plan.pace import pace
@@ -131,6 +131,21 @@ def test_auto_keeps_what_fits_and_a_fixed_level_what_it_is():
     assert every_fourth.kept == {"nothing": 8, "everything": 24}
 
 
+def test_what_is_offloaded_lies_in_the_cpu_s_memory_and_comes_over_pci_express():
+    config = config_of("8B", 16, lora=False, activation_checkpointing="full")
+    here, there = (make_plan(each, Request(4, gpu="h200")) for each in (config, offloading(config)))
+    sizes, parts = here.shape, there.memory.parts
+    assert there.memory.host == 16 * sizes.parameters / 4  # weights, gradients and two moments, in float32
+    assert not parts.keys() & {"weights", "AdamW's moments"}
+    # a block's gradients, as computed and as reduced; gathered are two blocks, and a shard that was copied in
+    assert parts["gradients"] == 6 * sizes.block
+    assert parts["gathered"] == 2 * 2 * sizes.block + 4 * sizes.block / 4
+    moved = (2 * 4 * sizes.parameters + 4 * sizes.parameters) / 4  # to the GPU for forward and backward; gradients back
+    assert there.pace.communication - here.pace.communication == pytest.approx(moved / (64e9 * 0.75))
+    assert here.pace.adam == 0
+    assert there.pace.adam == pytest.approx(28 * sizes.parameters / 4 / 40e9)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -141,8 +156,16 @@ def test_auto_keeps_what_fits_and_a_fixed_level_what_it_is():
         (["--gpus", "1", "--efficiency", "1.5"], "--efficiency = '1.5': a share above 0, up to 1 is allowed"),
         (["--gpus", "1", "--model.flavor", "9B"], "model.flavor = '9B': known are 1B"),
         (
-            ["--gpus", "8", "--parallelism.cpu_offload", "true"],
-            "parallelism.cpu_offload = True: what lies in the CPU's",
+            ["--gpus", "1", "--parallelism.cpu_offload", "true"],
+            "parallelism.cpu_offload = True: one GPU shares with no other; it needs several",
+        ),
+        (
+            ["--gpus", "8", "--parallelism.cpu_offload", "true", "--dry-run"],
+            "--dry-run counts a GPU's memory alone; leave out parallelism.cpu_offload",
+        ),
+        (
+            ["--gpus", "2", "--gpu", "4090", "--model.flavor", "70B"],
+            "on each; parallelism.cpu_offload = true would do",
         ),
     ],
 )

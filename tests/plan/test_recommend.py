@@ -32,8 +32,8 @@ def test_what_fits_comes_first_the_fastest_of_it_first_and_all_take_the_same_bat
 def test_a_recommendation_is_a_config_of_which_a_plan_says_the_same():
     config = config_of("8B", 2, gradient_accumulation_steps=2)
     options = recommend(config, EIGHT)
-    assert len(options) == 5 * 4
-    for option in options[::3]:
+    assert len(options) == (4 * 2 + 1) * 4  # all but no_shard with cpu_offload, too
+    for option in options[::5]:
         tree = asdict(config)
         for table, keys in tomllib.loads(as_table([option]).partition("as TOML:")[2]).items():
             assert keys == option.settings[table]

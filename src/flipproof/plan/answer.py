@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flipproof.config import RunConfig
+from flipproof.errors import ConfigError
 from flipproof.plan.dry_run import dry_run
 from flipproof.plan.estimate import Request, as_record, as_text, make_plan
 from flipproof.plan.picture import check_picture, write_picture
@@ -19,6 +20,8 @@ def this_way(config: RunConfig, request: Request, as_json: bool, picture: Path |
     """
     if picture:
         check_picture(picture)
+    if dry and config.parallelism.cpu_offload:
+        raise ConfigError(["--dry-run counts a GPU's memory alone; leave out parallelism.cpu_offload"])
     plan = make_plan(config, request)
     if dry:
         plan = replace(plan, dry_run=dry_run(plan.config, plan.spread, plan.kept))

@@ -107,10 +107,6 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
     Raises:
         ConfigError: as ``make_plan`` does.
     """
-    if config.parallelism.cpu_offload:
-        raise ConfigError(
-            ["parallelism.cpu_offload = True: what lies in the CPU's memory is not planned; leave it out"]
-        )
     training = config.training
     if training.dtype is None:
         config = replace(config, training=replace(training, dtype="bfloat16" if config.lora.r else "float32"))
@@ -144,6 +140,8 @@ def _spread(config: RunConfig, request: Request) -> Spread:
     total, parallelism = request.gpus * request.nodes, config.parallelism
     if total < 1:
         raise ConfigError([f"--gpus {request.gpus} --nodes {request.nodes}: at least one GPU is needed"])
+    if parallelism.cpu_offload and total == 1:
+        raise ConfigError(["parallelism.cpu_offload = True: one GPU shares with no other; it needs several"])
     if parallelism.sharding_strategy == "no_shard":
         return Spread(1, total)
     if parallelism.sharding_strategy == "hybrid_shard":
@@ -163,25 +161,31 @@ def _spread(config: RunConfig, request: Request) -> Spread:
 
 def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> None:
     """Raises ConfigError where not one sequence fits at any setting, with what would."""
-    one = replace(config, training=replace(config.training, local_batch_size=1))
-    least = memory(shape, one, spread, in_all(shape, "nothing")).needed
-    if least <= _room(gpu):
+    needed = _least(shape, config, spread)
+    if needed <= _room(gpu):
         return
-    more = next(
-        (
-            n
-            for n in (2**i for i in range(1, 13))
-            if memory(shape, one, Spread(n, 1), in_all(shape, "nothing")).needed <= _room(gpu)
-        ),
-        0,
-    )
-    would = f"full_shard over {more} of them would" if more else "no number of them would"
+    would = None
+    if spread.shards > 1 and _least(shape, offloading(config), spread) <= _room(gpu):
+        would = "parallelism.cpu_offload = true"
+    elif more := [n for n in (2**i for i in range(1, 13)) if _least(shape, config, Spread(n, 1)) <= _room(gpu)]:
+        would = f"full_shard over {more[0]} of them"
     raise ConfigError(
         [
             f"--gpus {spread.gpus} x {gpu.name}: even one sequence with activation_checkpointing = 'full' needs "
-            f"{least / 2**30:.1f} GiB of the {_ROOM * gpu.memory:.1f} that training may fill on each; {would} do"
+            f"{needed / 2**30:.1f} GiB of the {_ROOM * gpu.memory:.1f} that training may fill on each; "
+            f"{would or 'no number of them'} would do"
         ]
     )
+
+
+def _least(shape: Shape, config: RunConfig, spread: Spread) -> float:
+    """Bytes of each GPU that a sequence needs where all is computed again."""
+    one = replace(config, training=replace(config.training, local_batch_size=1))
+    return memory(shape, one, spread, in_all(shape, "nothing")).needed
+
+
+def offloading(config: RunConfig) -> RunConfig:
+    return replace(config, parallelism=replace(config.parallelism, cpu_offload=True))
 
 
 def _room(gpu: Gpu) -> float:
@@ -240,6 +244,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
             "allocated": plan.memory.allocated,
             "dry_run": plan.dry_run,
             "needed": plan.memory.needed,
+            "host": plan.memory.host,
         },
         "fits": plan.fits,
         "largest_local_batch_size": plan.rows,
@@ -277,6 +282,9 @@ def as_text(plan: Plan) -> str:
         off = plan.memory.allocated / plan.dry_run - 1
         lines.append(f"  {'by a dry run of a step':<28}{plan.dry_run / 2**30:>8.1f}  ({off:+.1%} off it)")
     lines.append(f"  {'needed, with CUDA and gaps':<28}{plan.memory.needed / 2**30:>8.1f}  of {plan.gpu.memory:.1f}")
+    if plan.memory.host:
+        node = plan.memory.host * min(plan.request.gpus, spread.gpus)
+        lines.append(f"  {'in the CPU memory of a node':<28}{node / 2**30:>8.1f}")
     lines += [f"  {n} blocks keep {_SAYS[level]}" for level, n in plan.kept.items() if n]
     if not plan.fits:
         lines.append("  it does NOT fit")
@@ -289,7 +297,7 @@ def as_text(plan: Plan) -> str:
     lines.append(
         f"\na step of {pace_.tokens:,} tokens: {pace_.seconds:.2f} s (products {pace_.products:.2f} at "
         f"{plan.request.efficiency:.0%} of {plan.gpu.peak / 1e12:.0f} TFLOP/s, flips and merges {pace_.flips:.2f}"
-        f"{beside if spread.gpus > 1 else ''})"
+        f"{beside if spread.gpus > 1 else ''}{f', AdamW on the CPU {pace_.adam:.2f}' if pace_.adam else ''})"
     )
     price = "" if plan.cost is None else f", {plan.cost:,.2f} at {plan.request.price:g} a GPU-hour"
     lines.append(f"{pace_.tokens_per_second:,.0f} tokens/s; {plan.steps:,} steps take {plan.hours:,.2f} hours{price}")

@@ -28,6 +28,8 @@ class Gpu(NamedTuple):
     """Of its memory, in 10⁹ bytes a second."""
     link: float
     """To the other GPUs of its node, in each direction, in 10⁹ bytes a second: NVLink's, or PCI Express's."""
+    host: float
+    """To the CPU's memory, in each direction, in 10⁹ bytes a second: PCI Express's."""
     measured_peak: float | None = None
     """What ``peak`` is in the place of the data sheet's."""
 
@@ -42,14 +44,14 @@ class Gpu(NamedTuple):
 
 
 GPUS: dict[str, Gpu] = {
-    "a100-40": Gpu("A100-SXM4-40GB", 39.4, 1555, 300),
-    "a100-80": Gpu("A100-SXM4-80GB", 79.3, 2039, 300),
-    "h100": Gpu("H100 80GB HBM3", 79.6, 3350, 450),
-    "h200": Gpu("H200", 140.4, 4800, 450),
-    "b200": Gpu("B200", 179.0, 8000, 900),
-    "l40s": Gpu("L40S", 44.9, 864, 32),
-    "4090": Gpu("GeForce RTX 4090", 24.0, 1008, 32),
-    "5090": Gpu("GeForce RTX 5090", 31.8, 1792, 64),
+    "a100-40": Gpu("A100-SXM4-40GB", 39.4, 1555, 300, 32),
+    "a100-80": Gpu("A100-SXM4-80GB", 79.3, 2039, 300, 32),
+    "h100": Gpu("H100 80GB HBM3", 79.6, 3350, 450, 64),
+    "h200": Gpu("H200", 140.4, 4800, 450, 64),
+    "b200": Gpu("B200", 179.0, 8000, 900, 64),
+    "l40s": Gpu("L40S", 44.9, 864, 32, 32),
+    "4090": Gpu("GeForce RTX 4090", 24.0, 1008, 32, 32),
+    "5090": Gpu("GeForce RTX 5090", 31.8, 1792, 64, 64),
 }
 """By the names of ``--gpu``."""
 

@@ -49,6 +49,8 @@ class Memory:
     """At the time of the peak, by what they are for; these are PyTorch's own."""
     when: str
     """The time of the peak."""
+    host: float = 0.0
+    """In the CPU's memory, for each GPU of its node."""
 
     @property
     def allocated(self) -> float:
@@ -132,6 +134,10 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
         "AdamW's moments": 8 * trained / spread.shards,
     }
     gradients = 4 * trained / spread.shards
+    host, copied = 0.0, 0.0
+    if config.parallelism.cpu_offload:  # what is sharded lies there, and comes a block at a time
+        host, always, gradients = sum(always.values()) + gradients, {}, 0.0
+        copied = (held * shape.block + 4 * shape.adapters) / spread.shards
     kept_activations = sum(n * activations(shape, config, level) for level, n in kept.items()) * tokens
     kept_weights = sum(n * _kept_weights(shape, config, level, sharded) for level, n in kept.items())
     least = min((level for level, n in kept.items() if n), key=LEVELS.index)
@@ -141,7 +147,7 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     stay = (shape.blocks * unit + shape.embedding * c) * stays
     # what works, and NCCL's buffer of what was gathered last, which FSDP keeps until the next is
     at_loss = (2 * head + stay) * sharded
-    at_block = (stay + head if stays else 2 * unit) * sharded
+    at_block = (stay + head if stays else 2 * unit) * sharded + copied
     loss = 2 * HELD_LOGITS * c + 2 * tokens * h * c
     loss += 4 * (shape.head or shape.embedding) * trains
     block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
@@ -166,4 +172,4 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     }
     when = max(moments, key=lambda name: sum(moments[name].values()))
     parts = always | moments[when] | {"kept weights": kept_weights}
-    return Memory({name: size for name, size in parts.items() if size}, when)
+    return Memory({name: size for name, size in parts.items() if size}, when, host)

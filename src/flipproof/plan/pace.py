@@ -6,20 +6,23 @@ and merges move bytes through the GPU's memory: an input is read and written for
 read and written when it is merged, flipped or both, in forward and, where flipped operands are not kept, again in
 backward. Communication is what FSDP2 gathers and reduces. It runs beside the rest, so a step takes the longer of the
 two, and the first and last block's share of it in any case; FSDP copies what it gathered out of its buffers, and while
-NCCL's kernels run, products are slower.
+NCCL's kernels run, products are slower. With ``cpu_offload`` shards come over PCI Express for each gather, gradients go
+back over it, and AdamW runs on the CPU, by the bytes that it moves there (which nothing here has measured).
 """
 
 from dataclasses import dataclass
 
 from flipproof.config import RunConfig
 from flipproof.plan.gpus import Gpu
-from flipproof.plan.memory import Kept, Spread, computed_bytes, gathered_adapter_bytes
+from flipproof.plan.memory import Kept, Spread, computed_bytes, gathered_adapter_bytes, held_bytes
 from flipproof.plan.shape import Shape
 
 OF_BANDWIDTH = 0.85
 """Of the memory's bandwidth, what flips reach (benchmarks/README.md: 0.95 of a copy, which reaches 0.9)."""
 OF_LINK = 0.75
 """Of a link, what NCCL's all-gather reaches."""
+CPU_BANDWIDTH = 40.0
+"""Of the CPU's memory, for each GPU of its node, in 10⁹ bytes a second: a node of eight has some 300."""
 BESIDE_NCCL = 0.25
 """Of the time that communication takes, what it costs the products beside it (8B on 4 GPUs: benchmarks/README.md)."""
 
@@ -35,6 +38,8 @@ class Pace:
     communication: float
     """Beside the rest, but for ``exposed``."""
     exposed: float
+    adam: float
+    """Of AdamW on the CPU. (On a GPU it is nothing beside the rest.)"""
     gathered_bytes: float
     """That a GPU receives in a step."""
     reduced_bytes: float
@@ -43,7 +48,7 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        return self.products + self.flips + self.slowed + self.exposed
+        return self.products + self.flips + self.slowed + self.exposed + self.adam
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,6 +70,7 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
     flips = accumulation * _flipped_bytes(shape, config, kept) / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
 
     gathered = copied = 0.0
+    times = 0
     others = 1 - 1 / spread.shards
     if spread.shards > 1:
         whole = c * shape.parameters + shape.adapters * shape.blocks * gathered_adapter_bytes(config)
@@ -77,6 +83,12 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
     if spread.replicas > 1:  # an all-reduce is a reduce-scatter and a gather
         reduced += 2 * 4.0 * trained / spread.shards * (1 - 1 / spread.replicas)
     communication = (gathered + reduced) / (link * 1e9 * OF_LINK)
+    adam = 0.0
+    if config.parallelism.cpu_offload:
+        shard = (held_bytes(config) * shape.parameters + 4 * shape.adapters * shape.blocks) / spread.shards
+        communication += (shard * times + 4 * trained / spread.shards) / (gpu.host * 1e9 * OF_LINK)
+        # reads weights, gradients and both moments, and writes all but gradients, in float32
+        adam = 28 * trained / spread.shards / (CPU_BANDWIDTH * 1e9)
     ends = 2 * communication / max(1, shape.blocks * accumulation)
     exposed = max(communication - products - flips, ends) if communication else 0.0
     slowed = copied + BESIDE_NCCL * communication
@@ -86,6 +98,7 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
         slowed,
         communication,
         exposed,
+        adam,
         gathered,
         reduced,
         training.seq_len * config.sequences_per_step(spread.gpus),

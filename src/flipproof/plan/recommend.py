@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tomli_w
 
 from flipproof.config import RunConfig
-from flipproof.plan.estimate import Plan, Request, check_fits, plan_of, sized
+from flipproof.plan.estimate import Plan, Request, check_fits, offloading, plan_of, sized
 from flipproof.plan.memory import Spread
 
 Mode = Literal["auto", "none", "selective", "full"]
@@ -34,6 +34,7 @@ class Option:
                 "activation_checkpointing": training.activation_checkpointing,
             },
             "parallelism": {"sharding_strategy": parallelism.sharding_strategy}
+            | ({"cpu_offload": True} if parallelism.cpu_offload else {})
             | {key: degree for key, degree in degrees.items() if degree is not None},
         }
 
@@ -45,9 +46,11 @@ def recommend(config: RunConfig, request: Request) -> list[Option]:
         ConfigError: as ``make_plan`` does; where none fits, too.
     """
     gpu, total = request.find_gpu(), request.gpus * request.nodes
-    usual = replace(config.parallelism, sharding_strategy="full_shard", fsdp_degree=None, replicas=None)
+    usual = replace(
+        config.parallelism, sharding_strategy="full_shard", fsdp_degree=None, replicas=None, cpu_offload=False
+    )
     shape, config = sized(replace(config, parallelism=usual), total)
-    check_fits(shape, config, Spread(total, 1), gpu)
+    check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1), gpu)
     sequences = config.training.local_batch_size * config.training.gradient_accumulation_steps
     options = []
     for parallelism, spread in _ways(config, request):
@@ -76,29 +79,33 @@ def _order(option: Option) -> tuple[bool, float]:
 def _ways(config: RunConfig, request: Request) -> Iterator[tuple[Any, Spread]]:
     """(a table of parallelism, how the model lies then)."""
     total, usual = request.gpus * request.nodes, config.parallelism
-    yield usual, Spread(total, 1)
     if total == 1:
+        yield usual, Spread(1, 1)
         return
-    yield replace(usual, sharding_strategy="shard_grad_op"), Spread(total, 1)
-    for degree in range(2, request.gpus + 1):
-        if request.gpus % degree == 0 and degree < total:
-            hybrid = replace(usual, sharding_strategy="hybrid_shard", fsdp_degree=degree, replicas=total // degree)
-            yield hybrid, Spread(degree, total // degree)
+    for offload in (False, True):
+        own = replace(usual, cpu_offload=offload)
+        yield own, Spread(total, 1)
+        yield replace(own, sharding_strategy="shard_grad_op"), Spread(total, 1)
+        for degree in range(2, request.gpus + 1):
+            if request.gpus % degree == 0 and degree < total:
+                hybrid = replace(own, sharding_strategy="hybrid_shard", fsdp_degree=degree, replicas=total // degree)
+                yield hybrid, Spread(degree, total // degree)
     yield replace(usual, sharding_strategy="no_shard"), Spread(1, total)
 
 
 def as_table(options: list[Option]) -> str:
     """For a terminal: what fits, what does not and why, and the TOML of the first."""
-    lines = ["  tokens/s    GiB  strategy            checkpointing  local_batch_size x accumulation"]
+    lines = ["  tokens/s    GiB  strategy                   checkpointing  local_batch_size x accumulation"]
     for option in options:
         plan, training = option.plan, option.config.training
         lies: str = option.config.parallelism.sharding_strategy
         if lies == "hybrid_shard":
             lies += f" {plan.spread.shards} x {plan.spread.replicas}"
+        lies += ", offload" * option.config.parallelism.cpu_offload
         speed = f"{plan.pace.tokens_per_second:>10,.0f}" if plan.fits else "         –"
         why = "" if plan.fits else f"  does not fit: {plan.gpu.memory:.1f} GiB a GPU"
         lines.append(
-            f"{speed} {plan.memory.needed / 2**30:>6.1f}  {lies:<19} {training.activation_checkpointing!s:<14} "
+            f"{speed} {plan.memory.needed / 2**30:>6.1f}  {lies:<26} {training.activation_checkpointing!s:<14} "
             f"{training.local_batch_size} x {training.gradient_accumulation_steps}{why}"
         )
     lines.append(f"\nthe first, as TOML:\n\n{tomli_w.dumps(options[0].settings).rstrip()}")
