@@ -16,7 +16,7 @@ import flipproof.plan.compare as compare_module
 from flipproof.cli.main import main
 from flipproof.plan.compare import STRATEGIES, Comparison, Measured, Row, as_records, as_table, measure_steps
 from flipproof.plan.estimate import Request, as_record, make_plan
-from flipproof.plan.gpus import GPUS, gpu_cuda_calls
+from flipproof.plan.gpus import GPUS
 from flipproof.plan.memory import Spread
 from flipproof.world import ALONE
 
@@ -176,10 +176,3 @@ def test_a_table_has_both_sides_and_the_reason_of_what_has_none():
     assert record["measured"]["tokens_per_second"] == 2 * 2048 * 4 / 0.5
     pace = said["step"]
     assert record["planned"]["communication_share"] == pace["communication"] / pace["seconds"]
-
-
-def test_gpus_are_known_by_what_cuda_calls_them():
-    assert gpu_cuda_calls("NVIDIA H100 80GB HBM3") is GPUS["h100"]
-    assert gpu_cuda_calls("NVIDIA A100-SXM4-40GB") is GPUS["a100-40"]
-    assert gpu_cuda_calls("NVIDIA H200 NVL") is None  # its links are others
-    assert gpu_cuda_calls("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None

@@ -69,7 +69,7 @@ def test_speed_is_that_which_was_measured_after_one_run_says_how_efficient_produ
             Spread(gpus, 1),
             in_all(shape(flavor), kept),
             GPUS[gpu],
-            GPUS[gpu].link,
+            (GPUS[gpu].link, GPUS[gpu].link),
             efficiency,
         )
         return found.tokens_per_second
@@ -81,9 +81,7 @@ def test_speed_is_that_which_was_measured_after_one_run_says_how_efficient_produ
     errors = {row[:-1]: speed(row, low) / row[-1] - 1 for row in MEASURED[1:]}
     for strategy, spread, _, measured in SHARDED:
         config = config_of("8B", 2, strategy=strategy)
-        found = pace(
-            shape("8B"), config, spread, in_all(shape("8B"), "everything"), GPUS["h200"], GPUS["h200"].link, low
-        )
+        found = pace(shape("8B"), config, spread, in_all(shape("8B"), "everything"), GPUS["h200"], (450, 450), low)
         errors[strategy, spread] = found.tokens_per_second / measured - 1
     assert max(map(abs, errors.values())) < 0.2, errors
     assert statistics.median(map(abs, errors.values())) < 0.1, errors
@@ -100,7 +98,7 @@ def test_speed_is_that_which_was_measured_after_one_run_says_how_efficient_produ
 )
 def test_what_is_gathered_and_reduced_follows_from_the_strategy(strategy, spread, gathers, reductions):
     config = config_of("8B", 2, strategy=strategy, gradient_accumulation_steps=2)
-    found = pace(shape("8B"), config, spread, in_all(shape("8B"), "everything"), GPUS["h100"], 450, 0.5)
+    found = pace(shape("8B"), config, spread, in_all(shape("8B"), "everything"), GPUS["h100"], (450, 450), 0.5)
     adapters = 4 * shape("8B").adapters * shape("8B").blocks  # float32
     assert found.gathered_bytes == pytest.approx(gathers * (2 * shape("8B").parameters + adapters))
     assert found.reduced_bytes == pytest.approx(reductions * adapters)
@@ -131,6 +129,27 @@ def test_auto_keeps_what_fits_and_a_fixed_level_what_it_is():
     assert every_fourth.kept == {"nothing": 8, "everything": 24}
 
 
+def test_what_crosses_nodes_takes_their_link_and_what_does_not_takes_the_gpus_own():
+    config = config_of("8B", 1, lora=False, strategy="hybrid_shard", gradient_accumulation_steps=1)
+    plan = make_plan(config, Request(8, 4, "h200", node_link=25.0))
+    assert (plan.spread.shards, plan.spread.replicas) == (8, 4)
+    within = (2 * 2 + 4) * plan.shape.parameters * 7 / 8  # gathered twice in bfloat16, reduced in float32
+    among = 2 * 4 * plan.shape.parameters / 8 * 3 / 4
+    assert plan.pace.communication == pytest.approx((within / 450e9 + among / 25e9) / 0.75)
+    assert plan.pace.reduced_bytes == pytest.approx(4 * plan.shape.parameters * 7 / 8 + among)
+    over_all = make_plan(config_of("8B", 1, lora=False), Request(8, 4, "h200", node_link=25.0))
+    assert over_all.pace.communication == pytest.approx((2 * 2 + 4) * plan.shape.parameters * 31 / 32 / 25e9 / 0.75)
+
+
+def test_a_model_lies_on_gpus_as_training_lays_it():
+    hybrid = config_of("8B", 1, strategy="hybrid_shard")
+    four = replace(hybrid, parallelism=replace(hybrid.parallelism, replicas=4))
+    assert make_plan(four, Request(8)).spread == Spread(2, 4)
+    assert make_plan(hybrid, Request(4, 2)).spread == Spread(4, 2)
+    quarter = replace(four, parallelism=replace(four.parallelism, sharding_strategy="full_shard", fsdp_degree=2))
+    assert make_plan(quarter, Request(8)).spread == Spread(2, 4)
+
+
 def test_what_is_offloaded_lies_in_the_cpu_s_memory_and_comes_over_pci_express():
     config = config_of("8B", 16, lora=False, activation_checkpointing="full")
     here, there = (make_plan(each, Request(4, gpu="h200")) for each in (config, offloading(config)))
@@ -151,7 +170,10 @@ def test_what_is_offloaded_lies_in_the_cpu_s_memory_and_comes_over_pci_express()
     [
         (["--gpus", "0"], "--gpus = '0': a whole number from 1"),
         (["--gpus", "1", "--gpu", "h300"], "--gpu h300: known are a100-40, a100-80, h100"),
-        (["--gpus", "8", "--parallelism.fsdp_degree", "3"], "fsdp_degree x replicas = 3 x 2: 8 GPUs (1 x 8) need 8"),
+        (
+            ["--gpus", "8", "--parallelism.fsdp_degree", "3"],
+            "parallelism.fsdp_degree = 3 with full_shard: 8 GPUs (1 x 8) do not divide so",
+        ),
         (["--gpus", "1", "--model.flavor", "70B"], "even one sequence with activation_checkpointing = 'full' needs"),
         (["--gpus", "1", "--efficiency", "1.5"], "--efficiency = '1.5': a share above 0, up to 1 is allowed"),
         (["--gpus", "1", "--model.flavor", "9B"], "model.flavor = '9B': known are 1B"),

@@ -28,6 +28,7 @@ def test_every_gpu_has_a_peak_and_a_name_that_cuda_knows():
     ("cuda", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA GeForce RTX 4090", "4090"),
         ("NVIDIA H200 NVL", None),

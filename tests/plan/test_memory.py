@@ -63,8 +63,8 @@ def predicted():
 
 def test_peaks_are_those_that_were_measured():
     errors = {what: found / 2**30 / measured - 1 for what, found, measured in predicted()}
-    assert max(map(abs, errors.values())) < 0.1, errors
-    assert statistics.median(map(abs, errors.values())) < 0.05, errors
+    assert max(map(abs, errors.values())) < 0.07, errors
+    assert statistics.median(map(abs, errors.values())) < 0.02, errors
 
 
 def test_a_seventy_billion_model_s_weights_on_four_gpus():

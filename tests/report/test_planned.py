@@ -50,6 +50,13 @@ def test_the_plan_stands_beside_what_was_measured(tmp_path):
     assert again.pace.tokens_per_second == pytest.approx(14_000, rel=0.01)
 
 
+def test_what_trained_although_the_plan_says_that_it_cannot_is_told_too(tmp_path):
+    config = config_of("70B", 1, activation_checkpointing="full")
+    write(tmp_path / "run", config=config)
+    (section,) = planned_of(tmp_path / "run")
+    assert section.tables[0].rows[0][1] > 140  # GiB, of the 79.6 that there are
+
+
 def test_the_page_has_the_section_and_its_picture(tmp_path, capsys):
     write(tmp_path / "run")
     assert main(["report", str(tmp_path / "run")]) == 0

@@ -127,7 +127,8 @@ class Gradients:
         self.forward: Callable[..., Any] = model
         if world.size > 1 and not isinstance(model, FSDPModule):
             devices = [world.device] if world.device.type == "cuda" else None
-            self.forward = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+            # else gradients take their memory twice
+            self.forward = nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Forward and backward of a micro-batch run within this context."""

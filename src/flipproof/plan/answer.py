@@ -6,9 +6,7 @@ from pathlib import Path
 
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
-from flipproof.plan.dry_run import dry_run
 from flipproof.plan.estimate import Request, as_record, as_text, make_plan
-from flipproof.plan.picture import check_picture, write_picture
 from flipproof.plan.recommend import as_records, as_table, recommend
 
 
@@ -19,11 +17,15 @@ def this_way(config: RunConfig, request: Request, as_json: bool, picture: Path |
         ConfigError: as ``make_plan`` does, or where the picture cannot be written.
     """
     if picture:
+        from flipproof.plan.picture import check_picture, write_picture
+
         check_picture(picture)
     if dry and config.parallelism.cpu_offload:
         raise ConfigError(["--dry-run counts a GPU's memory alone; leave out parallelism.cpu_offload"])
     plan = make_plan(config, request)
     if dry:
+        from flipproof.plan.dry_run import dry_run
+
         plan = replace(plan, dry_run=dry_run(plan.config, plan.spread, plan.kept))
     if picture:
         write_picture(plan, picture)

@@ -25,7 +25,7 @@ from flipproof.models.build import build_model, check_length, with_trainable_wei
 from flipproof.models.load import load_tokenizer
 from flipproof.models.packed import check_text
 from flipproof.plan.estimate import Plan, Request, plan_of, sized
-from flipproof.plan.gpus import GPUS, Gpu, gpu_cuda_calls
+from flipproof.plan.gpus import GPUS, Gpu, gpu_named
 from flipproof.plan.memory import Spread
 from flipproof.train.start import check_trainable, held_dtype, resolve_batch
 from flipproof.train.step import Training
@@ -140,7 +140,8 @@ class _Bench:
         self.device, self.gpu = "CPU", None
         if world.device.type == "cuda":
             self.device = torch.cuda.get_device_name(world.device)
-            self.gpu = gpu_cuda_calls(self.device)
+            name = gpu_named(self.device)
+            self.gpu = GPUS[name] if name else None
         here = node_size(world.size)
         self.request = Request(here, world.size // here, node_link=node_link, efficiency=efficiency)
         self.shape = None
@@ -217,9 +218,11 @@ class _Bench:
     def _planned(self, config: RunConfig, spread: Spread) -> Plan | None:
         if self.shape is None:
             return None
-        if self.world.device.type == "cpu" and config.training.activation_checkpointing == "auto":
+        if config.training.activation_checkpointing == "auto" and self.gpu is None:
+            if self.world.device.type == "cuda":  # it fills a memory that is not known
+                return None
             config = replace(config, training=replace(config.training, activation_checkpointing="none"))
-        # where it is not known, any will do: what a mode needs is the same on all
+        # where it is not known, any will do: what another mode needs is the same on all
         return plan_of(self.shape, config, spread, self.gpu or GPUS["h100"], self.request)
 
     def _measured(self, config: RunConfig, world: World) -> Measured:

@@ -11,6 +11,7 @@ from flipproof.plan.memory import LEVELS, Kept, Level, Memory, Spread, in_all, m
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
 from flipproof.train.start import resolve_steps
+from flipproof.world import layout
 
 _ROOM = 0.94
 """Of a GPU's memory, what training fills, as ``activation_checkpointing = "auto"`` has it."""
@@ -95,9 +96,15 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
         ConfigError: for what cannot be: a GPU nobody knows, a bench of another, degrees that do not multiply to the
             GPUs, a model of another kind than decoders, one that fits at no setting.
     """
+    plan = plan_anyway(config, request)
+    check_fits(plan.shape, plan.config, plan.spread, plan.gpu)
+    return plan
+
+
+def plan_anyway(config: RunConfig, request: Request) -> Plan:
+    """As ``make_plan``, also where nothing fits."""
     gpu, spread = request.find_gpu(), _spread(config, request)
     shape, config = sized(config, spread.gpus)
-    check_fits(shape, config, spread, gpu)
     return plan_of(shape, config, spread, gpu, request)
 
 
@@ -119,15 +126,15 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
 def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: Request) -> Plan:
     """Of a config whose steps are resolved."""
     kept = _kept(shape, config, spread, gpu)
-    across = request.nodes > 1 and config.parallelism.sharding_strategy != "hybrid_shard"
-    link = min(gpu.link, request.node_link) if across else gpu.link
+    between = min(gpu.link, request.node_link)
+    links = gpu.link if spread.shards <= request.gpus else between, gpu.link if request.nodes == 1 else between
     return Plan(
         shape,
         spread,
         gpu,
         kept,
         memory(shape, config, spread, kept),
-        pace(shape, config, spread, kept, gpu, link, request.efficiency),
+        pace(shape, config, spread, kept, gpu, links, request.efficiency),
         config.training.steps or 0,
         {level: _rows(shape, config, spread, gpu, level) for level in LEVELS},
         {level: memory(shape, config, spread, in_all(shape, level)) for level in LEVELS},
@@ -142,20 +149,17 @@ def _spread(config: RunConfig, request: Request) -> Spread:
         raise ConfigError([f"--gpus {request.gpus} --nodes {request.nodes}: at least one GPU is needed"])
     if parallelism.cpu_offload and total == 1:
         raise ConfigError(["parallelism.cpu_offload = True: one GPU shares with no other; it needs several"])
-    if parallelism.sharding_strategy == "no_shard":
-        return Spread(1, total)
-    if parallelism.sharding_strategy == "hybrid_shard":
-        shards = parallelism.fsdp_degree or request.gpus
-    else:
-        shards = parallelism.fsdp_degree or total // (parallelism.replicas or 1)
-    replicas = parallelism.replicas or max(1, total // shards)
-    if shards * replicas != total:
+    try:
+        replicas, shards = layout(parallelism, total, request.gpus)
+    except ConfigError as error:
+        degrees = {"fsdp_degree": parallelism.fsdp_degree, "replicas": parallelism.replicas}
+        said = ", ".join(f"parallelism.{key} = {value}" for key, value in degrees.items() if value)
         raise ConfigError(
             [
-                f"fsdp_degree x replicas = {shards} x {replicas}: {total} GPUs ({request.nodes} x {request.gpus}) "
-                f"need {total}"
+                f"{said} with {parallelism.sharding_strategy}: {total} GPUs ({request.nodes} x {request.gpus}) do not "
+                "divide so"
             ]
-        )
+        ) from error
     return Spread(shards, replicas)
 
 

@@ -56,11 +56,6 @@ GPUS: dict[str, Gpu] = {
 """By the names of ``--gpu``."""
 
 
-def gpu_cuda_calls(device: str) -> Gpu | None:
-    """The GPU that CUDA calls so ("NVIDIA H200"); None for one that is not listed, and for a part of one."""
-    return next((gpu for gpu in GPUS.values() if gpu.name == device.removeprefix("NVIDIA ")), None)
-
-
 def gpu_called(name: str) -> Gpu:
     """Raises ConfigError for a GPU that nobody knows."""
     found = GPUS.get(name.lower().removeprefix("nvidia-"))
@@ -70,7 +65,8 @@ def gpu_called(name: str) -> Gpu:
 
 
 def gpu_named(name: str) -> str | None:
-    """The name of ``--gpu`` of what CUDA calls ``name``, such as "NVIDIA H200"; None for a GPU that nobody knows."""
+    """The name of ``--gpu`` of what CUDA calls ``name``, such as "NVIDIA H200"; None for a GPU that nobody knows, and
+    for a part of one."""
     return next((key for key, gpu in GPUS.items() if gpu.name == name.removeprefix("NVIDIA ")), None)
 
 

@@ -91,6 +91,11 @@ def gathered_adapter_bytes(config: RunConfig) -> int:
     return computed_bytes(config) if held_bytes(config) != computed_bytes(config) else 4
 
 
+def reduced_bytes(config: RunConfig) -> int:
+    """Of a gradient that FSDP reduces."""
+    return _BYTES[config.training.mixed_precision_reduce]
+
+
 def activations(shape: Shape, config: RunConfig, kept: Level) -> float:
     """Bytes of a block that a token leaves for backward."""
     h, a, k, f = shape.hidden, shape.queries, shape.keys, shape.ffn
@@ -152,24 +157,26 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     loss += 4 * (shape.head or shape.embedding) * trains
     block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
-    a_block_s = (4 + c) * shape.block if trains and sharded else 4 * shape.adapters
+    reduced = reduced_bytes(config) if sharded else 4
+    # a block's gradients as they were computed, and as they are reduced; of adapters they are of one dtype
+    block_gradients = ((reduced + c) * shape.block if trains else reduced * shape.adapters) * sharded
     # FSDP sums those of a step's earlier micro-batches whole
-    soon = 4.0 * trained if training.gradient_accumulation_steps > 1 else 0.0
-    moments = {
-        "at the loss": {"activations": kept_activations, "loss": loss, "gathered": at_loss, "gradients": soon},
+    summed = reduced * trained if training.gradient_accumulation_steps > 1 else 0
+    phases = {
+        "at the loss": {"activations": kept_activations, "loss": loss, "gathered": at_loss, "gradients": summed},
         "in a block's backward": {
             "activations": kept_activations,
             "gathered": at_block,
             "a block at work": block,
-            "gradients": soon + a_block_s * sharded,
+            "gradients": summed + block_gradients,
         },
         "at the end of backward": {
             "activations": kept_activations / shape.blocks,
             "gathered": at_block,
             "a block at work": block,
-            "gradients": gradients + a_block_s * sharded,
+            "gradients": gradients + block_gradients,
         },
     }
-    when = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = always | moments[when] | {"kept weights": kept_weights}
+    when = max(phases, key=lambda name: sum(phases[name].values()))
+    parts = always | phases[when] | {"kept weights": kept_weights}
     return Memory({name: size for name, size in parts.items() if size}, when, host)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from flipproof.config import RunConfig
 from flipproof.plan.gpus import Gpu
-from flipproof.plan.memory import Kept, Spread, computed_bytes, gathered_adapter_bytes, held_bytes
+from flipproof.plan.memory import Kept, Spread, computed_bytes, gathered_adapter_bytes, held_bytes, reduced_bytes
 from flipproof.plan.shape import Shape
 
 OF_BANDWIDTH = 0.85
@@ -55,10 +55,12 @@ class Pace:
         return self.tokens / self.seconds
 
 
-def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, link: float, efficiency: float) -> Pace:
+def pace(
+    shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, links: tuple[float, float], efficiency: float
+) -> Pace:
     """
     Args:
-        link: the slowest link that a gather crosses, in 10⁹ bytes a second and direction.
+        links: the slowest that is crossed among shards, and among replicas, in 10⁹ bytes a second and direction.
         efficiency: of the dense peak, what products reach.
     """
     training, c = config.training, computed_bytes(config)
@@ -79,14 +81,15 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
         gathered = whole * others * times
         copied = 2 * whole * times / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
     trained = shape.adapters * shape.blocks if config.lora.r else shape.parameters
-    reduced = 4.0 * trained * others
-    if spread.replicas > 1:  # an all-reduce is a reduce-scatter and a gather
-        reduced += 2 * 4.0 * trained / spread.shards * (1 - 1 / spread.replicas)
-    communication = (gathered + reduced) / (link * 1e9 * OF_LINK)
+    gradient = reduced_bytes(config) if spread.shards > 1 else 4
+    scattered = gradient * trained * others
+    # an all-reduce is a reduce-scatter and a gather
+    replicated = 2 * gradient * trained / spread.shards * (1 - 1 / spread.replicas)
+    communication = ((gathered + scattered) / links[0] + replicated / links[1]) / (1e9 * OF_LINK)
     adam = 0.0
     if config.parallelism.cpu_offload:
         shard = (held_bytes(config) * shape.parameters + 4 * shape.adapters * shape.blocks) / spread.shards
-        communication += (shard * times + 4 * trained / spread.shards) / (gpu.host * 1e9 * OF_LINK)
+        communication += (shard * times + gradient * trained / spread.shards) / (gpu.host * 1e9 * OF_LINK)
         # reads weights, gradients and both moments, and writes all but gradients, in float32
         adam = 28 * trained / spread.shards / (CPU_BANDWIDTH * 1e9)
     ends = 2 * communication / max(1, shape.blocks * accumulation)
@@ -100,7 +103,7 @@ def pace(shape: Shape, config: RunConfig, spread: Spread, kept: Kept, gpu: Gpu, 
         exposed,
         adam,
         gathered,
-        reduced,
+        scattered + replicated,
         training.seq_len * config.sequences_per_step(spread.gpus),
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from flipproof.errors import ConfigError
-from flipproof.plan.estimate import Request, make_plan
+from flipproof.plan.estimate import Request, plan_anyway
 from flipproof.plan.gpus import gpu_named
 from flipproof.plan.picture import memory_bars
 from flipproof.report.read import Logged, Started
@@ -25,7 +25,7 @@ def section(run: Started, rows: Sequence[Logged]) -> Section | None:
     if gpu is None or not known:
         return None
     try:
-        plan = make_plan(run.config, Request(run.gpus // run.nodes, run.nodes, gpu))
+        plan = plan_anyway(run.config, Request(run.gpus // run.nodes, run.nodes, gpu))
     except ConfigError:  # a kind of model, or of training, that it does not count
         return None
     compared, fitted = [], ""

@@ -56,6 +56,8 @@ class Recorded:
         for held, given in zip(self._batch, batch, strict=True):
             if held is not None and given is not None:
                 held.copy_(given)
+            elif held is not given:
+                raise ValueError("a batch of another kind than the one that was recorded")
         self._factor.fill_(factor)
         self._graph.replay()
         if self._with_gradient[0].grad is not None:
