@@ -1,11 +1,13 @@
 """A step on fake tensors against peaks that GPUs had, against the closed form, and its count against sizes known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from planned import config_of, shape
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Gemma2Config
 
 from flipproof.cli.main import main
 from flipproof.config import load_config
@@ -30,6 +32,34 @@ def test_it_finds_what_the_closed_form_finds(flavor, lora, rows, spread, kept, s
     assert memory(sizes, config, spread, in_all(sizes, kept)).allocated == pytest.approx(found, rel=0.05)
     if measured is not None:
         assert found / 2**30 == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("capped", [True, False])
+def test_whole_logits_are_counted_where_the_loss_holds_them(tiny_llama, tmp_path, capped):
+    """With a soft cap on them, or a head that flips; they are nearly all that there is here."""
+    if capped:
+        model = Gemma2Config(
+            vocab_size=32000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0,
+        )  # fmt: skip
+    else:
+        model = tiny_llama(vocab_size=32000, tie_word_embeddings=False).config
+        model.architectures = ["LlamaForCausalLM"]
+    model.save_pretrained(tmp_path)
+    faults = {"x_p_frac": 0.001} | ({} if capped else {"sites": ["linear", "head"]})
+    training = {"seq_len": 128, "local_batch_size": 16, "activation_checkpointing": "full"}
+    tables = {"model": {"hf_model_path": str(tmp_path)}, "training": training, "bitflip": faults, "lora": {"r": 2}}
+    plan = make_plan(load_config([], tables), Request(1))
+    found = dry_run(plan.config, plan.spread, plan.kept)
+    logits = 16 * 128 * 32000
+    assert found > 10 * logits  # bytes
+    assert plan.memory.allocated == pytest.approx(found, rel=0.07)
+
+
+def test_what_the_dry_run_says_decides_whether_it_fits():
+    plan = make_plan(config_of("8B", 2), Request(1))
+    assert plan.fits
+    assert not replace(plan, dry_run=80 * 2**30).fits
 
 
 def counted(work):

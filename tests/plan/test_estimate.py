@@ -176,6 +176,10 @@ def test_what_is_offloaded_lies_in_the_cpu_s_memory_and_comes_over_pci_express()
         ),
         (["--gpus", "1", "--model.flavor", "70B"], "even one sequence with activation_checkpointing = 'full' needs"),
         (["--gpus", "1", "--efficiency", "1.5"], "--efficiency = '1.5': a share above 0, up to 1 is allowed"),
+        (
+            ["--gpus", "1", "--model.flavor", "clm-60M", "--bitflip.include_patterns", "layers.0."],
+            "blocks that are all alike; here patterns give adapters to some alone",
+        ),
         (["--gpus", "1", "--model.flavor", "9B"], "model.flavor = '9B': known are 1B"),
         (
             ["--gpus", "1", "--parallelism.cpu_offload", "true"],

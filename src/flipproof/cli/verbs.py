@@ -114,11 +114,12 @@ def _plan(args: Namespace, config: RunConfig) -> None:
     _say(all_ways(config, request, args.json))
 
 
-def _compare(args: Namespace, config: RunConfig) -> None:
+def _compare(args: Namespace, config: RunConfig) -> int:
     from flipproof.plan.compare import as_records, as_table, compare
 
     found = compare(config, args.strategies, args.checkpointing, args.steps, args.node_link, args.efficiency)
     _say(json.dumps(as_records(found), indent=2) if args.json else as_table(found))
+    return 0 if any(row.measured for row in found.rows) else 1
 
 
 def _report(args: Namespace) -> None:

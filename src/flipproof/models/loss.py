@@ -34,7 +34,7 @@ from flipproof.faults.inject import faults
 
 HELD_LOGITS = 2**27
 """Logits held at a time, at most: 512 MiB in float32."""
-_CHANGES_LOGITS = (
+CHANGES_LOGITS = (
     *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
     *("logit_scale", "logits_scaling", "lm_head_multiplier"),
 )
@@ -110,7 +110,7 @@ def fuse_loss(model: nn.Module) -> None:
     """Give ``model`` a ``LossHead``, where it has a head that nothing follows."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if type(head) is nn.Linear and not any(getattr(config, key, None) for key in _CHANGES_LOGITS):
+    if type(head) is nn.Linear and not any(getattr(config, key, None) for key in CHANGES_LOGITS):
         model.set_output_embeddings(LossHead(head))  # type: ignore[operator]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.plan.gpus import Gpu, benched, gpu_called
-from flipproof.plan.memory import LEVELS, Kept, Level, Memory, Spread, in_all, memory
+from flipproof.plan.memory import LEVELS, Kept, Level, Memory, Spread, in_all, memory, needed_for
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
 from flipproof.train.start import resolve_steps
@@ -67,8 +67,13 @@ class Plan:
         return _room(self.gpu)
 
     @property
+    def needed(self) -> float:
+        """Bytes of each GPU, by the dry run where there was one."""
+        return self.memory.needed if self.dry_run is None else needed_for(self.dry_run)
+
+    @property
     def fits(self) -> bool:
-        return self.memory.needed <= self.room
+        return self.needed <= self.room
 
     def efficiency_at(self, tokens_per_second: float) -> float | None:
         """The efficiency of products by which so many tokens a second are planned; None where none gives them, or they
@@ -247,7 +252,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
             "peak": plan.memory.when,
             "allocated": plan.memory.allocated,
             "dry_run": plan.dry_run,
-            "needed": plan.memory.needed,
+            "needed": plan.needed,
             "host": plan.memory.host,
         },
         "fits": plan.fits,
@@ -285,11 +290,11 @@ def as_text(plan: Plan) -> str:
     if plan.dry_run is not None:
         off = plan.memory.allocated / plan.dry_run - 1
         lines.append(f"  {'by a dry run of a step':<28}{plan.dry_run / 2**30:>8.1f}  ({off:+.1%} off it)")
-    lines.append(f"  {'needed, with CUDA and gaps':<28}{plan.memory.needed / 2**30:>8.1f}  of {plan.gpu.memory:.1f}")
+    lines.append(f"  {'needed, with CUDA and gaps':<28}{plan.needed / 2**30:>8.1f}  of {plan.gpu.memory:.1f}")
     if plan.memory.host:
         node = plan.memory.host * min(plan.request.gpus, spread.gpus)
         lines.append(f"  {'in the CPU memory of a node':<28}{node / 2**30:>8.1f}")
-    lines += [f"  {n} blocks keep {_SAYS[level]}" for level, n in plan.kept.items() if n]
+    lines += [f"  {n} block{'s keep' if n > 1 else ' keeps'} {_SAYS[level]}" for level, n in plan.kept.items() if n]
     if not plan.fits:
         lines.append("  it does NOT fit")
     lines.append("  the largest local_batch_size that fits, by what blocks keep:")

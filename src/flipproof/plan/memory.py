@@ -60,7 +60,12 @@ class Memory:
     @property
     def needed(self) -> float:
         """With what CUDA holds, and what lies idle between allocations."""
-        return self.allocated * (1 + _FRAGMENTS) + _CONTEXT
+        return needed_for(self.allocated)
+
+
+def needed_for(allocated: float) -> float:
+    """Bytes of a GPU of which PyTorch allocates so many."""
+    return allocated * (1 + _FRAGMENTS) + _CONTEXT
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,11 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     # what works, and NCCL's buffer of what was gathered last, which FSDP keeps until the next is
     at_loss = (2 * head + stay) * sharded
     at_block = (stay + head if stays else 2 * unit) * sharded + copied
-    loss = 2 * HELD_LOGITS * c + 2 * tokens * h * c
+    logits = tokens * shape.vocabulary
+    if shape.whole_logits:  # as computed; in float32 as they are, and their gradient
+        loss = logits * (shape.whole_logits * c + 8) + tokens * h * c
+    else:
+        loss = 2 * min(HELD_LOGITS, logits) * c + 2 * tokens * h * c
     loss += 4 * (shape.head or shape.embedding) * trains
     block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0

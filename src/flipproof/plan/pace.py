@@ -111,7 +111,7 @@ def pace(
 def _flipped_bytes(shape: Shape, config: RunConfig, kept: Kept) -> float:
     """That flips and merges read and write for a micro-batch on a GPU."""
     c, tokens = computed_bytes(config), config.training.local_batch_size * config.training.seq_len
-    inputs = tokens * (5 * shape.hidden + shape.queries + shape.ffn) if shape.faulty else 0
-    weights = shape.products if shape.faulty or config.lora.r else 0
+    inputs = tokens * (5 * shape.hidden + shape.queries + shape.ffn) * shape.faulty / shape.products
+    weights = shape.products if config.lora.r else shape.faulty
     times = sum(n * (1 if level == "weights" else 2) for level, n in kept.items())
     return float(2 * c * times * (inputs + weights))

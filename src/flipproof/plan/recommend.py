@@ -103,7 +103,7 @@ def as_table(options: list[Option]) -> str:
             lies += f" {plan.spread.shards} x {plan.spread.replicas}"
         lies += ", offload" * option.config.parallelism.cpu_offload
         speed = f"{plan.pace.tokens_per_second:>10,.0f}" if plan.fits else "         –"
-        why = "" if plan.fits else f"  does not fit: {plan.gpu.memory:.1f} GiB a GPU"
+        why = "" if plan.fits else f"  does not fit: {plan.room / 2**30:.1f} GiB may be filled"
         lines.append(
             f"{speed} {plan.memory.needed / 2**30:>6.1f}  {lies:<26} {training.activation_checkpointing!s:<14} "
             f"{training.local_batch_size} x {training.gradient_accumulation_steps}{why}"

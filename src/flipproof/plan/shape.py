@@ -11,6 +11,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.inject import inject
 from flipproof.faults.linear import FaultyLinear
 from flipproof.models.load import byte_tokenizer, skeleton
+from flipproof.models.loss import CHANGES_LOGITS, LossHead, fuse_loss
 from flipproof.models.parallelize import blocks, cast_to
 from flipproof.train.throughput import flops_per_token
 
@@ -44,6 +45,8 @@ class Shape:
     flops: float
     """That training needs for a token, forward and backward, recomputing nothing."""
     forward_flops: float
+    whole_logits: int
+    """Tensors of whole logits, as computed, that the loss holds; 0 where it takes them a chunk at a time."""
 
     @property
     def parameters(self) -> int:
@@ -58,26 +61,30 @@ def shape_of(config: RunConfig) -> Shape:
     """
     model = without_weights(config)
     hf_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    layers = blocks(model)
+    missing = [key for key in ("intermediate_size", "num_attention_heads", "hidden_size") if not _has(hf_config, key)]
+    if missing or not _alike(layers) or getattr(hf_config, "num_experts_per_tok", None):
+        raise ConfigError(
+            [f"flipproof plan knows decoders of equal blocks with one MLP each; {type(model).__name__} is another kind"]
+        )
     frozen = sum(p.numel() for p in model.parameters())
     forward = _forward_flops(model, config.training.seq_len)
     if config.lora.r or config.bitflip.any_fault:
         inject(model, config.bitflip, config.lora if config.lora.r else None, computed=cast_to(config.training, model))
-    layers = blocks(model)
+    if not _alike(layers):
+        raise ConfigError(["flipproof plan knows blocks that are all alike; here patterns give adapters to some alone"])
+    fuse_loss(model)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    caps = any(getattr(hf_config, key, None) for key in CHANGES_LOGITS)
     first = layers[0]
     linear = [module.weight.numel() for module in first.modules() if isinstance(module, nn.Linear)]
     faulty = [module for module in first.modules() if isinstance(module, FaultyLinear)]
     adapters = sum(p.numel() for name, p in first.named_parameters() if "lora_" in name)
-    sizes = {sum(p.numel() for p in layer.parameters()) for layer in layers}
-    missing = [key for key in ("intermediate_size", "num_attention_heads", "hidden_size") if not _has(hf_config, key)]
-    if missing or len(sizes) > 1 or getattr(hf_config, "num_experts_per_tok", None):
-        raise ConfigError(
-            [f"flipproof plan knows decoders of equal blocks with one MLP each; {type(model).__name__} is another kind"]
-        )
     heads = hf_config.num_attention_heads
     width = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    head = model.get_output_embeddings().weight  # type: ignore[operator]
-    block, own_head = sizes.pop() - adapters, head.numel() if head is not embedding else 0
+    block = sum(p.numel() for p in first.parameters()) - adapters
+    own_head = head.weight.numel() if head.weight is not embedding else 0
     return Shape(
         blocks=len(layers),
         hidden=hf_config.hidden_size,
@@ -96,7 +103,13 @@ def shape_of(config: RunConfig) -> Shape:
         rest=frozen - len(layers) * block - embedding.numel() - own_head,
         flops=_training_flops(model, config),
         forward_flops=forward,
+        whole_logits=0 if isinstance(head, LossHead) else 3 if caps else 2,
     )
+
+
+def _alike(layers: list[nn.Module]) -> bool:
+    """By the number of their parameters."""
+    return len({sum(p.numel() for p in layer.parameters()) for layer in layers}) == 1
 
 
 def without_weights(config: RunConfig) -> nn.Module:

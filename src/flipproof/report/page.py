@@ -44,6 +44,8 @@ def report(directory: Path, to: Path | None = None) -> Path:
             nothing is written then.
     """
     page = to or directory / PAGE
+    if not page.name:  # as "."
+        raise ConfigError([f"--to {page}: a file that ends in .html is allowed"])
     folder = page.with_suffix("")
     _check_target(page, folder)
     sources = read_sources(directory)
