@@ -40,7 +40,7 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
     layers = blocks(model)
     compiled = training.compile if training.compile is not None else world.device.type == "cuda"
     compiled = compiled or compiler is not None
-    recompute.prepare(layers, compiled, compiler or "inductor")
+    recompute.prepare(layers, compiled, compiler)
     recompute.set_kept(layers, _mode(config, world))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if cast_to(training, model) == torch.bfloat16:

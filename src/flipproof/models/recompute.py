@@ -83,20 +83,22 @@ class Recomputing:
 
 
 @cache
-def _recomputing(block: type[Any], compiler: Any) -> type[nn.Module]:
+def _recomputing(block: type[Any], compiled: bool, compiler: Any) -> type[nn.Module]:
     # One class for all blocks of a kind, so that torch.compile sees one function and compiles it once.
     def run(self: nn.Module, keep: Keep, *args: Any, **kwargs: Any) -> Any:
         return _run(block.forward, self, keep, *args, **kwargs)
 
-    run = torch.compile(run, fullgraph=True, backend=compiler) if compiler else run
-    return type(block.__name__, (Recomputing, block), {"run": run})
+    chosen = {} if compiler is None else {"backend": compiler}
+    return type(
+        block.__name__, (Recomputing, block), {"run": torch.compile(run, fullgraph=True, **chosen) if compiled else run}
+    )
 
 
-def prepare(blocks: list[nn.Module], compiled: bool, compiler: Any = "inductor") -> None:
+def prepare(blocks: list[nn.Module], compiled: bool, compiler: Any = None) -> None:
     """Give each block a ``keep`` and, if asked, compile it, in place; its class becomes a subclass of what it was.
-    ``compiler`` is a backend of torch.compile."""
+    ``compiler`` is a backend of torch.compile, in the place of its own."""
     for block in blocks:
-        block.__class__ = _recomputing(type(block), compiler if compiled else None)  # type: ignore[arg-type]
+        block.__class__ = _recomputing(type(block), compiled, compiler)  # type: ignore[arg-type]
     if compiled:
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
         expect_variants(_VARIANTS)
