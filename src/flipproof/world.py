@@ -54,7 +54,7 @@ class World:
         """The least of all processes' values."""
         return self._reduced(value, dist.ReduceOp.MIN)
 
-    def mean(self, value: Tensor) -> float:
+    def mean(self, value: Tensor | float) -> float:
         """The mean of all processes' scalars."""
         return self.total(float(value)) / self.size
 

@@ -18,6 +18,7 @@ from flipproof.faults.spec import BitFlipSpec, LoraSpec
 from flipproof.values import Between, Count, Positive, Seed, Table, Texts, Whole
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Strategy = Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"]
 Magnitude = Annotated[float, lambda value: 0 <= value < 2**63, "a number of at least 0, below 2^63,"]
 Decay = Annotated[float, lambda value: 0 <= value < 1, "a number of at least 0, below 1,"]
 
@@ -179,7 +180,7 @@ class ParallelismConfig(Table):
     replicas: Count | None = None
     """Copies of the sharded model, each with data of its own. The processes are fsdp_degree x replicas. Default: 1;
     with hybrid_shard as many as the processes give."""
-    sharding_strategy: Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"] = "full_shard"
+    sharding_strategy: Strategy = "full_shard"
     """full_shard (ZeRO-3) gathers a block's parameters for forward and again for backward; shard_grad_op (ZeRO-2) keeps
     them in between; hybrid_shard shards within groups of fsdp_degree processes and replicates over the groups; no_shard
     (DDP) gives every process the whole model."""

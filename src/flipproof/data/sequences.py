@@ -11,6 +11,7 @@ nothing else.
 ``document``. No more of a source is read and tokenised than a run needs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -40,8 +41,12 @@ class Batch(NamedTuple):
     positions: Tensor | None = None
     """Of each token in its sample; None where a row holds one."""
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """With each of its tensors changed so."""
+        return Batch(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+        return self.each(lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class PackedText:
     def without_padding(self, indices: np.ndarray) -> Batch:
         """The same, as wide as the longest of these rows is without the padding at its end."""
         width = int(self.sizes(indices).max())
-        return Batch(*(None if part is None else part[:, :width] for part in self.batch(indices)))  # type: ignore[arg-type]
+        return self.batch(indices).each(lambda tensor: tensor[:, :width])
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """How many tokens each of these sequences has before its padding: int64, shape (len(indices),). What a row ends

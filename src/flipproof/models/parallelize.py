@@ -41,7 +41,7 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
     compiled = training.compile if training.compile is not None else world.device.type == "cuda"
     compiled = compiled or compiler is not None
     recompute.prepare(layers, compiled, compiler)
-    recompute.set_kept(layers, _mode(config, world))
+    recompute.set_kept(layers, checkpointing_of(config, world))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if cast_to(training, model) == torch.bfloat16:
         embedding.register_forward_hook(_as_computed)
@@ -100,7 +100,8 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _mode(config: RunConfig, world: World) -> str | int:
+def checkpointing_of(config: RunConfig, world: World) -> str | int:
+    """``training.activation_checkpointing`` as it is meant on this device."""
     mode = config.training.activation_checkpointing
     return "none" if mode == "auto" and world.device.type == "cpu" else mode
 

@@ -22,7 +22,7 @@ whose result backward does not need, is not computed again. FSDP's hooks stay ou
 import logging
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from flipproof.faults.linear import FaultyLinear
 from flipproof.log import logger
 
 Keep = Literal["nothing", "products", "everything", "weights"]
+LEVELS: tuple[Keep, ...] = get_args(Keep)
 
 _VARIANTS = 64
 """Of a compiled block, in a training or evaluation."""
@@ -146,8 +147,7 @@ def fit(blocks: list[nn.Module], trial: Callable[[], tuple[float, float]], room:
     set_kept(blocks, "full")
     said = []
     cost = 0.0
-    levels: tuple[Keep, ...] = ("products", "everything", "weights")
-    for level in levels:
+    for level in LEVELS[1:]:
         before: Keep = blocks[0].keep  # type: ignore[assignment]
         held, peak = trial()
         left = room() - peak

@@ -13,27 +13,29 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
 from flipproof.config import ParallelismConfig, RunConfig
+from flipproof.config.schema import Strategy
 from flipproof.data.sequences import load_text
 from flipproof.errors import ConfigError
 from flipproof.log import logger
 from flipproof.models.build import build_model, check_length, with_trainable_weights
 from flipproof.models.load import load_tokenizer
 from flipproof.models.packed import check_text
+from flipproof.models.parallelize import checkpointing_of
 from flipproof.plan.estimate import Plan, Request, plan_of, sized
 from flipproof.plan.gpus import GPUS, Gpu, gpu_named
 from flipproof.plan.memory import Spread
+from flipproof.train.rundir import placed
 from flipproof.train.start import check_trainable, held_dtype, resolve_batch
 from flipproof.train.step import Training
 from flipproof.train.throughput import communication_share
 from flipproof.world import World, arrange, join_world, layout, node_size
 
-Strategy = Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"]
-STRATEGIES: tuple[Strategy, ...] = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 _WARM_UP = 3
 """Steps before those that count: the first compiles, the second records a CUDA graph where there is one."""
 _PROFILED = 2
@@ -137,13 +139,10 @@ class _Bench:
         training = config.training
         needed = (training.steps or 0) * config.sequences_per_step(world.size)
         self.text, self.held_out = load_text(config.data, self.tokenizer, training.seq_len, needed)
-        self.device, self.gpu = "CPU", None
-        if world.device.type == "cuda":
-            self.device = torch.cuda.get_device_name(world.device)
-            name = gpu_named(self.device)
-            self.gpu = GPUS[name] if name else None
-        here = node_size(world.size)
-        self.request = Request(here, world.size // here, node_link=node_link, efficiency=efficiency)
+        where = placed(world)
+        name, nodes = gpu_named(where["gpu"]), where["nodes"]
+        self.device, self.gpu = where["gpu"] or "CPU", GPUS[name] if name else None
+        self.request = Request(world.size // nodes, nodes, node_link=node_link, efficiency=efficiency)
         self.shape = None
         try:
             self.shape, _ = sized(config, world.size)
@@ -218,10 +217,10 @@ class _Bench:
     def _planned(self, config: RunConfig, spread: Spread) -> Plan | None:
         if self.shape is None:
             return None
-        if config.training.activation_checkpointing == "auto" and self.gpu is None:
-            if self.world.device.type == "cuda":  # it fills a memory that is not known
-                return None
-            config = replace(config, training=replace(config.training, activation_checkpointing="none"))
+        mode: Any = checkpointing_of(config, self.world)
+        if mode == "auto" and self.gpu is None:  # it fills a memory that is not known
+            return None
+        config = replace(config, training=replace(config.training, activation_checkpointing=mode))
         # where it is not known, any will do: what another mode needs is the same on all
         return plan_of(self.shape, config, spread, self.gpu or GPUS["h100"], self.request)
 
@@ -275,13 +274,9 @@ def measure_steps(step: Callable[[int], object], world: World, count: int) -> Me
             step(_WARM_UP + count + 1)
             if on_gpu:
                 torch.cuda.synchronize()
-        running, exposed = (_mean(share, world) for share in communication_share(profile) or (None, None))
+        shares = communication_share(profile) or (None, None)  # which all processes have, or none
+        running, exposed = (None if share is None else world.mean(share) for share in shares)
     return Measured(seconds, peak, running, exposed)
-
-
-def _mean(share: float | None, world: World) -> float | None:
-    """Of the processes', which all have one or none."""
-    return None if share is None else world.total(share) / world.size
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -25,18 +25,18 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flipproof.config import RunConfig
 from flipproof.dtensor import local
-from flipproof.faults.inject import inject
 from flipproof.models import recompute
 from flipproof.models.load import compute_context
-from flipproof.models.loss import fuse_loss, next_token_loss
-from flipproof.models.parallelize import Gradients, blocks, cast_to, parallelize
+from flipproof.models.loss import next_token_loss
+from flipproof.models.parallelize import Gradients, blocks, parallelize
 from flipproof.plan.memory import Kept, Spread
-from flipproof.plan.shape import without_weights
+from flipproof.plan.shape import make_faulty, without_weights
 from flipproof.train.optimizer import make_optimizer
 from flipproof.world import World, arrange
 
@@ -83,8 +83,6 @@ def _pretended(spread: Spread) -> Iterator[World]:
     if spread.shards == 1:
         yield World(0, 1, torch.device("cpu"))
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend
-
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=spread.gpus)
     try:
         yield World(0, spread.gpus, torch.device("cpu"))
@@ -94,11 +92,8 @@ def _pretended(spread: Spread) -> Iterator[World]:
 
 def _model_of(config: RunConfig, world: World, kept: Kept, seen: "_Allocated") -> torch.nn.Module:
     """On the meta device, ready to be trained."""
-    training = config.training
     model = without_weights(config)
-    if config.lora.r or config.bitflip.any_fault:
-        inject(model, config.bitflip, config.lora if config.lora.r else None, computed=cast_to(training, model))
-    fuse_loss(model)
+    make_faulty(model, config)
     parallelize(model, config, world, compiler=_compiler(seen))
     levels = [level for level, n in kept.items() for _ in range(n)]
     for block, level in zip(reversed(blocks(model)), levels, strict=True):

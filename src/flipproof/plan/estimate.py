@@ -6,8 +6,9 @@ from typing import Any
 
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
+from flipproof.models.recompute import LEVELS, Keep
 from flipproof.plan.gpus import Gpu, benched, gpu_called
-from flipproof.plan.memory import LEVELS, Kept, Level, Memory, Spread, in_all, memory, needed_for
+from flipproof.plan.memory import Kept, Memory, Spread, in_all, memory, needed_for
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
 from flipproof.train.start import resolve_steps
@@ -15,7 +16,7 @@ from flipproof.world import layout
 
 _ROOM = 0.94
 """Of a GPU's memory, what training fills, as ``activation_checkpointing = "auto"`` has it."""
-_KEEPS: dict[str, Level] = {"full": "nothing", "selective": "products", "none": "everything"}
+_KEEPS: dict[str, Keep] = {"full": "nothing", "selective": "products", "none": "everything"}
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,25 @@ class Plan:
     kept: Kept
     memory: Memory
     pace: Pace
-    steps: int
-    rows: dict[Level, int]
-    """For each level the largest ``local_batch_size`` that fits."""
-    by_level: dict[Level, Memory]
-    """What the config's own ``local_batch_size`` needs where all blocks keep the level."""
     request: Request
     config: RunConfig
     """With what followed from it: dtypes, accumulation, steps."""
     dry_run: int | None = None
     """Bytes that ``memory.allocated`` is by ``dry_run.py``, where it was asked."""
+
+    @property
+    def steps(self) -> int:
+        return self.config.training.steps or 0
+
+    @property
+    def rows(self) -> dict[Keep, int]:
+        """For each level the largest ``local_batch_size`` that fits."""
+        return {level: _rows(self.shape, self.config, self.spread, self.gpu, level) for level in LEVELS}
+
+    @property
+    def by_level(self) -> dict[Keep, Memory]:
+        """What the config's own ``local_batch_size`` needs where all blocks keep the level."""
+        return {level: memory(self.shape, self.config, self.spread, in_all(self.shape, level)) for level in LEVELS}
 
     @property
     def room(self) -> float:
@@ -140,9 +150,6 @@ def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: 
         kept,
         memory(shape, config, spread, kept),
         pace(shape, config, spread, kept, gpu, links, request.efficiency),
-        config.training.steps or 0,
-        {level: _rows(shape, config, spread, gpu, level) for level in LEVELS},
-        {level: memory(shape, config, spread, in_all(shape, level)) for level in LEVELS},
         request,
         config,
     )
@@ -223,7 +230,7 @@ def _kept(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> Kept:
     return in_all(shape, best)
 
 
-def _rows(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, level: Level) -> int:
+def _rows(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, level: Keep) -> int:
     def fits(rows: int) -> bool:
         tried = replace(config, training=replace(config.training, local_batch_size=rows))
         return memory(shape, tried, spread, in_all(shape, level)).needed <= _room(gpu)
@@ -265,7 +272,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-_SAYS: dict[Level, str] = {
+_SAYS: dict[Keep, str] = {
     "nothing": "each block's input (full)",
     "products": "products and attention (selective)",
     "everything": "everything (none)",

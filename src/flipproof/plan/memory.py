@@ -23,16 +23,13 @@ Sources: what is kept was read off the compiler's own partition of a block, and 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from flipproof.config import RunConfig
 from flipproof.models.loss import HELD_LOGITS
+from flipproof.models.recompute import LEVELS, Keep
 from flipproof.plan.shape import Shape
 
-Level = Literal["nothing", "products", "everything", "weights"]
-LEVELS: tuple[Level, ...] = ("nothing", "products", "everything", "weights")
-"""What a block keeps for backward, from least to most, as ``models/recompute.py`` has them."""
-Kept = Mapping[Level, int]
+Kept = Mapping[Keep, int]
 """How many blocks keep what."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CONTEXT = 0.6 * 2**30
@@ -101,7 +98,7 @@ def reduced_bytes(config: RunConfig) -> int:
     return _BYTES[config.training.mixed_precision_reduce]
 
 
-def activations(shape: Shape, config: RunConfig, kept: Level) -> float:
+def activations(shape: Shape, config: RunConfig, kept: Keep) -> float:
     """Bytes of a block that a token leaves for backward."""
     h, a, k, f = shape.hidden, shape.queries, shape.keys, shape.ffn
     values: int = {
@@ -116,7 +113,7 @@ def activations(shape: Shape, config: RunConfig, kept: Level) -> float:
     return size
 
 
-def _kept_weights(shape: Shape, config: RunConfig, kept: Level, sharded: bool) -> float:
+def _kept_weights(shape: Shape, config: RunConfig, kept: Keep, sharded: bool) -> float:
     """Bytes of a block's weights that are kept beside the weights themselves."""
     size, trains = 0.0, not config.lora.r
     if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config) and not sharded:
@@ -127,7 +124,7 @@ def _kept_weights(shape: Shape, config: RunConfig, kept: Level, sharded: bool) -
     return size
 
 
-def in_all(shape: Shape, level: Level) -> Kept:
+def in_all(shape: Shape, level: Keep) -> Kept:
     return {level: shape.blocks}
 
 

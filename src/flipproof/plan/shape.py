@@ -69,11 +69,9 @@ def shape_of(config: RunConfig) -> Shape:
         )
     frozen = sum(p.numel() for p in model.parameters())
     forward = _forward_flops(model, config.training.seq_len)
-    if config.lora.r or config.bitflip.any_fault:
-        inject(model, config.bitflip, config.lora if config.lora.r else None, computed=cast_to(config.training, model))
+    make_faulty(model, config)
     if not _alike(layers):
         raise ConfigError(["flipproof plan knows blocks that are all alike; here patterns give adapters to some alone"])
-    fuse_loss(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     caps = any(getattr(hf_config, key, None) for key in CHANGES_LOGITS)
     first = layers[0]
@@ -118,6 +116,13 @@ def without_weights(config: RunConfig) -> nn.Module:
     if model.flavor is not None:  # says all that is to know, without a network
         model = replace(model, init="random", hf_model_path=None)
     return skeleton(model, byte_tokenizer(), config.training.dtype)
+
+
+def make_faulty(model: nn.Module, config: RunConfig) -> None:
+    """Give a model on the meta device the faults, the adapters and the loss that training gives it, in place."""
+    if config.faulty:
+        inject(model, config.bitflip, config.lora, computed=cast_to(config.training, model))
+    fuse_loss(model)
 
 
 def _has(config: Any, key: str) -> bool:

@@ -83,7 +83,7 @@ class Recorded:
     def _record(self, batch: Batch) -> None:
         """Record the micro-batch, or leave everything as it was."""
         device = batch.ids.device
-        self._batch = Batch(*(None if tensor is None else tensor.clone() for tensor in batch))  # type: ignore[arg-type]
+        self._batch = batch.each(torch.clone)
         self._factor = torch.ones((), device=device)
         if batch.positions is not None:
             self._remove_hooks()
