@@ -54,12 +54,14 @@ def _config(flavor: str, rows: int, variant: str) -> RunConfig:
             "activation_checkpointing": "none" if mode == "weights" else mode,
         },
         "lora": {"r": 32, "lora_alpha": 32},
-        "bitflip": _FAULTS if what == "faults" else {},
+        "bitflip": dict(_FAULTS) if what == "faults" else {},
     }
     for override in more:
         name, value = override.split("=")
         section, key = name.split(".")
         tree.setdefault(section, {})[key] = value
+    if "guards" in tree["bitflip"]:  # fitted ones have thresholds of their own
+        del tree["bitflip"]["w_zero_out_t"], tree["bitflip"]["x_zero_out_t"]
     return load_config([], tree)
 
 
@@ -122,7 +124,8 @@ def measure(config: RunConfig, variant: str, samples: int | None, attention: str
             (loss * factor).backward()
         return loss.detach()
 
-    recorded = Recorded(micro_batch, model, blocks(model), several=False) if world.size == 1 else None
+    alone = world.size == 1 and world.device.type == "cuda"
+    recorded = Recorded(micro_batch, model, blocks(model), several=False) if alone else None
     run = recorded or micro_batch
 
     loss = torch.zeros((), device=world.device)
@@ -134,7 +137,7 @@ def measure(config: RunConfig, variant: str, samples: int | None, attention: str
         optimizer.step()
         optimizer.zero_grad()
 
-    found = measure_steps(step, world, _STEPS)
+    found = measure_steps(step, world, _STEPS, recorded)
     if recorded:
         recorded.release()
     tokens = batch.ids.numel() * world.size

@@ -1,12 +1,14 @@
 """A step on fake tensors against peaks that GPUs had, against the closed form, and its count against sizes known."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from planned import config_of, shape
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from transformers import Gemma2Config
 
 from flipproof.cli.main import main
@@ -34,8 +36,9 @@ def test_it_finds_what_the_closed_form_finds(flavor, lora, rows, spread, kept, s
         assert found / 2**30 == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("capped", [True, False])
-def test_whole_logits_are_counted_where_the_loss_holds_them(tiny_llama, tmp_path, capped):
+def test_whole_logits_are_counted_where_the_loss_holds_them(tiny_llama, tmp_path, capped, dtype):
     """With a soft cap on them, or a head that flips; they are nearly all that there is here."""
     if capped:
         model = Gemma2Config(
@@ -47,7 +50,7 @@ def test_whole_logits_are_counted_where_the_loss_holds_them(tiny_llama, tmp_path
         model.architectures = ["LlamaForCausalLM"]
     model.save_pretrained(tmp_path)
     faults = {"x_p_frac": 0.001} | ({} if capped else {"sites": ["linear", "head"]})
-    training = {"seq_len": 128, "local_batch_size": 16, "activation_checkpointing": "full"}
+    training = {"seq_len": 128, "local_batch_size": 16, "activation_checkpointing": "full", "dtype": dtype}
     tables = {"model": {"hf_model_path": str(tmp_path)}, "training": training, "bitflip": faults, "lora": {"r": 2}}
     plan = make_plan(load_config([], tables), Request(1))
     found = dry_run(plan.config, plan.spread, plan.kept)
@@ -121,3 +124,19 @@ def test_a_plan_says_it(tiny_llama, tmp_path, capsys):
     assert f"by a dry run of a step{found['dry_run'] / 2**30:>14.1f}" in capsys.readouterr().out
     assert main([*plan, "--dry-run", "--recommend"]) == 2
     assert "--dry-run is of one way to run a training; leave out --recommend" in capsys.readouterr().err
+
+
+def test_a_step_gathers_each_block_twice_and_what_backward_needs_no_weights_of_once(monkeypatch):
+    """FSDP would gather the embedding for the first block's backward, as what ran before it."""
+    gathered = Counter()
+
+    def counting(parameters, *args, **kwargs):
+        gathered[parameters[0]._param_fqn.partition(".self_attn")[0]] += 1
+        return gather(parameters, *args, **kwargs)
+
+    gather = _fsdp_param_group.foreach_all_gather
+    monkeypatch.setattr(_fsdp_param_group, "foreach_all_gather", counting)
+    plan = make_plan(config_of("8B", 1), Request(4))
+    dry_run(plan.config, Spread(4, 1), in_all(plan.shape, "everything"))
+    steps, once = 2, ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    assert gathered == {f"model.layers.{i}": 2 * steps for i in range(32)} | dict.fromkeys(once, steps)

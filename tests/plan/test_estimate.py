@@ -11,12 +11,15 @@ from transformers import LlamaConfig
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
-from flipproof.plan.estimate import Request, make_plan, offloading
+from flipproof.models.build import build_model, with_trainable_weights
+from flipproof.models.load import byte_tokenizer
+from flipproof.plan.estimate import Request, make_plan, offloading, sized
 from flipproof.plan.gpus import GPUS
 from flipproof.plan.memory import Spread, in_all, memory
 from flipproof.plan.pace import pace
 from flipproof.plan.shape import shape_of
 from flipproof.train.throughput import flops_per_token
+from flipproof.world import World
 
 
 def test_a_shape_is_that_of_the_model(tiny_llama, tmp_path):
@@ -41,6 +44,27 @@ def test_a_shape_is_that_of_the_model(tiny_llama, tmp_path):
     model.save_pretrained(tied)
     found = shape_of(load_config([], {"model": {"hf_model_path": str(tied)}, "training": {"seq_len": 16}}))
     assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_weights_without_a_dtype_have_that_of_training(tiny_llama, tmp_path, held, rank):
+    tiny_llama().to(getattr(torch, held)).save_pretrained(tmp_path)
+    tree = {"model": {"hf_model_path": str(tmp_path)}, "training": {"seq_len": 16}, "lora": {"r": rank}}
+    config = load_config([], tree)
+    _, planned = sized(config, 1)
+    trained = with_trainable_weights(config)
+    model = build_model(trained, byte_tokenizer(), World(0, 1, torch.device("cpu")), trained.lora)
+    assert planned.training.dtype == str(next(model.parameters()).dtype).removeprefix("torch.")
+    assert planned.training.mixed_precision_param == trained.training.mixed_precision_param
+
+
+@pytest.mark.parametrize(("rank", "dtypes"), [(0, ("float32", "bfloat16")), (4, ("bfloat16", "bfloat16"))])
+def test_a_flavors_checkpoint_is_taken_to_be_bfloat16_without_asking_a_network(monkeypatch, rank, dtypes):
+    monkeypatch.setattr("flipproof.models.load.from_hub", None)
+    tree = {"model": {"flavor": "8B", "hf_model_path": "someone/8B"}, "training": {"seq_len": 16}, "lora": {"r": rank}}
+    training = sized(load_config([], tree), 1)[1].training
+    assert (training.dtype, training.mixed_precision_param) == dtypes
 
 
 MEASURED = [

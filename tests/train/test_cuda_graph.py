@@ -113,3 +113,33 @@ def test_what_waits_for_the_device_runs_as_it_is(tiny_llama, several, caplog):
     for one, other in zip(plain, recorded, strict=True):
         assert all(map(torch.equal, one, other))
     assert "make no CUDA graph" in caplog.text
+
+
+def test_its_peak_is_that_of_the_same_kernels_launched_one_by_one():
+    """Beside what came after it was recorded, as AdamW's moments do."""
+    mib = 2**20
+
+    def most(recorded):
+        weight = torch.nn.Parameter(torch.ones(4 * mib, device="cuda"))
+        ids = Batch(torch.zeros(1, 1, dtype=torch.int64, device="cuda"))
+
+        def micro_batch(_batch, factor):
+            loss = weight.sqrt().square().sum()
+            (loss * factor).backward()
+            return loss.detach()
+
+        run = Recorded(micro_batch, torch.nn.ParameterList([weight]), [], several=False) if recorded else micro_batch
+        before = torch.cuda.memory_allocated()
+        for _ in range(2):
+            run(ids, 1.0)
+            weight.grad = None
+        later = torch.zeros(25 * mib, dtype=torch.float32, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        run(ids, 1.0)
+        peak = run.peak if recorded else torch.cuda.max_memory_allocated()
+        assert len(later) == 25 * mib
+        return peak - before
+
+    plain = most(recorded=False)
+    assert plain > 100 * mib + 2 * 16 * mib
+    assert abs(most(recorded=True) - plain) < mib

@@ -36,24 +36,29 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
     Args:
         compiler: a backend of torch.compile to compile by, whatever the config says.
     """
-    training, parallelism = config.training, config.parallelism
-    layers = blocks(model)
+    training, layers = config.training, blocks(model)
     compiled = training.compile if training.compile is not None else world.device.type == "cuda"
     compiled = compiled or compiler is not None
     recompute.prepare(layers, compiled, compiler)
     recompute.set_kept(layers, checkpointing_of(config, world))
+    if is_faulty(model):
+        fault_state(model).rank = world.rank
+    computed = cast_to(training, model)
+    if world.mesh is not None and config.parallelism.sharding_strategy != "no_shard":
+        _shard(model, layers, config, world)
+    # after FSDP's own, which where the output needs a gradient would gather a frozen embedding in backward, for nothing
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    if cast_to(training, model) == torch.bfloat16:
+    if computed == torch.bfloat16:
         embedding.register_forward_hook(_as_computed)
     if compiled:
         # The first block's input needs no gradient where the embedding is frozen. With one it is a block like the
         # others, and compiled with them.
         embedding.register_forward_hook(_require_grad)
-    if is_faulty(model):
-        fault_state(model).rank = world.rank
-    if world.mesh is None or parallelism.sharding_strategy == "no_shard":
-        return
 
+
+def _shard(model: nn.Module, layers: list[nn.Module], config: RunConfig, world: World) -> None:
+    training, parallelism = config.training, config.parallelism
+    assert world.mesh is not None
     options: dict[str, Any] = {
         "mesh": world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"],
         "mp_policy": MixedPrecisionPolicy(
@@ -69,7 +74,7 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
     }
     for layer in layers:
         fully_shard(layer, **options)
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is not embedding.weight:
         fully_shard(embedding, **options)
         # its backward needs no weights (loss.py), and comes right after its forward
@@ -113,7 +118,8 @@ def _prefetch(layers: list[nn.Module], config: ParallelismConfig) -> None:
         if ahead:
             layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + ahead])  # type: ignore[arg-type]
         if behind:
-            layer.set_modules_to_backward_prefetch(layers[max(0, i - behind) : i][::-1])  # type: ignore[arg-type]
+            # where there is none FSDP would gather the embedding, whose backward needs no weights; itself is there
+            layer.set_modules_to_backward_prefetch(layers[max(0, i - behind) : i][::-1] or [layer])  # type: ignore[arg-type]
 
 
 class Gradients:

@@ -29,6 +29,7 @@ from flipproof.models.parallelize import checkpointing_of
 from flipproof.plan.estimate import Plan, Request, plan_of, sized
 from flipproof.plan.gpus import GPUS, Gpu, gpu_named
 from flipproof.plan.memory import Spread
+from flipproof.train.cuda_graph import Recorded
 from flipproof.train.rundir import placed
 from flipproof.train.start import check_trainable, held_dtype, resolve_batch
 from flipproof.train.step import Training
@@ -231,16 +232,21 @@ class _Bench:
         model.train()
         training.fit_memory()
         try:
-            return measure_steps(lambda step: training.step(step, config.training.lr), world, self.steps)
+            return measure_steps(
+                lambda step: training.step(step, config.training.lr), world, self.steps, training.recorded
+            )
         finally:
             training.release()
 
 
-def measure_steps(step: Callable[[int], object], world: World, count: int) -> Measured:
+def measure_steps(
+    step: Callable[[int], object], world: World, count: int, recorded: Recorded | None = None
+) -> Measured:
     """Time ``count`` steps, after some that warm up and before some for the profiler; all processes call.
 
     Args:
         step: runs the step of this number, which counts from 0.
+        recorded: what its micro-batches may be.
     """
     on_gpu = world.device.type == "cuda"
 
@@ -259,7 +265,7 @@ def measure_steps(step: Callable[[int], object], world: World, count: int) -> Me
     for number in range(_WARM_UP, _WARM_UP + count):
         step(number)
     seconds = world.largest(together() - began) / count
-    peak = world.largest(torch.cuda.max_memory_allocated()) if on_gpu else None
+    peak = world.largest(max(torch.cuda.max_memory_allocated(), recorded.peak if recorded else 0)) if on_gpu else None
     running = exposed = None
     if world.size > 1:
         kind = torch.profiler.ProfilerActivity

@@ -6,12 +6,14 @@ from typing import Any
 
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
+from flipproof.models.build import with_trainable_weights
+from flipproof.models.load import byte_tokenizer
 from flipproof.models.recompute import LEVELS, Keep
 from flipproof.plan.gpus import Gpu, benched, gpu_called
 from flipproof.plan.memory import Kept, Memory, Spread, in_all, memory, needed_for
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
-from flipproof.train.start import resolve_steps
+from flipproof.train.start import held_dtype, resolve_steps
 from flipproof.world import layout
 
 _ROOM = 0.94
@@ -129,13 +131,26 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
     Raises:
         ConfigError: as ``make_plan`` does.
     """
-    training = config.training
-    if training.dtype is None:
-        config = replace(config, training=replace(training, dtype="bfloat16" if config.lora.r else "float32"))
+    config = _with_dtypes(config)
     shape = shape_of(config)
-    of = training.tokens_per_parameter_of
+    of = config.training.tokens_per_parameter_of
     counted = of if isinstance(of, int) else shape.parameters - shape.embedding * (of == "non-embedding")
     return shape, resolve_steps(config, counted, gpus)
+
+
+def _with_dtypes(config: RunConfig) -> RunConfig:
+    """``config`` with the dtypes that training has. Of a flavor's checkpoint only a network would say it; Llama's is
+    bfloat16."""
+    training = config.training
+    if training.dtype is not None:
+        return config
+    if config.model.flavor is not None and config.model.init == "pretrained":
+        computed: Any = training.mixed_precision_param or "bfloat16"
+        held: Any = "bfloat16" if config.lora.r else "float32"
+        return replace(config, training=replace(training, dtype=held, mixed_precision_param=computed))
+    config = with_trainable_weights(config)
+    held = held_dtype(config, byte_tokenizer()) or "float32"
+    return replace(config, training=replace(config.training, dtype=held))
 
 
 def plan_of(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu, request: Request) -> Plan:

@@ -156,8 +156,8 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     at_loss = (2 * head + stay) * sharded
     at_block = (stay + head if stays else 2 * unit) * sharded + copied
     logits = tokens * shape.vocabulary
-    if shape.whole_logits:  # as computed; in float32 as they are, and their gradient
-        loss = logits * (shape.whole_logits * c + 8) + tokens * h * c
+    if shape.whole_logits:  # as computed; in float32, where that is another dtype; and their gradient
+        loss = logits * (shape.whole_logits * c + (8 if c < 4 else 4)) + tokens * h * c
     else:
         loss = 2 * min(HELD_LOGITS, logits) * c + 2 * tokens * h * c
     loss += 4 * (shape.head or shape.embedding) * trains

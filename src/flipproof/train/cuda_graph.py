@@ -45,6 +45,10 @@ class Recorded:
         self._masks: dict[nn.Module, Any] = {}
         self._hooks = [block.register_forward_pre_hook(self._same_mask, with_kwargs=True) for block in blocks]
         self._calls = 0
+        self._within = 0
+        self.peak = 0
+        """Bytes allocated at most until now, where there is a record. PyTorch counts what a record needs within when it
+        is made, and not when it runs: beside AdamW's moments, say, which come later."""
 
     def __call__(self, batch: Batch, factor: float) -> Tensor:
         """As what is recorded; the loss is overwritten by the next."""
@@ -60,6 +64,7 @@ class Recorded:
                 raise ValueError("a batch of another kind than the one that was recorded")
         self._factor.fill_(factor)
         self._graph.replay()
+        self.peak = max(self.peak, torch.cuda.memory_allocated() + self._within)
         if self._with_gradient[0].grad is not None:
             sums = [parameter.grad for parameter in self._with_gradient if parameter.grad is not None]
             torch._foreach_add_(sums, self._gradients)
@@ -92,6 +97,8 @@ class Recorded:
             parameter.grad = None  # so that the record makes gradients, and adds to none
         generator = torch.cuda.default_generators[device.index]
         random, graph = generator.get_state(), torch.cuda.CUDAGraph()
+        self.peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         try:
             # a record that fails leaves its stream the current one
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
@@ -103,6 +110,7 @@ class Recorded:
             if self._several:  # and this is the second of its step: what the first made goes on being used
                 self._sums = [torch.empty_like(gradient) if own is None else own for _, gradient, own in made]
             self._graph = graph
+            self._within = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         except RuntimeError as error:
             why = str(error.__context__ or error).splitlines()[0]
             logger.info("steps are launched kernel by kernel, since they make no CUDA graph: %s", why)

@@ -410,7 +410,8 @@ class _Course:
                 if done % config.log_freq == 0 or done == config.steps:
                     tokens, skipped = (int(run.progress[name]) for name in ("sequences", "skipped"))
                     tokens *= config.seq_len
-                    log.write(done, tokens, run.mean_loss(loss), lr, float(grad_norm), skipped)
+                    peak = run.peak_memory_gib()
+                    log.write(done, tokens, run.mean_loss(loss), lr, float(grad_norm), skipped, peak)
                     self.logged += 1
                 if run.goes_nowhere:
                     raise run.diverged(done, loss, grad_norm)

@@ -141,10 +141,12 @@ class StepLog:
         if self._trackers is not None:
             self._trackers.sync()
 
-    def write(self, done: int, tokens: int, loss: float, lr: float, grad_norm: float, skipped: int) -> None:
-        """Report the ``done``-th step, until which the run has used so many ``tokens`` and skipped so many steps; all
-        processes call."""
-        peak = self.world.largest(peak_memory_gib())
+    def write(
+        self, done: int, tokens: int, loss: float, lr: float, grad_norm: float, skipped: int, peak: float
+    ) -> None:
+        """Report the ``done``-th step, until which the run has used so many ``tokens``, skipped so many steps and had
+        its ``peak`` memory in GiB in this process; all processes call."""
+        peak = self.world.largest(peak)
         if self._trackers is None:
             return
         now = time.perf_counter()

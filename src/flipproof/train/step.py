@@ -29,6 +29,7 @@ from flipproof.models.loss import ask_teacher, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks
 from flipproof.train.checkpoint import Progress, list_checkpoints
 from flipproof.train.cuda_graph import Recorded
+from flipproof.train.metrics import peak_memory_gib
 from flipproof.train.optimizer import LossScale, make_optimizer
 from flipproof.world import World
 
@@ -158,6 +159,10 @@ class Training:
         loss_sum.zero_()
         sequences.zero_()
         return mean
+
+    def peak_memory_gib(self) -> float:
+        """As the function of this name, with what a record needs when it runs."""
+        return max(peak_memory_gib(), self.recorded.peak / 2**30 if self.recorded else 0.0)
 
     def release(self) -> None:
         """Give back what only training needs."""
