@@ -1,0 +1,162 @@
+"""The formats: which operands a memory holds for a quantised weight, and of how many bits each.
+
+A weight (out, in) is held as **codes**, one for each of its elements, and **scales**, one for each group of codes that
+lie beside one another in a row. What is computed with is code × scale. Formats differ in what a code is, in what a
+scale is, and in how many codes share one:
+
+| name | code | scale | codes to a scale | further operands |
+|---|---|---|---|---|
+| int8 | integer of 8 bits | the weight's dtype | a row | |
+| int4 | integer of 4 bits | the weight's dtype | 128 | |
+| int4-asym | integer of 4 bits | the weight's dtype | 128 | zero: the code of 0, 4 bits for each scale |
+| fp8, fp8-e5m2 | float of 8 bits | the weight's dtype | a row | |
+| mxfp8 | e4m3 | E8M0, a power of 2 in 8 bits | 32 | |
+| mxfp4 | e2m1, a float of 4 bits | E8M0 | 32 | |
+| nvfp4 | e2m1 | e4m3 | 16 | global: a float32 by which all scales are divided |
+| nf4 | which of 16 quantiles of a normal distribution | which of 256 numbers | 64 | nested, offset, map |
+
+The scale of an nf4 block is ``map[scale] * nested + offset``: ``map`` holds the 256 numbers, there is one ``nested``
+for 256 scales, and one ``offset``. Its blocks are cut from the weight row by row and run over the ends of rows. nf4
+whose scales are not quantised once more (``scale`` "float32") is the same without the further operands.
+
+Integers are in offset binary, the number plus half of the range, as compressed-tensors' packed layout, GPTQ and AWQ
+hold them. Two's complement differs from it in the top bit alone, so a flip of any bit does the same in both.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+
+from flipproof.errors import ConfigError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""The dtypes of weights, and so of scales that have the weight's dtype."""
+
+NESTED_GROUP = 256
+"""Scales of nf4 that share one ``nested``."""
+
+
+class Operand(NamedTuple):
+    """One of the tensors of a stored weight."""
+
+    dtype: torch.dtype
+    """Of the tensor that ``Stored`` has; uint8 for whatever is a pattern of up to 8 bits."""
+    bits: int
+    """How many bits of an element are real: the low ones."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored. ``format_of`` gives one by name."""
+
+    name: str
+    code: Literal["int", "e4m3", "e5m2", "e2m1", "nf4"]
+    bits: int
+    """Of a code."""
+    group: int | None
+    """Codes of a row that share a scale; None is all of them. For nf4 the codes of a block."""
+    scale: Literal["float", "e8m0", "e4m3", "nested", "float32"]
+    """What a scale is: "float" has the weight's dtype, "nested" is nf4's with its further operands."""
+    zero: bool = False
+    zero_plus: int = 0
+    """What is added to a stored zero point: 1 in GPTQ's first version, which stores one less."""
+
+    def operands(self, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> dict[str, Operand]:
+        """All operands of a weight by name, ``code`` first.
+
+        Args:
+            shape: of the weight, (out, in).
+            dtype: of the weight.
+
+        Raises:
+            ConfigError: where the group does not divide the in-features.
+        """
+        rows, columns = shape
+        codes = {"code": Operand(torch.uint8, self.bits, shape)}
+        if self.code == "nf4":
+            blocks = math.ceil(rows * columns / (self.group or 1))
+            if self.scale == "float32":
+                return codes | {"scale": _float(torch.float32, blocks)}
+            return codes | {
+                "scale": Operand(torch.uint8, 8, (blocks,)),
+                "nested": _float(torch.float32, math.ceil(blocks / NESTED_GROUP)),
+                "offset": _float(torch.float32, 1),
+                "map": _float(torch.float32, 256),
+            }
+        if self.group and columns % self.group:
+            raise ConfigError(
+                [
+                    f"{self.name} has groups of {self.group} in-features, and a weight of shape {shape} has {columns}: "
+                    "a multiple of the group size is allowed"
+                ]
+            )
+        scales = (rows, columns // self.group if self.group else 1)
+        if self.scale == "float":
+            codes["scale"] = _float(dtype, *scales)
+        else:
+            codes["scale"] = Operand(torch.uint8, 8, scales)
+        if self.zero:
+            codes["zero"] = Operand(torch.uint8, self.bits, scales)
+        if self.scale == "e4m3":
+            codes["global"] = _float(torch.float32, 1)
+        return codes
+
+    def bits_per_weight(self, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> float:
+        """Bits of all operands by elements of the weight; arguments and errors as of ``operands``."""
+        parts = self.operands(shape, dtype).values()
+        return sum(part.bits * math.prod(part.shape) for part in parts) / math.prod(shape)
+
+
+def _float(dtype: torch.dtype, *shape: int) -> Operand:
+    return Operand(dtype, 8 * dtype.itemsize, shape)
+
+
+FORMATS: Mapping[str, Format] = {
+    each.name: each
+    for each in (
+        Format("int8", "int", 8, None, "float"),
+        Format("int4", "int", 4, 128, "float"),
+        Format("int4-asym", "int", 4, 128, "float", zero=True),
+        Format("fp8", "e4m3", 8, None, "float"),
+        Format("fp8-e5m2", "e5m2", 8, None, "float"),
+        Format("nf4", "nf4", 4, 64, "nested"),
+        Format("mxfp8", "e4m3", 8, 32, "e8m0"),
+        Format("mxfp4", "e2m1", 4, 32, "e8m0"),
+        Format("nvfp4", "e2m1", 4, 16, "e4m3"),
+    )
+}
+"""By the name that a user gives."""
+
+_WHOLE_ROW = -1
+"""The group size that checkpoints write for one scale a row."""
+
+
+def format_of(name: str, group: int | None = None) -> Format:
+    """The format of this name.
+
+    Args:
+        name: a key of ``FORMATS``.
+        group: codes that share a scale, where that is not the format's usual number; -1 is a whole row. Integers may
+            have any, nf4 an even one.
+
+    Raises:
+        ConfigError: for another name, or a group size that the format cannot have.
+    """
+    if name not in FORMATS:
+        raise ConfigError([f"format = {name!r}: one of {', '.join(FORMATS)} is allowed"])
+    found = FORMATS[name]
+    if group is None:
+        return found
+    size = None if group == _WHOLE_ROW and found.code == "int" else group
+    if size == found.group:
+        return found
+    good = {"int": size is None or size > 0, "nf4": size is not None and size > 0 and size % 2 == 0}
+    if not good.get(found.code, False):
+        allowed = {"int": "a whole number from 1, or -1 for a whole row,", "nf4": "an even number from 2"}
+        usual = f"{found.group or 'a whole row'}, and nothing else,"
+        raise ConfigError([f"group size {group} of {name}: {allowed.get(found.code, usual)} is allowed"])
+    return replace(found, group=size)

@@ -1,0 +1,75 @@
+"""A quantised weight as a memory holds it: its operands, each element by itself.
+
+Operands are unpacked: a code of 4 bits has a byte of its own here, its bits in the low half. So every element has its
+logical place, (out, in) for codes and (out, group) for scales, whichever way a checkpoint packs them, and what pads a
+packed word is not there and never flips.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flipproof.errors import ConfigError
+from flipproof.formats.spec import FLOATS, Format
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight (out, in) in a format.
+
+    Raises:
+        ConfigError: for operands that are not those of the format, one line for each.
+    """
+
+    format: Format
+    operands: Mapping[str, Tensor]
+    """What ``Format.operands`` names, of the dtypes and shapes that it says."""
+    dtype: torch.dtype
+    """Of the weight that was quantised, and of scales that have the weight's dtype."""
+    g_idx: Tensor | None = None
+    """Which group each in-feature belongs to, (in,) int32, where its place does not say so (GPTQ's ``desc_act``). It
+    says where a scale is and is no operand: nothing here flips it."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOATS:
+            raise ConfigError([f"a weight of {self.dtype}: {', '.join(map(str, FLOATS))} are allowed"])
+        if "code" not in self.operands or self.operands["code"].dim() != 2:
+            seen = f"of shape {tuple(self.operands['code'].shape)}" if "code" in self.operands else "missing"
+            raise ConfigError([f"code, an operand of {self.format.name}, is {seen}: a tensor (out, in) is needed"])
+        declared = self.format.operands(self.shape, self.dtype)
+        problems = [
+            f"{name} is no operand of {self.format.name}, which has {', '.join(declared)}"
+            for name in self.operands
+            if name not in declared
+        ]
+        for name, (dtype, _, shape) in declared.items():
+            tensor = self.operands.get(name)
+            if tensor is None:
+                problems.append(f"{name}, an operand of {self.format.name}, is missing")
+            elif tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                problems.append(
+                    f"{name}, an operand of {self.format.name}, is {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                    f"{dtype} of shape {shape} is needed for a weight of shape {self.shape}"
+                )
+        problems += self._problems_of_g_idx(declared["scale"].shape[-1])
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems_of_g_idx(self, groups: int) -> list[str]:
+        g_idx = self.g_idx
+        if g_idx is None:
+            return []
+        if g_idx.dtype != torch.int32 or tuple(g_idx.shape) != self.shape[1:]:
+            return [f"g_idx is {g_idx.dtype} of shape {tuple(g_idx.shape)}: torch.int32 of {self.shape[1:]} is needed"]
+        if math.prod(g_idx.shape) and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+            return [f"g_idx goes from {int(g_idx.min())} to {int(g_idx.max())}: there are {groups} groups, from 0"]
+        return []
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, (out, in)."""
+        rows, columns = self.operands["code"].shape
+        return rows, columns
