@@ -20,7 +20,8 @@ from torch import Tensor
 
 from flipproof.errors import ConfigError
 from flipproof.formats.fields import check_shape, from_bytes, from_words, part, to_bytes, to_words
-from flipproof.formats.spec import FLOATS, Format
+from flipproof.formats.operands import FLOATS
+from flipproof.formats.spec import Format
 from flipproof.formats.stored import Stored
 
 _E4M3 = torch.float8_e4m3fn

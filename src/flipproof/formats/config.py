@@ -162,9 +162,7 @@ def _format_of_weights(weights: Mapping[str, Any]) -> Format:
     name = next((name for known, name in _BY_WEIGHTS if known == said), None)
     if name is None:
         raise _refused("weights", dict(weights))
-    if strategy == "channel":
-        return _grouped(name, -1) if FORMATS[name].code == "int" else FORMATS[name]
-    return _grouped(name, weights.get("group_size"))
+    return _grouped(name, -1 if strategy == "channel" else weights.get("group_size"))
 
 
 _BY_WEIGHTS = (

@@ -28,12 +28,17 @@ def from_bytes(packed: Tensor, bits: int) -> Tensor:
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """Fields (rows, n) as words (rows, ceil(n · bits / 32)), int32; what is left of the last word is 0."""
     packed = to_bytes(codes, bits)
-    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+    return _in_order(torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))).view(torch.int32)
 
 
 def from_words(words: Tensor, bits: int) -> Tensor:
     """All fields of words (rows, m): (rows, 32 m / bits), uint8."""
-    return from_bytes(words.contiguous().view(torch.uint8), bits)
+    return from_bytes(_in_order(words).view(torch.uint8), bits)
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """Row by row in memory; ``contiguous`` leaves the strides of a single column as they are."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def part(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | tuple[torch.dtype, ...], dim: int) -> Tensor:

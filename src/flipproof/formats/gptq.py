@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from flipproof.formats.fields import check_shape, from_words, part
-from flipproof.formats.spec import FLOATS, Format
+from flipproof.formats.operands import FLOATS
+from flipproof.formats.spec import Format
 from flipproof.formats.stored import Stored
 
 _AWQ_FIELDS = [0, 4, 1, 5, 2, 6, 3, 7]

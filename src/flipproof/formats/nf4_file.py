@@ -22,7 +22,8 @@ from torch import Tensor
 from flipproof.errors import ConfigError
 from flipproof.formats.codes import NF4
 from flipproof.formats.fields import check_shape, from_bytes, part, to_bytes
-from flipproof.formats.spec import FLOATS, NESTED_GROUP, Format
+from flipproof.formats.operands import FLOATS, NESTED_GROUP
+from flipproof.formats.spec import Format
 from flipproof.formats.stored import Stored
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -79,7 +80,7 @@ def unpack_nf4(tensors: Mapping[str, Tensor], format: Format) -> Stored:
         raise ConfigError(problems)
     if "weight" not in tensors:
         raise ConfigError([f"weight is missing; there are {', '.join(sorted(tensors))}"])
-    packed = tensors["weight"].contiguous().view(torch.uint8).reshape(1, -1)
+    packed = tensors["weight"].reshape(-1).contiguous().view(torch.uint8)[None]
     check_shape("weight, in bytes,", packed[0], (math.ceil(count / 2),), f"its shape is ({rows}, {columns})")
     code = from_bytes(packed, 4).view(-1, 2).flip(1).reshape(-1)[:count].view(rows, columns)
     operands = {"code": code, "scale": part(tensors, "weight.absmax", torch.uint8 if nested else torch.float32, 1)}

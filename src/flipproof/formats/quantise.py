@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flipproof.errors import ConfigError
 from flipproof.formats.codes import LARGEST, dynamic_map, nearest, nearest_in, numbers, powers
-from flipproof.formats.spec import FLOATS, NESTED_GROUP, Format, format_of
+from flipproof.formats.operands import FLOATS, NESTED_GROUP, operands_of
+from flipproof.formats.spec import Format, format_of
 from flipproof.formats.stored import Stored
 
 _SMALLEST = 1e-38
@@ -48,8 +49,8 @@ def quantise(weight: Tensor, format: str | Format) -> Stored:
             ]
         )
     rows, columns = weight.shape
-    format.operands((rows, columns))  # whether the group divides
-    operands = _QUANTISERS[format.scale](weight, format)
+    operands_of(format, (rows, columns))  # whether the group divides
+    operands = _QUANTISERS[format.scale](weight.contiguous(), format)
     return Stored(format, operands, weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The formats: which operands a memory holds for a quantised weight, and of how many bits each.
+"""The formats of quantised weights, by name: what a code is, what a scale is, how many codes share one.
 
 A weight (out, in) is held as **codes**, one for each of its elements, and **scales**, one for each group of codes that
 lie beside one another in a row. What is computed with is code × scale. Formats differ in what a code is, in what a
@@ -21,32 +21,15 @@ whose scales are not quantised once more (``scale`` "float32") is the same witho
 
 Integers are in offset binary, the number plus half of the range, as compressed-tensors' packed layout, GPTQ and AWQ
 hold them. Two's complement differs from it in the top bit alone, so a flip of any bit does the same in both.
+
+Nothing here needs torch, as reading a config does not.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
-
-import torch
+from typing import Literal
 
 from flipproof.errors import ConfigError
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-"""The dtypes of weights, and so of scales that have the weight's dtype."""
-
-NESTED_GROUP = 256
-"""Scales of nf4 that share one ``nested``."""
-
-
-class Operand(NamedTuple):
-    """One of the tensors of a stored weight."""
-
-    dtype: torch.dtype
-    """Of the tensor that ``Stored`` has; uint8 for whatever is a pattern of up to 8 bits."""
-    bits: int
-    """How many bits of an element are real: the low ones."""
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,57 +45,9 @@ class Format:
     scale: Literal["float", "e8m0", "e4m3", "nested", "float32"]
     """What a scale is: "float" has the weight's dtype, "nested" is nf4's with its further operands."""
     zero: bool = False
+    """Whether each scale has a zero point, the code that stands for 0; it is the middle of the range otherwise."""
     zero_plus: int = 0
     """What is added to a stored zero point: 1 in GPTQ's first version, which stores one less."""
-
-    def operands(self, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> dict[str, Operand]:
-        """All operands of a weight by name, ``code`` first.
-
-        Args:
-            shape: of the weight, (out, in).
-            dtype: of the weight.
-
-        Raises:
-            ConfigError: where the group does not divide the in-features.
-        """
-        rows, columns = shape
-        codes = {"code": Operand(torch.uint8, self.bits, shape)}
-        if self.code == "nf4":
-            blocks = math.ceil(rows * columns / (self.group or 1))
-            if self.scale == "float32":
-                return codes | {"scale": _float(torch.float32, blocks)}
-            return codes | {
-                "scale": Operand(torch.uint8, 8, (blocks,)),
-                "nested": _float(torch.float32, math.ceil(blocks / NESTED_GROUP)),
-                "offset": _float(torch.float32, 1),
-                "map": _float(torch.float32, 256),
-            }
-        if self.group and columns % self.group:
-            raise ConfigError(
-                [
-                    f"{self.name} has groups of {self.group} in-features, and a weight of shape {shape} has {columns}: "
-                    "a multiple of the group size is allowed"
-                ]
-            )
-        scales = (rows, columns // self.group if self.group else 1)
-        if self.scale == "float":
-            codes["scale"] = _float(dtype, *scales)
-        else:
-            codes["scale"] = Operand(torch.uint8, 8, scales)
-        if self.zero:
-            codes["zero"] = Operand(torch.uint8, self.bits, scales)
-        if self.scale == "e4m3":
-            codes["global"] = _float(torch.float32, 1)
-        return codes
-
-    def bits_per_weight(self, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> float:
-        """Bits of all operands by elements of the weight; arguments and errors as of ``operands``."""
-        parts = self.operands(shape, dtype).values()
-        return sum(part.bits * math.prod(part.shape) for part in parts) / math.prod(shape)
-
-
-def _float(dtype: torch.dtype, *shape: int) -> Operand:
-    return Operand(dtype, 8 * dtype.itemsize, shape)
 
 
 FORMATS: Mapping[str, Format] = {
@@ -151,7 +86,7 @@ def format_of(name: str, group: int | None = None) -> Format:
     found = FORMATS[name]
     if group is None:
         return found
-    size = None if group == _WHOLE_ROW and found.code == "int" else group
+    size = None if group == _WHOLE_ROW else group
     if size == found.group:
         return found
     good = {"int": size is None or size > 0, "nf4": size is not None and size > 0 and size % 2 == 0}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import ConfigError
-from flipproof.formats.spec import FLOATS, Format
+from flipproof.formats.operands import FLOATS, operands_of
+from flipproof.formats.spec import Format
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Stored:
 
     format: Format
     operands: Mapping[str, Tensor]
-    """What ``Format.operands`` names, of the dtypes and shapes that it says."""
+    """What ``operands_of`` names, of the dtypes and shapes that it says."""
     dtype: torch.dtype
     """Of the weight that was quantised, and of scales that have the weight's dtype."""
     g_idx: Tensor | None = None
@@ -39,7 +40,7 @@ class Stored:
         if "code" not in self.operands or self.operands["code"].dim() != 2:
             seen = f"of shape {tuple(self.operands['code'].shape)}" if "code" in self.operands else "missing"
             raise ConfigError([f"code, an operand of {self.format.name}, is {seen}: a tensor (out, in) is needed"])
-        declared = self.format.operands(self.shape, self.dtype)
+        declared = operands_of(self.format, self.shape, self.dtype)
         problems = [
             f"{name} is no operand of {self.format.name}, which has {', '.join(declared)}"
             for name in self.operands

@@ -1,0 +1,28 @@
+import pytest
+
+from flipproof.errors import ConfigError
+from flipproof.formats.spec import FORMATS, format_of
+
+
+def test_the_name_decides_and_a_group_size_changes_nothing_else():
+    for name, known in FORMATS.items():
+        assert format_of(name) is known
+        assert known.name == name
+        assert format_of(name, known.group or -1) is known
+    changed = format_of("int4-asym", 32)
+    assert (changed.name, changed.group, changed.bits, changed.zero) == ("int4-asym", 32, 4, True)
+    assert format_of("int4", -1).group is None
+
+
+@pytest.mark.parametrize(("name", "group", "message"), [
+    ("int5", None, r"format = 'int5': one of int8, int4, int4-asym, fp8, .*, nvfp4 is allowed$"),
+    ("mxfp4", 16, r"group size 16 of mxfp4: 32, and nothing else, is allowed$"),
+    ("mxfp8", -1, r"group size -1 of mxfp8: 32, and nothing else, is allowed$"),
+    ("fp8", 128, r"group size 128 of fp8: a whole row, and nothing else, is allowed$"),
+    ("int4", 0, r"group size 0 of int4: a whole number from 1, or -1 for a whole row, is allowed$"),
+    ("nf4", -1, r"group size -1 of nf4: an even number from 2 is allowed$"),
+    ("nf4", 63, r"group size 63 of nf4: an even number from 2 is allowed$"),
+])  # fmt: skip
+def test_others_are_refused(name, group, message):
+    with pytest.raises(ConfigError, match=message):
+        format_of(name, group)
