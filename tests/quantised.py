@@ -64,7 +64,7 @@ def decompressed(tensors, name, group=None):
 
 
 def sample(shape, dtype, kind="normal", seed=0):
-    """Weights of which some groups are 0, some begin with −0, one has an outlier; or with ties, tiny, or of one sign."""
+    """Weights of which some groups are 0, some begin with −0, one has an outlier; or ties, tiny, of one sign."""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=g) * 0.05
     if kind == "ties":  # quarters over scales of 1: 127.5, 7.5, 448 and 6 are in every group

@@ -1,15 +1,16 @@
 """Every pattern of bits against what its standard says, in exact arithmetic; every rounding against the distances."""
 
+import itertools
 import math
 from fractions import Fraction
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from quantised import FLOATS, same
 
 from flipproof.formats.codes import NF4, dynamic_map, nearest, nearest_in, numbers, powers
 from flipproof.formats.spec import FORMATS
-from quantised import FLOATS, same
 
 BY_CODE = {"e4m3": FORMATS["fp8"], "e5m2": FORMATS["fp8-e5m2"], "e2m1": FORMATS["nvfp4"]}
 LAYOUT = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15), "e2m1": (2, 1, 1)}
@@ -73,7 +74,7 @@ def test_the_nearest_of_each_bfloat16_number_below_a_million(kind):
 def test_beside_a_tie_float32_is_not_halfway(kind):
     code = BY_CODE[kind]
     finite = [meant(p, kind) for p in range(2 ** (code.bits - 1)) if math.isfinite(meant(p, kind))]
-    middles = torch.tensor([float((a + b) / 2) for a, b in zip(finite, finite[1:], strict=False)])
+    middles = torch.tensor([float((a + b) / 2) for a, b in itertools.pairwise(finite)])
     lower = torch.arange(len(middles))
     above = middles.nextafter(torch.tensor(math.inf))
     below = middles.nextafter(torch.tensor(0.0))

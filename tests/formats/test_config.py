@@ -6,6 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from quantised import COMPRESSED, PLAIN_NF4, same, scheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
 
@@ -14,7 +15,6 @@ from flipproof.formats.config import quantization_config, read_quantization_conf
 from flipproof.formats.pack import pack
 from flipproof.formats.quantise import dequantise, quantise
 from flipproof.formats.spec import FORMATS, format_of
-from quantised import COMPRESSED, PLAIN_NF4, same, scheme
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_plain_int8_and_the_format_beside_the_groups_are_read():
     (compressed(weights={"num_bits": 8, "symmetric": False}), "weights = .* is not supported"),
     (compressed(weights={"actorder": "group"}), "actorder = 'group' is not supported"),
     (compressed(weights={"group_size": None}), "group_size = None is not supported"),
-    (compressed(weights={"type": "float", "group_size": 16}), "group size 16 of mxfp4: 32, and nothing else, is allowed$"),
+    (compressed(weights={"type": "float", "group_size": 16}), "group size 16 of mxfp4: 32, and nothing else"),
     (compressed(sparsity_config={"format": "sparse"}), "sparsity_config = .* is not supported"),
     (compressed(ignore="lm_head"), "ignore = 'lm_head': a list of names is allowed$"),
     (BNB | {"load_in_4bit": False, "load_in_8bit": True}, "load_in_4bit = False is not supported"),
@@ -221,5 +221,5 @@ def test_others_are_refused_by_name(config, message):
 
 
 def test_no_config_says_e5m2():
-    with pytest.raises(ConfigError, match="^no checkpoint holds fp8-e5m2; supported are "):
+    with pytest.raises(ConfigError, match=r"^no checkpoint holds fp8-e5m2; supported are "):
         quantization_config(FORMATS["fp8-e5m2"])

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from quantised import decompressed, same
 
 from flipproof.errors import ConfigError
 from flipproof.formats.gptq import unpack_awq, unpack_gptq
 from flipproof.formats.quantise import dequantise
 from flipproof.formats.spec import FORMATS, format_of
-from quantised import decompressed, same
 
 SECOND = FORMATS["int4-asym"]
 FIRST = replace(SECOND, zero_plus=1)
@@ -94,7 +94,7 @@ def test_awq_is_what_compressed_tensors_converts_it_to(group):
 
 
 def test_awq_by_hand():
-    """Outputs 0 to 7 are in fields 0, 4, 1, 5, 2, 6, 3, 7: as words, 0x75316420 is 0, 2, 4, 6, 1, 3, 5, 7 from below."""
+    """Outputs 0 to 7 are in fields 0, 4, 1, 5, 2, 6, 3, 7; those of 0x75316420 are 0, 2, 4, 6, 1, 3, 5, 7."""
     tensors = {
         "qweight": torch.full((8, 1), 0x75316420, dtype=torch.int32),
         "qzeros": torch.zeros(1, 1, dtype=torch.int32),
@@ -125,7 +125,7 @@ def test_wrong_tensors_are_refused(changes, message):
 
 def test_wrong_tensors_of_awq_are_refused():
     tensors = {"qweight": torch.ones(256, 3, dtype=torch.int32), "scales": torch.ones(2, 24).half()}
-    with pytest.raises(ConfigError, match="^qzeros is missing; there are qweight, scales$"):
+    with pytest.raises(ConfigError, match=r"^qzeros is missing; there are qweight, scales$"):
         unpack_awq(tensors, SECOND)
     tensors["qzeros"] = torch.ones(2, 4, dtype=torch.int32)
     with pytest.raises(ConfigError, match=r"^qzeros is of shape \(2, 4\): \(2, 3\) is needed"):

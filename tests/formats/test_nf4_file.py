@@ -6,13 +6,13 @@ from dataclasses import replace
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from quantised import FLOATS, PLAIN_NF4, same, sample
 
 from flipproof.errors import ConfigError
 from flipproof.formats.nf4_file import pack_nf4, unpack_nf4
 from flipproof.formats.quantise import dequantise, quantise
 from flipproof.formats.spec import FORMATS, format_of
 from flipproof.formats.stored import Stored
-from quantised import FLOATS, PLAIN_NF4, sample, same
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
@@ -97,7 +97,8 @@ def having(name, tensor):
     (having("weight.quant_map", torch.linspace(-1, 1, 16)), "^weight.quant_map is not the table of nf4$"),
     (having("weight.absmax", torch.ones(4, 256, dtype=torch.bfloat16)),
      r"^weight.absmax is torch.bfloat16 of shape \(4, 256\): torch.uint8 with 1 dimension is needed$"),
-    (having("weight.absmax", torch.ones(191, dtype=torch.uint8)), r"^scale, .* of shape \(191,\): .* \(192,\) is needed"),
+    (having("weight.absmax", torch.ones(191, dtype=torch.uint8)),
+     r"^scale, .* of shape \(191,\): .* \(192,\) is needed"),
     (having("weight", torch.ones(6143, 1, dtype=torch.uint8)),
      r"^weight, in bytes, is of shape \(6143,\): \(6144,\) is needed, as its shape is \(48, 256\)$"),
     (having(STATE, torch.tensor([123, 255, 10], dtype=torch.uint8)), f"^{STATE} is not what is needed"),
@@ -125,5 +126,5 @@ def test_scales_of_the_other_kind_are_refused():
     ):
         unpack_nf4(once, FORMATS["nf4"])
     twice, _ = theirs(torch.ones(2, 64))
-    with pytest.raises(ConfigError, match="weight.absmax is torch.uint8 .* torch.float32 with 1 dimension is needed"):
+    with pytest.raises(ConfigError, match=r"weight.absmax is torch.uint8 .* torch.float32 with 1 dimension is needed"):
         unpack_nf4(twice, replace(FORMATS["nf4"], scale="float32"))

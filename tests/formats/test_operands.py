@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from quantised import COMPRESSED, FLOATS, PLAIN_NF4, compressed, sample
 
 from flipproof.errors import ConfigError
 from flipproof.formats.operands import bits_per_weight, operands_of
 from flipproof.formats.pack import pack
 from flipproof.formats.quantise import quantise
 from flipproof.formats.spec import FORMATS, format_of
-from quantised import COMPRESSED, FLOATS, PLAIN_NF4, compressed, sample
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from quantised import same, sample
 
 from flipproof.errors import ConfigError
 from flipproof.formats.pack import pack, unpack
 from flipproof.formats.quantise import quantise
 from flipproof.formats.spec import FORMATS
-from quantised import sample, same
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp8-e5m2"])

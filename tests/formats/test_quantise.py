@@ -6,13 +6,13 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from quantised import COMPRESSED, FLOATS, PLAIN_NF4, compressed, decompressed, same, sample
 
 from flipproof.errors import ConfigError
 from flipproof.formats.codes import dynamic_map, numbers
 from flipproof.formats.quantise import dequantise, quantise
 from flipproof.formats.spec import FORMATS, format_of
 from flipproof.formats.stored import Stored
-from quantised import COMPRESSED, FLOATS, PLAIN_NF4, compressed, decompressed, sample, same
 
 SHAPES = [(48, 256), (50, 384), (1, 128), (9, 1024)]
 KINDS = ["normal", "ties", "positive", "tiny"]
@@ -39,6 +39,8 @@ def test_the_numbers_are_those_of_compressed_tensors(name, dtype, kind):
         if name in IN_BFLOAT16:
             found = dequantise(stored, torch.bfloat16)
         assert same(found, expected)
+        if name not in IN_BFLOAT16:  # the product is rounded to the dtype of the scale, whatever is asked for
+            assert same(dequantise(stored, torch.float32), expected.float())
 
 
 @pytest.mark.parametrize("group", [-1, 16, 64])
@@ -96,6 +98,20 @@ def test_nf4_is_that_of_bitsandbytes(shape, dtype, kind):
     ours = stored.operands["map"][stored.operands["scale"].long()] * nested + stored.operands["offset"]
     rounding = 1e-6 * plain.abs().max()
     assert ((ours - plain).abs() <= (theirs - plain).abs() + rounding).all()
+
+
+@pytest.mark.parametrize("columns", [16, 64, 80])
+def test_nf4_at_its_ties_is_that_of_bitsandbytes(columns):
+    """Whole blocks are multiplied by 1 / absmax and a shorter last one is divided, which only shows beside a tie."""
+    table = bnb.get_4bit_type("nf4", "cpu")
+    ties = ((table[:-1] + table[1:]) / 2).repeat(6)[: columns - 1]
+    largest = torch.rand(400, generator=torch.Generator().manual_seed(0)) + 0.5
+    for scale in largest:
+        weight = torch.cat([scale[None], ties * scale])[None]
+        weight[:, ::16] = scale
+        packed, _ = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        code = torch.stack((packed >> 4, packed & 15), -1).view(weight.shape)
+        assert same(quantise(weight, "nf4").operands["code"], code)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

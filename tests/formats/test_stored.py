@@ -1,11 +1,11 @@
 import pytest
 import torch
+from quantised import sample
 
 from flipproof.errors import ConfigError
 from flipproof.formats.quantise import quantise
 from flipproof.formats.spec import FORMATS
 from flipproof.formats.stored import Stored
-from quantised import sample
 
 
 def made_with(name, drop=(), dtype=torch.bfloat16, g_idx=None, **changes):
@@ -32,7 +32,7 @@ def test_every_problem_is_named_at_once():
     ({"code": torch.zeros(4, 120, dtype=torch.uint8)}, r"^nvfp4 has groups of 16 in-features, .* has 120"),
     ({"scale": torch.zeros(4, 8)}, r"^scale, .* is torch.float32 of shape \(4, 8\): torch.uint8 of shape \(4, 8\)"),
     ({"global": torch.tensor(1.0)}, r"^global, .* of shape \(\): torch.float32 of shape \(1,\) is needed"),
-    ({"dtype": torch.float64}, r"^a weight of torch.float64: torch.bfloat16, torch.float16, torch.float32 are allowed$"),
+    ({"dtype": torch.float64}, r"^a weight of torch.float64: torch.bfloat16, torch.float16, torch.float32 are"),
 ])  # fmt: skip
 def test_wrong_operands_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):

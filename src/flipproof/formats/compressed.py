@@ -57,7 +57,7 @@ def pack_compressed(stored: Stored) -> dict[str, Tensor]:
 
 def _packed_zeros(stored: Stored) -> Tensor:
     zero = stored.operands["zero"] + stored.format.zero_plus
-    if stored.format.zero_plus and int(zero.max()) >= 2**stored.format.bits:
+    if int(zero.max()) >= 2**stored.format.bits:
         raise ConfigError([f"a zero point is {int(zero.max())}: compressed-tensors holds up to 15"])
     return to_words(zero.T.contiguous(), stored.format.bits).T.contiguous()
 

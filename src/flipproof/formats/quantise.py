@@ -110,7 +110,7 @@ def _by_two_levels(weight: Tensor, format: Format) -> dict[str, Tensor]:
     most = largest.max().clamp(min=torch.finfo(largest.dtype).tiny)
     whole = (LARGEST["e4m3"] * LARGEST["e2m1"] / most).float().reshape(1)
     whole.masked_fill_(whole.isinf(), 1)
-    scale = (whole * (largest / LARGEST["e2m1"])).clamp(max=LARGEST["e4m3"]).to(torch.float8_e4m3fn)
+    scale = (whole * (largest / LARGEST["e2m1"])).to(torch.float8_e4m3fn)  # at most 448, but for rounding
     exact = scale.float()
     exact.masked_fill_(exact == 0, _LEAST_E4M3)
     quotient = groups / (exact / whole)[..., None]
