@@ -233,6 +233,13 @@ def test_so_is_one_in_a_short_last_block():
         quantise(weight, "nf4")
 
 
+def test_so_is_a_range_that_float16_cannot_hold():
+    weight = torch.tensor([[60000.0, -60000.0] * 64]).half()
+    with pytest.raises(ConfigError, match=r"whose range torch\.float16 cannot hold, .* it cannot be int4-asym$"):
+        quantise(weight, "int4-asym")
+    assert same(dequantise(quantise(weight.float(), "int4-asym")).sign(), weight.float().sign())
+
+
 @pytest.mark.parametrize("weight", [
     torch.ones(128), torch.ones(2, 2, 128), torch.ones(2, 128, dtype=torch.float64), torch.ones(2, 128).int(),
     torch.ones(0, 128), torch.ones(2, 0),
@@ -259,5 +266,7 @@ def test_the_weight_is_left_as_it_was(name):
     assert same(weight.detach(), before)
     assert same(dequantise(stored), dequantise(quantise(before, name)))
     code = stored.operands["code"].clone()
+    strided = Stored(stored.format, {**stored.operands, "code": code.T.contiguous().T}, torch.float32)
+    assert same(dequantise(strided), dequantise(stored))
     dequantise(stored).zero_()
     assert same(stored.operands["code"], code)

@@ -164,7 +164,7 @@ def dequantise(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
 
     Every pattern of bits in every operand gives a number, infinity or NaN, by IEEE arithmetic: a NaN or infinite scale
     reaches all codes that have it. Products are rounded to the dtype of the scale where that is the weight's own; else
-    they are float32. Then all are rounded to ``dtype``.
+    they are float32. Then all are rounded to ``dtype``, which compressed-tensors has bfloat16 for MX and nvfp4.
 
     Args:
         dtype: of the result; None is that of the weight that was quantised.
@@ -174,7 +174,7 @@ def dequantise(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
     scale = _scales(stored)
     weight = numbers(operands["code"], format.code, inner)
     if format.code == "nf4":
-        weight = weight.view(1, -1)
+        weight = weight.reshape(1, -1)
         scale = scale[None]
         size = format.group or weight.numel()
         if weight.numel() % size:  # the last block is shorter
@@ -188,7 +188,7 @@ def dequantise(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
     if format.code == "int":
         weight.sub_(zero[..., None] if isinstance(zero, Tensor) else zero)
     weight.mul_(scale[..., None])
-    return weight.view(stored.shape).to(dtype or stored.dtype)
+    return weight.reshape(stored.shape).to(dtype or stored.dtype)
 
 
 def _scales(stored: Stored) -> Tensor:
