@@ -8,7 +8,7 @@ A variant is ACTIVATION_CHECKPOINTING/WHAT[/section.key=value...]; the first may
 with where memory abounds. WHAT is ``faults`` (p = 2^-16 for every bit, both guards, r = 32), ``clean`` (our layer with
 adapters, nothing flips) or ``peft`` (PEFT's layer, adapters in bfloat16, which makes it fastest). All take the same
 path: random weights, 2 x 2048 random tokens in each process, blocks compiled, the loss without logits, AdamW on the
-adapters after each micro-step; on one GPU the micro-batch is a CUDA graph, as in training. Figures are means of six
+adapters after each micro-step; the micro-batch is a CUDA graph, as in training. Figures are means of six
 steps after three. With ``--samples`` rows hold samples that see nothing of each other, by each ``--attention``.
 """
 
@@ -117,15 +117,12 @@ def measure(config: RunConfig, variant: str, samples: int | None, attention: str
     model.train()
 
     def micro_batch(batch: Batch, factor: float | torch.Tensor) -> torch.Tensor:
-        with gradients.micro_batch(last=True):
-            loss = next_token_loss(
-                model, batch.ids, labels=batch.labels, forward=gradients.forward, positions=batch.positions
-            )
-            (loss * factor).backward()
+        loss = next_token_loss(model, batch.ids, labels=batch.labels, positions=batch.positions)
+        (loss * factor).backward()
         return loss.detach()
 
-    alone = world.size == 1 and world.device.type == "cuda"
-    recorded = Recorded(micro_batch, model, blocks(model), several=False) if alone else None
+    may_record = gradients.apart and world.device.type == "cuda"
+    recorded = Recorded(micro_batch, model, blocks(model), several=False) if may_record else None
     run = recorded or micro_batch
 
     loss = torch.zeros((), device=world.device)
@@ -133,7 +130,8 @@ def measure(config: RunConfig, variant: str, samples: int | None, attention: str
     def step(tick: int) -> None:
         if is_faulty(model):
             set_tick(model, tick)
-        loss.copy_(run(batch, 1.0))
+        with gradients.micro_batch(last=True):
+            loss.copy_(run(batch, 1.0))
         optimizer.step()
         optimizer.zero_grad()
 

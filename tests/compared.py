@@ -1,7 +1,7 @@
 """``flipproof compare`` in several processes, with what it does looked at on its way: run by ``preloaded.run_ranks``.
 
 Each rank leaves ``seen-RANK.json`` in the directory: for each row that was built, in order, what its steps received
-through FSDP2's collectives, and how many models of rows before were still there when it was built.
+through collectives, and how many models of rows before were still there when it was built.
 """
 
 import gc
@@ -55,14 +55,20 @@ def work(rank, directory, argv, short_of_memory=()):
     def gathered(output, input, group, **_):
         return output.nbytes * others(group)
 
+    def shared(outputs, input, group=None, **_):
+        return input.nbytes * (len(outputs) - 1)
+
     def scattered(output, input, group, **_):
         return input.nbytes * others(group)
 
-    def summed(tensor, op=None, group=None, **_):  # a reduce-scatter and a gather; numbers of the run itself are few
-        return 2 * tensor.nbytes * others(group) if tensor.numel() > 1 else 0
+    def summed(
+        tensor, op=None, group=None, **_
+    ):  # a reduce-scatter and a gather; the run itself sums numbers and flags
+        return 2 * tensor.nbytes * others(group) if tensor.numel() > 1 and tensor.is_floating_point() else 0
 
     compare_module.build_model, Training.step = built, stepped
     dist.all_gather_single = counted("gathered", dist.all_gather_single, gathered)
+    dist.all_gather = counted("gathered", dist.all_gather, shared)
     dist.reduce_scatter_single = counted("reduced", dist.reduce_scatter_single, scattered)
     dist.all_reduce = counted("reduced", dist.all_reduce, summed)
     sys.stdout.flush()

@@ -173,7 +173,7 @@ def test_in_one_process_nothing_is_sharded_or_wrapped(tiny_llama, token_ids):
     assert list(model.state_dict()) == names
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
     gradients = Gradients(model, config.parallelism, world)
-    assert gradients.forward is model
+    assert gradients.apart
     with gradients.micro_batch(last=False):
         assert torch.equal(model(token_ids).logits, expected)
 

@@ -194,14 +194,6 @@ def test_a_model_with_the_head_has_the_gradients_of_one_without(tiny_llama, toke
     assert_same_function(gradients(model, got), expected, plain.parameters())
 
 
-def test_a_wrapped_forward_is_called_in_the_models_place(tiny_llama, token_ids):
-    model, calls = tiny_llama(), []
-    fuse_loss(model)
-    wrapped = next_token_loss(model, token_ids, forward=lambda **inputs: calls.append(1) or model(**inputs))
-    assert torch.equal(wrapped, next_token_loss(model, token_ids))
-    assert calls == [1]
-
-
 def test_faulty_layers_and_the_head_go_together(tiny_llama, token_ids):
     plain, model = tiny_llama(), tiny_llama()
     for each in (plain, model):

@@ -253,7 +253,8 @@ def test_quantised_weights_that_cannot_be_read_are_refused_in_a_line(directory, 
     if method == "made-up":  # transformers says so and reads plain weights
         directory.assert_same()
         return
-    for read in (materialised, in_one_process):
+    # its own package quantises plain weights while it loads them
+    for read in (materialised, in_one_process) if method != "bitsandbytes" else (materialised,):
         with pytest.raises(ConfigError) as error:
             read(directory.config)
         assert len(error.value.problems) == len(str(error.value).splitlines()) == 1

@@ -136,7 +136,7 @@ def test_a_step_gathers_each_block_twice_and_what_backward_needs_no_weights_of_o
 
     gather = _fsdp_param_group.foreach_all_gather
     monkeypatch.setattr(_fsdp_param_group, "foreach_all_gather", counting)
-    plan = make_plan(config_of("8B", 1), Request(4))
+    plan = make_plan(config_of("8B", 1, dtype="float32", mixed_precision_param="bfloat16"), Request(4))
     dry_run(plan.config, Spread(4, 1), in_all(plan.shape, "everything"))
     steps, once = 2, ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     assert gathered == {f"model.layers.{i}": 2 * steps for i in range(32)} | dict.fromkeys(once, steps)

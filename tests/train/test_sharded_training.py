@@ -92,6 +92,10 @@ STRATEGIES = {
         *("--parallelism.forward_prefetch", "2", "--parallelism.backward_prefetch", "2"),
     ),
     "keep_gathered": ("--parallelism.keep_gathered", "true", "--training.activation_checkpointing", "selective"),
+    "recomputed": (
+        *("--training.activation_checkpointing", "full"),
+        *("--parallelism.forward_prefetch", "2", "--parallelism.backward_prefetch", "3"),
+    ),
     "full_checkpoints": (
         *("--checkpoint.state_dict_type", "full", "--checkpoint.asynchronous", "false"),
         *("--parallelism.forward_prefetch", "0", "--parallelism.backward_prefetch", "0"),
@@ -201,6 +205,15 @@ def test_faults_count_in_the_reference_run(single):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_processes_train_as_one(single, pair, name):
     assert_same_run(pair / name, single / "lora")
+
+
+@pytest.mark.parametrize("name", ["full_shard", "recomputed", "full_checkpoints"])
+def test_what_neighbours_share_gives_the_bits_of_the_whole_model_in_each(pair, name):
+    """One block ahead, two, and none. In the runs of FSDP sums have another order."""
+    shared, apart = (load_file(pair / run / "adapter" / "adapter_model.safetensors") for run in (name, "no_shard"))
+    assert shared.keys() == apart.keys()
+    assert all(torch.equal(shared[key], apart[key]) for key in shared)
+    assert curve(pair / name) == curve(pair / "no_shard")
 
 
 def test_four_processes_train_as_one(single, four):

@@ -77,7 +77,7 @@ class TrainingConfig(Table):
     """LitGPT's word for both dtypes together: true holds and computes in one, mixed holds float32 and computes in 16
     bits. It is written down as dtype and mixed_precision_param."""
     mixed_precision_reduce: Dtype = "float32"
-    """Dtype of gradient reductions between processes."""
+    """Dtype of gradient reductions between processes, where FSDP makes them."""
     seq_len: Annotated[int, Between(2)] = 2048
     """Tokens per sequence."""
     local_batch_size: Count = 1
@@ -183,11 +183,11 @@ class ParallelismConfig(Table):
     sharding_strategy: Strategy = "full_shard"
     """full_shard (ZeRO-3) gathers a block's parameters for forward and again for backward; shard_grad_op (ZeRO-2) keeps
     them in between; hybrid_shard shards within groups of fsdp_degree processes and replicates over the groups; no_shard
-    (DDP) gives every process the whole model."""
+    (as DDP) gives every process the whole model."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the CPU's memory between uses."""
     forward_prefetch: Whole = 1
-    """Blocks whose parameters are gathered ahead of their turn in forward; 0 leaves it to FSDP."""
+    """Blocks whose parameters are gathered ahead of their turn in forward; 0 leaves it to FSDP, where that does it."""
     backward_prefetch: Whole = 1
     """The same in backward."""
     keep_gathered: bool = False

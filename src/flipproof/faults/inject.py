@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from flipproof.errors import ConfigError, first_of
 from flipproof.faults import attention
@@ -463,7 +464,9 @@ def merge(model: nn.Module) -> None:
 
 def _check_restorable(model: nn.Module) -> None:
     fault_state(model)
-    if any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
+    # FSDP may have gathered its weights, and shared ones are DTensors without it
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if sharded or any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
         raise ConfigError(
             ["this model is sharded: its faulty layers stay; flipproof export writes a run's model without them"]
         )

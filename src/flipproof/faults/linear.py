@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flipproof.dtensor import assign_, local, whole
+from flipproof.dtensor import assign_, held, local, whole
 from flipproof.faults.draw import Draw, FaultData, run_name
 from flipproof.faults.fitted import Guards
 from flipproof.faults.philox import derive_key
@@ -161,8 +161,8 @@ class FaultyLinear(FaultSite, nn.Linear):
         weight: Tensor = local(self.weight)
         if self.lora_A is None or self.lora_B is None:
             return weight
-        # rows of W and of B are sharded alike
-        lora_A, lora_B = whole(self.lora_A), local(self.lora_B)
+        rows, *_ = held(self.weight)
+        lora_A, lora_B = whole(self.lora_A), whole(self.lora_B)[rows]
         return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A, alpha=self.lora.scaling).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

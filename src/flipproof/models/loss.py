@@ -22,7 +22,6 @@ made beside the model's own, from the same weights: a ``LossHead`` has neither f
 a faulty layer, and no ``LossHead``: clean for the teacher, and the logits of both are held whole.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -118,7 +117,6 @@ def next_token_loss(
     model: nn.Module,
     ids: Tensor,
     labels: Tensor | None = None,
-    forward: Callable[..., Any] | None = None,
     teacher: Teacher | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
@@ -129,22 +127,21 @@ def next_token_loss(
         ids: int64 token ids of shape (rows, s).
         labels: the same shape, where they are not ``ids``; the mean is over those that are not IGNORED, and 0 where
             all are.
-        forward: what to call in the place of ``model``, where something wraps it.
         teacher: what ``ask_teacher`` gave for the same ids and positions.
         positions: of each token in its sample, where rows hold several (``packed.py``): int64 of the shape of ids.
     """
-    forward, targets = forward or model, ids if labels is None else labels
+    targets = ids if labels is None else labels
     head = model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, LossHead):
-        return _from_head(head, model, ids, forward, positions, targets=targets, teacher=teacher)
+        return _from_head(head, model, ids, positions, targets=targets, teacher=teacher)
     if teacher is not None:
-        return _distilled(forward(**_inputs(ids, positions)).logits, targets, teacher)
+        return _distilled(model(**_inputs(ids, positions)).logits, targets, teacher)
     if labels is not None:  # of which none may count: transformers' mean would be no number
-        logits = forward(**_inputs(ids, positions)).logits[:, :-1].float()
+        logits = model(**_inputs(ids, positions)).logits[:, :-1].float()
         counted = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         total: Tensor = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / counted
         return total
-    loss: Tensor = forward(**_inputs(ids, positions), labels=targets).loss
+    loss: Tensor = model(**_inputs(ids, positions), labels=targets).loss
     return loss
 
 
@@ -165,7 +162,7 @@ def last_states(model: nn.Module, ids: Tensor, positions: Tensor | None = None) 
     model.eval()
     try:
         if isinstance(head, LossHead):
-            return _from_head(head, model, ids, model, positions, gives_hidden=True)
+            return _from_head(head, model, ids, positions, gives_hidden=True)
         states: Tensor = model(**_inputs(ids, positions)).logits
         return states
     finally:
@@ -182,7 +179,7 @@ def loss_by_row(model: nn.Module, ids: Tensor, labels: Tensor | None = None, pos
         logits, targets = model(**_inputs(ids, positions)).logits[:, :-1], targets[:, 1:]
         rows = [_cross_entropy(row, own[:, None]) for row, own in zip(logits, targets.clamp(min=0), strict=True)]
         return _means(torch.stack(rows).squeeze(2).double(), targets)
-    return _from_head(head, model, ids, model, positions, targets=targets, by_row=True)
+    return _from_head(head, model, ids, positions, targets=targets, by_row=True)
 
 
 def _means(losses: Tensor, targets: Tensor) -> Tensor:
@@ -202,14 +199,13 @@ def _from_head(
     head: LossHead,
     model: nn.Module,
     ids: Tensor,
-    forward: Callable[..., Any],
     positions: Tensor | None = None,
     **asked: Any,
 ) -> Tensor:
     """What ``head`` gives in the place of logits, where it has these attributes for one forward pass."""
     vars(head).update(asked)
     try:
-        given: Tensor = forward(**_inputs(ids, positions)).logits
+        given: Tensor = model(**_inputs(ids, positions)).logits
         if head.gave is None or given.data_ptr() != head.gave.data_ptr():
             raise NotImplementedError(f"{type(model).__name__} changes its logits after the output head")
     finally:

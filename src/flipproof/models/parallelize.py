@@ -1,25 +1,33 @@
 """How a model is spread over the processes of a run: recomputation, compilation, sharding, in this order.
 
-The engine is PyTorch's: FSDP2 (``fully_shard``) shards, gathers and reduces; ``no_shard`` is DistributedDataParallel.
-Each block is a unit of its own, gathered for its turn and freed after.
+PyTorch's FSDP2 (``fully_shard``) shards, gathers and reduces; each block is a unit of its own, gathered for its turn
+and freed after. Where all but adapters is frozen, the processes of a node share the weights without it (``frozen.py``).
+What trains is then whole in each process, as all is with ``no_shard``, and gradients are averaged at a step's end.
 
 **The same run on any number of processes.** The global micro-batch is the local ones one after the other, rank 0's rows
 first. Draws are keyed by the index in the whole tensor, so a process draws for its own rows what one process would have
 drawn for them, and all processes see the same faulty weights.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from flipproof.config import ParallelismConfig, RunConfig, TrainingConfig
 from flipproof.faults.inject import fault_state, is_faulty
 from flipproof.models import recompute
-from flipproof.world import World
+from flipproof.models.frozen import FrozenShards, may_share
+from flipproof.world import World, node_size
+
+_SHARDS = "_frozen_shards"
+_BUCKET = 2**24
+"""Values of gradients that are averaged at once; a larger gradient is by itself."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -45,7 +53,11 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
         fault_state(model).rank = world.rank
     computed = cast_to(training, model)
     if world.mesh is not None and config.parallelism.sharding_strategy != "no_shard":
-        _shard(model, layers, config, world)
+        if _may_share(model, layers, config, world):
+            ahead, behind = config.parallelism.forward_prefetch, config.parallelism.backward_prefetch
+            vars(model)[_SHARDS] = FrozenShards(model, layers, _mesh(world), ahead, behind)
+        else:
+            _shard(model, layers, config, world)
     # after FSDP's own, which where the output needs a gradient would gather a frozen embedding in backward, for nothing
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if computed == torch.bfloat16:
@@ -56,11 +68,39 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
         embedding.register_forward_hook(_require_grad)
 
 
+def _may_share(model: nn.Module, layers: list[nn.Module], config: RunConfig, world: World) -> bool:
+    shards, on_a_node, device = _mesh(world)["shard"].size(), node_size(world.size), world.device
+    if not shares_frozen(config.parallelism, shards, on_a_node) or cast_to(config.training, model) is not None:
+        return False
+    if device.type == "cuda":
+        others = [other for other in range(on_a_node) if other != device.index]
+        reached = all(torch.cuda.can_device_access_peer(device, other) for other in others)
+        if not world.least(float(reached)):  # all do the same
+            return False
+    return may_share(model, layers, shards)
+
+
+def shares_frozen(parallelism: ParallelismConfig, shards: int, on_a_node: int) -> bool:
+    """Whether frozen weights that are computed with as they are held lie in the memories of several GPUs of a node."""
+    stays = parallelism.sharding_strategy == "shard_grad_op" or parallelism.keep_gathered
+    return shards > 1 and on_a_node % shards == 0 and not stays and not parallelism.cpu_offload
+
+
+def slots(model: nn.Module) -> list[Tensor]:
+    """What gathered frozen weights lie in, once there was a forward pass."""
+    found = vars(model).get(_SHARDS)
+    return [] if found is None else found.slots
+
+
+def _mesh(world: World) -> DeviceMesh:
+    assert world.mesh is not None
+    return world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
+
+
 def _shard(model: nn.Module, layers: list[nn.Module], config: RunConfig, world: World) -> None:
     training, parallelism = config.training, config.parallelism
-    assert world.mesh is not None
     options: dict[str, Any] = {
-        "mesh": world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"],
+        "mesh": _mesh(world),
         "mp_policy": MixedPrecisionPolicy(
             # None where the weights have that dtype already: adapters and their gathering stay float32
             param_dtype=cast_to(training, model),
@@ -123,21 +163,20 @@ def _prefetch(layers: list[nn.Module], config: ParallelismConfig) -> None:
 
 
 class Gradients:
-    """When processes exchange gradients: after the last micro-batch of a step, not before.
-
-    ``forward`` is what to call for a training forward pass: the model, or with ``no_shard`` what wraps it.
-    """
+    """When processes exchange gradients: after the last micro-batch of a step, not before."""
 
     def __init__(self, model: nn.Module, config: ParallelismConfig, world: World) -> None:
-        self._keep = config.keep_gathered
+        self._keep, self._world = config.keep_gathered, world
         self._model = model
-        self.forward: Callable[..., Any] = model
-        if world.size > 1 and not isinstance(model, FSDPModule):
-            devices = [world.device] if world.device.type == "cuda" else None
-            # else gradients take their memory twice
-            self.forward = nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+    @property
+    def apart(self) -> bool:
+        """Whether a micro-batch asks nothing of other processes."""
+        return not isinstance(self._model, FSDPModule)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """Forward and backward of a micro-batch run within this context."""
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(last)
@@ -145,6 +184,38 @@ class Gradients:
             if self._keep:
                 self._model.set_reshard_after_backward(last)
                 self._model.set_reshard_after_forward(False)
-        elif isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
-            return self.forward.no_sync()
-        return nullcontext()
+        yield
+        if last and self.apart and self._world.size > 1:
+            self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Give each parameter's gradient the mean over the processes; where none has one it stays without."""
+        mine = torch.tensor([parameter.grad is not None for parameter in self._trained], dtype=torch.int32)
+        dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._world.cpu_group)
+        gradients = []
+        for parameter, found in zip(self._trained, mine.tolist(), strict=True):
+            if found:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            together = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0]
+            dist.all_reduce(together)
+            together /= self._world.size
+            if len(bucket) > 1:
+                parts = together.split([gradient.numel() for gradient in bucket])
+                torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Small ones of a dtype together, as they come; large ones by themselves."""
+    gathered: list[Tensor] = []
+    for gradient in gradients:
+        if gathered and (
+            gradient.dtype != gathered[0].dtype or sum(g.numel() for g in gathered) + gradient.numel() > _BUCKET
+        ):
+            yield gathered
+            gathered = []
+        gathered.append(gradient)
+    if gathered:
+        yield gathered

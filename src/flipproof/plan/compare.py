@@ -29,7 +29,7 @@ from flipproof.models.parallelize import checkpointing_of
 from flipproof.plan.estimate import Plan, Request, plan_of, sized
 from flipproof.plan.gpus import GPUS, Gpu, gpu_named
 from flipproof.plan.memory import Spread
-from flipproof.train.cuda_graph import Recorded
+from flipproof.train.cuda_graph import Recorded, peak_allocated
 from flipproof.train.rundir import placed
 from flipproof.train.start import check_trainable, held_dtype, resolve_batch
 from flipproof.train.step import Training
@@ -174,7 +174,9 @@ class _Bench:
         try:
             config = replace(config, parallelism=self._parallelism(strategy))
             world = self._arrange(config.parallelism)
-            spread = Spread(*layout(config.parallelism, world.size, node_size(world.size))[::-1])
+            on_a_node = node_size(world.size)
+            replicas, shards = layout(config.parallelism, world.size, on_a_node)
+            spread = Spread(shards, replicas, on_a_node)
             planned = self._planned(config, spread)
             measured = self._measured(config, world)
         except ConfigError as error:
@@ -265,7 +267,7 @@ def measure_steps(
     for number in range(_WARM_UP, _WARM_UP + count):
         step(number)
     seconds = world.largest(together() - began) / count
-    peak = world.largest(max(torch.cuda.max_memory_allocated(), recorded.peak if recorded else 0)) if on_gpu else None
+    peak = world.largest(peak_allocated(recorded)) if on_gpu else None
     running = exposed = None
     if world.size > 1:
         kind = torch.profiler.ProfilerActivity

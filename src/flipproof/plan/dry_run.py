@@ -10,12 +10,14 @@ with those that read them (pointwise ones, sums, copies) are nothing until somet
 the masks of what guards zeroed are bits.
 """
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,7 +36,7 @@ from flipproof.dtensor import local
 from flipproof.models import recompute
 from flipproof.models.load import compute_context
 from flipproof.models.loss import next_token_loss
-from flipproof.models.parallelize import Gradients, blocks, parallelize
+from flipproof.models.parallelize import Gradients, blocks, parallelize, slots
 from flipproof.plan.memory import Kept, Spread
 from flipproof.plan.shape import make_faulty, without_weights
 from flipproof.train.optimizer import make_optimizer
@@ -84,8 +86,10 @@ def _pretended(spread: Spread) -> Iterator[World]:
         yield World(0, 1, torch.device("cpu"))
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=spread.gpus)
+    on_a_node = str(spread.node or spread.gpus)
     try:
-        yield World(0, spread.gpus, torch.device("cpu"))
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=on_a_node):
+            yield World(0, spread.gpus, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -108,13 +112,14 @@ def _step_of(config: RunConfig, model: torch.nn.Module, world: World, seen: "_Al
     ids = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
 
     def step() -> None:
-        held = [*model.parameters(), *model.buffers()]
+        held = [*model.parameters(), *model.buffers(), *slots(model)]
         held += [value for state in optimizer.state.values() for value in state.values()]
         seen.hold([local(tensor) for tensor in held])
         for last in [False] * (training.gradient_accumulation_steps > 1) + [True]:
-            with gradients.micro_batch(last):
+            # what is averaged at the end has a buffer of 64 MiB
+            with nullcontext() if gradients.apart else gradients.micro_batch(last):
                 with compute_context(training, model):
-                    loss = next_token_loss(model, ids, forward=gradients.forward)
+                    loss = next_token_loss(model, ids)
                 loss.backward()
             seen.settle()
         optimizer.step()

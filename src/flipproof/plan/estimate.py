@@ -18,6 +18,8 @@ from flipproof.world import layout
 
 _ROOM = 0.94
 """Of a GPU's memory, what training fills, as ``activation_checkpointing = "auto"`` has it."""
+_NODE = 8
+"""GPUs of a node, where more than are asked for would do."""
 _KEEPS: dict[str, Keep] = {"full": "nothing", "selective": "products", "none": "everything"}
 
 
@@ -187,7 +189,7 @@ def _spread(config: RunConfig, request: Request) -> Spread:
                 "divide so"
             ]
         ) from error
-    return Spread(shards, replicas)
+    return Spread(shards, replicas, request.gpus)
 
 
 def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> None:
@@ -198,7 +200,7 @@ def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> Non
     would = None
     if spread.shards > 1 and _least(shape, offloading(config), spread) <= _room(gpu):
         would = "parallelism.cpu_offload = true"
-    elif more := [n for n in (2**i for i in range(1, 13)) if _least(shape, config, Spread(n, 1)) <= _room(gpu)]:
+    elif more := [n for n in (2**i for i in range(1, 13)) if _least(shape, config, Spread(n, 1, _NODE)) <= _room(gpu)]:
         would = f"full_shard over {more[0]} of them"
     raise ConfigError(
         [

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from flipproof.config import RunConfig
 from flipproof.models.loss import HELD_LOGITS
+from flipproof.models.parallelize import shares_frozen
 from flipproof.models.recompute import LEVELS, Keep
 from flipproof.plan.shape import Shape
 
@@ -72,10 +73,26 @@ class Spread:
     shards: int
     """GPUs that share each parameter; 1 is the whole model on each."""
     replicas: int
+    node: int | None = None
+    """GPUs of a node; None is all."""
 
     @property
     def gpus(self) -> int:
         return self.shards * self.replicas
+
+
+def shares(shape: Shape, config: RunConfig, spread: Spread) -> bool:
+    """Whether GPUs read frozen weights from their neighbours (``models/frozen.py``), in the place of FSDP."""
+    as_held = held_bytes(config) == computed_bytes(config)
+    if not config.lora.r or not as_held or shape.divisor % spread.shards:
+        return False
+    return shares_frozen(config.parallelism, spread.shards, spread.node or spread.gpus)
+
+
+def slots(shape: Shape, config: RunConfig) -> int:
+    """Of blocks that are read from neighbours."""
+    parallelism = config.parallelism
+    return min(shape.blocks, 1 + max(1, parallelism.forward_prefetch, parallelism.backward_prefetch))
 
 
 def held_bytes(config: RunConfig) -> int:
@@ -132,15 +149,19 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     """Of each GPU, where one block after the other is the one at work."""
     training, c, held = config.training, computed_bytes(config), held_bytes(config)
     tokens, trains = training.local_batch_size * training.seq_len, not config.lora.r
-    adapters, sharded = shape.adapters * shape.blocks, spread.shards > 1
+    shared = shares(shape, config, spread)
+    adapters, sharded = shape.adapters * shape.blocks, spread.shards > 1 and not shared
     trained = shape.parameters if trains else adapters
     h, f = shape.hidden, shape.ffn
+    # of what trains, where frozen weights are shared, each GPU has all
+    shards = 1 if shared else spread.shards
+    apart = shape.matrices if shared else shape.parameters  # what is shared
     always = {
-        "weights": held * shape.parameters / spread.shards,
-        "adapters": 4 * adapters / spread.shards,
-        "AdamW's moments": 8 * trained / spread.shards,
+        "weights": held * (shape.parameters - apart + apart / spread.shards),
+        "adapters": 4 * adapters / shards,
+        "AdamW's moments": 8 * trained / shards,
     }
-    gradients = 4 * trained / spread.shards
+    gradients = 4 * trained / shards
     host, copied = 0.0, 0.0
     if config.parallelism.cpu_offload:  # what is sharded lies there, and comes a block at a time
         host, always, gradients = sum(always.values()) + gradients, {}, 0.0
@@ -155,6 +176,8 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     # what works, and NCCL's buffer of what was gathered last, which FSDP keeps until the next is
     at_loss = (2 * head + stay) * sharded
     at_block = (stay + head if stays else 2 * unit) * sharded + copied
+    if shared:  # the slots
+        at_loss = at_block = held * (slots(shape, config) * shape.products + max(shape.embedding, shape.head))
     logits = tokens * shape.vocabulary
     if shape.whole_logits:  # as computed; in float32, where that is another dtype; and their gradient
         loss = logits * (shape.whole_logits * c + (8 if c < 4 else 4)) + tokens * h * c

@@ -4,17 +4,28 @@ Products: the FLOPs that the mathematics asks for (``train/throughput.py``), wit
 again, but for a block's last product, whose result backward does not need, over a share of the GPU's dense peak. Flips
 and merges move bytes through the GPU's memory: an input is read and written for each layer that it enters, a weight is
 read and written when it is merged, flipped or both, in forward and, where flipped operands are not kept, again in
-backward. Communication is what FSDP2 gathers and reduces. It runs beside the rest, so a step takes the longer of the
-two, and the first and last block's share of it in any case; FSDP copies what it gathered out of its buffers, and while
-NCCL's kernels run, products are slower. With ``cpu_offload`` shards come over PCI Express for each gather, gradients go
-back over it, and AdamW runs on the CPU, by the bytes that it moves there (which nothing here has measured).
+backward. Communication is what FSDP2 gathers and reduces, or what GPUs read of their neighbours' frozen weights. It
+runs beside the rest, so a step takes the longer of the two, and the first and last block's share of it in any case;
+FSDP copies what it gathered out of its buffers, and products beside communication are slower. Where what trains is
+whole on each GPU, its gradients are averaged at the end, beside nothing. With ``cpu_offload`` shards come over PCI
+Express for each gather, gradients go back over it, and AdamW runs on the CPU, by the bytes that it moves there (which
+nothing here has measured).
 """
 
 from dataclasses import dataclass
 
 from flipproof.config import RunConfig
 from flipproof.plan.gpus import Gpu
-from flipproof.plan.memory import Kept, Spread, computed_bytes, gathered_adapter_bytes, held_bytes, reduced_bytes
+from flipproof.plan.memory import (
+    Kept,
+    Spread,
+    computed_bytes,
+    gathered_adapter_bytes,
+    held_bytes,
+    reduced_bytes,
+    shares,
+    slots,
+)
 from flipproof.plan.shape import Shape
 
 OF_BANDWIDTH = 0.85
@@ -23,7 +34,7 @@ OF_LINK = 0.75
 """Of a link, what NCCL's all-gather reaches."""
 CPU_BANDWIDTH = 40.0
 """Of the CPU's memory, for each GPU of its node, in 10⁹ bytes a second: a node of eight has some 300."""
-BESIDE_NCCL = 0.25
+BESIDE = 0.25
 """Of the time that communication takes, what it costs the products beside it (8B on 4 GPUs: benchmarks/README.md)."""
 
 
@@ -71,21 +82,29 @@ def pace(
     products = tokens * flops / (gpu.peak * efficiency)
     flips = accumulation * _flipped_bytes(shape, config, kept) / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
 
-    gathered = copied = 0.0
-    times = 0
-    others = 1 - 1 / spread.shards
-    if spread.shards > 1:
+    trained = shape.adapters * shape.blocks if config.lora.r else shape.parameters
+    gathered = copied = scattered = replicated = 0.0
+    times, others = 0, 1 - 1 / spread.shards
+    gradient = 4
+    if shared := shares(shape, config, spread):
+        # the last blocks of forward are there still when backward begins
+        fetched = (2 * shape.blocks - slots(shape, config)) * shape.products + shape.embedding + shape.head
+        gathered = accumulation * c * fetched * others
+    elif spread.shards > 1:
+        gradient = reduced_bytes(config)
         whole = c * shape.parameters + shape.adapters * shape.blocks * gathered_adapter_bytes(config)
         again_for_backward = config.parallelism.sharding_strategy != "shard_grad_op"
         times = 1 if config.parallelism.keep_gathered else accumulation * (1 + again_for_backward)
         gathered = whole * others * times
         copied = 2 * whole * times / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
-    trained = shape.adapters * shape.blocks if config.lora.r else shape.parameters
-    gradient = reduced_bytes(config) if spread.shards > 1 else 4
-    scattered = gradient * trained * others
-    # an all-reduce is a reduce-scatter and a gather
-    replicated = 2 * gradient * trained / spread.shards * (1 - 1 / spread.replicas)
+        scattered = gradient * trained * others
+        # an all-reduce is a reduce-scatter and a gather
+        replicated = 2 * gradient * trained / spread.shards * (1 - 1 / spread.replicas)
     communication = ((gathered + scattered) / links[0] + replicated / links[1]) / (1e9 * OF_LINK)
+    averaged = average = 0.0
+    if shared or spread.shards == 1:
+        averaged = 2 * gradient * trained * (1 - 1 / spread.gpus)
+        average = averaged / (min(links) * 1e9 * OF_LINK)
     adam = 0.0
     if config.parallelism.cpu_offload:
         shard = (held_bytes(config) * shape.parameters + 4 * shape.adapters * shape.blocks) / spread.shards
@@ -93,17 +112,17 @@ def pace(
         # reads weights, gradients and both moments, and writes all but gradients, in float32
         adam = 28 * trained / spread.shards / (CPU_BANDWIDTH * 1e9)
     ends = 2 * communication / max(1, shape.blocks * accumulation)
-    exposed = max(communication - products - flips, ends) if communication else 0.0
-    slowed = copied + BESIDE_NCCL * communication
+    exposed = average + (max(communication - products - flips, ends) if communication else 0.0)
+    slowed = copied + BESIDE * communication
     return Pace(
         products,
         flips,
         slowed,
-        communication,
+        communication + average,
         exposed,
         adam,
         gathered,
-        scattered + replicated,
+        scattered + replicated + averaged,
         training.seq_len * config.sequences_per_step(spread.gpus),
     )
 

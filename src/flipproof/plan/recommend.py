@@ -50,7 +50,7 @@ def recommend(config: RunConfig, request: Request) -> list[Option]:
         config.parallelism, sharding_strategy="full_shard", fsdp_degree=None, replicas=None, cpu_offload=False
     )
     shape, config = sized(replace(config, parallelism=usual), total)
-    check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1), gpu)
+    check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1, request.gpus), gpu)
     sequences = config.training.local_batch_size * config.training.gradient_accumulation_steps
     options = []
     for parallelism, spread in _ways(config, request):
@@ -84,12 +84,12 @@ def _ways(config: RunConfig, request: Request) -> Iterator[tuple[Any, Spread]]:
         return
     for offload in (False, True):
         own = replace(usual, cpu_offload=offload)
-        yield own, Spread(total, 1)
-        yield replace(own, sharding_strategy="shard_grad_op"), Spread(total, 1)
+        yield own, Spread(total, 1, request.gpus)
+        yield replace(own, sharding_strategy="shard_grad_op"), Spread(total, 1, request.gpus)
         for degree in range(2, request.gpus + 1):
             if request.gpus % degree == 0 and degree < total:
                 hybrid = replace(own, sharding_strategy="hybrid_shard", fsdp_degree=degree, replicas=total // degree)
-                yield hybrid, Spread(degree, total // degree)
+                yield hybrid, Spread(degree, total // degree, request.gpus)
     yield replace(usual, sharding_strategy="no_shard"), Spread(1, total)
 
 

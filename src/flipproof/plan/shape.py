@@ -1,6 +1,7 @@
 """The sizes of a model that a plan counts with, read off the model itself on the meta device, faults and adapters
 included: nothing is loaded, and no weights are needed."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,8 @@ class Shape:
     """0 where it is the embedding's weight."""
     rest: int
     """The last norm, and what else is in no block."""
+    divisor: int
+    """The largest number that divides the rows of all matrices."""
     flops: float
     """That training needs for a token, forward and backward, recomputing nothing."""
     forward_flops: float
@@ -52,6 +55,11 @@ class Shape:
     def parameters(self) -> int:
         """Without adapters."""
         return self.blocks * self.block + self.embedding + self.head + self.rest
+
+    @property
+    def matrices(self) -> int:
+        """Of the parameters those that are no vectors."""
+        return self.blocks * self.products + self.embedding + self.head
 
 
 def shape_of(config: RunConfig) -> Shape:
@@ -99,6 +107,7 @@ def shape_of(config: RunConfig) -> Shape:
         embedding=embedding.numel(),
         head=own_head,
         rest=frozen - len(layers) * block - embedding.numel() - own_head,
+        divisor=math.gcd(embedding.shape[0], *(p.shape[0] for p in first.parameters() if p.dim() == 2)),
         flops=_training_flops(model, config),
         forward_flops=forward,
         whole_logits=0 if isinstance(head, LossHead) else 3 if caps else 2,

@@ -18,13 +18,20 @@ from torch import Tensor, nn
 
 from flipproof.data.sequences import Batch
 from flipproof.log import logger
+from flipproof.models.frozen import shared_bytes
 
 MicroBatch = Callable[[Batch, "float | Tensor"], Tensor]
 """Adds the gradients of a micro-batch: (batch, what its loss is multiplied with) -> its loss."""
 
 
+def peak_allocated(recorded: "Recorded | None" = None) -> int:
+    """Bytes of this process's GPU that tensors have taken at most, with what a record takes when it runs and what
+    shards lie in."""
+    return max(torch.cuda.max_memory_allocated(), recorded.peak if recorded else 0) + shared_bytes()
+
+
 class Recorded:
-    """A micro-batch that is recorded when it runs the second time; the first may compile. For one training on one GPU.
+    """A micro-batch that is recorded when it runs the second time; the first may compile.
 
     Memory that a record needs is its own until it is released.
     """
@@ -47,8 +54,8 @@ class Recorded:
         self._calls = 0
         self._within = 0
         self.peak = 0
-        """Bytes allocated at most until now, where there is a record. PyTorch counts what a record needs within when it
-        is made, and not when it runs: beside AdamW's moments, say, which come later."""
+        """Bytes that PyTorch allocated at most until now, where there is a record. It counts what a record needs within
+        when that is made, and not when it runs: beside AdamW's moments, say, which come later."""
 
     def __call__(self, batch: Batch, factor: float) -> Tensor:
         """As what is recorded; the loss is overwritten by the next."""
@@ -101,7 +108,13 @@ class Recorded:
         torch.cuda.reset_peak_memory_stats()
         try:
             # a record that fails leaves its stream the current one
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(
+                    graph,
+                    capture_error_mode="thread_local",  # NCCL's watchdog asks for events meanwhile
+                ),
+            ):
                 self._loss = self._run(self._batch, self._factor)
             made = [(p, p.grad, own) for p, own in zip(self._trained, sums, strict=True) if p.grad is not None]
             self._with_gradient = [parameter for parameter, _, _ in made]

@@ -61,7 +61,7 @@ from flipproof.train.checkpoint import (
     whole_checkpoint,
 )
 from flipproof.train.ending import Kind, write_all_results, write_cards, write_weights
-from flipproof.train.metrics import StepLog, check_trackers, log_in, logged_before
+from flipproof.train.metrics import StepLog, check_trackers, log_in, logged_before, peak_memory_gib
 from flipproof.train.optimizer import learning_rate
 from flipproof.train.resume import begun_with, check_not_done, compare, examine_model, text_fingerprint, text_segments
 from flipproof.train.rundir import Record, check_run_dir, forget_abandoned, held, placed
@@ -410,7 +410,7 @@ class _Course:
                 if done % config.log_freq == 0 or done == config.steps:
                     tokens, skipped = (int(run.progress[name]) for name in ("sequences", "skipped"))
                     tokens *= config.seq_len
-                    peak = run.peak_memory_gib()
+                    peak = peak_memory_gib(run.recorded)
                     log.write(done, tokens, run.mean_loss(loss), lr, float(grad_norm), skipped, peak)
                     self.logged += 1
                 if run.goes_nowhere:

@@ -33,6 +33,7 @@ from flipproof.files import named, sync, write_atomically
 from flipproof.log import bar, logger
 from flipproof.records import CONFIG, METRICS, append_line, lines
 from flipproof.train.checkpoint import logged_lines, step_of
+from flipproof.train.cuda_graph import Recorded, peak_allocated
 from flipproof.train.throughput import communication_share, flops_per_token, peak_flops
 from flipproof.train.trace import StepProfiler
 from flipproof.world import World
@@ -352,10 +353,11 @@ def logged_before(run_dir: Path, checkpoint: Path, begins: int) -> tuple[int, in
     return len(kept), min(begins, done)
 
 
-def peak_memory_gib() -> float:
-    """Peak memory of this process in GiB: on the GPU where it uses one, else resident."""
+def peak_memory_gib(recorded: Recorded | None = None) -> float:
+    """Peak memory of this process in GiB: on the GPU where it uses one, else resident. ``recorded``: what its
+    micro-batches may be."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return peak_allocated(recorded) / 2**30
     if sys.platform == "linux":  # whose ru_maxrss begins with the peak of the process that started this one
         found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if found:  # not every container says it

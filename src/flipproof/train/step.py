@@ -29,7 +29,6 @@ from flipproof.models.loss import ask_teacher, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks
 from flipproof.train.checkpoint import Progress, list_checkpoints
 from flipproof.train.cuda_graph import Recorded
-from flipproof.train.metrics import peak_memory_gib
 from flipproof.train.optimizer import LossScale, make_optimizer
 from flipproof.world import World
 
@@ -160,10 +159,6 @@ class Training:
         sequences.zero_()
         return mean
 
-    def peak_memory_gib(self) -> float:
-        """As the function of this name, with what a record needs when it runs."""
-        return max(peak_memory_gib(), self.recorded.peak / 2**30 if self.recorded else 0.0)
-
     def release(self) -> None:
         """Give back what only training needs."""
         if self.recorded is not None:
@@ -172,7 +167,7 @@ class Training:
     def _may_record(self) -> bool:
         """Whether a micro-batch may be recorded as a CUDA graph, as far as is known before."""
         drops_layers = getattr(getattr(self.model, "config", None), "layerdrop", 0)  # which is drawn on the CPU
-        return self.world.device.type == "cuda" and self.world.size == 1 and not drops_layers
+        return self.world.device.type == "cuda" and self.gradients.apart and not drops_layers
 
     def _weights(self, sequence: int) -> tuple[list[float], int]:
         """Of the step that begins with the given sequence: (what the mean loss of each of this process's micro-batches
@@ -212,9 +207,7 @@ class Training:
         training, (ids, labels, positions) = self.config.training, batch
         with compute_context(training, self.model):
             teacher = ask_teacher(self.model, ids, training.distill, positions) if training.distill else None
-            return next_token_loss(
-                self.model, ids, labels=labels, forward=self.gradients.forward, teacher=teacher, positions=positions
-            )
+            return next_token_loss(self.model, ids, labels=labels, teacher=teacher, positions=positions)
 
     def _is_finite(self, step: int, loss: Tensor, grad_norm: Tensor, weight: int) -> bool:
         """Whether the step may be taken; all processes decide alike, whichever of them has the loss that is not.
