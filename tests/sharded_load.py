@@ -42,6 +42,9 @@ class CountingFile:
             def get_shape(self):
                 return whole_slice.get_shape()
 
+            def get_dtype(self):
+                return whole_slice.get_dtype()
+
             def __getitem__(self, index):
                 global READ
                 part = whole_slice[index]

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flipproof.faults.spec import BitFlipSpec, Fault, LoraSpec, Pattern
+from flipproof.faults.fault import Fault, Pattern
+from flipproof.faults.spec import BitFlipSpec, LoraSpec
 
 if TYPE_CHECKING:  # what needs torch is imported when it is asked for: the command line answers long before
     from flipproof.faults.inject import (

@@ -16,7 +16,7 @@ from typing import Any
 from flipproof.config import RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import Granularity
+from flipproof.faults.fault import Granularity
 from flipproof.files import check_writable, finite, write_atomically
 from flipproof.log import logger
 from flipproof.measure.arms import Arm

@@ -52,7 +52,7 @@ def said(capsys, *argv):
          "training.local_batch_size"),
         ("train --lr", "--lr: a value is missing"),
         ("train m --p_exp 1", "--p_exp: unknown flag; did you mean --bitflip.w_p_exp or --bitflip.x_p_exp or "
-         "--bitflip.kv_p_exp?"),
+         "--bitflip.kv_p_exp or --bitflip.w_scale_p_exp?"),
         ("train --resume runs/x", "--resume = 'runs/x': auto or a checkpoint's name (step-N) is allowed; MODEL comes "
          "first"),
         ("train m --profile maybe", "logging.profile = 'maybe': true or false is allowed"),
@@ -161,7 +161,7 @@ def test_words_of_other_tools_that_mean_one_thing_work(theirs, ours):
         ("train m --with_tracking", "logging.wandb"),
         ("train m --model m", "flipproof VERB MODEL"),
         ("train m --data JSON", "data.source"),
-        ("train m --quantize bnb.nf4", "training.dtype"),
+        ("train m --quantize bnb.nf4", "model.quantize"),
         ("train m --trust_remote_code", "never run"),
         ("train m --train.global_batch_size 16", "--training.global_batch_size"),
         ("train m --train.micro_batch_size 1", "--training.local_batch_size"),

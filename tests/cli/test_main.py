@@ -105,7 +105,13 @@ def test_keys_shows_all_that_are_meant_below_their_tables(capsys):
         assert main(["keys", name]) == 0
         shown[name] = re.findall(r"^(?:  --[\w.]+|\[\w+\])", capsys.readouterr().out, re.MULTILINE)
     assert shown == {
-        "p_exp": ["[bitflip]", "  --bitflip.w_p_exp", "  --bitflip.x_p_exp", "  --bitflip.kv_p_exp"],
+        "p_exp": [
+            "[bitflip]",
+            "  --bitflip.w_p_exp",
+            "  --bitflip.x_p_exp",
+            "  --bitflip.kv_p_exp",
+            "  --bitflip.w_scale_p_exp",
+        ],
         "seed": ["[training]", "  --training.seed", "[bitflip]", "  --bitflip.base_seed"],
         "patterns": ["[bitflip]", "  --bitflip.include_patterns", "  --bitflip.skip_patterns"],
     }

@@ -13,23 +13,24 @@ import torch
 from scipy import stats
 
 from flipproof.faults import cpu, guard
-from flipproof.faults.draw import Draw
+from flipproof.faults.draw import Draw, rates_of
+from flipproof.faults.fault import Fault
 from flipproof.faults.philox import derive_key
 from flipproof.faults.poisson import BLOCK, ball_cdf, flip_plan, split
 
 FALSE_ALARM = 1e-6
 LAYOUT = {torch.bfloat16: (16, 7), torch.float16: (16, 10), torch.float32: (32, 23)}
+LOW_BITS = {"integer4": (4, 0), "e2m1": (4, 1), "nf4": (4, 0), "e4m3": (8, 3), "e8m0": (8, 0), "integer8": (8, 0)}
 KEY = derive_key(0, "test/x")
 
 
 def masks(dtype, p_exp, p_frac, n, key=KEY, tick=0, offset=0):
-    """Which bits flip: unsigned integers of shape (n,)."""
-    zeros = torch.zeros(n, dtype=dtype)
-    cpu.flip_(
-        zeros,
-        None,
-        Draw(torch.tensor([p_exp, p_frac], dtype=torch.float64), None, torch.tensor(key), torch.tensor(tick), offset),
-    )
+    """Which bits flip: unsigned integers of shape (n,). ``dtype`` may be the name of elements of few bits."""
+    zeros = torch.zeros(n, dtype=torch.uint8 if dtype in LOW_BITS else dtype)
+    rates = rates_of(Fault(p_exp, p_frac), dtype)
+    cpu.flip_(zeros, None, Draw(rates, None, torch.tensor(key), torch.tensor(tick), offset))
+    if dtype in LOW_BITS:
+        return zeros.numpy()
     return zeros.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy().view(f"uint{LAYOUT[dtype][0]}")
 
 
@@ -46,7 +47,7 @@ def scalar_philox(counter, key):
 
 
 def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
-    bits, mantissa = LAYOUT[dtype]
+    bits, mantissa = (LAYOUT | LOW_BITS)[dtype]
     lanes = 32 // bits
     group_count = BLOCK // (4 * lanes)
     fields = [(p_exp, mantissa, bits - mantissa), (p_frac, 0, mantissa)]
@@ -98,7 +99,7 @@ def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
     return np.array(out)
 
 
-@pytest.mark.parametrize("dtype", LAYOUT)
+@pytest.mark.parametrize("dtype", [*LAYOUT, "integer4", "e2m1", "e4m3", "e8m0"])
 @pytest.mark.parametrize(
     ("p_exp", "p_frac"), [(2**-9, 2**-8), (0.0, 2**-7), (0.3, 2**-9), (0.5, 0.0), (0.499, 0.3), (2**-8, 0.42)]
 )
@@ -106,7 +107,7 @@ def test_equal_to_a_scalar_implementation(dtype, p_exp, p_frac):
     n, offset, tick = 3000, 3 * BLOCK - 1000, 2**40 + 5
     expected = scalar_masks(dtype, p_exp, p_frac, n, KEY, tick, offset)
     np.testing.assert_array_equal(masks(dtype, p_exp, p_frac, n, tick=tick, offset=offset), expected)
-    assert expected.any()
+    assert expected.any() or (p_exp == 0 and dtype in ("integer4", "e8m0"))  # which have no mantissa
 
 
 def test_high_block_numbers_reach_the_counter():
@@ -153,6 +154,18 @@ def test_every_bit_flips_at_the_stated_rate(dtype, p):
         flips = masks(dtype, p, p, n, tick=tick)
         counts += bit_counts(flips[flips != 0] if p < 0.01 else flips, bits)
     assert_rates(counts, n * ticks, p)
+
+
+@pytest.mark.parametrize("element", LOW_BITS)
+@pytest.mark.parametrize("p", [2**-8, 0.05, 0.3, 0.45, 0.5])
+def test_real_bits_flip_at_the_stated_rate_and_padding_never(element, p):
+    bits, mantissa = LOW_BITS[element]
+    n = 2**18
+    found = masks(element, p, p / 2, n)
+    for bit in range(8):
+        own = 0 if bit >= bits else p / 2 if bit < mantissa else p
+        low, high = stats.binom.ppf([FALSE_ALARM / 80, 1 - FALSE_ALARM / 80], n, own)
+        assert low <= int((found >> bit & 1).sum()) <= high
 
 
 def test_the_rate_test_would_see_a_wrong_rate():

@@ -14,9 +14,9 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
+from flipproof.faults.fault import GRANULARITIES
 from flipproof.faults.inject import fault_sites, fault_state
 from flipproof.faults.same_model import with_own_weights
-from flipproof.faults.spec import GRANULARITIES
 
 LAST = "model.layers.1.mlp.down_proj"
 SPEC = {"w_p_frac": 1e-3, "x_p_frac": 1e-3}

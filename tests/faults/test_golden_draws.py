@@ -14,6 +14,7 @@ import torch
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec, Pattern
+from flipproof.faults.layouts import LAYOUTS
 
 GOLDEN = Path(__file__).with_name("golden_draws.json")
 DTYPES = {"bfloat16": torch.int16, "float16": torch.int16, "float32": torch.int32}
@@ -30,6 +31,7 @@ PATTERNS = {
 }
 WHERE = {"near": {"seed": 0, "site": "a/x", "tick": 0}, "far": {"seed": 2**63 - 1, "site": "b/w", "tick": 2**47 + 3}}
 ELEMENTS = 3 * 8192 + 5
+LOW_BITS = ("integer4", "nf4", "e2m1", "e8m0", "e4m3", "e5m2", "integer8", "nf4-scale")
 
 
 def every_kind_of_value(dtype):
@@ -51,6 +53,24 @@ def flips():
         same_p = PATTERNS[name].burst > 1
         draw = {"p_exp": 2e-3, "p_frac": 2e-3 if same_p else 5e-4, "offset": offset, "pattern": PATTERNS[name]}
         yield f"{dtype} {name} {where}", dtype, draw | WHERE[where] | {"zero_out_t": 2.0**9}
+
+
+def flips_of_low_bits():
+    """(name, element, draw) of patterns of 4 and 8 bits, as quantised weights have."""
+    for element, (p_exp, p_frac), where in product(LOW_BITS, PROBABILITIES, WHERE):
+        yield f"{element} {p_exp} {p_frac} {where}", element, {"p_exp": p_exp, "p_frac": p_frac, "offset": 8192 * 5 - 3}
+    for element, name in product(LOW_BITS, PATTERNS):
+        if PATTERNS[name].p_bits or PATTERNS[name].protected_bits:
+            continue  # of bits that not all have
+        draw = {"p_exp": 2e-3, "p_frac": 2e-3, "offset": 2**40 + 64, "pattern": PATTERNS[name]}
+        yield f"{element} {name} far", element, draw | WHERE["far"]
+
+
+def digest_of_low_bits(name, element, draw):
+    x = ((torch.arange(ELEMENTS) * 2654435761 + 12345) % 2 ** LAYOUTS[element].bits).to(torch.uint8)
+    where = WHERE[name.rpartition(" ")[2]]
+    y = flipproof.flip(x, element=element, **draw | where)
+    return hashlib.blake2b(y.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def of_flips():
@@ -93,6 +113,11 @@ def golden():
 @pytest.mark.parametrize(("name", "dtype", "draw"), [pytest.param(*case, id=case[0]) for case in flips()])
 def test_draws_are_those_of_every_version(golden, name, dtype, draw):
     assert digest(flipproof.flip(every_kind_of_value(dtype), **draw)) == golden[name]
+
+
+@pytest.mark.parametrize(("name", "element", "draw"), [pytest.param(*case, id=case[0]) for case in flips_of_low_bits()])
+def test_draws_of_low_bits_are_those_of_every_version(golden, name, element, draw):
+    assert digest_of_low_bits(name, element, draw) == golden[name]
 
 
 def test_a_models_draws_are_those_of_every_version(golden, tiny_llama, token_ids):

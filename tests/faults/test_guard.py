@@ -10,9 +10,9 @@ from flipproof import Pattern
 from flipproof.faults import cpu
 from flipproof.faults.draw import rates_of
 from flipproof.faults.dtypes import DTYPES
+from flipproof.faults.fault import Fault
 from flipproof.faults.guard import channels_of, guard_of, limits_of, magnitude_bits
 from flipproof.faults.philox import derive_key
-from flipproof.faults.spec import Fault
 
 GPU = torch.cuda.is_available()
 WHERE = {"seed": 3, "site": "a/x", "tick": 9}

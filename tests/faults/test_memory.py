@@ -19,20 +19,37 @@ from torch import nn
 import flipproof
 from flipproof import BitFlipSpec, Pattern
 from flipproof.faults import memory
+from flipproof.faults.layouts import LAYOUTS
 from flipproof.faults.philox import counter, derive_key, philox
 from flipproof.faults.poisson import BLOCK
+from flipproof.formats.codes import NF4, dynamic_map
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SITE = {"seed": 7, "site": "layer/w", "tick": 3}
 FALSE_ALARM = 1e-6
 
 
+LOW_BITS = ("integer4", "nf4", "e2m1", "e4m3", "e8m0")
+
+
+def integers(dtype):
+    """(bits of an element, the integers that hold them)."""
+    if isinstance(dtype, str):
+        return LAYOUTS[dtype].bits, torch.uint8
+    return dtype.itemsize * 8, torch.int16 if dtype.itemsize == 2 else torch.int32
+
+
+def flip(x, dtype, **how):
+    return flipproof.flip(x, element=dtype if isinstance(dtype, str) else None, **how)
+
+
 def masks(p, pattern, n, dtype=torch.bfloat16, p_frac=None, **where):
     """int64 bits that a flip of zeros sets; a value that was zeroed shows none."""
-    y = flipproof.flip(
-        torch.zeros(n, dtype=dtype), p_exp=p, p_frac=p if p_frac is None else p_frac, pattern=pattern, **SITE | where
-    )
-    return y.view(torch.int16 if dtype.itemsize == 2 else torch.int32).long() & (1 << dtype.itemsize * 8) - 1
+    bits, integer = integers(dtype)
+    zeros = torch.zeros(n, dtype=integer if isinstance(dtype, str) else dtype)
+    p_frac = p if p_frac is None else p_frac
+    y = flip(zeros, dtype, p_exp=p, p_frac=p_frac, pattern=pattern, **SITE | where)
+    return y.view(integer).long() & (1 << bits) - 1
 
 
 def bits_of(mask, bits):
@@ -118,23 +135,24 @@ def as_masks(wrong, first, count, bits):
     return torch.tensor(out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "e4m3", "e2m1"])
 @pytest.mark.parametrize(
     ("fault", "p"),
     [
         ({"persistent": True}, 0.001),
-        ({"p_bits": (("exp", 0.004), ("0-2", 0.0005), ("sign", 0.0))}, 0.0),
+        ({"p_bits": (("exp", 0.004), ("0-1", 0.0005), ("sign", 0.0))}, 0.0),
         ({"burst": 37}, 0.05),
-        ({"p_row": 0.1, "row_bytes": 64}, 0.0),
-        ({"p_row": 0.1, "row_bytes": 1024, "p_bits": (("exp", 0.001),)}, 0.0),
+        ({"p_row": 0.5, "row_bytes": 32}, 0.0),
+        ({"p_row": 0.1, "row_bytes": 1024, "p_bits": (("exp", 0.005),)}, 0.0),
     ],
 )
 def test_wrong_bits_are_those_of_the_definition(dtype, fault, p):
-    bits = dtype.itemsize * 8
+    bits, _ = integers(dtype)
     offset, count = 8000, 400  # across a border of blocks, inside of rows
     pattern = Pattern(**fault)
     got = masks(p, pattern, count, dtype, offset=offset)
     p_bits = pattern.bit_probabilities(p, p, str(dtype).removeprefix("torch."))
+    assert len(p_bits) == bits
     tick = 0 if pattern.persistent else SITE["tick"]
     wrong = scalar_wrong_bits(
         offset, offset + count, p_bits, derive_key(7, "layer/w"), tick, pattern.burst, pattern.p_row, pattern.row_bytes
@@ -415,14 +433,14 @@ def test_the_code_corrects_one_error_and_finds_two():
         assert hamming_like([e for e in errors if e < 64], [e - 64 for e in errors if e >= 64])[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, *LOW_BITS])
 def test_secded_does_to_each_word_what_the_code_says(dtype):
     """The errors of data and check bits by the definition, word by word, through another decoder."""
-    bits, p = dtype.itemsize * 8, 0.02
-    per_word, n = 64 // bits, 1000
-    x = torch.ones(n, dtype=dtype)
-    y = flipproof.flip(x, p_exp=p, p_frac=p, pattern=Pattern(protection="secded"), **SITE)
-    kind = torch.int16 if bits == 16 else torch.int32
+    (bits, kind), p = integers(dtype), 0.02
+    per_word, n = 64 // bits, 1008
+    x = torch.ones(n, dtype=kind if isinstance(dtype, str) else dtype)
+    y = flip(x, dtype, p_exp=p, p_frac=p, pattern=Pattern(protection="secded"), **SITE)
+    null = {"integer4": 8, "nf4": NF4.index(0)}.get(dtype, 0)
     key = derive_key(7, "layer/w")
     wrong = scalar_wrong_bits(0, n, [p] * bits, key, 3)
     checks = {
@@ -440,11 +458,23 @@ def test_secded_does_to_each_word_what_the_code_says(dtype):
         outcomes.add((len(data) + len(check), lost, bool(left)))
         part = slice(word * per_word, (word + 1) * per_word)
         if lost:
-            expected[part] = 0
+            expected[part] = null
         for bit in left:
             expected[word * per_word + bit // bits] ^= 1 << bit % bits
     assert {(0, False, False), (1, False, False), (2, True, False), (3, False, True)} <= outcomes
     assert torch.equal(y.view(kind).long() & (1 << bits) - 1, expected)
+
+
+@pytest.mark.parametrize(("element", "number"), [("integer8", 128), ("nf4-scale", int((dynamic_map() < 0).sum()))])
+def test_a_lost_word_of_codes_becomes_what_stands_for_nothing(element, number):
+    x = torch.full((8,), 3, dtype=torch.uint8)
+    pattern = Pattern(protection="secded")
+    lost = [
+        y.unique().tolist()
+        for seed in range(40)
+        if (y := flip(x, element, p_exp=0.02, p_frac=0.02, pattern=pattern, **SITE | {"seed": seed})).ne(3).all()
+    ]
+    assert [number] in lost
 
 
 def test_secded_leaves_what_its_closed_form_says():

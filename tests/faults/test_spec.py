@@ -4,7 +4,7 @@ import pytest
 
 from flipproof import BitFlipSpec, Fault, LoraSpec
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import Pattern
+from flipproof.faults.fault import Pattern
 from flipproof.values import Seed, checked
 
 

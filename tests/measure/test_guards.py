@@ -21,8 +21,8 @@ from flipproof.data.samples import read, whole_rows
 from flipproof.data.sequences import load_text
 from flipproof.data.source import open_source
 from flipproof.errors import ConfigError
+from flipproof.faults.fault import Fitted
 from flipproof.faults.fitted import Guards, read_guards
-from flipproof.faults.spec import Fitted
 from flipproof.measure import guards as measure_guards
 from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import fit_guards

@@ -296,3 +296,41 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(run, tmp_path):
     checkpoint.rename(run / "checkpoints" / "gone")
     refused("no complete checkpoint", run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["int8", "mxfp4", "nvfp4", "nf4"])
+def test_a_quantised_export_is_opened_by_transformers_and_by_us(run, tmp_path, token_ids, name):
+    """Logits of ``transformers`` with the format's own library, of our model that keeps the codes, and of the merged
+    model whose weights are quantised and dequantised by hand."""
+    from flipproof.config import ModelConfig
+    from flipproof.formats.quantise import dequantise, quantise
+    from flipproof.models.load import load_model
+
+    export(run, tmp_path / "merged")
+    export(run, tmp_path / name, quantize=name)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    dtype = torch.float32 if name in ("int8", "nf4") else torch.bfloat16  # compressed-tensors' own of the others
+    for key, layer in expected.named_modules():
+        if isinstance(layer, torch.nn.Linear) and key != "lm_head":
+            layer.weight.data = dequantise(quantise(layer.weight.data, name), dtype).float()
+    ours = load_model(ModelConfig(hf_model_path=str(tmp_path / name)), byte_tokenizer(), "float32", 0)
+    with torch.no_grad():
+        logits = expected(token_ids).logits
+        close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.03}
+        torch.testing.assert_close(ours(token_ids).logits, logits, **close)
+        if name != "nf4":  # whose kernel needs rows of a block; tests/formats/test_config.py has it of a wider model
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype).eval()
+            torch.testing.assert_close(theirs(token_ids).logits.float(), logits, **close)
+
+
+def test_formats_that_no_checkpoint_has_and_groups_that_do_not_divide_are_refused(run, tmp_path):
+    for name, kind, problem in (
+        ("fp8-e5m2", "model", "no checkpoint holds fp8-e5m2"),
+        ("int3", "model", "format = 'int3'"),
+        ("int8", "adapter", "--quantize int8: adapters are not quantised"),
+        ("int4", "model", "model.layers.0.self_attn.q_proj: int4 has groups of 128 in-features"),
+    ):
+        with pytest.raises(ConfigError, match=problem) as error:
+            export(run, tmp_path / "new", kind, quantize=name)
+        assert len(error.value.problems) == 1
+        assert not (tmp_path / "new").exists()

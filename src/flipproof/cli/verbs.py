@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from flipproof.cli.arguments import Argument, Verb, checkpoint_of, devices_of, path_of, value_of
+from flipproof.cli.model import check_plain
 from flipproof.cli.presets import escaped, print_config, print_keys
 from flipproof.config import SECTIONS, RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import GRANULARITIES, field_names
+from flipproof.faults.fault import GRANULARITIES
+from flipproof.faults.spec import field_names
 from flipproof.launch import EXIT_REQUEUE, tell_launcher
 from flipproof.log import logger
 from flipproof.records import CONFIG
@@ -101,6 +103,7 @@ def _sweep(args: Namespace, config: RunConfig) -> None:
 
 
 def _plan(args: Namespace, config: RunConfig) -> None:
+    check_plain("plan", config)
     from flipproof.plan.answer import all_ways, this_way
     from flipproof.plan.estimate import Request
 
@@ -115,6 +118,7 @@ def _plan(args: Namespace, config: RunConfig) -> None:
 
 
 def _compare(args: Namespace, config: RunConfig) -> int:
+    check_plain("compare", config)
     from flipproof.plan.compare import as_records, as_table, compare
 
     found = compare(config, args.strategies, args.checkpointing, args.steps, args.node_link, args.efficiency)
@@ -135,7 +139,7 @@ def _export(args: Namespace) -> None:
         raise ConfigError([f"{args.run} holds no run ({CONFIG} is missing)"])
     from flipproof.train.export import export
 
-    _say(export(args.run, args.to, args.format, args.step))
+    _say(export(args.run, args.to, args.format, args.step, args.quantize))
 
 
 def _demo(args: Namespace) -> None:
@@ -451,6 +455,7 @@ VERBS = {
                 default="model",
             ),
             _flag("--step", "That step's checkpoint; default: the last one.", "N", int),
+            _flag("--quantize", "A model in this format: int8, int4, fp8, nf4, mxfp4, nvfp4, …", "FORMAT"),
         ),
         ("flipproof export runs/default --to merged", "flipproof export runs/default --to adapter --format adapter"),
     ),

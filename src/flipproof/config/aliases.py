@@ -103,7 +103,7 @@ ANSWERS = {
     "mixed_precision": _PRECISION,
     "bf16": _PRECISION,
     "fp16": "it is training.precision = '16-mixed'",
-    "quantize": "there are no quantized weights; training.dtype is bfloat16, float16 or float32",
+    "quantize": "it is model.quantize, by the format's name alone, such as nf4 for bnb.nf4-dq",
     "devices": _PROCESSES,
     "num_nodes": _PROCESSES,
     "num_processes": _PROCESSES,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from flipproof.errors import ConfigError
-from flipproof.faults.spec import GRANULARITIES, OPERANDS, Bits, Granularity, Operand, is_bits
+from flipproof.faults.fault import GRANULARITIES, Granularity
+from flipproof.faults.layouts import is_bits
+from flipproof.faults.spec import OPERANDS, Bits, Operand
 from flipproof.values import Between, Table, checked
 
 MAX_POINTS = 10_000_000

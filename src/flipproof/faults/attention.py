@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
 from flipproof.faults.draw import FaultData
+from flipproof.faults.fault import Fault
 from flipproof.faults.fitted import Guards
-from flipproof.faults.spec import BitFlipSpec, Fault
+from flipproof.faults.spec import BitFlipSpec
 from flipproof.faults.state import FaultSite, FaultState
 
 _CHILD = "faulty_keys_values"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from flipproof.faults.draw import Draw
+from flipproof.faults.dtypes import INTEGERS
 from flipproof.faults.guard import channels_of, guard_, magnitude_bits
 from flipproof.faults.philox import BALLS, COINS, COUNTS, DIGITS, MAX_BLOCK, Words, check_tick, counter, philox
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan
@@ -29,7 +30,7 @@ def flip(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> torch.Tensor
 
 
 def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
-    """Invert bits of a contiguous CPU tensor in place, then guard it.
+    """Invert bits of a contiguous CPU tensor in place, then guard it. One of uint8 may be elsewhere, too.
 
     ``grad``, where given, is a contiguous tensor of the same shape that becomes 0 where the guard zeroed the value.
     """
@@ -40,11 +41,14 @@ def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
         raise ValueError(f"offset = {offset}: an element's index runs from 0 to 2^61 - 1")
     if x.numel() == 0:
         return
-    p_exp, p_frac, _ = draw.drawn()
-    plan = flip_plan(x.dtype, p_exp, p_frac)
+    rates = draw.drawn()
+    plan = flip_plan(rates.layout or x.dtype, rates.p_exp, rates.p_frac)
     channels, inner = (1, 1) if limits is None else channels_of(limits, x.shape)
     flat = x.detach().view(-1)
-    bits = flat.view(torch.int32 if plan.element_bits == 32 else torch.int16).numpy().view(plan.unsigned)
+    if flat.device.type != "cpu":
+        flat ^= _masks(flat, plan, key_number, tick_number, offset)
+        return
+    bits = flat.view(INTEGERS[x.dtype]).numpy().view(plan.unsigned)
     in_range = limits is not None and not plan.dense and _all_below(x.detach(), limits)
     flipped = flip_bits_(bits, plan, key_number, tick_number, offset)
     if limits is None:
@@ -61,6 +65,13 @@ def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
         bits[out] = 0
         if grad is not None:
             grad.view(-1).index_fill_(0, torch.from_numpy(out), 0)
+
+
+def _masks(x: torch.Tensor, plan: FlipPlan, key: int, tick: int, offset: int) -> torch.Tensor:
+    """The bits to invert in each element of a flat tensor of uint8, drawn here and taken to where it is."""
+    masks = np.zeros(x.numel(), dtype=np.uint8)
+    flip_bits_(masks, plan, key, tick, offset)
+    return torch.from_numpy(masks).to(x.device)
 
 
 def merge(
@@ -212,8 +223,10 @@ def dense_masks(plan: FlipPlan, blocks: np.ndarray, key: int, tick: int) -> np.n
         coins = np.uint64(plan.coins)
         uniform = philox(*counter(np.array(COINS), groups, blocks[:, None], tick), key)
         words = [coin & ~word & coins | word & ~coins for coin, word in zip(uniform, words, strict=True)]
-    masks = np.stack(words, axis=1).astype("<u4")  # (blocks, 4, G): a block's words in order
-    return masks.view(plan.unsigned).reshape(len(blocks), BLOCK)
+    masks = np.stack(words, axis=1).astype("<u4").view(plan.unsigned)  # (blocks, 4, …): a block's words in order
+    if plan.element_bits == 4:
+        masks = np.stack([masks & 15, masks >> 4], axis=-1)
+    return masks.reshape(len(blocks), BLOCK)
 
 
 def ball_counts(plan: FlipPlan, words: Words) -> tuple[np.ndarray, np.ndarray]:

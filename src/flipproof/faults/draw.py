@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flipproof.faults.dtypes import DTYPES, dtype_name
+from flipproof.faults.fault import PROTECTIONS, Fault, Stored
 from flipproof.faults.guard import guard_of, limits_of
-from flipproof.faults.spec import PROTECTIONS, Fault, Stored
+from flipproof.faults.layouts import FLOATS, LAYOUTS, Layout
 
 _NEXT_RUN = 0x9E3779B97F4A7C15
 
@@ -25,6 +26,8 @@ class Rates(NamedTuple):
     p_frac: float
     stored: Stored | None
     """None: flips are independent, and new at each tick."""
+    layout: Layout | None = None
+    """Of elements that are uint8 and flip independently."""
 
 
 class Draw(NamedTuple):
@@ -64,7 +67,7 @@ class Draw(NamedTuple):
     @property
     def patterned(self) -> bool:
         """Whether flips are other than independent and new at each tick."""
-        return self.rates.shape[0] > 2
+        return self.rates.shape[0] > 4
 
     def of_nothing(self) -> "Draw":
         """Without flips, guard and protection: for operators that do something else besides."""
@@ -75,13 +78,21 @@ class Draw(NamedTuple):
         return _rates(*self.rates.tolist())
 
 
-def rates_of(fault: Fault, dtype: torch.dtype) -> Tensor:
-    """(2,) float64: p_exp and p_frac; where flips are not independent, the fields of ``Stored`` follow."""
-    stored = fault.stored(dtype_name(dtype)) if fault.pattern else None
+def rates_of(fault: Fault, element: torch.dtype | str) -> Tensor:
+    """(2,) float64: p_exp and p_frac. Where flips are not independent, the fields of ``Stored`` follow; where they are
+    and the element is no dtype, how many bits it has, and how many of these are a mantissa's.
+
+    Args:
+        element: a dtype, or one of ``LAYOUTS``.
+    """
+    name = element if isinstance(element, str) else dtype_name(element)
+    stored = fault.stored(name) if fault.pattern else None
     numbers = [fault.p_exp, fault.p_frac]
     if stored is not None:
-        protection = PROTECTIONS.index(stored.protection)
-        numbers += [stored.persistent, stored.burst, stored.p_row, stored.row_bytes, protection, *stored.p_bits]
+        how = stored.persistent, stored.burst, stored.p_row, stored.row_bytes, PROTECTIONS.index(stored.protection)
+        numbers += [*how, stored.lost, *stored.p_bits]
+    elif name not in FLOATS:
+        numbers += LAYOUTS[name][:2]
     return torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -89,9 +100,11 @@ def rates_of(fault: Fault, dtype: torch.dtype) -> Tensor:
 def _rates(p_exp: float, p_frac: float, *more: float) -> Rates:
     if not more:
         return Rates(p_exp, p_frac, None)
-    persistent, burst, p_row, row_bytes, protection, *p_bits = more
-    name = PROTECTIONS[int(protection)]
-    return Rates(p_exp, p_frac, Stored(tuple(p_bits), bool(persistent), int(burst), p_row, int(row_bytes), name))
+    if len(more) == 2:
+        return Rates(p_exp, p_frac, None, Layout(bits=int(more[0]), mantissa=int(more[1])))
+    persistent, burst, p_row, row_bytes, protection, lost, *p_bits = more
+    how = bool(persistent), int(burst), p_row, int(row_bytes), PROTECTIONS[int(protection)], int(lost)
+    return Rates(p_exp, p_frac, Stored(tuple(p_bits), *how))
 
 
 NO_RATES = rates_of(Fault(), torch.float32)
@@ -100,8 +113,12 @@ NO_RATES = rates_of(Fault(), torch.float32)
 class FaultData:
     """A fault as data: what is known of one operand of one layer before there is a key."""
 
-    def __init__(self, fault: Fault, guard: Tensor | None = None) -> None:
-        """``guard``: thresholds that were fitted, in the place of the fault's own."""
+    def __init__(self, fault: Fault, guard: Tensor | None = None, element: str | None = None) -> None:
+        """
+        Args:
+            guard: thresholds that were fitted, in the place of the fault's own.
+            element: what a uint8 tensor holds, of ``LAYOUTS``; None where tensors are of a dtype to compute with.
+        """
         self.fault = fault
         self.flips = fault.flips
         self.persistent = fault.persistent
@@ -112,7 +129,7 @@ class FaultData:
         self.thresholds = 0 if guard is None else guard.numel()
         self.one = None if guard is None or guard.numel() > 1 else float(guard)
         self._limits: dict[torch.dtype, Tensor] = {}
-        self._rates: dict[torch.dtype, Tensor] = {}
+        self._rates: dict[torch.dtype, Tensor] = {} if element is None else {torch.uint8: rates_of(fault, element)}
         for dtype in DTYPES:  # all of them now, since what is compiled cannot make more
             if guard is not None:
                 self._limits[dtype] = limits_of(guard, dtype)

@@ -2,11 +2,12 @@
 
 import torch
 
-from flipproof.faults.spec import MANTISSA_BITS
+from flipproof.faults.layouts import FLOATS
 
-DTYPES = tuple(getattr(torch, name) for name in MANTISSA_BITS)
+DTYPES = tuple(getattr(torch, name) for name in FLOATS)
 INTEGERS = {dtype: torch.int32 if dtype.itemsize == 4 else torch.int16 for dtype in DTYPES}
 """By whose view a dtype's bits are looked at."""
+INTEGERS[torch.uint8] = torch.uint8  # patterns of up to 8 bits
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from flipproof.faults.draw import FaultData
+from flipproof.faults.fault import Fault
 from flipproof.faults.fitted import Guards
 from flipproof.faults.linear import key_device
-from flipproof.faults.spec import BitFlipSpec, Fault
+from flipproof.faults.spec import BitFlipSpec
 from flipproof.faults.state import FaultSite, FaultState
 
 

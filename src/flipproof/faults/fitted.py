@@ -22,8 +22,8 @@ from torch import Tensor
 
 from flipproof.dtensor import held, local
 from flipproof.errors import ConfigError, first_of
+from flipproof.faults.fault import GRANULARITIES, Fault, Fitted, Granularity
 from flipproof.faults.guard import guard_of
-from flipproof.faults.spec import GRANULARITIES, Fault, Fitted, Granularity
 from flipproof.files import named, replace_file
 from flipproof.log import logger
 from flipproof.records import GUARDS, sealed, unsealed

@@ -81,7 +81,8 @@ class FlipCount:
         before, after, between = before[index], after[index], between[index]
         bits, zeroed = before ^ between, after != between
         if draw.decoder:  # which zeroes whole values: that flips no bits
-            lost = (between == 0) & (before != 0)
+            pattern = _lost(draw)
+            lost = (between == pattern) & (before != pattern)
             bits, zeroed = torch.where(lost, 0, bits), zeroed | lost
         operand = name.rpartition("/")[2]
         self.flipped_bits[operand] += int(sum((bits >> bit & 1).sum() for bit in range(x.dtype.itemsize * 8)))
@@ -270,12 +271,12 @@ class Replay:
                 f"{self.path}: in pass {tick} {name}[{int(index[at]) + offset}] holds bits {int(held[at]):#x}, and in "
                 f"the log {int(before[at]):#x}"
             )
-            if operand == "w":
+            if operand == "w" or operand.startswith("w_"):
                 raise ConfigError([f"{seen}; the log is of other weights"])
             if not self._said:
                 logger.warning("%s: the log's flips are done to what is there now", seen)
             self._said = True
-        after = torch.where(zeroed.bool(), 0, held ^ mask)
+        after = torch.where(zeroed.bool(), _lost(draw), held ^ mask)
         flat[index] = after.to(flat.dtype)
         self.flipped_bits[operand] += sum(int(bits).bit_count() for bits in mask.tolist())
         self.zeroed[operand] += int(zeroed.sum())
@@ -299,6 +300,12 @@ class _Place(NamedTuple):
     mask: int
     zeroed: bool
     before: int
+
+
+def _lost(draw: Draw) -> int:
+    """The bit pattern of what guard or protection zeroed."""
+    stored = draw.drawn().stored
+    return stored.lost if stored else 0
 
 
 def _ones(dtype: torch.dtype) -> int:

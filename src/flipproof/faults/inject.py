@@ -6,9 +6,9 @@ on the meta device; likewise an embedding, and attention (``attention.py``), whe
 raises leaves the model as it was.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,54 +18,27 @@ from torch.distributed.tensor import DTensor
 
 from flipproof.errors import ConfigError, first_of
 from flipproof.faults import attention
+from flipproof.faults.coverage import Coverage, coverage_of, nothing_matched
 from flipproof.faults.dtypes import DTYPES, dtype_name
 from flipproof.faults.embedding import FaultyEmbedding
+from flipproof.faults.fault import Fault
 from flipproof.faults.fitted import read_guards
+from flipproof.faults.layouts import ELEMENT_BITS
 from flipproof.faults.linear import FaultyLinear, keep_hooks
 from flipproof.faults.matching import adapters_by_layer, check_layers_of_adapters, unmatched_patterns
 from flipproof.faults.philox import check_tick
+from flipproof.faults.quantised import FaultyQuantisedLinear, check_parts
 from flipproof.faults.same_model import check_fitted, site_name
-from flipproof.faults.spec import ELEMENT_BITS, OPERANDS, BitFlipSpec, Fault, LoraSpec
+from flipproof.faults.spec import OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
 from flipproof.faults.ties import merge_adapters
+from flipproof.formats.linear import QuantisedLinear
 from flipproof.log import logger
 from flipproof.values import Seed, checked
 
 _SPREADS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
-_HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What ``inject`` did. Its string is a report for people."""
-
-    covered: tuple[str, ...]
-    """Names of the layers that are faulty now."""
-    skipped: dict[str, str]
-    """Every other ``nn.Linear``: name -> why it was left alone."""
-    uncovered: dict[str, str]
-    """Other modules that multiply by weights which no Linear swap can see, and which the config leaves alone: name ->
-    what they are."""
-    flops_share: float
-    """Covered share of the weight FLOPs of one token (two per weight; attention scores are not counted)."""
-    memories: tuple[str, ...] = ()
-    """What else is faulty: embeddings, and attention modules whose keys and values are."""
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.covered)} faulty linear layers cover {self.flops_share:.1%} of the model's weight FLOPs"]
-        if self.memories:
-            lines.append(f"faulty besides: {_shortened(self.memories)}")
-        for title, modules in (("left alone", self.skipped), ("out of reach", self.uncovered)):
-            reasons: dict[str, list[str]] = {}
-            for name, reason in modules.items():
-                reasons.setdefault(reason, []).append(name)
-            for reason, names in reasons.items():
-                lines.append(f"{title} ({reason}): {_shortened(names)}")
-        return "\n".join(lines)
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+_LINEAR = (nn.Linear, QuantisedLinear)
+HEAD_NAMES = ("lm_head", "output", "embed_out", "head")
 
 
 def inject(
@@ -108,18 +81,21 @@ def inject(
     for line in unmatched_patterns(spec, _matchable(model, spec)):
         logger.warning("%s", line)
     head = output_head(model)
-    plain = {site_name(name): module is head for name, module in model.named_modules() if type(module) is nn.Linear}
+    plain = {site_name(name): module is head for name, module in model.named_modules() if type(module) in _LINEAR}
     lora = adapters_by_layer(lora, plain)
     planned: dict[int, tuple[str, str]] = {}  # id -> (site, kind)
     names: dict[str, int] = {}  # of linear layers to swap; one may have several
     adapted: dict[str, int] = {}  # those that get an adapter and no faults
     skipped: dict[str, str] = {}
+    meant: list[nn.Module] = []  # of bitflip.sites, whether or not they have faults
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear:
+        if type(module) not in _LINEAR:
             continue
         site = planned[id(module)][0] if id(module) in planned else site_name(name)
-        kind = "head" if module is head or (head is None and site in _HEAD_NAMES) else "linear"
+        kind = "head" if module is head or (head is None and site in HEAD_NAMES) else "linear"
         layer_spec = spec.for_layer(site)
+        if kind in spec.sites and layer_spec is not None:
+            meant.append(module)
         alone = (kind not in spec.sites or layer_spec is None) and isinstance(lora, Mapping) and lora.get(site)
         if name and alone:
             planned.setdefault(id(module), (site, kind))
@@ -129,7 +105,7 @@ def inject(
             skipped[name] = "the output head" if kind == "head" else "not among bitflip.sites"
         elif layer_spec is None:
             skipped[name] = "skipped by the config"
-        elif not (layer_spec.x.active or layer_spec.w.active or _lora_of(lora, site)):
+        elif not (layer_spec.x.active or _weight_active(module, layer_spec) or _lora_of(lora, site)):
             skipped[name] = "no fault configured"
         elif not name:
             raise ValueError("the model itself is an nn.Linear; put it in a module to inject it")
@@ -139,14 +115,15 @@ def inject(
     if isinstance(lora, Mapping):
         check_layers_of_adapters(lora, {site for site, _ in planned.values()})
     elif lora and not names:
-        nothing = _nothing_matched(spec, skipped)
+        nothing = nothing_matched(spec, skipped)
         raise ConfigError([f"lora.r = {lora.r}: adapters are made on linear layers of bitflip.sites; {nothing}"])
-    coverage = _coverage(model, names, skipped, spec)
+    coverage = coverage_of(model, names, skipped, spec)
     table, table_name = _embedding(model)
     table_spec = _table_spec(table, table_name, spec)
     kv_faults = attention.planned(model, spec)
+    check_parts(spec, meant, bool(table_spec))
     if not (names or adapted or table_spec or kv_faults):
-        raise ConfigError([_nothing_matched(spec, skipped)])
+        raise ConfigError([nothing_matched(spec, skipped)])
     _check_layers(model, names | adapted)
     state = FaultState(spec.base_seed, spec.exact_gradient)
     state.computed = computed
@@ -162,10 +139,13 @@ def inject(
             continue
         site, kind = planned[which]
         layer_spec, linear = spec.for_layer(site), model.get_submodule(name)
-        x_fault, w_fault = (Fault(), Fault()) if layer_spec is None or name in adapted else (layer_spec.x, layer_spec.w)
+        layer_spec, own = None if name in adapted else layer_spec, _lora_of(lora, site)
+        if isinstance(linear, QuantisedLinear):
+            swapped[which] = FaultyQuantisedLinear(linear, site, layer_spec, own, state, kind)
+            continue
+        x_fault, w_fault = (layer_spec.x, layer_spec.w) if layer_spec else (Fault(), Fault())
         # tied weights are one memory
         w_site = site_name(table_name) if getattr(table, "weight", None) is linear.weight else None
-        own = _lora_of(lora, site)
         swapped[which] = FaultyLinear(linear, site, x_fault, w_fault, own, state, kind, w_site)  # type: ignore[arg-type]
     if state.guards is not None:
         faulty = [*swapped.values(), *([table] if table_spec else [])]
@@ -183,6 +163,10 @@ def inject(
     state.sites = list(fault_sites(model).values())
     state.watch(model)
     return replace(coverage, memories=(*([table_name] if table_spec else []), *kv_faults))
+
+
+def _weight_active(module: nn.Module, spec: BitFlipSpec) -> bool:
+    return any(fault.active for fault in (spec.stored if isinstance(module, QuantisedLinear) else [spec.w]))
 
 
 def _check_use(spec: BitFlipSpec) -> None:
@@ -213,7 +197,9 @@ def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
     """Raises ConfigError for linear layers whose weights are not two plain parameters of a dtype whose bits flip."""
     problems = []
     for name in names:
-        own = dict(model.get_submodule(name).named_parameters(recurse=False))
+        if isinstance(layer := model.get_submodule(name), QuantisedLinear):
+            continue
+        own = dict(layer.named_parameters(recurse=False))
         if more := own.keys() - {"weight", "bias"}:
             problems.append(f"{name} computes its weight from {', '.join(sorted(more))}: make it a plain one first")
         elif own["weight"].dtype not in DTYPES:
@@ -232,11 +218,13 @@ def _matchable(model: nn.Module, spec: BitFlipSpec) -> list[str]:
     alone is no slip."""
     attentions = attention.attention_modules(model) if spec.any_kv_fault else {}
     return [
-        *_HEAD_NAMES,
+        *HEAD_NAMES,
         *(
             site_name(name)
             for name, module in model.named_modules(remove_duplicate=False)
-            if name in attentions or any(weight.dim() >= 2 for weight in module.parameters(recurse=False))
+            if name in attentions
+            or isinstance(module, QuantisedLinear)
+            or any(weight.dim() >= 2 for weight in module.parameters(recurse=False))
         ),
     ]
 
@@ -284,18 +272,6 @@ def _table_spec(table: Any, name: str, spec: BitFlipSpec) -> BitFlipSpec | None:
     return layer_spec
 
 
-def _nothing_matched(spec: BitFlipSpec, skipped: dict[str, str]) -> str:
-    if not skipped:
-        return "no layer matched: the model has no nn.Linear"
-    reasons = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
-    return (
-        f"no layer matched include_patterns = {list(spec.include_patterns)}, "
-        f"skip_patterns = {list(spec.skip_patterns)}, "
-        f"layer_name_to_config = {list(spec.layer_name_to_config)}; the model's linear layers are {reasons}"
-        + (f" and {len(skipped) - 3} more" if len(skipped) > 3 else "")
-    )
-
-
 def output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     try:
@@ -303,44 +279,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
     except NotImplementedError:  # transformers models without a head
         head = None
     return head if isinstance(head, nn.Module) else None
-
-
-def _coverage(model: nn.Module, names: Mapping[str, int], skipped: dict[str, str], spec: BitFlipSpec) -> Coverage:
-    """What swapping the layers called ``names`` covers. Raises ConfigError where weights out of reach go unsaid."""
-    total = inside = out = 0.0
-    uncovered: dict[str, str] = {}
-    unsaid: list[str] = []
-    config = getattr(model, "config", None)
-    active_experts = getattr(config, "num_experts_per_tok", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):  # a look-up, not a product
-            continue
-        flops = 0.0
-        for p in module.parameters(recurse=False):
-            if p.dim() == 3 and active_experts:  # experts of which a token sees some
-                flops += p.numel() * min(1.0, active_experts / len(p))
-            elif p.dim() >= 2:
-                flops += p.numel()
-        total += flops
-        if name in names:
-            inside += flops
-        elif flops and name not in skipped:
-            uncovered[name] = f"{type(module).__name__} is not an nn.Linear"
-            if not any(pattern in name for pattern in spec.skip_patterns):
-                out += flops
-                unsaid.append(name)
-    wanted = "linear" in spec.sites and (spec.w.active or spec.x.active or names or spec.layer_name_to_config)
-    if unsaid and wanted:
-        kinds = sorted({type(model.get_submodule(name)).__name__ for name in unsaid})
-        raise ConfigError(
-            [
-                f"{type(model).__name__}: {out / total:.1%} of the weight FLOPs are out of reach of faults, in "
-                f"{' and '.join(kinds)} ({_shortened(unsaid)}); to leave them clean knowingly, name them in "
-                "bitflip.skip_patterns"
-            ]
-        )
-    covered = tuple({which: name for name, which in reversed(list(names.items()))}.values())[::-1]
-    return Coverage(covered, skipped, uncovered, inside / total if total else 0.0)
 
 
 def fault_sites(model: nn.Module) -> dict[str, FaultSite]:
@@ -396,6 +334,12 @@ def set_faults(model: nn.Module, spec: BitFlipSpec) -> None:
     """
     _check_use(spec)
     state, guards = fault_state(model), read_guards(spec.guards) if spec.guards else None
+    there = [site for site in fault_sites(model).values() if site.kind in spec.sites and spec.for_layer(site.site)]
+    check_parts(
+        spec,
+        [site for site in there if isinstance(site, nn.Linear)],
+        table=any(isinstance(site, FaultyEmbedding) for site in there),
+    )
     if guards is not None and (state.fitting is None or guards.digest != state.fitting.digest):
         check_fitted(model, guards, state)
     found = [
@@ -458,6 +402,9 @@ def merge(model: nn.Module) -> None:
         ValueError: as ``remove`` does.
     """
     _check_restorable(model)
+    for layer in model.modules():
+        if isinstance(layer, FaultyQuantisedLinear) and layer.lora_A is not None:
+            layer.merged_weight()  # which says why there is none
     merge_adapters(model)
     _restore(model)
 
@@ -491,9 +438,7 @@ def _restore(model: nn.Module) -> None:
         if not isinstance(module, FaultyLinear):
             continue
         if id(module) not in plain:
-            # on meta: no memory is taken for parameters that are replaced at once
-            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
+            linear = module.plain()
             linear.train(module.training)
             keep_hooks(linear, module)
             plain[id(module)] = linear

@@ -29,7 +29,7 @@ equal on all ranks, so that a weight is one weight wherever its rows are; new fo
 backward computes forward again, or a CUDA graph launches it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,10 @@ from torch import Tensor, nn
 
 from flipproof.dtensor import assign_, held, local, whole
 from flipproof.faults.draw import Draw, FaultData, run_name
+from flipproof.faults.fault import Fault
 from flipproof.faults.fitted import Guards
 from flipproof.faults.philox import derive_key
-from flipproof.faults.spec import BitFlipSpec, Fault, LoraSpec
+from flipproof.faults.spec import BitFlipSpec, LoraSpec
 from flipproof.faults.state import FaultSite, FaultState
 
 ops = torch.ops.flipproof
@@ -69,7 +70,7 @@ class FaultyLinear(FaultSite, nn.Linear):
     Made by ``flipproof.inject``; ``weight`` and ``bias`` are the very parameters of the layer that it replaces.
     """
 
-    keyed = ("x_key", "w_key", "dropout_key")
+    keyed: ClassVar[tuple[str, ...]] = ("x_key", "w_key", "dropout_key")
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     dropout_key: Tensor
@@ -90,7 +91,7 @@ class FaultyLinear(FaultSite, nn.Linear):
         """``w_site``: the site of the module that holds the same weight, where there is one."""
         nn.Module.__init__(self)  # the parameters come from ``linear``: nothing is allocated twice
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self._take(linear)
         self.training = linear.training
         keep_hooks(self, linear)
         self.site, self.kind = site, kind
@@ -101,7 +102,7 @@ class FaultyLinear(FaultSite, nn.Linear):
         self.dropped = FaultData(Fault(p_frac=min(lora.dropout, 1 - lora.dropout)))
         if lora.r:
             # Adapters are trained, so they are fp32 whatever the dtype of the frozen weight.
-            device = self.weight.device
+            device = self._home().device
             self.lora_A = nn.Parameter(torch.empty(lora.r, self.in_features, dtype=torch.float32, device=device))
             self.lora_B = nn.Parameter(torch.empty(self.out_features, lora.r, dtype=torch.float32, device=device))
             self.reset_lora_parameters()
@@ -109,6 +110,21 @@ class FaultyLinear(FaultSite, nn.Linear):
             self.register_parameter("lora_A", None)
             self.register_parameter("lora_B", None)
         self.refresh_keys()
+
+    def _take(self, linear: nn.Linear) -> None:
+        """Hold what ``linear`` does."""
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def _home(self) -> Tensor:
+        """A tensor that is where the weight is."""
+        return self.weight
+
+    def plain(self) -> nn.Linear:
+        """A layer without faults and adapters, of the same weight and bias."""
+        # on meta: no memory is taken for parameters that are replaced at once
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
 
     def reset_lora_parameters(self) -> None:
         """A uniform in ±1/√in (what ``nn.Linear`` and PEFT use), B zero. A is a function of the site alone, so
@@ -134,7 +150,7 @@ class FaultyLinear(FaultSite, nn.Linear):
         return x, self.data_of("w", w_fault, guards, (self.out_features, 1))
 
     def refresh_keys(self) -> None:
-        device = key_device(self.weight)
+        device = key_device(self._home())
         self.x_key, self.w_key = (self._key(self.draw_name(operand), device) for operand in "xw")
         self.dropout_key = self._key(f"{self.site}/lora_dropout", device)
         for fault in (self.x_fault, self.w_fault):
@@ -192,7 +208,7 @@ class FaultyLinear(FaultSite, nn.Linear):
                 weight = state.flip_hook(self.draw_name("w", run), weight, w_draw)
             return F.linear(x, weight, bias)
         checkpointed = self.checkpointed and torch.is_grad_enabled()
-        product = _Product(self.lora.scaling, state.exact_gradient, checkpointed)
+        product = Product(self.lora.scaling, state.exact_gradient, checkpointed)
         y: Tensor = _FaultyMatmul.apply(x, weight, bias, lora_A, lora_B, x_draw, w_draw, product)
         return y
 
@@ -210,7 +226,7 @@ class FaultyLinear(FaultSite, nn.Linear):
         return f"{super().extra_repr()}, x={self.x_fault}, w={self.w_fault}{lora}"
 
 
-def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: Draw) -> Tensor:
+def flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: Draw) -> Tensor:
     """x̃ as forward had it, drawn again ``after`` a gradient has arrived, so that no compiler keeps forward's for it.
     ``grad``, where given, becomes 0 where the guard zeroed."""
     arguments = draw.arguments
@@ -218,7 +234,7 @@ def _flip_again(x: Tensor, grad: Tensor | None, after: Tensor, draw: Draw) -> Te
     return y
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
     """How a faulty product is made."""
 
     scaling: float
@@ -242,7 +258,7 @@ class _FaultyMatmul(torch.autograd.Function):
         lora_B: Tensor | None,  # (out, r)
         x_draw: Draw,
         w_draw: Draw,
-        product: _Product,
+        product: Product,
     ) -> Tensor:
         need_w, _, need_A, need_B = ctx.needs_input_grad[1:5]
         ctx.corrects = w_draw.zeroes and product.exact and (need_A or need_B) and not need_w
@@ -284,20 +300,20 @@ class _FaultyMatmul(torch.autograd.Function):
             if w_draw.zeroes:
                 kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
             if w_draw.active:
-                flipped_w = _flip_again(flipped_w, kept, grad_y, w_draw)
+                flipped_w = flip_again(flipped_w, kept, grad_y, w_draw)
         elif merged is not None:
             flipped_w = merged
         elif lora_A is not None:
             flipped_w, zeroed = ops.merge_grad(weight, lora_A, lora_B, scaling, grad_y, ctx.corrects, *w_draw.arguments)
         elif w_draw.active:
-            flipped_w = _flip_again(weight, None, grad_y, w_draw)
+            flipped_w = flip_again(weight, None, grad_y, w_draw)
         if need_x:
             grad_x = (grad_y @ flipped_w).view(x.shape)
         flipped_x = x
         if zeroed_x is not None and grad_x is not None:
             ops.zero_marked_(zeroed_x, grad_x)
         if x_draw.active and not ctx.keeps_x:
-            flipped_x = _flip_again(x, grad_x, grad_y, x_draw)
+            flipped_x = flip_again(x, grad_x, grad_y, x_draw)
         flipped_x = flipped_x.reshape(-1, x.shape[-1])  # (n, in)
         if need_bias:
             grad_bias = grad_y.sum(0)

@@ -21,8 +21,9 @@ inverted by a fair coin (purpose ROW_COINS) besides what else happens to it.
 
 **Protection** looks at the stored word, whose check bits have faults of their own, at the mean rate of the bits that
 they check. SECDED is Hsiao's code (A class of optimal minimum odd-weight-column SEC-DED codes, 1970) over the 64 bits
-of four 16-bit or two 32-bit neighbours: one wrong bit is corrected; an error whose syndrome is that of no single bit
-is found, and the word zeroed; three or more wrong bits may pass for one, and then a right bit is inverted on top.
+of four 16-bit or two 32-bit neighbours, or of the codes of a quantised weight as they lie packed, 16 of 4 bits or 8 of
+8: one wrong bit is corrected; an error whose syndrome is that of no single bit is found, and the word zeroed (codes
+become those of 0, ``Layout.lost``); three or more wrong bits may pass for one, and then a right bit is inverted on top.
 Parity adds a bit to each value and zeroes it where the number of wrong bits is odd. The code is linear, so what a
 decoder does depends on the wrong bits alone, and words without any are never looked at. Bits stored three times
 (``protected_bits``) come in as a lower probability (``Pattern.bit_probabilities``).
@@ -44,6 +45,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flipproof.faults.cpu import flip_marked_by_, merge_by, new_marks, new_zeroed
 from flipproof.faults.draw import Draw
+from flipproof.faults.dtypes import INTEGERS
+from flipproof.faults.fault import SECDED_CHECK_BITS, Stored
 from flipproof.faults.guard import guard_
 from flipproof.faults.philox import (
     CHECK_COUNTS,
@@ -60,7 +63,6 @@ from flipproof.faults.philox import (
     check_tick,
 )
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, poisson_cdf
-from flipproof.faults.spec import SECDED_CHECK_BITS, Stored
 
 _BANDS = 21
 _CHUNK = {"cpu": BLOCK << 8, "cuda": BLOCK << 12}
@@ -69,7 +71,7 @@ _CHUNK_WRONG = 2**22
 """Wrong bits drawn at a time, about."""
 _KEPT_BYTES = 2**31
 """Of the draws of persistent faults that are kept, on all devices."""
-_INTEGERS = {16: torch.int16, 32: torch.int32}
+_INTEGERS = {4: torch.uint8, 8: torch.uint8, 16: torch.int16, 32: torch.int32}
 """By the bits of an element."""
 _LOW_32 = 0xFFFFFFFF
 __all__ = ["flip", "flip_", "flip_marked", "merge", "new_marks", "new_zeroed"]  # what a backend has
@@ -108,13 +110,14 @@ class Flips(NamedTuple):
         mask[self.element] = self.mask
         return self._replace(element=None, mask=mask)
 
-    def apply(self, bits: Tensor) -> None:
-        """Do it to the elements' bit patterns, integers of an element's width, in place."""
+    def apply(self, bits: Tensor, lost: int) -> None:
+        """Do it to the elements' bit patterns, integers of an element's width, in place. What a protection zeroes
+        becomes ``lost``."""
         if self.element is None:
             bits ^= self.mask
         else:
             bits[self.element] ^= self.mask
-        bits[self.zeroed] = 0
+        bits[self.zeroed] = lost
 
 
 def _below(ascending: Tensor, limit: int) -> int:
@@ -150,7 +153,7 @@ def flip_(x: Tensor, grad: Tensor | None, draw: Draw) -> None:
             _kept_maps.put(key, where, stored, kept)
     flips = kept.first(x.numel())
     flat, flat_grad = x.detach().view(-1), None if grad is None else grad.view(-1)
-    flips.apply(flat.view(_INTEGERS[x.dtype.itemsize * 8]))
+    flips.apply(flat.view(INTEGERS[x.dtype]), stored.lost)
     if flat_grad is not None:
         flat_grad[flips.zeroed] = 0
     if draw.limits is not None:

@@ -31,9 +31,11 @@ from flipproof.errors import ConfigError
 from flipproof.faults import cpu, memory
 from flipproof.faults.draw import Draw, rates_of
 from flipproof.faults.dtypes import DTYPES, dtype_name
+from flipproof.faults.fault import Fault, Pattern
 from flipproof.faults.guard import channels_of, guard_of, limits_of
+from flipproof.faults.layouts import FLOATS, LAYOUTS
 from flipproof.faults.philox import derive_key, tick_problem
-from flipproof.faults.spec import Fault, Pattern, Probability, Threshold
+from flipproof.faults.spec import Probability, Threshold
 from flipproof.values import Between, Seed, check_all
 
 _DRAW = "Tensor rates, Tensor? limits, Tensor key, Tensor tick, SymInt offset"
@@ -53,18 +55,19 @@ _LIBRARY.define(
 )
 
 _INDEPENDENT = Pattern()
+_PATTERNS = tuple(name for name in LAYOUTS if name not in FLOATS)
 BACKENDS = {"cpu": "reference (NumPy)", "cuda": "Triton"}
 """What flips bits on which type of device."""
 
 
 def _backend(x: Tensor, draw: Draw | None = None) -> Any:
     """The module that carries out a draw where ``x`` is."""
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(map(dtype_name, DTYPES))
+    if x.dtype not in (*DTYPES, torch.uint8):
+        allowed = ", ".join(map(dtype_name, (*DTYPES, torch.uint8)))
         raise TypeError(f"cannot flip bits of a {dtype_name(x.dtype)} tensor; allowed are {allowed}")
     if draw is not None and draw.patterned:
         return memory
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" or x.dtype == torch.uint8:
         return cpu
     from flipproof.faults import triton_launch  # Triton comes with CUDA builds of torch
 
@@ -266,6 +269,7 @@ def _draw(
     tick: int,
     offset: int,
     pattern: Pattern,
+    element: str | None,
 ) -> Draw:
     """The arguments as a draw, checked."""
     _backend(x)
@@ -280,19 +284,30 @@ def _draw(
         if not zero_out_t.is_floating_point() or not bool((zero_out_t >= 0).all()):
             problems.append("zero_out_t: thresholds are floating-point numbers of at least 0")
         channels_of(zero_out_t, x.shape)
+    problems += _problems_of(element, x, zero_out_t)
     if problems:
         raise ConfigError(problems)
     fault = Fault(good["p_exp"] or 0.0, good["p_frac"] or 0.0, None, None if pattern.independent else pattern)
     limits = None if zero_out_t is None else limits_of(guard_of(zero_out_t), x.dtype)
     if limits is not None and limits.dim():
         limits = limits.to(x.device)
-    pattern.bit_probabilities(0, 0, dtype_name(x.dtype))  # which knows the dtype's bits
+    pattern.bit_probabilities(0, 0, element or dtype_name(x.dtype))  # which knows the bits that there are
     # in CPU memory: their values go along with a kernel's launch
     key = torch.tensor(derive_key(seed, site))
     if pattern.persistent:
         key.owner = _chip(seed, site)  # type: ignore[attr-defined]
     flips, decoder = fault.flips, pattern.protection != "none"
-    return Draw(rates_of(fault, x.dtype), limits, key, torch.tensor(tick), offset, flips, decoder)
+    return Draw(rates_of(fault, element or x.dtype), limits, key, torch.tensor(tick), offset, flips, decoder)
+
+
+def _problems_of(element: str | None, x: Tensor, zero_out_t: float | Tensor | None) -> list[str]:
+    """What is wrong with ``element`` for ``x``."""
+    if x.dtype != torch.uint8:
+        wrong = element is not None
+        return [f"element = {element!r}: it says what a uint8 tensor holds, and x is {dtype_name(x.dtype)}"] * wrong
+    if element not in _PATTERNS:
+        return [f"element = {element!r}: of a uint8 tensor it is to say which bits are real: {', '.join(_PATTERNS)}"]
+    return ["zero_out_t: a guard is of numbers, and x holds patterns of bits; leave it out"] * (zero_out_t is not None)
 
 
 def flip(
@@ -306,6 +321,7 @@ def flip(
     tick: int,
     offset: int = 0,
     pattern: Pattern = _INDEPENDENT,
+    element: str | None = None,
 ) -> Tensor:
     """A copy of ``x`` with random bits inverted, and zero where the guard catches the result.
 
@@ -313,7 +329,8 @@ def flip(
     or advanced. The gradient passes straight through where the value was kept and is 0 where the guard zeroed it.
 
     Args:
-        x: bfloat16, float16 or float32, any shape and strides; elements are counted in row-major order.
+        x: bfloat16, float16 or float32, any shape and strides; elements are counted in row-major order. Or uint8, of
+            which the low bits are real and the others stay.
         p_exp: probability that a sign or exponent bit is inverted, 0 to 0.5; None is 0.
         p_frac: the same for mantissa bits.
         zero_out_t: after the flip, each v for which ``|v| < zero_out_t`` is not true becomes 0. None is no guard. A
@@ -325,6 +342,8 @@ def flip(
         offset: index of x's first element in the whole tensor, so that a slice can draw its own part.
         pattern: faults that are persistent, have probabilities of their own for single bits, come in bursts or in
             rows of memory, or meet a protection.
+        element: what a uint8 tensor holds: "integer4", "integer8", "e2m1", "e4m3", "e5m2", "e8m0", "nf4" or
+            "nf4-scale". Where there is no mantissa, ``p_exp`` is of all bits.
 
     Returns:
         Contiguous tensor of the shape and dtype of ``x``.
@@ -332,7 +351,7 @@ def flip(
     Raises:
         TypeError: for any other dtype. ValueError: naming each argument out of range.
     """
-    return apply_draw(x, _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern))
+    return apply_draw(x, _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern, element))
 
 
 def flip_(
@@ -346,6 +365,7 @@ def flip_(
     tick: int,
     offset: int = 0,
     pattern: Pattern = _INDEPENDENT,
+    element: str | None = None,
 ) -> Tensor:
     """``flip`` in place; returns ``x``. Outside of autograd only: use ``flip`` on what needs a gradient.
 
@@ -354,6 +374,6 @@ def flip_(
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("flip_ on a tensor that requires grad: use flip, or wrap the call in torch.no_grad()")
-    draw = _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern)
+    draw = _draw(x, p_exp, p_frac, zero_out_t, seed, site, tick, offset, pattern, element)
     torch.ops.flipproof.flip_(x, *draw.arguments)
     return x

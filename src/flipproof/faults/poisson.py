@@ -20,7 +20,7 @@ u by going from the last digit to the first: b ← majority(u, b, d), which is u
 where it is 0. All lanes of a 32-bit word work at once, with the digits of both fields side by side in one mask per
 digit. The call (DIGITS, i << 16 | g) gives digit i (0 is the first after the point) of four words: word c is for the (c
 · G + g)-th 32-bit word of the block as it lies in memory, lowest element in the lowest bits; G = 8192 · bits of an
-element / 128.
+element / 128. Elements of 4 bits lie packed, eight to a word.
 
 **Coins.** Close to 1/2 that would take ever more digits. So beyond p = 3/8 a bit is inverted where a fair coin says so
 and a bit s, which is 1 with probability 1 − 2p and drawn densely and sparsely as above, does not: coin AND NOT s. A
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from flipproof.faults.dtypes import dtype_name
-from flipproof.faults.spec import MANTISSA_BITS
+from flipproof.faults.layouts import LAYOUTS, Layout
 
 BLOCK = 8192
 BLOCK_LOG2 = 13
@@ -77,7 +77,9 @@ class FlipPlan:
     @property
     def unsigned(self) -> type[np.unsignedinteger]:
         """NumPy's unsigned integer as wide as an element."""
-        return np.uint32 if self.element_bits == 32 else np.uint16
+        if self.element_bits > 8:
+            return np.uint32 if self.element_bits == 32 else np.uint16
+        return np.uint8
 
     @cached_property
     def likely_balls(self) -> int:
@@ -125,8 +127,8 @@ def split(p: float) -> Split:
 
 @lru_cache(maxsize=256)
 def ball_cdf(p: Fraction, bits: int) -> np.ndarray | None:
-    """``poisson_cdf`` of the number of balls for one field of one block; None for p = 0."""
-    if p == 0:
+    """``poisson_cdf`` of the number of balls for one field of one block; None where there are none."""
+    if p == 0 or bits == 0:
         return None
     with decimal.localcontext() as context:
         context.prec = 100
@@ -150,16 +152,15 @@ def poisson_cdf(lam: decimal.Decimal) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def flip_plan(dtype: torch.dtype, p_exp: float, p_frac: float) -> FlipPlan:
-    """The plan of a dtype (bfloat16, float16 or float32) at two valid probabilities."""
-    bits = dtype.itemsize * 8
-    mantissa_bits = MANTISSA_BITS[dtype_name(dtype)]
+def flip_plan(element: torch.dtype | Layout, p_exp: float, p_frac: float) -> FlipPlan:
+    """The plan of a dtype (bfloat16, float16 or float32), or of elements of 4 or 8 bits, at two valid probabilities."""
+    bits, mantissa_bits, *_ = element if isinstance(element, Layout) else LAYOUTS[dtype_name(element)]
     exponent_bits = bits - mantissa_bits
-    exp, frac = split(p_exp), split(p_frac)
+    exp, frac = split(p_exp), split(p_frac if mantissa_bits else 0.0)
 
     def lane_mask(in_exp: int, in_frac: int) -> int:
         lane = in_exp * (2**exponent_bits - 1) << mantissa_bits | in_frac * (2**mantissa_bits - 1)
-        return lane if bits == 32 else lane << 16 | lane
+        return sum(lane << first for first in range(0, 32, bits))
 
     def digit(part: Split, i: int) -> int:
         return part.j >> part.k - 1 - i & 1 if i < part.k else 0

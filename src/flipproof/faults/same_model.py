@@ -13,6 +13,7 @@ from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.fitted import ROTATION, Guards
 from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.state import FaultSite, FaultState
+from flipproof.formats.linear import QuantisedLinear
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -77,11 +78,17 @@ def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iter
     """
     if sites is None:
         sites = (module for module in model.modules() if isinstance(module, FaultSite))
-    weights = (getattr(site, "weight", None) for site in sites)
-    held = {dtype_name(weight.dtype) for weight in weights if weight is not None}
+    held = {dtype_name(dtype) for site in sites if (dtype := _dtype_of(site)) is not None}
     if computed is None and held:
         return " and ".join(sorted(held))
     return dtype_name(computed or next(model.parameters()).dtype)
+
+
+def _dtype_of(site: Any) -> torch.dtype | None:
+    """Of its weight; of a quantised one the dtype that it is computed with in."""
+    if isinstance(site, QuantisedLinear):
+        return site.dtype
+    return site.weight.dtype if isinstance(getattr(site, "weight", None), Tensor) else None
 
 
 def site_name(name: str) -> str:

@@ -6,51 +6,23 @@ Python code and the papers' tables say the same words. A key of a fault begins w
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from flipproof import regexes
+from flipproof.faults.fault import Fault, Fitted, Granularity, Pattern, Protection
+from flipproof.faults.layouts import is_bits
 from flipproof.values import Between, Seed, Table, Texts
 
 Persistence = Literal["transient", "persistent"]
-Protection = Literal["none", "secded", "parity"]
-PROTECTIONS: tuple[Protection, ...] = get_args(Protection)
 Site = Literal["linear", "head", "embedding"]
-Granularity = Literal["tensor", "layer", "channel"]
-GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 Operand = Literal["w", "x", "kv"]
 
 OPERANDS: tuple[Operand, ...] = ("w", "x", "kv")
-ELEMENT_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
-MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
-SECDED_CHECK_BITS = 8
-"""Of a word of 64 bits."""
-
-
-def bits_named(name: str, dtype: str) -> range:
-    """The bits that "sign", "exp" (the exponent), "frac", "15" or "7-14" means; bit 0 is the lowest of the mantissa.
-
-    Raises:
-        ValueError: for a bit that the dtype does not have.
-    """
-    mantissa, bits = MANTISSA_BITS[dtype], ELEMENT_BITS[dtype]
-    named = {"sign": range(bits - 1, bits), "exp": range(mantissa, bits - 1), "frac": range(mantissa)}
-    if name in named:
-        return named[name]
-    low, _, high = name.partition("-")
-    if int(high or low) >= bits:
-        raise ValueError(f"bit {name!r}: {dtype} has bits 0 to {bits - 1}")
-    return range(int(low), int(high or low) + 1)
-
-
-def is_bits(name: str) -> bool:
-    """Whether some dtype has bits that are called so."""
-    low, _, high = name.partition("-")
-    return name in ("sign", "exp", "frac") or (
-        bool(re.fullmatch(r"\d+(-\d+)?", name)) and int(low) <= int(high or low) < 32
-    )
+Part = Literal["code", "scale", "zero", "global"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""Of a quantised weight, as the keys of their faults call them (``quantised.py``)."""
 
 
 def _is_regular(expression: str) -> bool:
@@ -68,115 +40,6 @@ BitProbabilities = Annotated[Mapping[Bits, Probability], 'a table, such as { exp
 BitNames = Annotated[tuple[Bits, ...], "a list of 'sign', 'exp', 'frac', bits ('15') and ranges of bits ('7-14')"]
 Sites = Annotated[tuple[Site, ...], bool, "a list of one or more of 'linear', 'head' and 'embedding'"]
 Regex = Annotated[str, _is_regular, "a regular expression"]
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """How faults of one operand depart from new, independent flips at ``p_exp`` and ``p_frac`` in each pass."""
-
-    persistent: bool = False
-    """One draw per seed instead of one per forward pass."""
-    p_bits: tuple[tuple[str, float], ...] = ()
-    """(bits, probability): these bits' own."""
-    burst: int = 1
-    """Flips come in runs of so many neighbouring bits."""
-    p_row: float = 0.0
-    """Probability that a memory row is bad."""
-    row_bytes: int = 1024
-    protection: Protection = "none"
-    protected_bits: tuple[str, ...] = ()
-    """Bits that are stored three times."""
-
-    @property
-    def independent(self) -> bool:
-        """Whether there is nothing of all this."""
-        return replace(self, row_bytes=Pattern.row_bytes) == Pattern()
-
-    def bit_probabilities(self, p_exp: float, p_frac: float, dtype: str) -> tuple[float, ...]:
-        """The probability that each bit of a stored value is inverted, from the lowest bit up; without bad rows.
-
-        Raises:
-            ValueError: for a bit that the dtype does not have.
-        """
-        mantissa, bits = MANTISSA_BITS[dtype], ELEMENT_BITS[dtype]
-        p = [p_frac] * mantissa + [p_exp] * (bits - mantissa)
-        for name, own in self.p_bits:
-            for bit in bits_named(name, dtype):
-                p[bit] = own
-        for bit in self.protected(dtype):
-            p[bit] = p[bit] ** 2 * (3 - 2 * p[bit])  # two of three copies, or all, are wrong
-        return tuple(p)
-
-    def protected(self, dtype: str) -> set[int]:
-        """The bits that are stored three times."""
-        return {bit for name in self.protected_bits for bit in bits_named(name, dtype)}
-
-    def overhead(self, dtype: str) -> float:
-        """Bits stored beyond those of the values, over those of the values."""
-        bits = ELEMENT_BITS[dtype]
-        checks = {"none": 0.0, "secded": SECDED_CHECK_BITS / 64, "parity": 1 / bits}[self.protection]
-        return checks + 2 * len(self.protected(dtype)) / bits
-
-
-class Stored(NamedTuple):
-    """A pattern in a memory of one dtype: every bit with its probability."""
-
-    p_bits: tuple[float, ...]
-    """From the lowest bit up; without bad rows."""
-    persistent: bool = False
-    burst: int = 1
-    p_row: float = 0.0
-    row_bytes: int = 1024
-    protection: str = "none"
-
-
-class Fitted(NamedTuple):
-    """How thresholds are made of the maxima that ``profile`` has found (``fitted.py``)."""
-
-    by: Granularity | None
-    """None: as finely as they were fitted."""
-    margin: float
-    floor: float
-    """No channel's maximum counts for less than this quantile of its layer's; 0 is no floor."""
-
-
-class Fault(NamedTuple):
-    """What happens to one operand of one layer: the argument of a flip, less its key."""
-
-    p_exp: float = 0.0
-    """Probability that a sign or exponent bit is inverted."""
-    p_frac: float = 0.0
-    """Probability that a mantissa bit is inverted."""
-    zero_out_t: float | None = None
-    """Guard threshold: after the flip, whatever is not of magnitude below it becomes 0. None: no guard."""
-    pattern: Pattern | None = None
-    """None where flips are independent and new in each pass, or where there are none."""
-    fitted: Fitted | None = None
-    """Where given, thresholds that were fitted take the place of ``zero_out_t``."""
-
-    @property
-    def persistent(self) -> bool:
-        """Whether the flips are those of one map for all passes."""
-        return self.pattern is not None and self.pattern.persistent
-
-    @property
-    def flips(self) -> bool:
-        return self.p_exp > 0 or self.p_frac > 0 or self.pattern is not None
-
-    def stored(self, dtype: str) -> Stored | None:
-        """The pattern, where there is one, in values of a dtype such as "bfloat16"."""
-        if (pattern := self.pattern) is None:
-            return None
-        p_bits = pattern.bit_probabilities(self.p_exp, self.p_frac, dtype)
-        return Stored(p_bits, pattern.persistent, pattern.burst, pattern.p_row, pattern.row_bytes, pattern.protection)
-
-    @property
-    def active(self) -> bool:
-        return self.flips or self.guarded
-
-    @property
-    def guarded(self) -> bool:
-        return self.zero_out_t is not None or self.fitted is not None
 
 
 def _burst_problems(values: Mapping[str, Any], prefix: str) -> list[str]:
@@ -262,6 +125,30 @@ class LayerFaults(Table):
     """The same for input activations."""
     kv_protected_bits: BitNames = ()
     """The same for keys and values."""
+    w_code_p: Probability | None = None
+    """Of a quantised weight: probability that a bit of a code is inverted, 0 to 0.5. What w_faults, w_burst, w_p_row,
+    row_bytes and w_protection say of a weight's memory holds for codes, scales, zero points and global scales alike;
+    w_zero_out_t guards the weight that is computed with."""
+    w_code_p_bits: BitProbabilities = field(default_factory=dict)
+    """Own probabilities of bits of a code, over w_code_p: numbers and ranges, 0 being the lowest, and of codes that are
+    floats "sign", "exp" and "frac"."""
+    w_scale_p_exp: Probability | None = None
+    """Of a quantised weight: probability that a sign or exponent bit of a scale is inverted, 0 to 0.5, in the scale's
+    own dtype. E8M0 and the scales of nf4, which are places in a table, have nothing but such bits."""
+    w_scale_p_frac: Probability | None = None
+    """The same for mantissa bits of a scale."""
+    w_scale_p_bits: BitProbabilities = field(default_factory=dict)
+    """Own probabilities of bits of a scale, over w_scale_p_exp and w_scale_p_frac."""
+    w_scale_protected_bits: BitNames = ()
+    """Bits of a scale that are stored three times, with a vote: p becomes 3p² - 2p³."""
+    w_scale_zero_out_t: Threshold | None = None
+    """Guard on the scales of a quantised weight: one whose number is not below this in magnitude counts as 0, and its
+    group of weights with it."""
+    w_zero_p: Probability | None = None
+    """Of a quantised weight: probability that a bit of a zero point is inverted, 0 to 0.5."""
+    w_global_p: Probability | None = None
+    """Of a quantised weight: probability that a bit of the float32 numbers that its scales are made with is inverted,
+    0 to 0.5: the global scale of nvfp4; the nested scales, offset and map of nf4."""
 
 
 LAYER_KEYS = tuple(LayerFaults.declared())
@@ -375,7 +262,8 @@ class BitFlipSpec(LayerFaults):
     @property
     def any_fault(self) -> bool:
         """Whether any layer flips bits or has a guard."""
-        return self.x.active or self.w.active or self.kv.active or any(self.layer_name_to_config.values())
+        own = self.x.active or self.w.active or self.kv.active or any(fault.active for fault in self.stored)
+        return own or any(self.layer_name_to_config.values())
 
     @property
     def w(self) -> Fault:
@@ -405,6 +293,30 @@ class BitFlipSpec(LayerFaults):
         if not flips:
             return Fault(zero_out_t=t, fitted=fitted)
         return Fault(p_exp, p_frac, t, None if pattern.independent else pattern, fitted)
+
+    def part(self, part: Part) -> Fault:
+        """The fault of one part of a quantised weight."""
+        own = self._part
+        p = own[part, "p"] or 0.0
+        p_exp, p_frac = own[part, "p_exp"] or p, own[part, "p_frac"] or p
+        bits = tuple(own[part, "p_bits"].items())
+        pattern = replace(self.pattern("w"), p_bits=bits, protected_bits=own[part, "protected_bits"])
+        if not (p_exp or p_frac or pattern.p_row or any(p for _, p in bits)):
+            return Fault()
+        return Fault(p_exp, p_frac, None, None if pattern.independent else pattern)
+
+    @property
+    def _part(self) -> dict[tuple[str, str], Any]:
+        """What the keys of single parts of a quantised weight say: (part, rest of the key) -> value."""
+        keys: dict[str, Any] = {"p": None, "p_exp": None, "p_frac": None, "p_bits": {}, "protected_bits": ()}
+        return {(part, key): getattr(self, f"w_{part}_{key}", none) for part in PARTS for key, none in keys.items()}
+
+    @property
+    def stored(self) -> list[Fault]:
+        """The faults of a quantised weight, where there is one: of its parts, and the guards of scales and of what is
+        computed with."""
+        guards = Fault(zero_out_t=self.w_scale_zero_out_t), Fault(zero_out_t=self.w.zero_out_t, fitted=self.w.fitted)
+        return [*map(self.part, PARTS), *guards]
 
     def pattern(self, operand: Operand) -> Pattern:
         """How the faults of one operand come, apart from how often."""

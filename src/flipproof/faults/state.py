@@ -35,10 +35,11 @@ from torch.utils.hooks import RemovableHandle
 
 from flipproof.dtensor import whole
 from flipproof.faults.draw import Draw, FaultData, run_name
+from flipproof.faults.fault import Fault
 from flipproof.faults.fitted import Guards
 from flipproof.faults.op import apply_draw
 from flipproof.faults.philox import MAX_TICK, derive_key
-from flipproof.faults.spec import BitFlipSpec, Fault
+from flipproof.faults.spec import BitFlipSpec
 
 FlipHook = Callable[[str, Tensor, Draw], Tensor]
 """(name of layer and operand, tensor, draw) -> the flipped tensor: stands in for a flip to log, count or replay it."""

@@ -96,8 +96,8 @@ def _device_plan(dtype: torch.dtype, p_exp: float, p_frac: float, device: torch.
 
 
 def _plan_of(draw: Draw, y: Tensor) -> _DevicePlan:
-    p_exp, p_frac, _ = draw.drawn()
-    return _device_plan(y.dtype, p_exp, p_frac, y.device)
+    rates = draw.drawn()
+    return _device_plan(y.dtype, rates.p_exp, rates.p_frac, y.device)
 
 
 class _Guard(NamedTuple):

@@ -13,6 +13,8 @@ Where they are at odds with themselves it is not:
 * E8M0's 255 is NaN, as OCP has it and torch reads it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -159,7 +161,9 @@ _QUANTISERS = {
 
 
 @torch.no_grad()
-def dequantise(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
+def dequantise(
+    stored: Stored, dtype: torch.dtype | None = None, scales: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """The weight that a stored one stands for, (out, in).
 
     Every pattern of bits in every operand gives a number, infinity or NaN, by IEEE arithmetic: a NaN or infinite scale
@@ -168,10 +172,12 @@ def dequantise(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         dtype: of the result; None is that of the weight that was quantised.
+        scales: the numbers of all scales -> those to use; a guard, say.
     """
     format, operands = stored.format, stored.operands
     inner = stored.dtype if format.scale == "float" else torch.float32
     scale = _scales(stored)
+    scale = scales(scale) if scales else scale
     weight = numbers(operands["code"], format.code, inner)
     if format.code == "nf4":
         weight = weight.reshape(1, -1)

@@ -24,6 +24,7 @@ from flipproof.data.sequences import PackedText, load_held_out
 from flipproof.errors import ConfigError
 from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_sites, fault_state, faults, is_faulty
+from flipproof.faults.quantised import FaultyQuantisedLinear
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
@@ -45,6 +46,9 @@ def arms_of(model: nn.Module, spec: BitFlipSpec, trained: bool, control: bool = 
     found = []
     for site in fault_sites(model).values():
         if (own := spec.for_layer(site.site)) is not None:
+            if isinstance(site, FaultyQuantisedLinear):
+                found += [own.x, *own.stored]
+                continue
             found += {"kv": [own.kv], "embedding": [own.w]}.get(site.kind, [own.w, own.x])
     flips, guard = any(fault.flips for fault in found), any(fault.guarded for fault in found)
     return arm_names(flips, guard, trained, control)

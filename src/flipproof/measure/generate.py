@@ -4,6 +4,7 @@ Generation is ``transformers``' own. Each pass over the model is a tick, so a tr
 token; the first pass reads the prompt, and later ones a token each beside the KV cache.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state, is_faulty
+from flipproof.faults.quantised import PART_OF
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
@@ -290,6 +292,8 @@ def _written(
 
 
 _OPERANDS = {"w": "weights", "x": "inputs", "k": "keys", "v": "values"}
+_PARTS = {"code": "codes", "scale": "scales", "zero": "zero points", "global": "numbers that scales are made with"}
+_OPERANDS |= {f"w_{operand}": _PARTS[part] for operand, part in PART_OF.items()}
 
 
 def texts_report(prompt: str, texts: dict[str, Text]) -> str:
@@ -301,7 +305,10 @@ def texts_report(prompt: str, texts: dict[str, Text]) -> str:
             same = (
                 "the clean text" if text.parts_at is None else f"parts from the clean text at token {text.parts_at + 1}"
             )
-            flips = ", ".join(f"{n:,} bits of {_OPERANDS[operand]}" for operand, n in text.flipped_bits.items() if n)
+            counts = Counter[str]()
+            for operand, n in text.flipped_bits.items():
+                counts[_OPERANDS.get(operand, operand)] += n
+            flips = ", ".join(f"{n:,} bits of {what}" for what, n in counts.items() if n)
             zeroed = sum(text.zeroed.values())
             lines.append(
                 f"({same}; in {text.passes} passes {flips + ' were' if flips else 'nothing was'} flipped"

@@ -19,11 +19,12 @@ from flipproof.data.sequences import PackedText, load_text
 from flipproof.errors import ConfigError
 from flipproof.faults.attention import reachable
 from flipproof.faults.draw import Draw
+from flipproof.faults.fault import Granularity
 from flipproof.faults.fitted import ROTATION, Guards, read_guards
 from flipproof.faults.flip_log import hooked
 from flipproof.faults.inject import fault_state, inject, set_faults
 from flipproof.faults.same_model import check_fitted
-from flipproof.faults.spec import BitFlipSpec, Granularity
+from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
 from flipproof.measure.evaluate import run_over, unpadded_tokens
 from flipproof.models.build import build_model, check_guards, check_length, flipped_dtype

@@ -21,6 +21,7 @@ from flipproof.models.limits import check_positions, watch_ids
 from flipproof.models.load import load_model, materialise, model_config, model_on_meta
 from flipproof.models.loss import fuse_loss
 from flipproof.models.parallelize import cast_to, parallelize
+from flipproof.models.quantised import check_training, check_use, held_as, without_compilation
 from flipproof.models.weights import KEY, own_dtype
 from flipproof.world import World
 
@@ -35,6 +36,9 @@ def with_trainable_weights(config: RunConfig) -> RunConfig:
     """The config of a training, with weights that can train: where they themselves do (lora.r = 0), those of a 16-bit
     checkpoint become float32, and the model computes, and flips bits, in the checkpoint's dtype."""
     training, path = config.training, config.model.hf_model_path
+    if name := held_as(config.model, lambda: model_config(config.model, None)):
+        check_training(config, name)
+        return config
     if config.lora.r or training.dtype is not None or path is None or config.model.init == "random":
         return config
     own = dtype_name(own_dtype(plain_directory(path, KEY)))
@@ -65,10 +69,12 @@ def build_model(
     Raises:
         ConfigError: for a model that cannot be built, or faults that match no layer.
     """
+    check_use(config, world.size)
     dtype, seed = config.training.dtype, config.training.seed
     in_one_piece = world.size == 1 and config.model.init == "pretrained"
     if in_one_piece:
-        model = load_model(config.model, tokenizer, dtype, seed)
+        model = load_model(config.model, tokenizer, dtype, seed, world.device)
+        config = without_compilation(config, model)
     else:
         model = model_on_meta(config.model, tokenizer, dtype)
     watch_ids(model, tokenizer)
@@ -152,5 +158,7 @@ def unguarded(spec: BitFlipSpec) -> str:
                 bits = {name: p for name, p in of[f"{operand}_p_bits"].items() if p and name not in ("sign", "frac")}
                 keys = {f"{operand}_p_exp": of[f"{operand}_p_exp"], f"{operand}_p_row": of[f"{operand}_p_row"]}
                 keys[f"{operand}_p_bits"] = bits
+                if operand == "w" and of["w_scale_zero_out_t"] is None:
+                    keys |= {key: of[key] for key in ("w_scale_p_exp", "w_global_p")}
                 found |= {f"bitflip.{key} = {value!r} and no {t}": None for key, value in keys.items() if value}
     return ", ".join(found)

@@ -22,6 +22,7 @@ from flipproof.faults.dtypes import dtype_name
 from flipproof.log import bar, logger
 from flipproof.models.load import compute_buffers, load_model, model_on_meta, save_model
 from flipproof.models.parallelize import blocks
+from flipproof.models.quantised import quantised_layers
 from flipproof.models.rotate import How, Rotation, Step, Weights, changed, rotate
 from flipproof.models.save import Shards, name_in_files, names_to_write, save_settings, unfit
 from flipproof.models.weights import KEY, Stored, named_tensors
@@ -194,6 +195,10 @@ def _rotate_in_memory(
     directory: Path, config: ModelConfig, tokenizer: Any, dtype: str | None, how: How, seed: int, world: World
 ) -> tuple[Rotation, str]:
     model: Any = load_model(config, tokenizer, dtype, 0)
+    if layers := quantised_layers(model):
+        raise ConfigError(
+            [f"harden rotates plain weights, and {len(layers)} of its layers are quantised: harden, then quantise"]
+        )
     own = model.dtype
     rotation = rotate(model.float(), how, seed)
     save_model(model.to(own), directory, tokenizer, world, _WHAT)

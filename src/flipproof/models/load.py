@@ -18,12 +18,20 @@ from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.inject import iter_faulty
 from flipproof.faults.philox import derive_key
+from flipproof.formats.linear import QuantisedLinear
 from flipproof.log import logger
 from flipproof.models.flavors import FLAVORS
 from flipproof.models.gguf import plain_directory
 from flipproof.models.hub import from_hub, reason
 from flipproof.models.online import attach, read_config
 from flipproof.models.parallelize import cast_to
+from flipproof.models.quantised import (
+    checkpoint_of,
+    quantise_on_meta,
+    read_and_quantise,
+    read_quantised,
+    wanted_format,
+)
 from flipproof.models.save import save_model
 from flipproof.models.tokenizer import byte_tokenizer, load_tokenizer
 from flipproof.models.weights import KEY, read_model, read_weights, unread_model
@@ -85,6 +93,8 @@ def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Modul
     except ValueError as error:
         raise ConfigError([f"{KEY} = {config.hf_model_path!r}: {reason(error, str(config.hf_model_path))}"]) from error
     attach(model)
+    if (format := wanted_format(config)) is not None:
+        quantise_on_meta(model, format)
     return model
 
 
@@ -97,14 +107,24 @@ def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.
     if config.init == "random":
         return skeleton(config, tokenizer, dtype)
     model_config(config, tokenizer)
+    if config.quantize is not None:
+        raise ConfigError(
+            [
+                f"model.quantize = {config.quantize!r}: this reads plain weights (guards are fitted, and models "
+                "hardened, before they are quantised); leave it out"
+            ]
+        )
     return unread_model(_path(config), dtype)
 
 
-def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int) -> nn.Module:
-    """A causal language model in one process's memory: loaded, or initialised from ``seed`` without touching the global
-    RNG.
+def load_model(
+    config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int, device: torch.device | None = None
+) -> nn.Module:
+    """A causal language model in one process's memory: loaded, quantised where the config or the checkpoint says so
+    (``quantised.py``), or initialised from ``seed`` without touching the global RNG.
 
-    ``dtype`` by name; None is the checkpoint's own, or float32 from scratch.
+    ``dtype`` by name; None is the checkpoint's own, or float32 from scratch. ``device``: where layers are quantised and
+    held; others are in the CPU's memory.
 
     Raises:
         ConfigError: as ``model_config`` does, or for weights that cannot be read.
@@ -113,7 +133,13 @@ def load_model(config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int
         model = skeleton(config, tokenizer, dtype)
         materialise(model, config, seed, torch.device("cpu"))
         return model
-    quantised = getattr(model_config(config, tokenizer), "quantization_config", None)
+    hf_config = model_config(config, tokenizer)
+    device = device or torch.device("cpu")
+    if (checkpoint := checkpoint_of(config, hf_config)) is not None:
+        return read_quantised(_path(config), dtype, checkpoint, hf_config, device, compute_buffers)
+    if (format := wanted_format(config)) is not None:
+        return read_and_quantise(_path(config), dtype, format, device, compute_buffers)
+    quantised = getattr(hf_config, "quantization_config", None)
     model = read_model(_path(config), dtype)
     if quantised is not None and not getattr(model, "is_quantized", False):
         name = dtype_name(model.dtype)  # type: ignore[arg-type]
@@ -164,7 +190,7 @@ def compute_buffers(model: nn.Module) -> None:
     """
     with _computed_anew(model):
         for module in model.modules():
-            if module._non_persistent_buffers_set:
+            if module._non_persistent_buffers_set and not isinstance(module, QuantisedLinear):
                 for parameter in module.parameters(recurse=False):
                     # it is loaded: transformers leaves it alone
                     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -177,7 +203,7 @@ def _computed_anew(model: nn.Module) -> Iterator[None]:
         buffer
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set
+        if name in module._non_persistent_buffers_set and not isinstance(module, QuantisedLinear)
     ]
     for buffer in buffers:
         if buffer.is_floating_point():

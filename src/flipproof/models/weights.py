@@ -6,7 +6,7 @@ that several processes have the model of one. ``read_weights`` then reads; no pr
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,12 @@ class Stored:
     key: str
     """Its name there."""
     shape: tuple[int, ...]
+    dtype: str = ""
+    """As safetensors calls it."""
+
+
+Others = Mapping[str, Mapping[str, Stored]]
+"""Layer -> name in it -> tensor, of layers whose weights are not what the model has."""
 
 
 def read_model(name: str, dtype: str | None) -> nn.Module:
@@ -56,15 +62,25 @@ def read_model(name: str, dtype: str | None) -> nn.Module:
     return model
 
 
-def unread_model(name: str, dtype: str | None) -> nn.Module:
+def unread_model(
+    name: str,
+    dtype: str | None,
+    config: Any = None,
+    others_of: Callable[[Mapping[str, Stored]], Others] | None = None,
+) -> nn.Module:
     """The same model on the meta device, without its weights; ``read_weights`` reads them. Sets ``model.stored``: the
     model's name of each of its tensors -> where that is.
+
+    Args:
+        config: the model's, where it is another than the directory's.
+        others_of: of all tensors of the files those that the caller reads, biases aside; the weights of these layers
+            are not looked for.
 
     Raises:
         ConfigError: as ``read_model`` does, and where the weights are quantised, or not stored as the model has them.
     """
     _check_sums(name)
-    found = _resolve(name, dtype)
+    found = _resolve(name, dtype, config)
     if found.quantised:
         raise ConfigError(
             [
@@ -80,7 +96,7 @@ def unread_model(name: str, dtype: str | None) -> nn.Module:
             ]
         )
     _keep_wide(found.model, found.wide)
-    _find_tensors(found, name)
+    _find_tensors(found, name, others_of)
     attach(found.model)
     return found.model
 
@@ -133,6 +149,17 @@ def read_tensor(model: nn.Module, key: str) -> Tensor:
     return read.to(model.get_parameter(key).dtype)
 
 
+def read_stored(tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Tensors as the files have them."""
+    from safetensors import safe_open
+
+    read = {}
+    for name, at in tensors.items():
+        with safe_open(at.file, framework="pt") as opened:
+            read[name] = opened.get_tensor(at.key)
+    return read
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, tied ones under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
@@ -154,7 +181,7 @@ class _Found:
     """What ``transformers`` does to names and tensors of older checkpoints."""
 
 
-def _resolve(name: str, dtype: str | None) -> _Found:
+def _resolve(name: str, dtype: str | None, config: Any = None) -> _Found:
     from transformers import PreTrainedModel
 
     seen: dict[str, Any] = {}
@@ -169,7 +196,7 @@ def _resolve(name: str, dtype: str | None) -> _Found:
         # what is quantised stays so: its tensors are not there
         mock.patch("transformers.quantizers.base.HfQuantizer.postprocess_model", return_value=None),
     ):
-        model = _from_pretrained(name, dtype)
+        model = _from_pretrained(name, dtype, **({} if config is None else {"config": config}))
     how = seen["how"]
     method = how.hf_quantizer and how.hf_quantizer.quantization_config.quant_method
     return _Found(
@@ -191,7 +218,7 @@ def _from_pretrained(name: str, dtype: str | None, **kwargs: Any) -> Any:
         # with PEFT installed, transformers would mix it in
         for module in ("models.auto.auto_factory", "integrations.peft"):
             stack.enter_context(mock.patch(f"transformers.{module}.find_adapter_config_file", return_value=None))
-        if (config := from_hub(marked_config, name, KEY, "a model")) is not None:
+        if "config" not in kwargs and (config := from_hub(marked_config, name, KEY, "a model")) is not None:
             kwargs["config"] = config
         return from_hub(AutoModelForCausalLM.from_pretrained, name, KEY, "a model", dtype=dtype or "auto", **kwargs)
 
@@ -232,11 +259,12 @@ def _read_headers(files: Iterable[Path], name: str) -> dict[str, Stored]:
             raise ConfigError([f"{KEY} = {name!r}: {damage}"])
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118, it is no dictionary
-                tensors[key] = Stored(file, key, tuple(opened.get_slice(key).get_shape()))
+                part = opened.get_slice(key)
+                tensors[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
     return tensors
 
 
-def _find_tensors(found: _Found, name: str) -> None:
+def _find_tensors(found: _Found, name: str, others_of: Callable[[Mapping[str, Stored]], Others] | None = None) -> None:
     """Set ``model.stored``, and tie what is tied. What ``transformers`` renames is found; what it makes of several
     tensors, or turns, is refused."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -248,6 +276,9 @@ def _find_tensors(found: _Found, name: str) -> None:
     stored: dict[str, Stored] = {}
     unexpected, converted = [], []
     tensors = _read_headers(found.files, name)
+    for layer, own in (others_of(tensors) if others_of else {}).items():
+        wanted.pop(f"{layer}.weight", None)
+        tensors = {key: at for key, at in tensors.items() if at not in own.values()}
     for key in sorted(tensors, key=dot_natural_key):
         target, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
         if target not in wanted and key in wanted:  # its name is the newer one already

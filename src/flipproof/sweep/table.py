@@ -19,19 +19,18 @@ from torch import nn
 from flipproof.config import RunConfig
 from flipproof.config.sweep import MAX_POINTS, ProtectionParts, SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
+from flipproof.faults.fault import Granularity
 from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import fault_sites, iter_faulty
+from flipproof.faults.layouts import ELEMENT_BITS, bits_named
 from flipproof.faults.spec import (
     DEFAULTS,
-    ELEMENT_BITS,
     FITTED_KEYS,
     OPERANDS,
     BitFlipSpec,
-    Granularity,
     Operand,
     Probability,
     Site,
-    bits_named,
     storage_overhead,
 )
 from flipproof.measure.evaluate import fault_seeds

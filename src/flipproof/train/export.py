@@ -12,10 +12,13 @@ from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.fitted import Guards, read_guards
 from flipproof.files import check_writable, write_atomically
+from flipproof.formats.config import quantization_config
+from flipproof.formats.spec import format_of
 from flipproof.log import logger
 from flipproof.measure.card import CARD
 from flipproof.models.build import build_model
 from flipproof.models.load import load_tokenizer
+from flipproof.models.quantised import save_quantised
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, GUARDS
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, step_of, whole_checkpoint
@@ -23,13 +26,21 @@ from flipproof.train.ending import card, rotates, write_weights
 from flipproof.world import join_world
 
 
-def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model", step: int | None = None) -> Path:
+def export(
+    run_dir: Path,
+    to: Path,
+    kind: Literal["model", "adapter"] = "model",
+    step: int | None = None,
+    quantize: str | None = None,
+) -> Path:
     """Write the last checkpoint of a run, finished or not, or that of a step, into the new directory ``to``, which
     is whole or not there; with a card, and with the fitted guards that it was trained behind, if any; of merged weights
     with their own largest values.
 
     Args:
         kind: "model" for a Hugging Face model with the adapters merged, "adapter" for PEFT.
+        quantize: a format by name, which the linear layers of a model are written in, all but the head; guards stay
+            behind, being of other weights.
 
     Raises:
         ConfigError: where there is no run or checkpoint, ``to`` exists or cannot be written, or a weight is not
@@ -51,6 +62,11 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model",
             there = ", ".join(str(step_of(path)) for path in checkpoints)
             raise ConfigError([f"--step {step}: {run_dir} has checkpoints of steps {there}"])
         checkpoints = chosen
+    format = None if quantize is None else format_of(quantize)
+    if format is not None:
+        quantization_config(format)
+        if kind == "adapter":
+            raise ConfigError([f"--quantize {quantize}: adapters are not quantised; leave out --format adapter"])
     if kind == "adapter" and not config.lora.r:
         raise ConfigError([f"{run_dir} trained no adapter (lora.r = 0); export it with --format model"])
     guards = None
@@ -63,6 +79,8 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model",
     )
     config = replace(config, parallelism=parallelism)
     with join_world(parallelism) as world:
+        if format is not None and world.size > 1:
+            raise ConfigError([f"--quantize {quantize} works in one process; {world.size} were started"])
         whole_checkpoint(checkpoints[-1], world=world)
         tokenizer = load_tokenizer(config.model)
         model = build_model(config, tokenizer, world, config.lora)
@@ -70,12 +88,16 @@ def export(run_dir: Path, to: Path, kind: Literal["model", "adapter"] = "model",
         what = f"checkpoint {checkpoints[-1]}"
         try:
             with new_directory(to, world) as new:
-                write_weights(new, kind, model, config, tokenizer, world, what, guards)
+                if format is not None:
+                    guards = None
+                    save_quantised(model, new, tokenizer, format, what)
+                else:
+                    write_weights(new, kind, model, config, tokenizer, world, what, guards)
                 text = card(config, run_dir, kind, to.name, done, model)
                 world.once(lambda: write_atomically(new / CARD, text))
         except (OSError, SafetensorError) as error:
             raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
-    kind_of = "PEFT adapter" if kind == "adapter" else "Hugging Face model"
+    kind_of = "PEFT adapter" if kind == "adapter" else "Hugging Face model" + (f" in {quantize}" if quantize else "")
     opened = ", which flipproof opens, transformers alone does not" if rotates(model) else ""
     logger.info("step %d of %s as a %s%s", done, run_dir, kind_of, opened)
     if guards:

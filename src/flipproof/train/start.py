@@ -21,6 +21,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.inject import inject
 from flipproof.files import check_writable
+from flipproof.formats.linear import quantised_weights
 from flipproof.log import logger
 from flipproof.models.build import check_computed_bits, check_length, with_trainable_weights
 from flipproof.models.load import load_tokenizer, model_config, skeleton
@@ -98,7 +99,7 @@ def counted_parameters(model: nn.Module, of: str | int) -> int:
         return of
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     left_out = embedding.numel() if of == "non-embedding" else 0
-    return sum(parameter.numel() for parameter in model.parameters()) - left_out
+    return sum(parameter.numel() for parameter in model.parameters()) + quantised_weights(model) - left_out
 
 
 def check_trainable(config: RunConfig) -> None:
@@ -156,7 +157,7 @@ def say_size(config: RunConfig, model: nn.Module, processes: int, sequences: flo
         sequences: that the training text has, as far as the run needs them; None where that is not known.
     """
     training = config.training
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters()) + quantised_weights(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%s parameters, of which %s train (%.3g%%)", f"{total:,}", f"{trained:,}", 100 * trained / total)
     if config.lora.r and not config.bitflip.any_fault:

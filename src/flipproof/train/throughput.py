@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from flipproof.formats.linear import QuantisedLinear
+
 # -- what a token needs ------------------------------------------------------------------------------------------------
 
 
@@ -31,7 +33,7 @@ def flops_per_token(model: nn.Module, seq_len: int, distilled: bool = False) -> 
       one. A look-up in an embedding is no product; an output head tied to the embedding is.
     - A weight of an adapter of our faulty layer: 4. Forward it is part of the merged weight and costs nothing per
       token; backward is four thin products (``linear.py``). Merging and flipping, whose cost does not grow with the
-      tokens, are not counted.
+      tokens, are not counted. Beside a quantised weight, which counts as a frozen one, it is a product of its own: 6.
     - Experts stacked in one parameter (experts, out, in): as many as a token passes through
       (``num_experts_per_tok`` of the model's config).
     - Causal attention: QKᵀ and AV, each 2 per channel and earlier token, on average seq_len / 2 of these; backward
@@ -51,13 +53,15 @@ def flops_per_token(model: nn.Module, seq_len: int, distilled: bool = False) -> 
     for module in model.modules():  # each once; a weight that two of them share is used by both
         if isinstance(module, nn.Embedding):
             continue
+        if beside := isinstance(module, QuantisedLinear):
+            total += (2 * passes + 2) * module.in_features * module.out_features
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2:
                 continue
             used = weight.numel()  # of a sharded weight the whole
             if weight.dim() == 3 and (experts_per_token := getattr(config, "num_experts_per_tok", None)):
                 used = used * experts_per_token // weight.shape[0]
-            forward = 0 if name in ("lora_A", "lora_B") else 2 * passes
+            forward = 0 if name in ("lora_A", "lora_B") and not beside else 2 * passes
             total += (forward + 2 + 2 * weight.requires_grad) * used
     return total + (passes + 2) * _attention_flops(config, seq_len)
 
