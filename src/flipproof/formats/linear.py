@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.formats.fields import from_bytes, to_bytes
-from flipproof.formats.operands import operands_of
 from flipproof.formats.quantise import dequantise, quantise
 from flipproof.formats.spec import Format
 from flipproof.formats.stored import Stored
@@ -60,7 +59,7 @@ class QuantisedLinear(nn.Linear):
         Args:
             change: name and tensor of an operand -> what is there in its place.
         """
-        names = operands_of(self.format, (self.out_features, self.in_features), self.stored_dtype)
+        names = [name for name in self._buffers if name != "g_idx"]
         operands = {name: change(name, self.operand(name)) for name in names}
         return Stored(self.format, operands, self.stored_dtype, self._buffers["g_idx"])
 

@@ -7,8 +7,8 @@ in it, and no other process; so a micro-batch may be a CUDA graph. On CPUs it is
 
 A block has a slot for its turn, which blocks share: block i has slot i mod n. Its whole weights are tensors that lie in
 the slot for good, so what autograd keeps of them is right again once the block has been fetched for its backward pass,
-which begins with a gradient of its output.
-Embedding and head have one slot for both, since the one is the first that is used, and the other the last.
+which begins with a gradient of its output. Embedding and head have one slot for both, since the one is the first that
+is used, and the other the last.
 
 Each forward pass fetches all anew, whatever the slots may hold: what ran before may have been a recorded micro-batch,
 of which Python sees nothing.
