@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -37,3 +38,10 @@ def like(part: Tensor, tensor: Tensor) -> Tensor:
     return DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
     )
+
+
+def of_rows(part: Tensor, tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """``part``, this process's rows of ``tensor``, as a tensor whose rows are shared over the last dimension of a mesh,
+    with replicas over the first where it has two."""
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    return DTensor.from_local(part, mesh, placements, shape=tensor.shape, stride=tensor.stride(), run_check=False)

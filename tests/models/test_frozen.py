@@ -93,7 +93,8 @@ def fetched(monkeypatch):
     counts, gather = Counter(), dist.all_gather
 
     def counted(into, rows, *args, **kwargs):
-        counts[len(into) * rows.numel()] += 1
+        if kwargs:  # the optimizer waits for what it gathers
+            counts[len(into) * rows.numel()] += 1
         return gather(into, rows, *args, **kwargs)
 
     monkeypatch.setattr(frozen.dist, "all_gather", counted)

@@ -14,7 +14,7 @@ GIB = 2**30
     ("flavor", "gpus", "gpu", "said"),
     [
         ("8B", 1, "h100", "merged weights, all blocks"),
-        ("70B", 4, "h200", "products, 4 blocks\neverything, 76 blocks"),
+        ("70B", 2, "h200", "nothing, 9 blocks\nproducts, 71 blocks"),
     ],
 )
 def test_each_bar_is_its_parts_on_top_of_each_other_and_ends_where_what_is_needed_does(flavor, gpus, gpu, said):

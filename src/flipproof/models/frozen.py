@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from flipproof.dtensor import like, local
+from flipproof.dtensor import like, local, of_rows
 
 _ALIGNED = 256
 """Bytes; of a shard in the memory that a unit shares."""
@@ -83,7 +83,7 @@ class FrozenShards:
             mesh: of the processes that share; where it has two dimensions the first is of replicas.
             ahead, behind: how many blocks are fetched before their turn in forward and in backward.
         """
-        self._mesh, self._ahead, self._behind = mesh, ahead, behind
+        self.mesh, self._ahead, self._behind = mesh, ahead, behind
         self._group = mesh.get_group(mesh.ndim - 1)
         self._rank, self._size = self._group.rank(), self._group.size()
         self._blocks = [_Unit(block, i % (1 + max(1, ahead, behind))) for i, block in enumerate(blocks)]
@@ -115,11 +115,7 @@ class FrozenShards:
     def _shard(self, parameter: nn.Parameter) -> nn.Parameter:
         rows, *rest = parameter.shape
         mine = torch.empty(rows // self._size, *rest, dtype=parameter.dtype, device=parameter.device)
-        placements = [Replicate()] * (self._mesh.ndim - 1) + [Shard(0)]
-        sharded = DTensor.from_local(
-            mine, self._mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        return nn.Parameter(sharded, requires_grad=False)
+        return nn.Parameter(of_rows(mine, parameter, self.mesh), requires_grad=False)
 
     # -- a pass --------------------------------------------------------------------------------------------------------
 

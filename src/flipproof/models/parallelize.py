@@ -2,7 +2,8 @@
 
 PyTorch's FSDP2 (``fully_shard``) shards, gathers and reduces; each block is a unit of its own, gathered for its turn
 and freed after. Where all but adapters is frozen, the processes of a node share the weights without it (``frozen.py``).
-What trains is then whole in each process, as all is with ``no_shard``, and gradients are averaged at a step's end.
+What trains is then whole in each process, as all is with ``no_shard``, and gradients are averaged at a step's end;
+processes that share the weights share the optimizer's state too (``train/optimizer.py``).
 
 **The same run on any number of processes.** The global micro-batch is the local ones one after the other, rank 0's rows
 first. Draws are keyed by the index in the whole tensor, so a process draws for its own rows what one process would have
@@ -27,7 +28,7 @@ from flipproof.world import World, node_size
 
 _SHARDS = "_frozen_shards"
 _BUCKET = 2**24
-"""Values of gradients that are averaged at once; a larger gradient is by itself."""
+"""Values that are sent at once; a larger tensor is by itself."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -90,6 +91,12 @@ def slots(model: nn.Module) -> list[Tensor]:
     """What gathered frozen weights lie in, once there was a forward pass."""
     found = vars(model).get(_SHARDS)
     return [] if found is None else found.slots
+
+
+def sharing(model: nn.Module) -> DeviceMesh | None:
+    """The processes that share frozen weights; of a mesh of two dimensions the first is of replicas."""
+    found = vars(model).get(_SHARDS)
+    return None if found is None else found.mesh
 
 
 def _mesh(world: World) -> DeviceMesh:
@@ -198,7 +205,7 @@ class Gradients:
             if found:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 gradients.append(parameter.grad)
-        for bucket in _buckets(gradients):
+        for bucket in buckets(gradients):
             together = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0]
             dist.all_reduce(together)
             together /= self._world.size
@@ -207,15 +214,15 @@ class Gradients:
                 torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
 
 
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Small ones of a dtype together, as they come; large ones by themselves."""
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """What is sent at once: small tensors of a dtype together, as they come, large ones by themselves."""
     gathered: list[Tensor] = []
-    for gradient in gradients:
+    for tensor in tensors:
         if gathered and (
-            gradient.dtype != gathered[0].dtype or sum(g.numel() for g in gathered) + gradient.numel() > _BUCKET
+            tensor.dtype != gathered[0].dtype or sum(t.numel() for t in gathered) + tensor.numel() > _BUCKET
         ):
             yield gathered
             gathered = []
-        gathered.append(gradient)
+        gathered.append(tensor)
     if gathered:
         yield gathered

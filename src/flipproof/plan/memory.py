@@ -153,13 +153,13 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     adapters, sharded = shape.adapters * shape.blocks, spread.shards > 1 and not shared
     trained = shape.parameters if trains else adapters
     h, f = shape.hidden, shape.ffn
-    # of what trains, where frozen weights are shared, each GPU has all
+    # of what trains, where frozen weights are shared, each GPU has all, but of the moments
     shards = 1 if shared else spread.shards
     apart = shape.matrices if shared else shape.parameters  # what is shared
     always = {
         "weights": held * (shape.parameters - apart + apart / spread.shards),
         "adapters": 4 * adapters / shards,
-        "AdamW's moments": 8 * trained / shards,
+        "AdamW's moments": 8 * trained / spread.shards,
     }
     gradients = 4 * trained / shards
     host, copied = 0.0, 0.0

@@ -7,7 +7,8 @@ read and written when it is merged, flipped or both, in forward and, where flipp
 backward. Communication is what FSDP2 gathers and reduces, or what GPUs read of their neighbours' frozen weights. It
 runs beside the rest, so a step takes the longer of the two, and the first and last block's share of it in any case;
 FSDP copies what it gathered out of its buffers, and products beside communication are slower. Where what trains is
-whole on each GPU, its gradients are averaged at the end, beside nothing. With ``cpu_offload`` shards come over PCI
+whole on each GPU, its gradients are averaged at the end, beside nothing, and GPUs that share AdamW's moments send each
+other what they stepped. With ``cpu_offload`` shards come over PCI
 Express for each gather, gradients go back over it, and AdamW runs on the CPU, by the bytes that it moves there (which
 nothing here has measured).
 """
@@ -101,10 +102,12 @@ def pace(
         # an all-reduce is a reduce-scatter and a gather
         replicated = 2 * gradient * trained / spread.shards * (1 - 1 / spread.replicas)
     communication = ((gathered + scattered) / links[0] + replicated / links[1]) / (1e9 * OF_LINK)
-    averaged = average = 0.0
+    averaged = at_the_end = 0.0
     if shared or spread.shards == 1:
         averaged = 2 * gradient * trained * (1 - 1 / spread.gpus)
-        average = averaged / (min(links) * 1e9 * OF_LINK)
+        stepped = 4 * trained * others
+        gathered += stepped
+        at_the_end = (averaged / min(links) + stepped / links[0]) / (1e9 * OF_LINK)
     adam = 0.0
     if config.parallelism.cpu_offload:
         shard = (held_bytes(config) * shape.parameters + 4 * shape.adapters * shape.blocks) / spread.shards
@@ -112,13 +115,13 @@ def pace(
         # reads weights, gradients and both moments, and writes all but gradients, in float32
         adam = 28 * trained / spread.shards / (CPU_BANDWIDTH * 1e9)
     ends = 2 * communication / max(1, shape.blocks * accumulation)
-    exposed = average + (max(communication - products - flips, ends) if communication else 0.0)
+    exposed = at_the_end + (max(communication - products - flips, ends) if communication else 0.0)
     slowed = copied + BESIDE * communication
     return Pace(
         products,
         flips,
         slowed,
-        communication + average,
+        communication + at_the_end,
         exposed,
         adam,
         gathered,

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from flipproof.files import discard, is_temporary, named, put_in_place, sync, te
 from flipproof.log import logger
 from flipproof.records import read_record, write_record
 from flipproof.train.dcp_reader import INDEX, NotACheckpoint, Planted, SafePlanner, SafeReader
+from flipproof.train.optimizer import ShardedAdamW
 from flipproof.world import ALONE, World
 
 MANIFEST = "manifest.json"
@@ -94,7 +95,8 @@ class Checkpointer:
         self.wait()
         full = self.config.state_dict_type == "full"
         options = StateDictOptions(ignore_frozen_params=True, strict=False, cpu_offload=True, full_state_dict=full)
-        model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+        with _as_stepped(model, optimizer):
+            model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
         state = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
         # a copy: training goes on with the tensors themselves, which on a CPU these are
         state = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
@@ -214,16 +216,24 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         ConfigError: where it does not fit the model, or holds what no checkpoint holds.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
-    _load(state, path)
-    own = [{key: group[key] for key in _OWN if key in group} for group in optimizer.param_groups]
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINABLE
-    )
+    with _as_stepped(model, optimizer):
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINABLE)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
+        _load(state, path)
+        own = [{key: group[key] for key in _OWN if key in group} for group in optimizer.param_groups]
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINABLE
+        )
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.gather()
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
     return step_of(path)
+
+
+def _as_stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Within, the model's parameters are those of the optimizer."""
+    return optimizer.parameters_of(model) if isinstance(optimizer, ShardedAdamW) else nullcontext()
 
 
 def load_trained_weights(path: Path, model: nn.Module) -> int:

@@ -1,12 +1,92 @@
 """What takes a step: AdamW, the course of its learning rate, and the scale of the loss."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from flipproof.config import TrainingConfig
-from flipproof.dtensor import local
+from flipproof.dtensor import like, local, of_rows
+from flipproof.models.parallelize import buckets, sharing
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW of parameters that each process has whole: each steps its own rows, whose moments it alone holds, and is
+    sent those of the others (ZeRO's first stage, Rajbhandari et al., 2020). It steps to the bits of AdamW.
+
+    ``param_groups`` have DTensors of the rows, which lie in the parameters' own memory.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], mesh: DeviceMesh, **options: Any) -> None:
+        """
+        Args:
+            groups: of parameters, and what holds for each group.
+            mesh: of the processes that share; where it has two dimensions the first is of replicas.
+        """
+        self._group = mesh.get_group(mesh.ndim - 1)
+        self._rows = {
+            parameter: nn.Parameter(of_rows(self._part(parameter.data, self._group.rank()), parameter, mesh))
+            for group in groups
+            for parameter in group["params"]
+        }
+        groups = [group | {"params": [self._rows[parameter] for parameter in group["params"]]} for group in groups]
+        super().__init__(groups, **options)
+
+    def _part(self, tensor: Tensor, rank: int) -> Tensor:
+        """The rows of a process, as DTensors have them."""
+        rows = math.ceil(len(tensor) / self._group.size())
+        return tensor[rank * rows : (rank + 1) * rows]
+
+    def step(self, closure: Any = None) -> Any:
+        """All processes call."""
+        for parameter, rows in self._rows.items():
+            if parameter.grad is not None:
+                rows.grad = like(self._part(parameter.grad, self._group.rank()), rows)
+        result = super().step(closure)
+        for rows in self._rows.values():
+            rows.grad = None
+        self.gather()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for parameter in self._rows:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Have each process's rows in all. All processes call."""
+        size = self._group.size()
+        for bucket in buckets([parameter.data for parameter in self._rows]):
+            longest = sum(self._part(tensor, 0).numel() for tensor in bucket)
+            parts = [[self._part(tensor, rank) for tensor in bucket] for rank in range(size)]
+            received = [bucket[0].new_empty(longest) for _ in range(size)]
+            own = torch.cat([part.flatten() for part in parts[self._group.rank()]])
+            dist.all_gather(received, nn.functional.pad(own, (0, longest - len(own))), self._group)
+            for of_rank, flat in zip(parts, received, strict=True):
+                sizes = [part.numel() for part in of_rank]
+                values = flat[: sum(sizes)].split(sizes)
+                torch._foreach_copy_(of_rank, [v.view_as(part) for v, part in zip(values, of_rank, strict=True)])
+
+    @contextmanager
+    def parameters_of(self, model: nn.Module) -> Iterator[None]:
+        """Within, the model's parameters are those that the optimizer has, as a checkpoint wants them."""
+        held = [(m, key, p) for m in model.modules() for key, p in m._parameters.items() if p in self._rows]
+        for module, key, parameter in held:
+            module._parameters[key] = self._rows[parameter]
+        try:
+            yield
+        finally:
+            for module, key, parameter in held:
+                module._parameters[key] = parameter
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -16,15 +96,17 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     fused = all(parameter.is_cuda for parameter in trainable)  # else several launches for each of its operations
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.lr,
-        betas=(training.beta1, training.beta2),
-        eps=training.eps,
-        fused=fused,
-        foreach=not fused,
-    )
+    options: dict[str, Any] = {
+        "lr": training.lr,
+        "betas": (training.beta1, training.beta2),
+        "eps": training.eps,
+        "fused": fused,
+        "foreach": not fused,
+    }
+    mesh = sharing(model)
+    return torch.optim.AdamW(groups, **options) if mesh is None else ShardedAdamW(groups, mesh, **options)
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:

@@ -293,7 +293,8 @@ class Training:
         def room() -> float:
             free, _ = torch.cuda.mem_get_info()
             # what later steps need beside: Adam's two moments, and gradients that wait for the last micro-batch
-            later = 0 if self.optimizer.state else 2 * sum(local(p).nbytes for p in self.trainable)
+            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+            later = 0 if self.optimizer.state else 2 * sum(local(p).nbytes for p in stepped)
             if self.config.training.gradient_accumulation_steps > 1:
                 later += sum(4 * p.numel() for p in self.trainable)
             return self.world.least((0.94 * (free + torch.cuda.memory_reserved()) - later) / 2**30)
