@@ -115,6 +115,8 @@ def test_awq_by_hand():
      r"^scale, .* of shape \(24, 4\): .* \(24, 2\) is needed"),
     ({"g_idx": torch.zeros(255, dtype=torch.int32)}, r"^g_idx is of shape \(255,\): \(256,\) is needed, as qweight is"),
     ({"g_idx": torch.full((256,), 2, dtype=torch.int32)}, "^g_idx goes from 2 to 2: there are 2 groups, from 0$"),
+    ({"g_idx": torch.arange(-1, 255, dtype=torch.int32) // 128},
+     "^g_idx goes from -1 to 1: there are 2 groups, from 0$"),
 ])  # fmt: skip
 def test_wrong_tensors_are_refused(changes, message):
     tensors, _ = gptq(128, 1, True)

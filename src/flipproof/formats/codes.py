@@ -11,6 +11,8 @@ and NaN where e5m2 has them. Patterns are uint8, in the low bits.
   map of 256 numbers for the scales (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -44,8 +46,14 @@ def numbers(patterns: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
         return patterns.to(dtype)
     if kind in FLOAT8:
         return patterns.view(FLOAT8[kind]).to(dtype)
-    table = torch.tensor(_TABLES[kind], dtype=dtype, device=patterns.device)
-    return table[patterns.int()]
+    make = _table if type(patterns) is Tensor else _table.__wrapped__  # a fake tensor's is fake: not one to keep
+    return make(kind, dtype, patterns.device)[patterns.int()]
+
+
+@cache  # without bound: it is two tables, and a CUDA graph may hold the address of one
+def _table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Taken to a device once: whoever computes with codes there need not wait for the host."""
+    return torch.tensor(_TABLES[kind], dtype=dtype, device=device)
 
 
 def nearest(x: Tensor, format: Format) -> Tensor:

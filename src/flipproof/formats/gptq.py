@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flipproof.errors import ConfigError
 from flipproof.formats.fields import check_shape, from_words, part
 from flipproof.formats.operands import FLOATS
 from flipproof.formats.spec import Format
@@ -34,7 +35,8 @@ def unpack_gptq(tensors: Mapping[str, Tensor], format: Format) -> Stored:
         format: int4-asym of the checkpoint's group size; its ``zero_plus`` is 1 for the first version, else 0.
 
     Raises:
-        ConfigError: for a tensor that is missing, or of another dtype or shape than the format needs.
+        ConfigError: for a tensor that is missing, or of another dtype or shape than the format needs; for a group that
+            there is not.
     """
     words = part(tensors, "qweight", torch.int32, 2)
     scales = part(tensors, "scales", FLOATS, 2)
@@ -52,6 +54,8 @@ def unpack_gptq(tensors: Mapping[str, Tensor], format: Format) -> Stored:
         places = torch.arange(inputs, dtype=torch.int32, device=g_idx.device)
         if torch.equal(g_idx, places // (format.group or inputs)):
             g_idx = None
+        elif (low := int(g_idx.min())) < 0 or int(g_idx.max()) >= groups:
+            raise ConfigError([f"g_idx goes from {low} to {int(g_idx.max())}: there are {groups} groups, from 0"])
     return Stored(format, operands, scales.dtype, g_idx)
 
 
