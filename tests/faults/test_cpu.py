@@ -10,13 +10,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from scalar_flips import scalar_masks
 from scipy import stats
 
 from flipproof.faults import cpu, guard
 from flipproof.faults.draw import Draw, rates_of
 from flipproof.faults.fault import Fault
 from flipproof.faults.philox import derive_key
-from flipproof.faults.poisson import BLOCK, ball_cdf, flip_plan, split
+from flipproof.faults.poisson import BLOCK, ball_cdf, flip_plan
 
 FALSE_ALARM = 1e-6
 LAYOUT = {torch.bfloat16: (16, 7), torch.float16: (16, 10), torch.float32: (32, 23)}
@@ -34,69 +35,7 @@ def masks(dtype, p_exp, p_frac, n, key=KEY, tick=0, offset=0):
     return zeros.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy().view(f"uint{LAYOUT[dtype][0]}")
 
 
-# -- an independent, scalar implementation of the definition ------------------------------------------------------
-
-
-def scalar_philox(counter, key):
-    c, k = list(counter), [key % 2**32, key >> 32 & 0xFFFFFFFF]
-    for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return c
-
-
-def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
-    bits, mantissa = (LAYOUT | LOW_BITS)[dtype]
-    lanes = 32 // bits
-    group_count = BLOCK // (4 * lanes)
-    fields = [(p_exp, mantissa, bits - mantissa), (p_frac, 0, mantissa)]
-
-    def draw(purpose, index, block):
-        return scalar_philox((purpose << 28 | index, block % 2**32, block >> 32 | tick >> 32 << 16, tick % 2**32), key)
-
-    out = [0] * n
-    for block in range(offset // BLOCK, (offset + n - 1) // BLOCK + 1):
-        block_mask = [0] * BLOCK
-        counts = draw(0, 0, block)
-        for f, (p, first, width) in enumerate(fields):
-            coin, k, j, rest = split(p)
-            coins = [draw(3, g, block) for g in range(group_count)]
-
-            def coin_of(e, coins=coins):
-                word, h = divmod(e, lanes)
-                c, g = divmod(word, group_count)
-                return coins[g][c] >> (h * bits)
-
-            for e in range(BLOCK):  # digit by digit, each bit: u < q where u = 0.u1 u2 ... uk
-                if not 0 <= block * BLOCK + e - offset < n:
-                    continue
-                word, h = divmod(e, lanes)
-                c, g = divmod(word, group_count)
-                words = [draw(2, i << 16 | g, block)[c] for i in range(k)]
-                for bit in range(first, first + width):
-                    u = 0
-                    for word in words:
-                        u = u << 1 | (word >> (h * bits + bit) & 1)
-                    # b <- majority(u, b, digit) from the last digit on is the comparison (complement of u) < j
-                    if (2**k - 1 - u) < j:
-                        block_mask[e] ^= 1 << bit
-                if coin:
-                    field_bits = ((1 << width) - 1) << first
-                    block_mask[e] ^= (block_mask[e] ^ coin_of(e) & ~block_mask[e]) & field_bits
-            table = ball_cdf(rest, width)
-            if table is None:
-                continue
-            uniform = (counts[2 * f] | counts[2 * f + 1] << 32) >> 1
-            for i in range(sum(1 for entry in table.tolist() if entry <= uniform)):
-                words = draw(1, i, block)
-                ball = 1 << (first + (words[2 * f + 1] * width >> 32))
-                e = words[2 * f] >> 19
-                block_mask[e] ^= ball & coin_of(e) if coin else ball
-        for e in range(BLOCK):
-            if 0 <= block * BLOCK + e - offset < n:
-                out[block * BLOCK + e - offset] = block_mask[e]
-    return np.array(out)
+# -- against an independent, scalar implementation of the definition ------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [*LAYOUT, "integer4", "e2m1", "e4m3", "e8m0"])
@@ -105,14 +44,14 @@ def scalar_masks(dtype, p_exp, p_frac, n, key, tick, offset):
 )
 def test_equal_to_a_scalar_implementation(dtype, p_exp, p_frac):
     n, offset, tick = 3000, 3 * BLOCK - 1000, 2**40 + 5
-    expected = scalar_masks(dtype, p_exp, p_frac, n, KEY, tick, offset)
+    expected = scalar_masks((LAYOUT | LOW_BITS)[dtype], p_exp, p_frac, n, KEY, tick, offset)
     np.testing.assert_array_equal(masks(dtype, p_exp, p_frac, n, tick=tick, offset=offset), expected)
     assert expected.any() or (p_exp == 0 and dtype in ("integer4", "e8m0"))  # which have no mantissa
 
 
 def test_high_block_numbers_reach_the_counter():
     n, offset = 100, (2**40 + 3) * BLOCK + 50
-    expected = scalar_masks(torch.bfloat16, 2**-7, 2**-7, n, KEY, 0, offset)
+    expected = scalar_masks(LAYOUT[torch.bfloat16], 2**-7, 2**-7, n, KEY, 0, offset)
     np.testing.assert_array_equal(masks(torch.bfloat16, 2**-7, 2**-7, n, offset=offset), expected)
     assert expected.any()
 

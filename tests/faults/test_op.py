@@ -4,7 +4,8 @@ import torch
 
 import flipproof
 from flipproof.faults import cpu
-from flipproof.faults.draw import Draw
+from flipproof.faults.draw import Draw, rates_of
+from flipproof.faults.fault import Fault
 from flipproof.faults.guard import limits_of
 from flipproof.faults.philox import derive_key
 
@@ -145,6 +146,9 @@ def test_the_operators_pass_torchs_own_checks():
     check(ops.flip_grad_.default, (x, grad, x, rates, one, *where))
     check(ops.flip_again.default, (x, x, mantissa, None, *where))
     check(ops.flip_marked.default, (x, rates, features, *where))
+    codes, low = torch.arange(90, dtype=torch.uint8) % 16, rates_of(Fault(0.01, 0.3), "e2m1")
+    check(ops.flip.default, (codes, low, None, *where))
+    check(ops.flip_.default, (codes, low, None, *where))
     _, zeroed = ops.flip_marked(x, rates, features, *where)
     check(ops.zero_marked_.default, (zeroed, grad))
     check(ops.merge.default, (x, a, b, 0.5, rates, one, *where))

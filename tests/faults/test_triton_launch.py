@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from rounding import assert_same_function
+from scalar_flips import scalar_masks
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from flipproof.faults import cpu, triton_launch
-from flipproof.faults.draw import Draw
+from flipproof.faults.draw import Draw, rates_of
+from flipproof.faults.fault import Fault
 from flipproof.faults.guard import guard_of, limits_of
+from flipproof.faults.layouts import FLOATS, LAYOUTS
 from flipproof.faults.philox import derive_key
 from flipproof.faults.poisson import BLOCK, flip_plan
 
@@ -151,6 +154,92 @@ def test_elements_beyond_two_to_the_31(p):
         triton_launch.flip_sparse_(x, plan, None, draw(p, p, None), blocks=range(begin // BLOCK, n // BLOCK))
         assert equal(x[begin:], expected_flip(clean, draw(p, p, None, offset=begin))[0])
     assert (y[begin - 10 : begin] == 1).all()
+
+
+# -- codes and scales of 4 and 8 bits ----------------------------------------------------------------------------------
+
+ELEMENTS = [name for name in LAYOUTS if name not in FLOATS]
+# In the interpreter every element with every third probability, and every layout with every probability.
+LOW_CASES = [
+    (element, *PROBABILITIES[i])
+    for (k, element), i in product(enumerate(ELEMENTS), range(len(PROBABILITIES)))
+    if DEVICE == "cuda" or (i + k) % 3 == 0
+]
+
+
+def codes(n, element, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2 ** LAYOUTS[element].bits, (n,), generator=generator).to(torch.uint8)
+
+
+def low_draw(element, p_exp, p_frac, tick=7, offset=0, device="cpu"):
+    key, now = torch.tensor(KEY, device=device), torch.tensor(tick, device=device)
+    return Draw(rates_of(Fault(p_exp, p_frac), element), None, key, now, offset)
+
+
+@pytest.mark.parametrize(("element", "p_exp", "p_frac"), LOW_CASES)
+def test_codes_are_equal_to_the_reference(element, p_exp, p_frac):
+    """The end of a block and a whole one, and an odd part of the next, into another tensor and in place."""
+    x = codes(65 + BLOCK + 1001, element)
+    arguments = element, p_exp, p_frac, 2**40 + 5, 2**31 + 2 * BLOCK - 65
+    expected = cpu.flip(x, None, low_draw(*arguments))
+    on_device = x.clone().to(DEVICE)
+    assert torch.equal(triton_launch.flip(on_device, None, low_draw(*arguments, DEVICE)).cpu(), expected)
+    assert torch.equal(on_device.cpu(), x)
+    triton_launch.flip_(on_device, None, low_draw(*arguments))  # key and tick in CPU memory
+    assert torch.equal(on_device.cpu(), expected)
+    assert not torch.equal(x, expected) or max(p_exp, p_frac * (LAYOUTS[element].mantissa > 0)) < 2**-8
+    assert int(expected.max()) < 2 ** LAYOUTS[element].bits
+
+
+@pytest.mark.parametrize("element", ["integer4", "e2m1", "e4m3", "e8m0"])  # one of each layout but e5m2's
+@pytest.mark.parametrize(("p_exp", "p_frac"), [(2**-8, 2**-7), (0.3, 2**-9), (0.499, 0.3)])
+def test_codes_are_equal_to_a_scalar_implementation(element, p_exp, p_frac):
+    n, offset, tick = 700, 3 * BLOCK - 300, 2**40 + 5
+    expected = scalar_masks(LAYOUTS[element][:2], p_exp, p_frac, n, KEY, tick, offset)
+    zeros = torch.zeros(n, dtype=torch.uint8, device=DEVICE)
+    y = triton_launch.flip(zeros, None, low_draw(element, p_exp, p_frac, tick, offset, DEVICE))
+    np.testing.assert_array_equal(y.cpu().numpy(), expected)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("element", ["integer4", "e4m3"])
+@pytest.mark.parametrize("p", [2**-8, 0.3, 0.45])  # balls, digits, coins
+def test_codes_anywhere_in_a_word_and_nothing_beside_them(element, p):
+    """A slice that begins at any byte of a 32-bit word and ends at any."""
+    x = codes(1003, element)
+    expected = cpu.flip(x, None, low_draw(element, p, p, offset=BLOCK - 400))
+    for shift in range(1, 6):
+        room = torch.full((1003 + 12,), 9, dtype=torch.uint8, device=DEVICE)
+        view = room[shift : shift + 1003]
+        view.copy_(x)
+        arguments = low_draw(element, p, p, offset=BLOCK - 400)
+        assert torch.equal(triton_launch.flip(view, None, arguments).cpu(), expected)
+        assert torch.equal(view.cpu(), x)
+        triton_launch.flip_(view, None, arguments)
+        assert torch.equal(view.cpu(), expected)
+        assert (room[:shift] == 9).all()
+        assert (room[shift + 1003 :] == 9).all()
+
+
+def test_rows_strides_and_empty_tensors_of_codes():
+    x = codes(24 * 130, "nf4").view(24, 130)
+    whole = cpu.flip(x, None, low_draw("nf4", 0.02, 0.0))
+    transposed = x.T.contiguous().T.to(DEVICE)
+    assert torch.equal(triton_launch.flip(transposed, None, low_draw("nf4", 0.02, 0.0)).cpu(), whole)
+    for first, rows in ((0, x[:7]), (7, x[7:8]), (8, x[8:])):
+        part = triton_launch.flip(rows.to(DEVICE), None, low_draw("nf4", 0.02, 0.0, offset=first * 130))
+        assert torch.equal(part.cpu(), whole[first : first + len(rows)])
+    empty = torch.empty(0, 3, dtype=torch.uint8, device=DEVICE)
+    assert triton_launch.flip(empty, None, low_draw("nf4", 0.02, 0.0)).shape == (0, 3)
+
+
+def test_more_balls_than_lanes_in_codes():
+    x, arguments = codes(BLOCK, "integer8"), low_draw("integer8", 2**-7, 0.0)
+    assert flip_plan(LAYOUTS["integer8"], 2**-7, 0.0).likely_balls > 256
+    y = torch.empty_like(x, device=DEVICE)
+    triton_launch.flip_into(y, x.to(DEVICE), None, arguments, lanes=16)
+    assert torch.equal(y.cpu(), cpu.flip(x, None, arguments))
 
 
 # -- the merged weight ----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def flip(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> torch.Tensor
 
 
 def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
-    """Invert bits of a contiguous CPU tensor in place, then guard it. One of uint8 may be elsewhere, too.
+    """Invert bits of a contiguous CPU tensor in place, then guard it; one of uint8 has no guard.
 
     ``grad``, where given, is a contiguous tensor of the same shape that becomes 0 where the guard zeroed the value.
     """
@@ -45,9 +45,6 @@ def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
     plan = flip_plan(rates.layout or x.dtype, rates.p_exp, rates.p_frac)
     channels, inner = (1, 1) if limits is None else channels_of(limits, x.shape)
     flat = x.detach().view(-1)
-    if flat.device.type != "cpu":
-        flat ^= _masks(flat, plan, key_number, tick_number, offset)
-        return
     bits = flat.view(INTEGERS[x.dtype]).numpy().view(plan.unsigned)
     in_range = limits is not None and not plan.dense and _all_below(x.detach(), limits)
     flipped = flip_bits_(bits, plan, key_number, tick_number, offset)
@@ -65,13 +62,6 @@ def flip_(x: torch.Tensor, grad: torch.Tensor | None, draw: Draw) -> None:
         bits[out] = 0
         if grad is not None:
             grad.view(-1).index_fill_(0, torch.from_numpy(out), 0)
-
-
-def _masks(x: torch.Tensor, plan: FlipPlan, key: int, tick: int, offset: int) -> torch.Tensor:
-    """The bits to invert in each element of a flat tensor of uint8, drawn here and taken to where it is."""
-    masks = np.zeros(x.numel(), dtype=np.uint8)
-    flip_bits_(masks, plan, key, tick, offset)
-    return torch.from_numpy(masks).to(x.device)
 
 
 def merge(

@@ -67,7 +67,7 @@ def _backend(x: Tensor, draw: Draw | None = None) -> Any:
         raise TypeError(f"cannot flip bits of a {dtype_name(x.dtype)} tensor; allowed are {allowed}")
     if draw is not None and draw.patterned:
         return memory
-    if x.device.type != "cuda" or x.dtype == torch.uint8:
+    if x.device.type != "cuda":
         return cpu
     from flipproof.faults import triton_launch  # Triton comes with CUDA builds of torch
 

@@ -13,6 +13,10 @@ atomics work, and XORed and guarded on the way through registers.
 **In place** without a guard nothing but the flipped words is touched, and a few lanes serve one block, so that a weight
 of 235 million elements is 1792 programs and not 28672.
 
+**Codes and scales** of 4 and 8 bits are bytes here, each with its BITS real bits in the low ones; four share the word
+that an atomic XORs. They are drawn as numbers are, by the bits that are real: of 4, eight to a word of digits or coins.
+A guard is of numbers alone.
+
 **Thresholds by channel** come as limits, integers of the dtype's own bits. Those of features are read like the values
 beside them; a long row has one, so a block meets two at most.
 
@@ -169,10 +173,12 @@ def _balls(
 def _word(y_ptr, odd, index):
     """(pointer to the 32-bit word that holds each element ``index``, place of the element's lowest bit in the word).
 
-    ``odd`` is 1 where y begins in the upper half of a word."""
+    ``odd`` is how many elements of the word in which y begins lie before it."""
     int32_ptr = tl.pointer_type(tl.int32)
-    if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        slot = index + odd
+    slot = index + odd
+    if y_ptr.dtype.element_ty.primitive_bitwidth == 8:
+        return (y_ptr - odd).to(int32_ptr, bitcast=True) + (slot >> 2), ((slot & 3) << 3).to(tl.int32)
+    elif y_ptr.dtype.element_ty.primitive_bitwidth == 16:
         return (y_ptr - odd).to(int32_ptr, bitcast=True) + (slot >> 1), ((slot & 1) << 4).to(tl.int32)
     else:
         return y_ptr.to(int32_ptr, bitcast=True) + index, (index * 0).to(tl.int32)
@@ -291,6 +297,18 @@ def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN
     return m0, m1, m2, m3
 
 
+@triton.jit
+def _by_element(words, BITS: tl.constexpr):
+    """32-bit words as the elements that they hold, lowest first; elements of 4 bits are in bytes."""
+    if BITS <= 16:
+        words = tl.interleave(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+    if BITS <= 8:
+        words = tl.interleave(words.to(tl.uint8), (words >> 8).to(tl.uint8))
+    if BITS == 4:
+        words = tl.interleave(words & 15, words >> 4)
+    return words
+
+
 # -- a program for each block: copy, dense digits, guard ------------------------------------------------------------
 
 
@@ -298,15 +316,15 @@ def _digits(table_ptr, digits, coins, block, tick, key, BITS: tl.constexpr, COIN
 def flip_block(
     x_ptr, y_ptr, grad_ptr, key, tick, table_ptr, n_exp, n_frac, steps, digits, limit, period, odd, n, offset,
     first_block, marks_ptr,
-    MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr, SPARSE: tl.constexpr,
-    COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr, MARK: tl.constexpr,
+    BITS: tl.constexpr, MANTISSA: tl.constexpr, LANES: tl.constexpr, DENSE: tl.constexpr, COIN: tl.constexpr,
+    SPARSE: tl.constexpr, COPY: tl.constexpr, GUARD: tl.constexpr, GRAD: tl.constexpr, MARK: tl.constexpr,
     BY: tl.constexpr, LONG: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """y <- guard(flip(x)) for one block; x and y may be the same (not COPY).
 
-    GRAD: zero the gradient where the guard zeroes. MARK: set the bit of what it zeroes, without dense digits.
+    BITS: of an element, the real ones. GRAD: zero the gradient where the guard zeroes. MARK: set the bit of what it
+    zeroes, without dense digits.
     """
-    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
     block = first_block + tl.program_id(0).to(tl.int64)
     start = block * _BLOCK - offset  # index in x of the block's first element; negative where x begins within it
     key = _scalar(key).to(tl.int64)
@@ -364,9 +382,7 @@ def flip_block(
             from_ptr = y_ptr
             tl.debug_barrier()
         for c in tl.static_range(4):
-            mask = (m0, m1, m2, m3)[c]
-            if BITS == 16:
-                mask = tl.interleave(mask.to(tl.uint16), (mask >> 16).to(tl.uint16))
+            mask = _by_element((m0, m1, m2, m3)[c], BITS)
             position = c * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)
             part = start + position
             there = (part >= 0) & (part < n)
@@ -406,13 +422,12 @@ def flip_block(
 def flip_sparse_(
     y_ptr, key, tick, table_ptr, n_exp, n_frac, steps, limit, odd, n, offset, first_block, blocks,
     far_ptr, columns, tile_columns, list_ptr, room,
-    MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr, STRIP_ROWS: tl.constexpr,
-    LIST: tl.constexpr, BY: tl.constexpr, LONG: tl.constexpr,
+    BITS: tl.constexpr, MANTISSA: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GUARD: tl.constexpr,
+    STRIP_ROWS: tl.constexpr, LIST: tl.constexpr, BY: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """y <- flip(y) for GROUP blocks, no dense digits. With GUARD, also guard what was hit, and every element where
     ``far_ptr``, one byte for each program of the merge, says that its STRIP_ROWS rows hold a clean value out of range.
     With LIST, list what the guard zeroed. A guard is one for all or by row."""
-    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
     group = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
     block = first_block + group
     key = _scalar(key).to(tl.int64)

@@ -1,5 +1,5 @@
 """The flip on a GPU: which kernel of ``triton_kernels.py`` or ``triton_merge.py`` to launch, with what. The same
-functions as ``cpu.py``."""
+functions as ``cpu.py``, of the same tensors: numbers, and bytes of codes and scales, which have no guard."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from flipproof.faults import triton_merge as merging
 from flipproof.faults.cpu import zeroed_correction_dense
 from flipproof.faults.draw import Draw
 from flipproof.faults.guard import channels_of
+from flipproof.faults.layouts import Layout
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, flip_plan
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -72,6 +73,8 @@ class _DevicePlan(NamedTuple):
     steps: int
     digits: int
     coin: bool
+    bits: int
+    """Of an element, the real ones."""
     mantissa: int
     likely_balls: int
 
@@ -85,19 +88,18 @@ class _DevicePlan(NamedTuple):
 
 
 @cache  # without bound: a CUDA graph may hold the table's address
-def _device_plan(dtype: torch.dtype, p_exp: float, p_frac: float, device: torch.device) -> _DevicePlan:
-    plan = flip_plan(dtype, p_exp, p_frac)
+def _device_plan(element: torch.dtype | Layout, p_exp: float, p_frac: float, device: torch.device) -> _DevicePlan:
+    plan = flip_plan(element, p_exp, p_frac)
     exp, frac = ([] if field.cdf is None else field.cdf.tolist() for field in (plan.exponent, plan.mantissa))
     table = torch.tensor([*exp, *frac, *plan.digits, plan.coins], dtype=torch.int64).to(device)
     steps = max(len(exp), len(frac)).bit_length()
-    return _DevicePlan(
-        table, len(exp), len(frac), steps, len(plan.digits), plan.coins != 0, plan.exponent.first_bit, plan.likely_balls
-    )
+    digits, bits = (len(plan.digits), plan.coins != 0), (plan.element_bits, plan.exponent.first_bit)
+    return _DevicePlan(table, len(exp), len(frac), steps, *digits, *bits, plan.likely_balls)
 
 
 def _plan_of(draw: Draw, y: Tensor) -> _DevicePlan:
     rates = draw.drawn()
-    return _device_plan(y.dtype, rates.p_exp, rates.p_frac, y.device)
+    return _device_plan(rates.layout or y.dtype, rates.p_exp, rates.p_frac, y.device)
 
 
 class _Guard(NamedTuple):
@@ -133,8 +135,8 @@ def _blocks(n: int, offset: int) -> range:
 
 
 def _odd(y: Tensor) -> int:
-    """1 where a tensor of 16-bit elements begins in the upper half of a 32-bit word."""
-    return y.data_ptr() >> 1 & 1
+    """How many elements of the 32-bit word in which a tensor begins lie before it."""
+    return (y.data_ptr() & 3) // y.dtype.itemsize
 
 
 # -- flips ------------------------------------------------------------------------------------------------------------
@@ -230,6 +232,7 @@ def flip_into(
             plan.table if zeroed is None else zeroed,
         ),
         (
+            plan.bits,
             plan.mantissa,
             lanes or (128 if plan.dense else 256),
             plan.dense,
@@ -244,7 +247,7 @@ def flip_into(
             guard.period % 8 == 0 and offset % 8 == 0,
         ),
         # so few registers that enough blocks share a multiprocessor for one's memory to hide another's arithmetic
-        **({"maxnreg": 80 if plan.dense or guard.by else 48} if y.dtype.itemsize == 2 else {}),
+        **({"maxnreg": 80 if plan.dense or guard.by else 48} if y.dtype.itemsize <= 2 else {}),
     )
 
 
@@ -296,7 +299,7 @@ def flip_sparse_(
             0 if zeroed is None else zeroed.numel() - 1,
         ),
         (
-            *(plan.mantissa, group, lanes, far is not None, _TILES * _TILE_ROWS, zeroed is not None),
+            *(plan.bits, plan.mantissa, group, lanes, far is not None, _TILES * _TILE_ROWS, zeroed is not None),
             far.guard.by if far else "",
             far is not None and far.columns >= BLOCK,
         ),
