@@ -1,16 +1,19 @@
 """Faults of quantised weights against the same made by hand: operands flipped one by one, then dequantised."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 from quantised_models import GROUPS, quantised
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec, Pattern
 from flipproof.errors import ConfigError
+from flipproof.faults import op
 from flipproof.faults.fault import Fault
 from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.quantised import PART_OF, FaultyQuantisedLinear, elements
@@ -91,6 +94,109 @@ def test_a_layer_computes_with_what_its_flipped_operands_stand_for(name, dtype, 
         assert not torch.equal(expected, clean)
     with flipproof.faults(model, flips=False, guard=False):
         assert torch.equal(model.first(x), F.linear(x, clean, model.first.bias))
+
+
+# --- on a GPU
+
+GPU = torch.cuda.is_available()
+GUARDED = {"w_zero_out_t": 0.3, "w_scale_zero_out_t": 0.5}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_make_the_weight_that_a_cpu_makes(name, dtype, monkeypatch):
+    """In Triton's interpreter where there is no GPU. Of all operands in their own layouts, behind both guards."""
+    triton_launch = pytest.importorskip("flipproof.faults.triton_launch", reason="Triton has no build here")
+    model, spec = Chain(name, dtype), BitFlipSpec(**rates(name, **GUARDED), base_seed=5)
+    flipproof.inject(model, spec)
+    expected = [by_hand(model.first, spec, tick) for tick in (0, 1)]
+    if GPU:
+        model.cuda()
+    else:
+        monkeypatch.setattr(op, "_backend", lambda _, draw=None: triton_launch)
+    x = torch.zeros(1, 64, dtype=dtype, device=model.first.bias.device)
+    for tick, weight in enumerate(expected):
+        model.first.state.set_tick(tick)
+        got = model.first._weight_of_pass(x, dtype, 0)()
+        assert got.device == x.device
+        assert torch.equal(got.cpu().nan_to_num(), weight.nan_to_num())
+    assert not torch.equal(*(weight.nan_to_num() for weight in expected))
+
+
+class Operators(TorchDispatchMode):
+    """Lists all that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen.append(str(operator))
+        return operator(*args, **kwargs or {})
+
+
+def trained(name, g_idx=False):
+    """A layer with every fault that is drawn anew in each pass, guards and adapters; after one pass."""
+    root = nn.Sequential(Chain(name).first)
+    if g_idx:
+        places = torch.arange(64, dtype=torch.int32).flip(0) // GROUPS[name]
+        root[0] = QuantisedLinear(dataclasses.replace(root[0].stored(), g_idx=places), root[0].bias)
+    more = GUARDED | {"x_p_exp": 0.01, "x_p_frac": 0.01, "x_zero_out_t": 4.0}
+    flipproof.inject(root, BitFlipSpec(**rates(name, **more)), LoraSpec(r=2, dropout=0.1))
+    with torch.no_grad():
+        root[0].lora_B.normal_(generator=torch.Generator().manual_seed(1))
+    root.to("cuda" if GPU else "cpu")
+    root(torch.ones(3, 64, device=root[0].bias.device)).sum().backward()
+    return root
+
+
+CASES = [*((name, False) for name in GROUPS), ("int4-asym", True), ("int4", True)]
+
+
+@pytest.mark.parametrize(("name", "g_idx"), CASES)
+def test_no_pass_looks_at_a_number_or_takes_one_to_the_device(name, g_idx):
+    """What would make a GPU wait, or a CUDA graph impossible: reading an element, or a new tensor of numbers of the
+    host's. What flips is one operator here, and does neither (``test_a_cuda_graph_replays_the_layer``)."""
+    root = trained(name, g_idx)
+    x = torch.ones(3, 64, device=root[0].bias.device)
+    with Operators() as operators:
+        root(x).sum().backward()
+    waits = ("_local_scalar_dense", "nonzero", "equal.", "lift_fresh", "repeat_interleave.Tensor", "masked_select")
+    assert "flipproof.flip.default" in operators.seen
+    assert not [seen for seen in operators.seen if any(wait in seen for wait in waits)]
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize(("name", "g_idx"), CASES)
+def test_a_cuda_graph_replays_the_layer(name, g_idx):
+    root = trained(name, g_idx)
+    layer, x = root[0], torch.randn(3, 64, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        root(x).sum().backward()
+    torch.cuda.synchronize()
+    root.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = root(x)
+        y.sum().backward()
+    flipproof.set_tick(root, 7)
+    replayed = []
+    for _ in range(3):
+        layer.lora_A.grad.zero_()
+        graph.replay()
+        replayed.append((y.detach().clone(), layer.lora_A.grad.clone()))
+    for tick, (value, grad) in enumerate(replayed, start=7):
+        flipproof.set_tick(root, tick)
+        layer.lora_A.grad = None
+        eager = root(x)
+        eager.sum().backward()
+        assert torch.equal(value.nan_to_num(), eager.nan_to_num())
+        assert torch.equal(grad.nan_to_num(), layer.lora_A.grad.nan_to_num())
+    assert not torch.equal(*(value.nan_to_num() for value, _ in replayed[:2]))
+
+
+# --- gradients, and models
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4-asym", "nvfp4"])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from quantised_models import quantised
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flipproof
@@ -14,6 +15,9 @@ from flipproof.models.parallelize import blocks
 from flipproof.train.cuda_graph import Recorded
 
 SPEC = flipproof.BitFlipSpec(w_p_exp=0.001, w_p_frac=0.005, w_zero_out_t=1.0, x_p_exp=0.001, x_zero_out_t=64.0)
+OF_CODES = flipproof.BitFlipSpec(
+    w_code_p=0.01, w_scale_p_exp=0.001, w_scale_zero_out_t=1.0, w_zero_out_t=1.0, x_p_exp=0.001, x_zero_out_t=64.0
+)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 
 
@@ -28,7 +32,7 @@ def batch(kind, seed):
     """Of two rows: text, or samples padded to rows or packed into them, elsewhere in each batch."""
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 256, (2, 24), generator=random)
-    if kind == "text":
+    if kind in ("text", "nf4"):
         return Batch(ids.cuda())
     labels = ids.where(torch.rand(2, 24, generator=random) < 0.6, IGNORED)
     sizes = torch.randint(4, 20, (2, 1), generator=random)
@@ -42,7 +46,9 @@ def gradients(tiny_llama, recorded, several, compiled=False, waits=False, valida
     step, of other rows under another seed."""
     by_blocks = kind == "packed, by blocks"
     model = tiny_llama(hidden_size=64, attention_dropout=0.0 if by_blocks else 0.1).cuda()
-    flipproof.inject(model, SPEC, flipproof.LoraSpec(r=2))
+    if kind == "nf4":
+        quantised(model, "nf4")
+    flipproof.inject(model, OF_CODES if kind == "nf4" else SPEC, flipproof.LoraSpec(r=2))
     if by_blocks:
         attend_with(model, "flex_attention")
     fuse_loss(model)
@@ -101,6 +107,14 @@ def test_what_is_recorded_has_the_gradients_of_what_is_not(tiny_llama, several, 
         gradients(tiny_llama, recorded=False, several=several, compiled=compiled, kind=kind)
     plain = gradients(tiny_llama, recorded=False, several=several, compiled=compiled, kind=kind)
     recorded = gradients(tiny_llama, recorded=True, several=several, compiled=compiled, kind=kind)
+    for one, other in zip(plain, recorded, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_quantised_model_is_recorded_too(tiny_llama, several):
+    plain = gradients(tiny_llama, recorded=False, several=several, kind="nf4")
+    recorded = gradients(tiny_llama, recorded=True, several=several, kind="nf4")
     for one, other in zip(plain, recorded, strict=True):
         assert all(map(torch.equal, one, other))
 

@@ -30,7 +30,6 @@ from flipproof.errors import ConfigError
 from flipproof.faults.draw import Draw, FaultData
 from flipproof.faults.fault import Fault
 from flipproof.faults.fitted import Guards
-from flipproof.faults.guard import guard_, guard_of, limits_of
 from flipproof.faults.layouts import LAYOUTS
 from flipproof.faults.linear import FaultyLinear, Product, flip_again, key_device
 from flipproof.faults.spec import DEFAULTS, PARTS, BitFlipSpec, LoraSpec, Part
@@ -77,8 +76,8 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
     bias: nn.Parameter | None  # type: ignore[assignment]
     operand_faults: dict[str, FaultData]
     """Of the operands whose bits flip."""
-    scale_t: float | None
-    """Guard on scales."""
+    scale_guard: FaultData
+    """Guard on scales, without flips."""
 
     def __init__(
         self, linear: QuantisedLinear, site: str, spec: BitFlipSpec | None, lora: LoraSpec, state: FaultState, kind: str
@@ -119,8 +118,8 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
             for name, element in self.elements.items()
             if parts[PART_OF[name]].flips
         }
-        t = spec.w_scale_zero_out_t if spec else None
-        return {"x_fault": x_fault, "w_fault": w_fault, "operand_faults": found, "scale_t": t}
+        scale_guard = FaultData(Fault(zero_out_t=spec.w_scale_zero_out_t if spec else None))
+        return {"x_fault": x_fault, "w_fault": w_fault, "operand_faults": found, "scale_guard": scale_guard}
 
     def refresh_keys(self) -> None:
         super().refresh_keys()
@@ -130,7 +129,7 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
     @property
     def _weight_active(self) -> bool:
         state = self.state
-        guarded = state.guard and (self.scale_t is not None or self.w_fault.guarded)
+        guarded = state.active(self.scale_guard) or state.active(self.w_fault)
         return bool(guarded or (state.flips and self.operand_faults))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,11 +164,17 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
             if self.state.flips
         }
         guard = self._draw(self.w_fault, self.w_key, x, 0, run)
-        return partial(self._faulty_weight, draws, guard, self.scale_t if self.state.guard else None, dtype, run)
+        scales = partial(_guarded, self.scale_guard, guard) if self.state.active(self.scale_guard) else None
+        return partial(self._faulty_weight, draws, guard, scales, dtype, run)
 
     @torch.no_grad()
     def _faulty_weight(
-        self, draws: Mapping[str, Draw], guard: Draw, scale_t: float | None, dtype: torch.dtype, run: int
+        self,
+        draws: Mapping[str, Draw],
+        guard: Draw,
+        scales: Callable[[Tensor], Tensor] | None,
+        dtype: torch.dtype,
+        run: int,
     ) -> Tensor:
         hook = self.state.flip_hook
 
@@ -184,7 +189,6 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
             ops.flip_(tensor, *draws[name].arguments)
             return tensor
 
-        scales = None if scale_t is None else partial(_guarded, scale_t)
         weight = dequantise(self.stored(flipped), dtype, scales)
         if guard.limits is None:
             return weight
@@ -194,13 +198,14 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
         return weight
 
     def extra_repr(self) -> str:
-        guard = f", scale_zero_out_t={self.scale_t}" if self.scale_t is not None else ""
+        guard = f", scale_zero_out_t={self.scale_guard.one}" if self.scale_guard.guarded else ""
         return f"{super().extra_repr()}, {self.format.name}, {self.operand_faults}{guard}"
 
 
-def _guarded(t: float, scales: Tensor) -> Tensor:
-    kept = scales.clone(memory_format=torch.contiguous_format)
-    guard_(kept, limits_of(guard_of(t), kept.dtype))
+def _guarded(guard: FaultData, where: Draw, scales: Tensor) -> Tensor:
+    """The scales as new ones, 0 where the guard has it so. A draw without flips does that, since a GPU then gets the
+    limit along with a kernel's launch; it is made here, where the dtype is known that the limit is of."""
+    kept: Tensor = ops.flip(scales, *guard.draw(where.key, where.tick, 0, scales).arguments)
     return kept
 
 
