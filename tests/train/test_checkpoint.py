@@ -78,6 +78,17 @@ def held(monkeypatch):
     event.set()
 
 
+def test_who_writes_in_the_background_is_on_this_process_s_gpu(tiny_llama, tmp_path, monkeypatch):
+    """Threads begin on the first, where another process may have left no memory for what CUDA takes."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread(), device)))
+    with Checkpointer(tmp_path, CheckpointConfig(), World(0, 1, torch.device("cuda", 1))) as checkpoints:
+        checkpoints.save(1, *trained(tiny_llama), progress())
+    ((thread, device),) = chosen
+    assert thread is not threading.current_thread()
+    assert device == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize(  # every pair of two of them
     ("r", "asynchronous", "state_dict_type"),
     [(0, False, "sharded"), (0, True, "full"), (2, False, "full"), (2, True, "sharded")],

@@ -61,7 +61,9 @@ class Checkpointer:
 
     def __init__(self, directory: Path, config: CheckpointConfig, world: World) -> None:
         self.directory, self.config, self.world = directory, config, world
-        self._thread = ThreadPoolExecutor(1)
+        # A new thread's GPU is the first: there it would take memory for itself, which that may not have.
+        gpu = (torch.cuda.set_device, (world.device,)) if world.device.type == "cuda" else ()
+        self._thread = ThreadPoolExecutor(1, "checkpoints", *gpu)
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> "Checkpointer":
