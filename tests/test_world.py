@@ -1,6 +1,9 @@
+import json
 import re
 
+import preloaded
 import pytest
+import stuck
 import torch
 import transformers
 from torch import nn
@@ -190,3 +193,25 @@ def test_who_waits_for_what_may_take_long_waits_in_the_group_that_may(monkeypatc
     world = World(0, 2, torch.device("cpu"), None, "ten minutes", "a day")
     assert (world.once(lambda: 3), world.once(lambda: 4, patient=True)) == (3, 4)
     assert asked == ["ten minutes", "a day"]
+
+
+def test_a_process_that_fails_ends_though_leaving_the_others_does_not(tmp_path):
+    said = [tmp_path / f"said-{rank}" for rank in range(2)]
+    names = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        preloaded.start(
+            stuck.work,
+            rank,
+            tmp_path,
+            environment=names
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"{tmp_path}/{rank}.json"},
+            said=said[rank],
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [1, 1]
+    for rank in range(2):
+        assert f"RuntimeError: the loss of {rank}" in said[rank].read_text()
+        assert json.loads((tmp_path / f"{rank}.json").read_text())["message"] == f"RuntimeError: the loss of {rank}"

@@ -4,6 +4,8 @@
 """
 
 import os
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flipproof.config import ParallelismConfig
 from flipproof.errors import ConfigError
-from flipproof.launch import check_joined, end_with_launcher, join_srun, tell_of_idle
+from flipproof.launch import check_joined, end_with_launcher, join_srun, tell_launcher, tell_of_idle
 
 Result = TypeVar("Result")
 
@@ -147,6 +149,8 @@ def layout(config: ParallelismConfig, size: int, on_a_node: int) -> tuple[int, i
     return replicas, degree
 
 
+_LEAVES_S = 60.0
+"""How long a process that fails may take to leave the others."""
 _joined: list[World] = []
 """The processes that this one has joined, while it has."""
 
@@ -200,9 +204,36 @@ def join_world(config: ParallelismConfig, dumps: Path | None = None) -> Iterator
         _joined.append(world)
         yield world
         world.wait()  # a process that leaves while others still talk to it takes them down
+    except BaseException as error:
+        with _leaving(error):
+            _leave()
+        raise
+    else:
+        _leave()
+
+
+def _leave() -> None:
+    _joined.clear()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _leaving(error: BaseException) -> Iterator[None]:
+    """Within, a process that fails leaves the others; where one of them has stopped NCCL may wait for it for ever, and
+    nobody would learn of the error. So it ends in any case."""
+
+    def end() -> None:
+        traceback.print_exception(error)
+        tell_launcher(f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+    timer = threading.Timer(_LEAVES_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
     finally:
-        _joined.clear()
-        dist.destroy_process_group()
+        timer.cancel()
 
 
 def arrange(world: World, config: ParallelismConfig) -> World:
