@@ -6,7 +6,8 @@
 
 A variant is ACTIVATION_CHECKPOINTING/WHAT[/section.key=value...]; the first may also be ``weights``, what "auto" ends
 with where memory abounds. WHAT is ``faults`` (p = 2^-16 for every bit, both guards, r = 32), ``clean`` (our layer with
-adapters, nothing flips) or ``peft`` (PEFT's layer, adapters in bfloat16, which makes it fastest). All take the same
+adapters, nothing flips), ``peft`` (PEFT's layer, adapters in bfloat16, which makes it fastest) or the name of a format
+that weights are quantised to (``nf4``: QLoRA; not compiled, and nothing flips but by overrides). All others take one
 path: random weights, 2 x 2048 random tokens in each process, blocks compiled, the loss without logits, AdamW on the
 adapters after each micro-step; the micro-batch is a CUDA graph, as in training. Figures are means of six
 steps after three. With ``--samples`` rows hold samples that see nothing of each other, by each ``--attention``.
@@ -24,12 +25,14 @@ from flipproof.config import ParallelismConfig, RunConfig, TrainingConfig, load_
 from flipproof.data.sequences import Batch
 from flipproof.dtensor import local
 from flipproof.faults.attention import attend_with
-from flipproof.faults.inject import is_faulty, set_tick
+from flipproof.faults.inject import inject, is_faulty, set_tick
+from flipproof.formats.spec import format_of
 from flipproof.models import recompute
 from flipproof.models.build import build_model
 from flipproof.models.load import byte_tokenizer, materialise, model_on_meta
 from flipproof.models.loss import IGNORED, fuse_loss, next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, parallelize
+from flipproof.models.quantised import quantise_on_meta, quantised_layers, without_compilation
 from flipproof.plan.compare import measure_steps
 from flipproof.train.cuda_graph import Recorded
 from flipproof.train.optimizer import make_optimizer
@@ -82,6 +85,20 @@ def _batch(training: TrainingConfig, samples: int | None, seed: int) -> Batch:
     return Batch(ids, ids.where(positions > 0, IGNORED), positions)
 
 
+def _quantised_model(config: RunConfig, format: str, world: World) -> nn.Module:
+    """With codes and scales of no meaning, which cost what others do."""
+    model = model_on_meta(config.model, byte_tokenizer(), config.training.dtype)
+    quantise_on_meta(model, format_of(format))
+    inject(model, config.bitflip, config.lora)
+    fuse_loss(model)
+    parallelize(model, without_compilation(config, model), world)
+    materialise(model, config.model, 0, world.device)
+    for layer in quantised_layers(model).values():
+        for held in layer.buffers(recurse=False):
+            held.random_(0, 256) if held.dtype == torch.uint8 else held.fill_(1e-2)
+    return model
+
+
 def _peft_model(config: RunConfig, world: World) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -102,7 +119,12 @@ def _peft_model(config: RunConfig, world: World) -> nn.Module:
 def measure(config: RunConfig, variant: str, samples: int | None, attention: str | None, world: World) -> str:
     """One line of the table."""
     mode, what, *_ = variant.split("/")
-    model = _peft_model(config, world) if what == "peft" else build_model(config, byte_tokenizer(), world, config.lora)
+    if what == "peft":
+        model = _peft_model(config, world)
+    elif what in ("faults", "clean"):
+        model = build_model(config, byte_tokenizer(), world, config.lora)
+    else:
+        model = _quantised_model(config, what, world)
     if mode == "weights":
         for block in blocks(model):
             recompute.keep(block, "weights")
