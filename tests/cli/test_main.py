@@ -151,9 +151,14 @@ def example(flag):
     if choices:
         return next(choice for choice in choices if choice != field.default)
     if section == "sweep":
-        return {"sites": "kv", "bits": "exp", "protection": "parity", "p": "0.25", "layers": "abc"}.get(key) or (
-            BY_TYPE[kinds[0]]
-        )
+        return {
+            "sites": "kv",
+            "bits": "exp",
+            "protection": "parity",
+            "p": "0.25",
+            "layers": "abc",
+            "formats": "nf4",
+        }.get(key) or (BY_TYPE[kinds[0]])
     return "false" if field.default is True else BY_TYPE[kinds[0]]
 
 

@@ -100,7 +100,9 @@ def read(key, text):
 @pytest.mark.parametrize("key", LISTS)
 def test_every_list_is_given_with_commas_in_brackets_and_in_toml(key):
     """Down to those that are written as one text, whose parts are its own."""
-    words = {"sites": "head,embedding", "protection": "none,guard", "p": "1e-5,1e-4"}.get(KEYS[key], "15,7")
+    words = {"sites": "head,embedding", "protection": "none,guard", "p": "1e-5,1e-4", "formats": "int4,nf4"}.get(
+        KEYS[key], "15,7"
+    )
     first, last = words.split(",")
     as_toml = read(key, f'["{first}", "{last}"]')
     assert list(as_toml) == [first, last]

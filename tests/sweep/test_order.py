@@ -158,7 +158,7 @@ def test_axes_are_read():
         (
             "sites",
             "wy",
-            "sites = 'wy': w, x, kv, several of these together (wx), head or embedding is allowed",
+            "sites = 'wy': w, x, kv, several of these together (wx), head, embedding, code, scale or None is allowed",
         ),
         ("sites", "ww", "sites = 'ww'"),
         ("sites", "headw", "sites = 'headw'"),

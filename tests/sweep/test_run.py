@@ -129,6 +129,8 @@ def test_what_a_sweep_leaves_behind(model_dir, tmp_path):
             "seeds": 2,
         },
         "overhead": {"none": 0.0, "guard": 0.0},
+        "format": "float32",
+        "stored_bits": {"none": {"w": 32}, "guard": {"w": 32}},
         "voltages": None,
         "thresholds": {"w": 0.5, "x": 8.0},
         "planned": 72,

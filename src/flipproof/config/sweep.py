@@ -10,12 +10,17 @@ from flipproof.errors import ConfigError
 from flipproof.faults.fault import GRANULARITIES, Granularity
 from flipproof.faults.layouts import is_bits
 from flipproof.faults.spec import OPERANDS, Bits, Operand
+from flipproof.formats.spec import FORMATS
 from flipproof.values import Between, Table, checked
 
 MAX_POINTS = 10_000_000
 """Of a sweep: about as many as a plan can be made of."""
 _MOST_VALUES = 10_000
 """Of a range of probabilities."""
+PLAIN = "bf16"
+"""What the formats' axis calls weights that are not quantised."""
+STORED = ("code", "scale")
+"""Sites that only quantised weights have: one of the operands of a weight."""
 
 
 def _items(axis: Any) -> list[str]:
@@ -61,7 +66,7 @@ def _probabilities(item: str) -> list[float]:
 
 
 def _site_name(item: str) -> str:
-    if item in ("head", "embedding"):
+    if item in ("head", "embedding", *STORED):
         return item
     operands = re.findall("w|x|kv", item)
     if not item or "".join(operands) != item or len(operands) > len(set(operands)):
@@ -77,6 +82,12 @@ def _bit_name(item: str) -> str:
 
 def _layer_name(item: str) -> str:
     if not item or re.search(r"[][]", item):  # which no module's name has
+        raise ValueError
+    return item
+
+
+def _format_name(item: str) -> str:
+    if item not in (PLAIN, *FORMATS):
         raise ValueError
     return item
 
@@ -118,7 +129,8 @@ Probabilities = Annotated[
     _each(_probabilities),
     f"a flip probability from 0 to 0.5, or a:b:n, n of them from a > 0 up to b, from 2 to {_MOST_VALUES:,},",
 ]
-Sites = Annotated[Axis, _each(_site_name), "w, x, kv, several of these together (wx), head or embedding"]
+Sites = Annotated[Axis, _each(_site_name), "w, x, kv, several of these together (wx), head, embedding, code, scale"]
+Formats = Annotated[Axis, _each(_format_name), f"{', '.join((PLAIN, *FORMATS))} or several of these"]
 BitNames = Annotated[Axis, _each(_bit_name), "'all', 'each', 'sign', 'exp', 'frac', a bit ('15') or a range ('7-14')"]
 Layers = Annotated[Axis, _each(_layer_name), "all, block, kind or substrings of layers' names"]
 Protections = Annotated[
@@ -137,9 +149,13 @@ class SweepConfig(Table):
     """Flip probabilities: numbers, and ranges a:b:n of n values from a to b in equal ratios (1e-7:1e-3:9)."""
     voltage: str | None = None
     """Instead of p, a CSV file with the columns voltage and ber (the probability), and maybe p_exp and p_frac."""
-    sites: Sites = "wx"
+    formats: Formats | None = None
+    """Compare how weights are stored: bf16 (plain, in bfloat16), int8, int4, int4-asym, fp8, fp8-e5m2, nf4, mxfp8,
+    mxfp4, nvfp4, all quantised from the same checkpoint. What flips are bits of the stored weights."""
+    sites: Sites | None = None
     """What flips: w (weights), x (inputs of linear layers), kv (keys and values), together (wx, wxkv), or the weights
-    of the output head or the embedding alone (head, embedding)."""
+    of the output head or the embedding alone (head, embedding); of quantised weights w is all that is stored, code and
+    scale one of its parts. Default: wx, and with formats w,code,scale."""
     layers: Layers = "all"
     """all, block (each repeated block by itself), kind (each last name, such as q_proj), or substrings of names."""
     bits: BitNames = "all"
@@ -159,9 +175,18 @@ class SweepConfig(Table):
             object.__setattr__(self, "voltage", os.path.expanduser(self.voltage))
 
     def problems(self) -> list[str]:
-        if self.p is None or self.voltage is None:
-            return []
-        return [f"voltage = {self.voltage!r}: gives the probabilities, and so does p = {self.p!r}; drop one"]
+        problems = []
+        if self.p is not None and self.voltage is not None:
+            problems.append(
+                f"voltage = {self.voltage!r}: gives the probabilities, and so does p = {self.p!r}; drop one"
+            )
+        names = _items(self.formats)
+        problems += [
+            f"formats = {self.formats!r}: names {name} {names.count(name)} times; once is allowed"
+            for name in _unique(names)
+            if names.count(name) > 1
+        ]
+        return problems
 
     def probabilities(self) -> list[float]:
         """In rising order; none where ``p`` is not given."""
@@ -169,7 +194,12 @@ class SweepConfig(Table):
 
     def site_names(self) -> list[str]:
         """Each once, its operands in one order."""
-        return _unique(_site_name(item) for item in _items(self.sites))
+        default = "wx" if self.formats is None else "w,code,scale"
+        return _unique(_site_name(item) for item in _items(default if self.sites is None else self.sites))
+
+    def format_names(self) -> list[str]:
+        """In the order given; none where ``formats`` is not given."""
+        return _items(self.formats)
 
     def layer_names(self) -> list[str]:
         return _unique(_items(self.layers))
@@ -185,4 +215,8 @@ class SweepConfig(Table):
 
 def operands_of(sites: str) -> tuple[Operand, ...]:
     """The operands that flip at a site of the grid."""
-    return ("w",) if sites in ("head", "embedding") else tuple(o for o in OPERANDS if o in re.findall("w|x|kv", sites))
+    return (
+        ("w",)
+        if sites in ("head", "embedding", *STORED)
+        else tuple(o for o in OPERANDS if o in re.findall("w|x|kv", sites))
+    )

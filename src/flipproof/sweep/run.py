@@ -27,10 +27,12 @@ from flipproof.log import bar, logger
 from flipproof.measure.arms import Arm, guard_warning
 from flipproof.measure.evaluate import mean_loss, measure_arms
 from flipproof.models.build import build_model, check_computed_bits, check_guards, check_length, flipped_dtype
-from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
+from flipproof.models.load import compute_context, load_tokenizer, model_config, model_on_meta
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
+from flipproof.models.quantised import check_use, checkpoint_of, quantise_on_meta, wanted_format
 from flipproof.models.recompute import expect_variants
+from flipproof.sweep import formats
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
 from flipproof.sweep.store import SweepDirectory
 from flipproof.sweep.table import Grid, all_that_flips, rates_of, resolved
@@ -55,16 +57,47 @@ def sweep(config: RunConfig, to: Path) -> str:
     Raises:
         ConfigError: where grid, model, text or directory are at fault, before anything is measured or written.
     """
-    started = time.monotonic()
-    config = resolved(config)
+    if config.sweep.formats is not None:
+        return _sweep_formats(config, to)
+    return _report(*_sweep(config, to, time.monotonic()))
+
+
+def _sweep_formats(config: RunConfig, to: Path) -> str:
+    """A sweep of each format, one after another: one model is in memory at a time."""
+    started, configs = time.monotonic(), formats.by_format(config)
+    with join_world(config.parallelism) as world:
+        world.once(lambda: formats.check_directory(to, config))
+        formats.check_plain(config)
+        for name, own in configs.items():
+            with formats.about(name):
+                _check(resolved(own), SweepDirectory(to / name), world)
+        world.once(lambda: formats.begin(to, config))
+    for name, own in configs.items():
+        logger.info("%s", name)
+        with formats.about(name):
+            share = formats.with_share_of_budget(own, configs, name, time.monotonic() - started)
+            _sweep(share, to / name, time.monotonic())
+    return formats.table(to)
+
+
+def _check(config: RunConfig, directory: SweepDirectory, world: World) -> tuple[list[Rate], Any]:
+    """(rates, tokenizer) of a resolved config, after all that can be checked before weights and text are read."""
     rates = rates_of(config.sweep)
+    known = _known_before(config, rates, world)
+    world.once(lambda: directory.check(config, known))
+    check_use(config, world.size)
+    tokenizer = load_tokenizer(config.model)
+    check_length(config, tokenizer)
+    _check_grid(config, rates, tokenizer)
+    return rates, tokenizer
+
+
+def _sweep(config: RunConfig, to: Path, started: float) -> tuple[Grid, SweepDirectory, dict[str, Any]]:
+    """Measure what is left of one model's grid; its header comes last."""
+    config = resolved(config)
     directory = SweepDirectory(to)
     with join_world(config.parallelism) as world:
-        known = _known_before(config, rates, world)
-        world.once(lambda: directory.check(config, known))
-        tokenizer = load_tokenizer(config.model)
-        check_length(config, tokenizer)
-        _check_grid(config, rates, tokenizer)
+        rates, tokenizer = _check(config, directory, world)
         text = load_held_out(config.data, tokenizer, config.training.seq_len)
         model = build_model(replace(config, bitflip=all_that_flips(config)), tokenizer, world)
         check_text(config.training, model, tokenizer, text)
@@ -74,7 +107,7 @@ def sweep(config: RunConfig, to: Path) -> str:
         with compute_context(config.training, model):
             header = _begin(grid, directory, model, text, world)
             _measure(grid, directory, model, text, world, started)
-    return _report(grid, directory, header)
+    return grid, directory, header
 
 
 def _known_before(config: RunConfig, rates: list[Rate], world: World) -> dict[str, Any]:
@@ -89,7 +122,11 @@ def _known_before(config: RunConfig, rates: list[Rate], world: World) -> dict[st
 def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
     """Raises ConfigError for layers that the model does not have, or bits that its dtype lacks: on its skeleton, before
     weights and text are read."""
-    skeleton = model_on_meta(config.model, tokenizer, config.training.dtype)
+    if checkpoint_of(config.model, model_config(config.model, tokenizer)) is not None:
+        return  # it has no skeleton without its files: told when they are read
+    skeleton = model_on_meta(replace(config.model, quantize=None), tokenizer, config.training.dtype)
+    if (format := wanted_format(config.model)) is not None:
+        quantise_on_meta(skeleton, format)
     check_computed_bits(config, skeleton)
     inject(skeleton, all_that_flips(config), computed=cast_to(config.training, skeleton))
     grid = Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))
@@ -100,7 +137,7 @@ def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
 def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: PackedText, world: World) -> dict[str, Any]:
     """The header of the sweep: what is there already, or measured and written now."""
     config, bitflip = grid.config, grid.config.bitflip
-    thresholds = {operand: getattr(bitflip, f"{operand}_zero_out_t") for operand in OPERANDS}
+    thresholds = {operand: getattr(bitflip, f"{operand}_zero_out_t") for operand in (*OPERANDS, "w_scale")}
     header: dict[str, Any] = {
         "model": config.model.hf_model_path or config.model.flavor,
         "dtype": grid.dtype,
@@ -116,7 +153,7 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
         },
         "overhead": grid.overhead,
         **_known_before(config, grid.rates, world),
-        "thresholds": {name: t for name, t in thresholds.items() if name != "kv" or t is not None},
+        "thresholds": {name: t for name, t in thresholds.items() if name in "wx" or t is not None},
         "planned": len(grid.plan.trials),
     }
     lock: FileLock | None = None
@@ -152,6 +189,7 @@ def _begin(grid: Grid, directory: SweepDirectory, model: nn.Module, text: Packed
         header["guard"] = next(iter(alone.values()), None)
         if any(name != "guard" for name in alone):
             header["guards"] = alone
+        header |= {"format": grid.format.name if grid.format else grid.dtype, "stored_bits": grid.stored_bits}
         logger.info("%s", _base_in_words(header))
         for line in warnings:
             logger.warning("%s", line)

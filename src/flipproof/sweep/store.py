@@ -29,6 +29,8 @@ from flipproof.sweep.order import Trial
 
 CONFIG = "sweep.toml"
 HEADER = "sweep.json"
+FORMATS = "formats.json"
+"""Beside the directories of several sweeps, one for each format of weights: which, and what they have in common."""
 POINTS = "points"
 OLDER_POINTS = "points.jsonl"
 """What earlier versions wrote in the place of ``POINTS``: a line for each point."""

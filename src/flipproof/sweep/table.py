@@ -17,12 +17,13 @@ from typing import Any
 from torch import nn
 
 from flipproof.config import RunConfig
-from flipproof.config.sweep import MAX_POINTS, ProtectionParts, SweepConfig, operands_of, parse_protection
+from flipproof.config.sweep import MAX_POINTS, STORED, ProtectionParts, SweepConfig, operands_of, parse_protection
 from flipproof.errors import ConfigError
 from flipproof.faults.fault import Granularity
 from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import fault_sites, iter_faulty
 from flipproof.faults.layouts import ELEMENT_BITS, bits_named
+from flipproof.faults.quantised import check_parts
 from flipproof.faults.spec import (
     DEFAULTS,
     FITTED_KEYS,
@@ -33,14 +34,17 @@ from flipproof.faults.spec import (
     Site,
     storage_overhead,
 )
+from flipproof.formats.spec import Format
 from flipproof.measure.evaluate import fault_seeds
 from flipproof.sweep.order import Cell, Plan, Rate
+from flipproof.sweep.weights import Flipping, check_quantised, format_of_layers, quantised_keys, stored_bits
 from flipproof.values import check_all
 
 _SET_BY_A_SWEEP = {"p_bits": "bits", "protection": "protection", "protected_bits": "protection"}
 """Keys of an operand in [bitflip] -> the key of [sweep] that takes their place."""
-_THRESHOLDS = tuple(f"{operand}_zero_out_t" for operand in OPERANDS)
-_NO_RATE = Rate(0.0, None, 0.0, 0.0)
+_THRESHOLDS = (*(f"{operand}_zero_out_t" for operand in OPERANDS), "w_scale_zero_out_t")
+_OF_PARTS = ("_code_p", "_zero_p", "_global_p")
+_NO_RATE, _SOME_RATE = Rate(0.0, None, 0.0, 0.0), Rate(0.5, None, 0.5, 0.5)
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -57,9 +61,18 @@ def resolved(config: RunConfig) -> RunConfig:
         for key, instead in _SET_BY_A_SWEEP.items():
             if (value := getattr(bitflip, f"{operand}_{key}")) not in ("none", (), {}):
                 problems.append(f"bitflip.{operand}_{key} = {value!r}: a sweep takes that from sweep.{instead}")
+    if bitflip.w_scale_protected_bits:
+        problems.append(
+            f"bitflip.w_scale_protected_bits = {bitflip.w_scale_protected_bits!r}: a sweep takes that from "
+            "sweep.protection (tmr-BITS)"
+        )
     for pattern, override in bitflip.layer_name_to_config.items():
         keys = override if isinstance(override, Mapping) else {}
-        if own := [key for key in keys if key.endswith(("_p_exp", "_p_frac", *(f"_{key}" for key in _SET_BY_A_SWEEP)))]:
+        if own := [
+            key
+            for key in keys
+            if key.endswith(("_p_exp", "_p_frac", *_OF_PARTS, *(f"_{key}" for key in _SET_BY_A_SWEEP)))
+        ]:
             problems.append(
                 f"bitflip.layer_name_to_config {pattern!r}: sets {', '.join(own)}, which the sweep's points set; "
                 "false leaves the layers alone"
@@ -70,7 +83,12 @@ def resolved(config: RunConfig) -> RunConfig:
             "something else; drop one"
         )
     flipping = sorted({operand for sites in sweep.site_names() for operand in operands_of(sites)}, key=OPERANDS.index)
-    missing = [name for operand in flipping if getattr(bitflip, name := f"{operand}_zero_out_t") is None]
+    missing = [
+        name
+        for operand in flipping
+        if getattr(bitflip, name := f"{operand}_zero_out_t") is None
+        if not (operand == "w" and bitflip.w_scale_zero_out_t is not None)
+    ]
     unguarded = len(missing) == len(flipping) and not bitflip.guards
     protections = sweep.protections() or ["none" if unguarded else "guard"]
     parts = [parse_protection(name) for name in protections]
@@ -89,7 +107,8 @@ def resolved(config: RunConfig) -> RunConfig:
         raise ConfigError(problems)
     # what is kept for a backward pass does not matter here
     training = replace(config.training, activation_checkpointing="none")
-    return replace(config, sweep=replace(sweep, protection=",".join(protections)), training=training)
+    named = replace(sweep, sites=",".join(sweep.site_names()), protection=",".join(protections))
+    return replace(config, sweep=named, training=training)
 
 
 def _guards_in_vain(config: RunConfig, protections: Sequence[ProtectionParts]) -> list[str]:
@@ -224,9 +243,12 @@ class Grid:
             raise ConfigError(
                 [f"sweep.sites = {', '.join(absent)}: the model has none that bitflip does not leave alone"]
             )
-        self._shapes = [layer.weight.shape for _, layer in iter_faulty(model)]
+        layers = dict(iter_faulty(model))
+        self._shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
         reached = _reached(model, base)
         alone = _alone(self.sites)
+        self._stored = [layer for layer in layers.values() if layer.site in reached["w"]]
+        self.format = self._format_of_weights()
         operands = {operand for sites in self.sites if sites not in alone for operand in operands_of(sites)}
         names = list(dict.fromkeys(name for operand in OPERANDS if operand in operands for name in reached[operand]))
         self._skip = _layers(sweep, names) if names else {}
@@ -248,12 +270,35 @@ class Grid:
             raise ConfigError([f"sweep: {planned:,} points; at most {MAX_POINTS:,} are allowed"])
         cells = [Cell(rate, *curve) for curve in curves for rate in rates]
         self.plan = Plan(tuple(cells), tuple(fault_seeds(base.base_seed, sweep.seeds)))
+        self.stored_bits = {name: self._stored_bits(name) for name in self.protections}
         try:
             for curve in self.plan.curves:
                 self.spec(curve[-1])
             self.overhead = {name: self._overhead(name) for name in self.protections}
         except ValueError as error:
             raise ConfigError([f"sweep: {problem}" for problem in str(error).split("; ")]) from error
+        if self.format is not None:
+            for curve in self.plan.curves:
+                check_parts(self.spec(curve[-1]), self._stored, table=False)
+
+    def _format_of_weights(self) -> Format | None:
+        """That of the linear layers that may be faulty; None of plain ones."""
+        stored = [site for site in self.sites if "w" in operands_of(site) and site not in ("head", "embedding")]
+        format = format_of_layers(self._stored)
+        if format is None and (parts := [site for site in stored if site in STORED]):
+            raise ConfigError(
+                [f"sweep.sites = {', '.join(parts)}: the weights are not quantised (model.quantize, sweep.formats)"]
+            )
+        if format is not None and stored:
+            check_quantised(self.config.bitflip, stored, self.bits)
+            if any(rate.p_exp != rate.p_frac for rate in self.rates):
+                raise ConfigError(
+                    [
+                        f"sweep.voltage = {self.config.sweep.voltage!r}: has p_exp and p_frac, and bits of codes are "
+                        "neither; drop these columns"
+                    ]
+                )
+        return format
 
     def _meant(self, layers: str, names: Sequence[str]) -> bool:
         """Whether a value of the layers' axis means any of the names."""
@@ -261,16 +306,31 @@ class Grid:
 
     def spec(self, cell: Cell) -> BitFlipSpec:
         """The faults of a cell."""
-        return cell_spec(self.config.bitflip, cell, self._skip.get(cell.layers, ()))
+        return cell_spec(self.config.bitflip, cell, self._skip.get(cell.layers, ()), self.format)
+
+    def _stored_bits(self, protection: str) -> dict[str, float]:
+        """Site -> bits that are stored for a weight of the linear layers, those of the protection among them."""
+        if not self._stored:
+            return {}
+        everything = Cell(_SOME_RATE, "w", "all", "all", protection)
+        try:
+            return stored_bits(self._stored, self._narrowest, cell_spec(BitFlipSpec(), everything, format=self.format))
+        except ValueError as error:
+            raise ConfigError([f"sweep.protection = {protection}: {error}"]) from error
 
     def _overhead(self, protection: str) -> float:
         """Bits stored beyond those of the values, over those of the values; of fitted guards the thresholds of weights
         and inputs, over the bits of the weights."""
-        everything = Cell(self.rates[-1], "".join(OPERANDS), "all", "all", protection)
-        codes = max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
+        if self.format is not None:
+            each = self._stored_bits("none")["w"]
+            codes = self.stored_bits[protection]["w"] / each - 1
+        else:
+            each = ELEMENT_BITS[self._narrowest]
+            everything = Cell(self.rates[-1], "".join(OPERANDS), "all", "all", protection)
+            codes = max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
+        bits = each * sum(map(math.prod, self._shapes))
         counts = {"channel": sum(map(sum, self._shapes)), "layer": 2 * len(self._shapes), "tensor": 2}
         thresholds = counts.get(self._fineness(protection) or "", 0)
-        bits = ELEMENT_BITS[self._narrowest] * sum(map(math.prod, self._shapes))
         return codes + (thresholds * _THRESHOLD_BITS / bits if bits else 0.0)
 
     def _fineness(self, protection: str) -> Granularity | None:
@@ -378,12 +438,13 @@ def _without(base: BitFlipSpec, keys: Collection[str]) -> dict[str, Any]:
     }
 
 
-def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = ()) -> BitFlipSpec:
+def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = (), format: Format | None = None) -> BitFlipSpec:
     """The faults of a cell: those of ``base`` with other probabilities, sites, layers and protection; persistence,
     bursts, rows and thresholds stay.
 
     Args:
         skip: more patterns of layers to leave alone.
+        format: of the weights of linear layers, where they are quantised.
 
     Raises:
         ValueError: where ``base`` does not go with the cell, such as bursts with single bits.
@@ -402,6 +463,9 @@ def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = ()) -> BitFli
         changes[f"{operand}_protected_bits"] = protection.tripled if flips else ()
         if not flips:
             changes[f"{operand}_p_row"] = None
+    if format is not None and cell.sites not in ("head", "embedding"):
+        site = cell.sites if cell.sites in STORED else "w" if "w" in flipping else ""
+        changes |= quantised_keys(format, Flipping(site, cell.rate.p, protection.tripled))
     guard = _guard_of(base, protection, flipping)
     still = {f"{operand}_p_row" for operand in OPERANDS if operand not in flipping}
     changes |= guard | {"layer_name_to_config": _without(base, guard.keys() | still)}
