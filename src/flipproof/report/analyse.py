@@ -25,7 +25,8 @@ CLIFF_THRESHOLD = 0.10
 CEILING = 14.0
 """Nats: guessing evenly among the tokens of the largest vocabularies costs 12.5, so what is above is as good as broken,
 and no axis goes there."""
-_SITES = {"w": "weights", "x": "inputs", "kv": "keys and values", "head": "output head", "embedding": "embedding"}
+_SITES = {"w": "weights", "x": "inputs", "kv": "keys and values", "head": "output head", "embedding": "embedding",
+          "code": "codes", "scale": "scales"}  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -7,7 +7,7 @@ without colour. Axes end where numbers stop to mean anything: perplexity is neve
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,10 +23,22 @@ from flipproof.report.read import Logged, Validated
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHOWN_CURVES, SHOWN_BARS = 7, 40
 """More curves or bars than this cannot be told apart."""
+_ROW = 0.055
+"""From a row of markers above the axes to the next, over the axes' height."""
 _VALIDATED = {"flipped": "--", "guard": "-.", "clean": ":"}
 """How lines of validations are drawn."""
 COST_FLOOR = 1e-3
 """Nats; the heat map's darkest colour. Smaller costs drown in the noise of the seeds."""
+
+
+class Panel(NamedTuple):
+    """One of several axes that share their perplexities."""
+
+    title: str
+    exposure: str
+    """What its axis is of, in words."""
+    curves: Mapping[str, tuple[Curve, float, float]]
+    """Name -> (curve, how much exposure p is, clean perplexity)."""
 
 
 # -- axes --------------------------------------------------------------------------------------------------------------
@@ -89,10 +101,10 @@ def _legend_above(figure: Figure, axis: Any) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=_legend_columns(labels))
 
 
-def _at_edge(axis: Any, xs: Sequence[float], **style: Any) -> None:
-    """Open markers on the upper edge, for what has no place on the axis."""
-    axis.plot(xs, [1.0] * len(xs), ls="none", ms=6, mfc=PAPER, transform=axis.get_xaxis_transform(), clip_on=False,
-              zorder=5, **style)  # fmt: skip
+def _at_edge(axis: Any, xs: Sequence[float], row: int = 0, **style: Any) -> None:
+    """Open markers on the upper edge, or in a row above it, for what has no place on the axis."""
+    axis.plot(xs, [1 + _ROW * row] * len(xs), ls="none", ms=6, mfc=PAPER, transform=axis.get_xaxis_transform(),
+              clip_on=False, zorder=5, **style)  # fmt: skip
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -154,6 +166,50 @@ def cost_curves(curves: Mapping[tuple[str, str], Mapping[float, Cost]]) -> Figur
         axis.set_ylabel("cost over clean (nats per token)")
         _label_p_axis(axis, [p for costs in curves.values() for p in costs if p > 0])
         _legend_above(figure, axis)
+    return figure
+
+
+def exposure_panels(panels: Sequence[Panel], names: Sequence[str], title: str = "") -> Figure:
+    """Perplexity of several models against what their weights are exposed to, on logarithmic axes, with 95% intervals;
+    thin: clean. What has no place on the axes is above them, a row for each curve.
+
+    Args:
+        names: of the curves in all panels, in the order of their colours; the first ``SHOWN_CURVES`` are drawn.
+    """
+    names = list(names)[:SHOWN_CURVES]
+    rows = math.ceil(len(panels) / 2)
+    height = 2.7 * rows + _legend_height(names)
+    with styled(height, 1.5 * WIDTH, title, nrows=rows, ncols=2, squeeze=False, sharey=True) as (figure, axes):
+        values = []
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            exposures: list[float] = []
+            broken = 0
+            for name, colour, marker in zip(names, PALETTE, MARKERS, strict=False):
+                if name not in panel.curves:
+                    continue
+                curve, factor, clean = panel.curves[name]
+                xs = [factor * p for p in curve.positive]
+                middle = [curve.arms[p].perplexity if p in curve.shown else math.nan for p in curve.positive]  # a gap
+                ends = np.array([curve.arms[p].perplexity_interval or (value,) * 2
+                                 for p, value in zip(curve.positive, middle, strict=True)]).reshape(-1, 2)  # fmt: skip
+                off = np.nan_to_num(np.abs(np.minimum(ends, math.exp(2 * CEILING)).T - middle))
+                axis.errorbar(xs, middle, yerr=off, elinewidth=1, color=colour, marker=marker, label=name)
+                if curve.broken:  # an empty line is at the figure's corner, and the layout would make room for it
+                    _at_edge(axis, [factor * p for p in curve.broken], broken, color=colour, marker=marker)
+                    broken += 1
+                if math.isfinite(clean):
+                    axis.axhline(clean, color=colour, lw=0.6, ls="--")
+                exposures += xs
+                values += [value for value in (*middle, clean) if math.isfinite(value)]
+            axis.set_title(panel.title, loc="left", pad=6 + 100 * _ROW * broken)  # above these rows
+            _label_p_axis(axis, exposures)
+            axis.set_xlabel(panel.exposure)
+        _limit_perplexities(axes[0][0], values)
+        for row in axes[1:]:
+            row[0].set_ylabel("perplexity")
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        _legend_above(figure, axes[0][0])
     return figure
 
 

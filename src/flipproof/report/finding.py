@@ -168,8 +168,8 @@ def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str |
     if not others:
         return None
     best = max(others, key=lambda curve: curve.cliff.p or curve.cliff.above or 0.0)
-    tied = [one for one in alike if one.setting.protection != "none" and one.positive and not _falls_before(one, best)]
-    where = _places([one.cliff for one in tied])
+    tied = [one for one in alike if one.setting.protection != "none" and one.positive and not falls_before(one, best)]
+    where = places_of([one.cliff for one in tied])
     gain = best.cliff.p / worst.cliff.p if best.cliff.p and worst.cliff.p else None
     if len(tied) > 1:
         names = " and ".join(one.setting.protection for one in tied)
@@ -193,7 +193,7 @@ def _what_protects(sweep: Sweep, curves: Sequence[Curve], worst: Curve) -> str |
     return f"Of the {tried} protections tried, {protection} does most: there {there}"
 
 
-def _falls_before(one: Curve, best: Curve) -> bool:
+def falls_before(one: Curve, best: Curve) -> bool:
     """Whether a curve surely falls off at a smaller p: by the intervals of the cliffs, or what is known of these."""
     own, its = (
         curve.cliff_interval or (curve.cliff.above or 0.0, curve.cliff.up_to or math.inf) for curve in (one, best)
@@ -201,7 +201,7 @@ def _falls_before(one: Curve, best: Curve) -> bool:
     return own != its and own[1] <= its[0]
 
 
-def _places(cliffs: Sequence[Cliff]) -> str:
+def places_of(cliffs: Sequence[Cliff]) -> str:
     """Where curves fall off: "at p = 1.00e-03", "between p = 1.00e-03 and 1.00e-02", "above p = 1.00e-02"."""
     if all(cliff.p is not None for cliff in cliffs):
         return f"at p = {' and '.join(map(str, cliffs))}"

@@ -22,13 +22,13 @@ from flipproof.errors import ConfigError
 from flipproof.measure.arms import Arm, Cost
 from flipproof.measure.points import Point
 from flipproof.records import CONFIG, HARDENED, METRICS, RESULTS, check_toml, lines, read_record
+from flipproof.sweep.store import FORMATS, POINTS, read_points
 from flipproof.sweep.store import HEADER as SWEEP
-from flipproof.sweep.store import POINTS, read_points
 from flipproof.train.checkpoint import list_checkpoints, planted
 from flipproof.train.rundir import Record
 
 PROFILE, GENERATED, SAMPLES = "profile.json", "generate.json", "samples.txt"
-_KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES, HARDENED)
+_KNOWN = (RESULTS, METRICS, SWEEP, PROFILE, GENERATED, SAMPLES, HARDENED, FORMATS)
 _LEVELS = 2
 _ARMS = ("clean", "flipped", "guarded", "hardened", "control", "recovered")
 T = TypeVar("T")
@@ -117,6 +117,8 @@ class Sweep:
     points: tuple[Point, ...]
     guards: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Guard, such as "guard-channel" -> (loss, perplexity) behind it alone, before any bit flips."""
+    stored_bits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """protection -> site -> bits stored for a weight of the linear layers, those of the protection among them."""
 
 
 @dataclass
@@ -129,6 +131,8 @@ class Sources:
     """Tasks of lm-eval, as ``flipproof.measure.tasks`` writes them."""
     hardened: dict[str, Hardened] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
+    formats: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Format of weights -> name of its sweep, of sweeps that were started as one."""
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``profile.json``, as ``flipproof.measure.magnitudes`` writes it."""
     configs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -331,11 +335,22 @@ def _read_sweep(sources: Sources, directory: Path, path: Path) -> None:
             clean_loss=_number(clean["loss"]),
             clean_perplexity=_number(clean["perplexity"]),
             guards={key: (_number(one["loss"]), _number(one["perplexity"])) for key, one in _alone(values).items()},
+            stored_bits={
+                protection: {site: float(bits) for site, bits in of_sites.items()}
+                for protection, of_sites in (values.get("stored_bits") or {}).items()
+            },
             points=tuple(points.values()),
         )
         sources.about.append(_about(directory, path, values))
     if len(points) < planned:
         sources.notes.append(f"{name}: {len(points)} of {planned} points are measured so far.")
+
+
+def _read_formats(sources: Sources, directory: Path, path: Path) -> None:
+    values = _json(path)
+    with _as_written(str(path)):
+        named = {str(name): _name(directory, path.parent / str(name) / SWEEP) for name in values["formats"]}
+    sources.formats[_name(directory, path)] = named
 
 
 def _alone(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -441,6 +456,7 @@ _READERS: dict[str, Callable[[Sources, Path, Path], None]] = {
     RESULTS: _read_results,
     METRICS: _read_metrics,
     SWEEP: _read_sweep,
+    FORMATS: _read_formats,
     PROFILE: _read_profile,
     GENERATED: _read_generated,
     SAMPLES: _read_samples,

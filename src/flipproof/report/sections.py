@@ -18,7 +18,7 @@ from flipproof.faults.spec import BitFlipSpec
 from flipproof.measure.arms import ARMS, Arm, Cost, costs
 from flipproof.measure.card import configs_of
 from flipproof.measure.points import Setting
-from flipproof.report import figures, finding, hardening, planned
+from flipproof.report import figures, finding, formats, hardening, planned
 from flipproof.report.analyse import (
     CEILING,
     CLIFF_THRESHOLD,
@@ -59,24 +59,34 @@ def sections_of(sources: Sources) -> list[Section]:
         sections.append(_arms(sources.arms, sources.configs))
     if sources.tasks:
         sections.append(_tasks(sources.tasks))
+    of_formats = {
+        name: {format: sweep for format, sweep in named.items() if sweep in sources.sweeps}
+        for name, named in sources.formats.items()
+    }
     curves = {name: curves_of(one.points, one.clean_loss, one.axes) for name, one in sources.sweeps.items()}
-    findings = {name: finding.of_sweep(one, curves[name]) for name, one in sources.sweeps.items()}
+    for name, named in of_formats.items():
+        compared = {format: (sources.sweeps[sweep], curves[sweep]) for format, sweep in named.items()}
+        if section := formats.section(compared):
+            sections.append(_named(section, name, len(of_formats), sections))
+    told = {sweep for named in of_formats.values() for sweep in named.values()}
+    sweeps = {name: sweep for name, sweep in sources.sweeps.items() if name not in told}
+    findings = {name: finding.of_sweep(one, curves[name]) for name, one in sweeps.items()}
     for make in (_perplexity, _sensitivity, _protection, _voltage):
-        for name, sweep in sources.sweeps.items():
+        for name, sweep in sweeps.items():
             if section := make(sweep, curves[name]):
                 section.finding = findings.pop(name, "")  # the first section of a sweep has it
-                sections.append(_named(section, name, len(sources.sweeps), sections))
+                sections.append(_named(section, name, len(sweeps), sections))
     for name, found in findings.items():
-        section = _one_point(sources.sweeps[name], curves[name], found)
-        sections.append(_named(section, name, len(sources.sweeps), sections))
+        section = _one_point(sweeps[name], curves[name], found)
+        sections.append(_named(section, name, len(sweeps), sections))
     for name, profile in sources.profiles.items():
         sections.append(_named(_magnitudes(profile), name, len(sources.profiles), sections))
     if sources.training:
         sections.append(_training(sources.training, sources.validation))
     made = ((name, planned.section(run, sources.training[name])) for name, run in sources.started.items())
-    compared = {name: of_run for name, of_run in made if of_run}
-    for name, of_run in compared.items():
-        sections.append(_named(of_run, name, len(compared), sections))
+    beside = {name: of_run for name, of_run in made if of_run}
+    for name, of_run in beside.items():
+        sections.append(_named(of_run, name, len(beside), sections))
     for name, texts in sources.texts.items():
         sections.append(_named(_texts(texts), name, len(sources.texts), sections))
     return sections
