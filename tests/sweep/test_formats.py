@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,20 @@ def test_what_is_left_is_measured_and_more_formats_join(swept, model_dir, tmp_pa
     assert f"{len(found)} of {len(found)} points" in said
     with pytest.raises(ConfigError, match=r"holds another sweep, of sweep\.p = 1e-05, 0\.001; here it is 0\.01"):
         sweep(settings(model_dir, GUARDS, formats="int8", p="1e-2", seeds=2, protection="none,guard,secded"), to)
+
+
+def test_one_model_is_in_memory_at_a_time(model_dir, tmp_path, monkeypatch):
+    before, built = [], sweep_run.build_model
+
+    def build(*args):
+        assert not [model for model in before if model() is not None]
+        model = built(*args)
+        before.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(sweep_run, "build_model", build)
+    sweep(settings(model_dir, formats="bf16,int8,nf4", p="1e-3", seeds=1), tmp_path / "to")
+    assert len(before) == 3
 
 
 def test_each_format_gets_its_share_of_what_is_left(model_dir):

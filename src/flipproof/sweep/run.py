@@ -8,6 +8,7 @@ and seed. What the grid is, is said in ``table``; which trial comes next, in ``o
 Processes that torchrun started are one worker: the first claims trials and writes points down, all measure them.
 """
 
+import gc
 import math
 import time
 from collections.abc import Mapping
@@ -77,6 +78,7 @@ def _sweep_formats(config: RunConfig, to: Path) -> str:
         with formats.about(name):
             share = formats.with_share_of_budget(own, configs, name, time.monotonic() - started)
             _sweep(share, to / name, time.monotonic())
+        gc.collect()  # hooks of a model know it, so it would stay until the next one is there
     return formats.table(to)
 
 
