@@ -103,7 +103,6 @@ def _sweep(args: Namespace, config: RunConfig) -> None:
 
 
 def _plan(args: Namespace, config: RunConfig) -> None:
-    check_plain("plan", config)
     from flipproof.plan.answer import all_ways, this_way
     from flipproof.plan.estimate import Request
 

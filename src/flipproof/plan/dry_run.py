@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -37,6 +38,7 @@ from flipproof.models import recompute
 from flipproof.models.load import compute_context
 from flipproof.models.loss import next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, parallelize, slots
+from flipproof.models.quantised import without_compilation
 from flipproof.plan.memory import Kept, Spread
 from flipproof.plan.shape import make_faulty, without_weights
 from flipproof.train.optimizer import make_optimizer
@@ -98,11 +100,15 @@ def _model_of(config: RunConfig, world: World, kept: Kept, seen: "_Allocated") -
     """On the meta device, ready to be trained."""
     model = without_weights(config)
     make_faulty(model, config)
-    parallelize(model, config, world, compiler=_compiler(seen))
+    plain = config.model.quantize is None  # quantised layers are not compiled
+    parallelize(model, without_compilation(config, model), world, compiler=_compiler(seen) if plain else None)
     levels = [level for level, n in kept.items() for _ in range(n)]
     for block, level in zip(reversed(blocks(model)), levels, strict=True):
         recompute.keep(block, level)
         block.register_forward_pre_hook(_without_mask, with_kwargs=True)
+        if not plain:
+            block.register_forward_pre_hook(partial(seen.fuse, False))
+            block.register_forward_hook(partial(seen.fuse, True))
     return model.train()
 
 
@@ -120,7 +126,9 @@ def _step_of(config: RunConfig, model: torch.nn.Module, world: World, seen: "_Al
             with nullcontext() if gradients.apart else gradients.micro_batch(last):
                 with compute_context(training, model):
                     loss = next_token_loss(model, ids)
+                seen.fuses = config.model.quantize is None  # the loss has made its gradient with itself
                 loss.backward()
+            seen.fuses = True
             seen.settle()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -161,6 +169,9 @@ class _Allocated(TorchDispatchMode):
     def is_infra_mode(cls) -> bool:
         return True  # else what is compiled would not be called
 
+    fuses = True
+    """Whether what runs now is compiled where there is a GPU, so that its pointwise operators are fused."""
+
     def __init__(self) -> None:
         super().__init__()
         self.most = self._now = 0
@@ -193,13 +204,15 @@ class _Allocated(TorchDispatchMode):
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
         of_several = isinstance(func, torch._ops.HigherOrderOperator)
-        fused = not of_several and (
-            torch.Tag.pointwise in func.tags or func in _FUSED or func._schema.name.startswith("aten::_foreach")
-        )
+        pointwise = not of_several and (torch.Tag.pointwise in func.tags or func in _FUSED)
+        fused = (pointwise and self.fuses) or (not of_several and func._schema.name.startswith("aten::_foreach"))
         if not fused and not of_several:
             self.hold(tree_leaves((args, kwargs)))
         self.hold(tree_leaves(results), written=not fused)
         return results
+
+    def fuse(self, now: bool, *_of_hooks: Any) -> None:
+        self.fuses = now
 
     def settle(self) -> None:
         """What is still there was written, whatever made it."""

@@ -133,6 +133,9 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
     Raises:
         ConfigError: as ``make_plan`` does.
     """
+    if config.model.quantize is not None and gpus > 1:
+        what = f"model.quantize = {config.model.quantize!r}"
+        raise ConfigError([f"{what}: quantised weights are for one process, on one GPU; {gpus} were asked for"])
     config = _with_dtypes(config)
     shape = shape_of(config)
     of = config.training.tokens_per_parameter_of
@@ -200,6 +203,8 @@ def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> Non
     would = None
     if spread.shards > 1 and _least(shape, offloading(config), spread) <= _room(gpu):
         would = "parallelism.cpu_offload = true"
+    elif shape.stored:  # for one process
+        would = "a larger GPU"
     elif more := [n for n in (2**i for i in range(1, 13)) if _least(shape, config, Spread(n, 1, _NODE)) <= _room(gpu)]:
         would = f"full_shard over {more[0]} of them"
     raise ConfigError(
@@ -323,13 +328,14 @@ def as_text(plan: Plan) -> str:
         lines.append("  it does NOT fit")
     lines.append("  the largest local_batch_size that fits, by what blocks keep:")
     lines += [f"    {_SAYS[level]}: {rows or 'none'}" for level, rows in plan.rows.items()]
+    beside_them = "flips and dequantisation" if shape.stored else "flips and merges"
     beside = (
         f", communication {pace_.communication:.2f} beside them, which slows them by {pace_.slowed:.2f} and leaves "
         f"{pace_.exposed:.2f} exposed"
     )
     lines.append(
         f"\na step of {pace_.tokens:,} tokens: {pace_.seconds:.2f} s (products {pace_.products:.2f} at "
-        f"{plan.request.efficiency:.0%} of {plan.gpu.peak / 1e12:.0f} TFLOP/s, flips and merges {pace_.flips:.2f}"
+        f"{plan.request.efficiency:.0%} of {plan.gpu.peak / 1e12:.0f} TFLOP/s, {beside_them} {pace_.flips:.2f}"
         f"{beside if spread.gpus > 1 else ''}{f', AdamW on the CPU {pace_.adam:.2f}' if pace_.adam else ''})"
     )
     price = "" if plan.cost is None else f", {plan.cost:,.2f} at {plan.request.price:g} a GPU-hour"

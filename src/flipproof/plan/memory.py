@@ -15,7 +15,7 @@ and F of the MLP, are what the compiled block keeps (``torch.compile`` computes 
   for each value of these inputs, and the block's merged weights;
 
 and 4 bytes a head for attention's sums. Where weights are cast to compute with them, ``everything`` holds the cast;
-under FSDP the cast is what is gathered, and freed.
+under FSDP the cast is what is gathered, and freed. Blocks of quantised layers are not compiled: ``quantised.py``.
 
 Sources: what is kept was read off the compiler's own partition of a block, and off peaks measured on GPUs
 (tests/plan/test_memory.py); ZeRO's stages are Rajbhandari et al., 2020.
@@ -25,9 +25,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flipproof.config import RunConfig
+from flipproof.formats.spec import format_of
 from flipproof.models.loss import HELD_LOGITS
 from flipproof.models.parallelize import shares_frozen
 from flipproof.models.recompute import LEVELS, Keep
+from flipproof.plan import quantised
 from flipproof.plan.shape import Shape
 
 Kept = Mapping[Keep, int]
@@ -117,6 +119,8 @@ def reduced_bytes(config: RunConfig) -> int:
 
 def activations(shape: Shape, config: RunConfig, kept: Keep) -> float:
     """Bytes of a block that a token leaves for backward."""
+    if shape.stored:
+        return quantised.activations(shape, computed_bytes(config), config.lora.r, kept)
     h, a, k, f = shape.hidden, shape.queries, shape.keys, shape.ffn
     values: int = {
         "nothing": h,
@@ -132,6 +136,8 @@ def activations(shape: Shape, config: RunConfig, kept: Keep) -> float:
 
 def _kept_weights(shape: Shape, config: RunConfig, kept: Keep, sharded: bool) -> float:
     """Bytes of a block's weights that are kept beside the weights themselves."""
+    if shape.stored:
+        return float(shape.products * computed_bytes(config) * (kept == "weights"))
     size, trains = 0.0, not config.lora.r
     if kept in ("everything", "weights") and held_bytes(config) != computed_bytes(config) and not sharded:
         size += shape.products * computed_bytes(config)
@@ -139,6 +145,12 @@ def _kept_weights(shape: Shape, config: RunConfig, kept: Keep, sharded: bool) ->
         size += shape.products * computed_bytes(config)
         size += shape.faulty / 8  # which of them the guard zeroed
     return size
+
+
+def made_with(config: RunConfig) -> int:
+    """Bytes of a quantised weight that are there at most while it is dequantised."""
+    flips = any(variant.part("code").flips for variant in config.bitflip.variants())
+    return quantised.made_with(format_of(str(config.model.quantize)), held_bytes(config), computed_bytes(config), flips)
 
 
 def in_all(shape: Shape, level: Keep) -> Kept:
@@ -156,8 +168,11 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     # of what trains, where frozen weights are shared, each GPU has all, but of the moments
     shards = 1 if shared else spread.shards
     apart = shape.matrices if shared else shape.parameters  # what is shared
+    weights = held * (shape.parameters - apart + apart / spread.shards)
+    if shape.stored:  # on one GPU
+        weights = shape.blocks * shape.stored + held * (shape.parameters - shape.blocks * shape.products)
     always = {
-        "weights": held * (shape.parameters - apart + apart / spread.shards),
+        "weights": weights,
         "adapters": 4 * adapters / shards,
         "AdamW's moments": 8 * trained / spread.shards,
     }
@@ -184,8 +199,10 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     else:
         loss = 2 * min(HELD_LOGITS, logits) * c + 2 * tokens * h * c
     loss += 4 * (shape.head or shape.embedding) * trains
-    block = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
+    block: float = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
+    if shape.stored:
+        block = quantised.at_work(shape, tokens, made_with(config), c, config.lora.r, least)
     reduced = reduced_bytes(config) if sharded else 4
     # a block's gradients as they were computed, and as they are reduced; of adapters they are of one dtype
     block_gradients = ((reduced + c) * shape.block if trains else reduced * shape.adapters) * sharded

@@ -16,6 +16,7 @@ nothing here has measured).
 from dataclasses import dataclass
 
 from flipproof.config import RunConfig
+from flipproof.formats.spec import format_of
 from flipproof.plan.gpus import Gpu
 from flipproof.plan.memory import (
     Kept,
@@ -27,6 +28,7 @@ from flipproof.plan.memory import (
     shares,
     slots,
 )
+from flipproof.plan.quantised import moved
 from flipproof.plan.shape import Shape
 
 OF_BANDWIDTH = 0.85
@@ -78,7 +80,8 @@ def pace(
     training, c = config.training, computed_bytes(config)
     accumulation = training.gradient_accumulation_steps
     tokens = training.local_batch_size * training.seq_len * accumulation
-    again = shape.forward_flops * (1 - shape.largest / shape.products) * kept.get("nothing", 0) / shape.blocks
+    left_out = 0 if shape.stored else shape.largest / shape.products  # by blocks that are compiled
+    again = shape.forward_flops * (1 - left_out) * kept.get("nothing", 0) / shape.blocks
     flops = shape.flops + again
     products = tokens * flops / (gpu.peak * efficiency)
     flips = accumulation * _flipped_bytes(shape, config, kept) / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
@@ -131,9 +134,12 @@ def pace(
 
 
 def _flipped_bytes(shape: Shape, config: RunConfig, kept: Kept) -> float:
-    """That flips and merges read and write for a micro-batch on a GPU."""
+    """That flips, merges and dequantisation read and write for a micro-batch on a GPU."""
     c, tokens = computed_bytes(config), config.training.local_batch_size * config.training.seq_len
     inputs = tokens * (5 * shape.hidden + shape.queries + shape.ffn) * shape.faulty / shape.products
-    weights = shape.products if config.lora.r else shape.faulty
     times = sum(n * (1 if level == "weights" else 2) for level, n in kept.items())
+    if shape.stored:  # adapters stay beside the weights, which are dequantised
+        made = moved(format_of(str(config.model.quantize)), held_bytes(config), c)
+        return times * (2 * c * (inputs + shape.faulty) + made * shape.products)
+    weights = shape.products if config.lora.r else shape.faulty
     return float(2 * c * times * (inputs + weights))

@@ -11,9 +11,11 @@ from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.inject import inject
 from flipproof.faults.linear import FaultyLinear
+from flipproof.formats.linear import quantised_weights
 from flipproof.models.load import byte_tokenizer, skeleton
 from flipproof.models.loss import CHANGES_LOGITS, LossHead, fuse_loss
 from flipproof.models.parallelize import blocks, cast_to
+from flipproof.models.quantised import check_training, checkpoint_of, quantised_layers, without_compilation
 from flipproof.train.throughput import flops_per_token
 
 
@@ -50,6 +52,8 @@ class Shape:
     forward_flops: float
     whole_logits: int
     """Tensors of whole logits, as computed, that the loss holds; 0 where it takes them a chunk at a time."""
+    stored: int = 0
+    """Bytes of a block's quantised weights, codes, scales and all; 0 where weights are plain."""
 
     @property
     def parameters(self) -> int:
@@ -75,7 +79,10 @@ def shape_of(config: RunConfig) -> Shape:
         raise ConfigError(
             [f"flipproof plan knows decoders of equal blocks with one MLP each; {type(model).__name__} is another kind"]
         )
-    frozen = sum(p.numel() for p in model.parameters())
+    if config.model.quantize is not None:
+        check_training(config, config.model.quantize)
+        without_compilation(config, model)  # which refuses to compile
+    frozen = _size(model)
     forward = _forward_flops(model, config.training.seq_len)
     make_faulty(model, config)
     if not _alike(layers):
@@ -83,13 +90,13 @@ def shape_of(config: RunConfig) -> Shape:
     head = model.get_output_embeddings()  # type: ignore[operator]
     caps = any(getattr(hf_config, key, None) for key in CHANGES_LOGITS)
     first = layers[0]
-    linear = [module.weight.numel() for module in first.modules() if isinstance(module, nn.Linear)]
+    linear = [_weights(module) for module in first.modules() if isinstance(module, nn.Linear)]
     faulty = [module for module in first.modules() if isinstance(module, FaultyLinear)]
     adapters = sum(p.numel() for name, p in first.named_parameters() if "lora_" in name)
     heads = hf_config.num_attention_heads
     width = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    block = sum(p.numel() for p in first.parameters()) - adapters
+    block = _size(first) - adapters
     own_head = head.weight.numel() if head.weight is not embedding else 0
     return Shape(
         blocks=len(layers),
@@ -103,7 +110,7 @@ def shape_of(config: RunConfig) -> Shape:
         products=sum(linear),
         largest=max(linear),
         adapters=adapters,
-        faulty=sum(module.weight.numel() for module in faulty) if config.bitflip.any_fault else 0,
+        faulty=sum(map(_weights, faulty)) if config.bitflip.any_fault else 0,
         embedding=embedding.numel(),
         head=own_head,
         rest=frozen - len(layers) * block - embedding.numel() - own_head,
@@ -111,12 +118,27 @@ def shape_of(config: RunConfig) -> Shape:
         flops=_training_flops(model, config),
         forward_flops=forward,
         whole_logits=0 if isinstance(head, LossHead) else 3 if caps else 2,
+        stored=stored_bytes(first),
     )
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Of the quantised weights of a model or a block, as they are held."""
+    return sum(tensor.nbytes for layer in quantised_layers(model).values() for tensor in layer.buffers(recurse=False))
+
+
+def _weights(linear: nn.Linear) -> int:
+    return linear.in_features * linear.out_features
+
+
+def _size(model: nn.Module) -> int:
+    """Parameters, quantised weights among them."""
+    return sum(p.numel() for p in model.parameters()) + quantised_weights(model)
 
 
 def _alike(layers: list[nn.Module]) -> bool:
     """By the number of their parameters."""
-    return len({sum(p.numel() for p in layer.parameters()) for layer in layers}) == 1
+    return len({_size(layer) for layer in layers}) == 1
 
 
 def without_weights(config: RunConfig) -> nn.Module:
@@ -124,7 +146,15 @@ def without_weights(config: RunConfig) -> nn.Module:
     model = config.model
     if model.flavor is not None:  # says all that is to know, without a network
         model = replace(model, init="random", hf_model_path=None)
-    return skeleton(model, byte_tokenizer(), config.training.dtype)
+    made = skeleton(model, byte_tokenizer(), config.training.dtype)
+    if checkpoint := checkpoint_of(model, made.config):
+        raise ConfigError(
+            [
+                f"model.hf_model_path = {model.hf_model_path!r} is quantised already ({checkpoint.method}); flipproof "
+                "plan counts what model.quantize makes of plain weights: name those"
+            ]
+        )
+    return made
 
 
 def make_faulty(model: nn.Module, config: RunConfig) -> None:
@@ -146,5 +176,5 @@ def _training_flops(model: nn.Module, config: RunConfig) -> float:
 
 
 def _forward_flops(model: nn.Module, seq_len: int) -> float:
-    """A third of what training all weights needs."""
-    return flops_per_token(model, seq_len) / 3
+    """A third of what training all weights needs, the quantised ones as if they trained."""
+    return (flops_per_token(model, seq_len) + 2 * quantised_weights(model)) / 3

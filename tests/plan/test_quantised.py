@@ -1,0 +1,120 @@
+"""Plans of QLoRA against models that are really built, against a count of what is allocated, and by hand."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flipproof.cli.main import main
+from flipproof.config import load_config
+from flipproof.errors import ConfigError
+from flipproof.formats.operands import operands_of
+from flipproof.formats.quantise import dequantise
+from flipproof.formats.spec import FORMATS, format_of
+from flipproof.formats.stored import Stored
+from flipproof.models.build import build_model
+from flipproof.models.load import byte_tokenizer
+from flipproof.plan.dry_run import _Allocated, dry_run
+from flipproof.plan.estimate import Request, make_plan, sized
+from flipproof.plan.memory import Spread, in_all, memory
+from flipproof.plan.quantised import made_with, moved
+from flipproof.world import World
+
+FAULTS = {"w_code_p": 1e-4, "w_zero_out_t": 1.0, "x_p_frac": 1e-5, "x_zero_out_t": 8192.0}
+
+
+def qlora(model, name="nf4", rows=2, kept="full", faults=False, seq_len=2048, **training):
+    training = {"seq_len": seq_len, "local_batch_size": rows, "activation_checkpointing": kept, "steps": 10, **training}
+    bitflip = FAULTS if faults else {}
+    tree = {"model": {**model, "quantize": name}, "training": training, "lora": {"r": 32}, "bitflip": bitflip}
+    return load_config([], tree)
+
+
+def of_flavor(flavor, *args, **kwargs):
+    return qlora({"flavor": flavor, "hf_model_path": "someone/model"}, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_take_the_bytes_that_those_of_a_model_take_that_is_built(tiny_llama, tmp_path, name, tied):
+    tiny_llama(hidden_size=128, intermediate_size=384, tie_word_embeddings=tied).bfloat16().save_pretrained(tmp_path)
+    config = qlora({"hf_model_path": str(tmp_path)}, name, seq_len=16)
+    model = build_model(config, byte_tokenizer(), World(0, 1, torch.device("cpu")), config.lora)
+    weights = {id(p): p.nbytes for key, p in model.named_parameters() if "lora_" not in key}
+    stored = sum(b.nbytes for key, b in model.named_buffers() if "rotary" not in key and "proj" in key
+                 and key.rpartition(".")[2] in operands_of(format_of(name), (128, 128)))  # fmt: skip
+    shape, planned = sized(config, 1)
+    parts = memory(shape, planned, Spread(1, 1), in_all(shape, "nothing")).parts
+    assert stored > 0
+    assert parts["weights"] == sum(weights.values()) + stored
+    assert parts["adapters"] == sum(p.nbytes for key, p in model.named_parameters() if "lora_" in key)
+
+
+def test_eight_billion_weights_in_nf4_by_hand():
+    """A code of half a byte, a scale of one for 64, 4 bytes for 256 of these, 257 float32 a layer; embedding, head and
+    norms are bfloat16."""
+    a_block = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+    held = 32 * (a_block * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 7 * 257 * 4)
+    others = 2 * (2 * 128256 * 4096 + (2 * 32 + 1) * 4096)
+    plan = make_plan(of_flavor("8B"), Request(1))
+    assert plan.memory.parts["weights"] == held + others
+    assert (held + others) / 2**30 == pytest.approx(5.31, abs=0.01)
+    assert plan.shape.parameters == 32 * a_block + others / 2
+
+
+def test_seventy_billion_weights_in_nf4_fit_one_gpu():
+    plan = make_plan(of_flavor("70B"), Request(1, gpu="h200"))
+    assert plan.fits
+    with pytest.raises(ConfigError, match="a larger GPU would do"):
+        make_plan(of_flavor("70B"), Request(1, gpu="a100-40"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
+def test_dequantising_holds_and_moves_what_is_counted(name, computed):
+    """Of its operators, on a weight so large that scales are little beside it."""
+    format, shape, seen = format_of(name), (1024, 1024), _Allocated()
+    seen.fuses = False
+    with FakeTensorMode():
+        operands = {key: torch.empty(part.shape, dtype=part.dtype) for key, part in operands_of(format, shape).items()}
+        stored = Stored(format, operands, torch.bfloat16)
+        with seen:
+            dequantise(stored, computed)
+    unpacked = math.prod(shape) * (format.bits == 8)  # codes of 4 bits are there already, unpacked
+    expected = made_with(format, 2, computed.itemsize, False) * math.prod(shape) + unpacked
+    assert seen.most == pytest.approx(expected, rel=0.1)
+    assert moved(format, 2, computed.itemsize) > 1 + computed.itemsize
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "kept", "faults"),
+    [("nf4", 2, "full", True), ("nf4", 2, "none", False), ("nf4", 1, "selective", True), ("int8", 1, "full", False)],
+)
+def test_a_dry_run_finds_what_the_closed_form_finds(name, rows, kept, faults):
+    plan = make_plan(of_flavor("8B", name, rows, kept, faults), Request(1, gpu="h200"))
+    assert plan.memory.allocated == pytest.approx(dry_run(plan.config, plan.spread, plan.kept), rel=0.05)
+
+
+def test_a_step_takes_longer_by_what_is_dequantised():
+    """Codes of 4 bits are unpacked, those of nf4 found in a table, too."""
+    times = {name: make_plan(of_flavor("8B", name), Request(1)).pace for name in ("nf4", "int4", "int8")}
+    assert times["nf4"].flips > times["int4"].flips > times["int8"].flips > 0
+    assert len({pace.products for pace in times.values()}) == 1
+
+
+def test_what_cannot_be_is_one_line(tiny_llama, tmp_path, capsys):
+    tiny_llama(hidden_size=128).save_pretrained(tmp_path)
+    capsys.readouterr()  # its progress bar
+
+    def refused(*more):
+        assert main(["plan", str(tmp_path), "--training.seq_len", "16", "--lora.r", "2", *more]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    one = ("--model.quantize", "nf4", "--gpus", "1")
+    assert "'nf5'" in refused("--model.quantize", "nf5", "--gpus", "1")
+    several = refused("--model.quantize", "nf4", "--gpus", "8", "--recommend")
+    assert "model.quantize = 'nf4': quantised weights are for one process, on one GPU; 8 were asked for" in several
+    assert "lora.r = 0: the weights are nf4, which do not train" in refused(*one, "--lora.r", "0")
+    assert "layers with quantised weights are not compiled" in refused(*one, "--training.compile", "true")
