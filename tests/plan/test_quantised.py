@@ -1,14 +1,19 @@
 """Plans of QLoRA against models that are really built, against a count of what is allocated, and by hand."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.formats.config import quantization_config
+from flipproof.formats.linear import QuantisedLinear
 from flipproof.formats.operands import operands_of
 from flipproof.formats.quantise import dequantise
 from flipproof.formats.spec import FORMATS, format_of
@@ -72,7 +77,7 @@ def test_seventy_billion_weights_in_nf4_fit_one_gpu():
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
-def test_dequantising_holds_and_moves_what_is_counted(name, computed):
+def test_dequantising_holds_what_is_counted(name, computed):
     """Of its operators, on a weight so large that scales are little beside it."""
     format, shape, seen = format_of(name), (1024, 1024), _Allocated()
     seen.fuses = False
@@ -84,7 +89,29 @@ def test_dequantising_holds_and_moves_what_is_counted(name, computed):
     unpacked = math.prod(shape) * (format.bits == 8)  # codes of 4 bits are there already, unpacked
     expected = made_with(format, 2, computed.itemsize, False) * math.prod(shape) + unpacked
     assert seen.most == pytest.approx(expected, rel=0.1)
-    assert moved(format, 2, computed.itemsize) > 1 + computed.itemsize
+
+
+class _Moved(TorchDispatchMode):
+    """Bytes of tensors that operators read and write, but for those that only look at them otherwise."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+            self.moved += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf))
+        return result
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
+def test_dequantising_moves_what_is_counted(name, computed):
+    """From packed codes; scales are little beside it."""
+    layer = QuantisedLinear.of(torch.nn.Linear(1024, 1024, bias=False).bfloat16(), format_of(name))
+    layer.dtype = computed
+    with _Moved() as seen:
+        _ = layer.weight
+    assert moved(format_of(name), 2, computed.itemsize) * 1024**2 == pytest.approx(seen.moved, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +134,8 @@ def test_what_cannot_be_is_one_line(tiny_llama, tmp_path, capsys):
     tiny_llama(hidden_size=128).save_pretrained(tmp_path)
     capsys.readouterr()  # its progress bar
 
-    def refused(*more):
-        assert main(["plan", str(tmp_path), "--training.seq_len", "16", "--lora.r", "2", *more]) == 2
+    def refused(*more, rank="2"):
+        assert main(["plan", str(tmp_path), "--training.seq_len", "16", "--lora.r", rank, *more]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
@@ -116,5 +143,11 @@ def test_what_cannot_be_is_one_line(tiny_llama, tmp_path, capsys):
     assert "'nf5'" in refused("--model.quantize", "nf5", "--gpus", "1")
     several = refused("--model.quantize", "nf4", "--gpus", "8", "--recommend")
     assert "model.quantize = 'nf4': quantised weights are for one process, on one GPU; 8 were asked for" in several
-    assert "lora.r = 0: the weights are nf4, which do not train" in refused(*one, "--lora.r", "0")
+    assert "lora.r = 0: the weights are nf4, which do not train" in refused(*one, rank="0")
     assert "layers with quantised weights are not compiled" in refused(*one, "--training.compile", "true")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = quantization_config(format_of("nf4"), ["lm_head"], "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "is quantised already (bitsandbytes); flipproof plan counts what model.quantize makes" in refused(
+        "--gpus", "1"
+    )

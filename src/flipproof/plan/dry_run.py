@@ -7,7 +7,8 @@ and the ``fake`` backend). ``memory.py`` has the same figure from a formula; ``t
 What a GPU would hold and this machine would not, or the other way round, is counted as on the GPU: blocks are compiled
 up to the point where kernels are made, so what they keep is what the compiler keeps; results of operators that it fuses
 with those that read them (pointwise ones, sums, copies) are nothing until something reads them that is not fused; and
-the masks of what guards zeroed are bits.
+the masks of what guards zeroed are bits. Blocks of quantised layers are not compiled, and all that their operators give
+counts.
 """
 
 import os
