@@ -367,7 +367,6 @@ VERBS = {
         ),
         (
             "flipproof sweep unsloth/Llama-3.2-1B --p 1e-9:1e-3:7 --sites w,x --to sweeps/1b",
-            "flipproof sweep merged --p 1e-6 --layers block --protection none,guard,secded --to sweeps/layers",
             "flipproof sweep merged --p 1e-7:1e-3:5 --formats bf16,int8,nf4,mxfp4 --to sweeps/formats",
         ),
         (*_ON_TEXT, "sweep"),
