@@ -1,6 +1,7 @@
 """What is raised where a user's input is at fault, and how many problems become few lines."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -18,3 +19,12 @@ def first_of(problems: list[str]) -> str:
     """The first of many problems of one kind by the alphabet, and how many more there are."""
     more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
     return f"{min(problems)}{more}"
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Within the block errors say what they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([f"{what}: {problem}" for problem in error.problems]) from error

@@ -10,8 +10,7 @@ to flip: what is measured is what is deployed, and dequantised it would be as la
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.config import ModelConfig, RunConfig
-from flipproof.errors import ConfigError
+from flipproof.errors import ConfigError, about
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.inject import HEAD_NAMES, output_head
 from flipproof.faults.linear import FaultyLinear
@@ -85,15 +84,6 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
 
 
-@contextmanager
-def _of_layer(name: str) -> Iterator[None]:
-    """Within the block errors say which layer they are about."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError([f"{name}: {problem}" for problem in error.problems]) from error
-
-
 def _put(model: nn.Module, name: str, stored: Stored, dtype: torch.dtype, device: torch.device) -> None:
     """A stored weight in the place of a linear layer's; hooks and bias stay."""
     linear = model.get_submodule(name)
@@ -112,7 +102,7 @@ def _put(model: nn.Module, name: str, stored: Stored, dtype: torch.dtype, device
 def quantise_on_meta(model: nn.Module, format: Format) -> None:
     """Give a model on the meta device quantised layers there. Raises ConfigError where a group does not divide."""
     for name, linear in linear_layers(model).items():
-        with _of_layer(name):
+        with about(name):
             parts = operands_of(format, (linear.out_features, linear.in_features), linear.weight.dtype)
             made = {key: torch.empty(part.shape, dtype=part.dtype, device="meta") for key, part in parts.items()}
             _put(model, name, Stored(format, made, linear.weight.dtype), linear.weight.dtype, torch.device("meta"))
@@ -132,7 +122,7 @@ def read_and_quantise(
     """
     model = unread_model(path, dtype)
     for name, linear in linear_layers(model).items():
-        with _of_layer(name):
+        with about(name):
             weight = read_tensor(model, f"{name}.weight").to(device)
             _put(model, name, quantise(weight, format), linear.weight.dtype, device)
     return _with_rest(model, path, device, finish)
@@ -174,7 +164,7 @@ def read_quantised(
     if not layers:
         raise ConfigError([f"{where}: config.json says that its weights are quantised ({checkpoint.method}); none are"])
     for name, own in layers.items():
-        with _of_layer(f"{where}: {name}"):
+        with about(f"{where}: {name}"):
             _put(model, name, checkpoint.unpack(read_stored(own)), linear[name].weight.dtype, device)
     if checkpoint.activations:
         logger.warning("%s: its inputs are quantised too where it is served; here they are not", where)
@@ -286,7 +276,7 @@ def save_quantised(model: Any, directory: Path, tokenizer: Any, format: Format, 
         if key != "weight" or layer not in layers or layer in left:
             shards.add(name_in_files(model, name, tensor), tensor)
             continue
-        with _of_layer(layer):
+        with about(layer):
             packed = pack(quantise(tensor, format))
         for own, part in packed.items():
             shards.add(f"{layer}.{own}", part)

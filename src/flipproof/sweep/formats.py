@@ -10,8 +10,7 @@ dtype; ``bf16`` are these weights themselves.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,15 +133,6 @@ def begin(to: Path, config: RunConfig) -> None:
     to.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys([*_there(to).get("formats", ()), *config.sweep.format_names()])
     write_record(to / FORMATS, {"formats": list(names), "of": _alike(config)})
-
-
-@contextmanager
-def about(name: str) -> Iterator[None]:
-    """Within the block errors say which format they are about."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError([f"{name}: {problem}" for problem in error.problems]) from error
 
 
 def with_share_of_budget(own: RunConfig, configs: Mapping[str, RunConfig], name: str, used_s: float) -> RunConfig:

@@ -21,6 +21,7 @@ from torch import nn
 
 from flipproof.config import RunConfig
 from flipproof.data.sequences import PackedText, load_held_out
+from flipproof.errors import about
 from flipproof.faults.fitted import read_guards
 from flipproof.faults.inject import faults, inject, set_faults
 from flipproof.faults.spec import OPERANDS
@@ -70,12 +71,12 @@ def _sweep_formats(config: RunConfig, to: Path) -> str:
         world.once(lambda: formats.check_directory(to, config))
         formats.check_plain(config)
         for name, own in configs.items():
-            with formats.about(name):
+            with about(name):
                 _check(resolved(own), SweepDirectory(to / name), world)
         world.once(lambda: formats.begin(to, config))
     for name, own in configs.items():
         logger.info("%s", name)
-        with formats.about(name):
+        with about(name):
             share = formats.with_share_of_budget(own, configs, name, time.monotonic() - started)
             _sweep(share, to / name, time.monotonic())
         gc.collect()  # hooks of a model know it, so it would stay until the next one is there
