@@ -16,12 +16,12 @@ def few_programs(monkeypatch):
     Each goes on with the item that lies as many further as there are programs, so the result is the same. Of 1024
     nearly all find none here, and each takes milliseconds to do so.
     """
-    launch, shared = triton_launch._launch, triton_launch.merging.zeroed_correction
+    launch, shared = triton_launch.launch, triton_launch.merging.zeroed_correction
 
     def launch_fewer(kernel, programs, *arguments, **options):
         launch(kernel, min(programs, 16) if kernel is shared else programs, *arguments, **options)
 
-    monkeypatch.setattr(triton_launch, "_launch", launch_fewer)
+    monkeypatch.setattr(triton_launch, "launch", launch_fewer)
 
 
 @pytest.fixture(params=["reference", "triton"])

@@ -1,7 +1,6 @@
 """Plans of QLoRA against models that are really built, against a count of what is allocated, and by hand."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -9,13 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import flipproof
+from flipproof import BitFlipSpec
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.formats.config import quantization_config
 from flipproof.formats.linear import QuantisedLinear
-from flipproof.formats.operands import operands_of
-from flipproof.formats.quantise import dequantise
+from flipproof.formats.operands import bits_per_weight, operands_of
 from flipproof.formats.spec import FORMATS, format_of
 from flipproof.formats.stored import Stored
 from flipproof.models.build import build_model
@@ -75,43 +75,53 @@ def test_seventy_billion_weights_in_nf4_fit_one_gpu():
         make_plan(of_flavor("70B"), Request(1, gpu="a100-40"))
 
 
+def dequantised(name, computed, flips):
+    """A layer that is so large that scales are little beside it, and what makes its weight."""
+    format, shape = format_of(name), (1024, 1024)
+    operands = {key: torch.zeros(part.shape, dtype=part.dtype) for key, part in operands_of(format, shape).items()}
+    model = torch.nn.Sequential(QuantisedLinear(Stored(format, operands, torch.bfloat16), dtype=computed))
+    flipproof.inject(model, BitFlipSpec(w_code_p=1e-4 if flips else 0.0, w_zero_out_t=1.0))
+    return lambda: model[0]._weight_of_pass(torch.zeros(1, 1024, dtype=computed), computed, 0)()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
-def test_dequantising_holds_what_is_counted(name, computed):
-    """Of its operators, on a weight so large that scales are little beside it."""
-    format, shape, seen = format_of(name), (1024, 1024), _Allocated()
+@pytest.mark.parametrize("flips", [False, True])
+def test_dequantising_holds_what_is_counted(name, computed, flips):
+    """Of its operators, beside what is stored."""
+    seen = _Allocated()
     seen.fuses = False
     with FakeTensorMode():
-        operands = {key: torch.empty(part.shape, dtype=part.dtype) for key, part in operands_of(format, shape).items()}
-        stored = Stored(format, operands, torch.bfloat16)
+        make = dequantised(name, computed, flips)
         with seen:
-            dequantise(stored, computed)
-    unpacked = math.prod(shape) * (format.bits == 8)  # codes of 4 bits are there already, unpacked
-    expected = made_with(format, 2, computed.itemsize, False) * math.prod(shape) + unpacked
-    assert seen.most == pytest.approx(expected, rel=0.1)
+            make()
+    stored = bits_per_weight(format_of(name), (1024, 1024)) / 8
+    expected = made_with(format_of(name), computed.itemsize, flips) + stored
+    assert seen.most == pytest.approx(expected * 1024**2, rel=0.1)
 
 
 class _Moved(TorchDispatchMode):
-    """Bytes of tensors that operators read and write, but for those that only look at them otherwise."""
+    """Bytes of tensors that operators read and write, but for those that only look at them otherwise, and for flips in
+    place, which cost their number."""
 
     moved = 0
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+        if not func.is_view and func is not torch.ops.flipproof.flip_.default:
             self.moved += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf))
         return result
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
-def test_dequantising_moves_what_is_counted(name, computed):
-    """From packed codes; scales are little beside it."""
-    layer = QuantisedLinear.of(torch.nn.Linear(1024, 1024, bias=False).bfloat16(), format_of(name))
-    layer.dtype = computed
+@pytest.mark.parametrize("flips", [False, True])
+def test_dequantising_moves_what_is_counted(name, computed, flips):
+    """From packed codes."""
+    make = dequantised(name, computed, flips)
     with _Moved() as seen:
-        _ = layer.weight
-    assert moved(format_of(name), 2, computed.itemsize) * 1024**2 == pytest.approx(seen.moved, rel=0.1)
+        make()
+    assert moved(format_of(name), computed.itemsize, flips) * 1024**2 == pytest.approx(seen.moved, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +134,12 @@ def test_a_dry_run_finds_what_the_closed_form_finds(name, rows, kept, faults):
 
 
 def test_a_step_takes_longer_by_what_is_dequantised():
-    """Codes of 4 bits are unpacked, those of nf4 found in a table, too."""
-    times = {name: make_plan(of_flavor("8B", name), Request(1)).pace for name in ("nf4", "int4", "int8")}
-    assert times["nf4"].flips > times["int4"].flips > times["int8"].flips > 0
+    """Codes of 8 bits are twice as many bytes; those that flip do so in a copy."""
+    times = {name: make_plan(of_flavor("8B", name), Request(1)).pace for name in ("int4", "int8")}
+    assert times["int8"].flips > times["int4"].flips > 0
+    faulty = make_plan(of_flavor("8B", "nf4", faults=True), Request(1)).pace
+    clean = make_plan(of_flavor("8B", "nf4"), Request(1)).pace
+    assert faulty.flips > clean.flips
     assert len({pace.products for pace in times.values()}) == 1
 
 

@@ -17,6 +17,9 @@ from flipproof.faults.dtypes import INTEGERS
 from flipproof.faults.guard import channels_of, guard_, magnitude_bits
 from flipproof.faults.philox import BALLS, COINS, COUNTS, DIGITS, MAX_BLOCK, Words, check_tick, counter, philox
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, FlipPlan, flip_plan
+from flipproof.formats.fields import from_bytes
+from flipproof.formats.quantise import multiplied
+from flipproof.formats.spec import Format
 
 _CHUNK_BALLS = 1 << 14  # temporaries of one chunk stay in the cache
 _CHUNK_DENSE_BLOCKS = 32
@@ -97,6 +100,30 @@ def merge_by(
     else:
         flip_marked_by_(flip_in_place, y, zeroed, draw)
     return y
+
+
+def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Codes of 4 bits, (rows, columns) uint8, of two in each byte of a row, the first in its low half."""
+    return from_bytes(packed, 4)[:, :columns].contiguous()
+
+
+def dequantise(
+    code: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    limits: torch.Tensor | None,
+    format: Format,
+    columns: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """guard(code · scale), (rows, columns) of ``dtype``: ``formats.quantise.multiplied``, whose arguments the first
+    are, of codes a byte each, (rows, columns), or of 4 bits packed as ``unpack`` has them."""
+    codes = code if code.shape[1] == columns else unpack(code, columns)
+    weight = multiplied(codes, scale, zero, g_idx, format, dtype)
+    if limits is not None:
+        guard_(weight, limits)
+    return weight
 
 
 def flip_marked(x: torch.Tensor, zeroed: torch.Tensor, draw: Draw) -> torch.Tensor:

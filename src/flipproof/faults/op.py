@@ -15,6 +15,8 @@ so an operator takes its ``arguments``.
                keep it
 ``zero_marked_``  zeroes a gradient in place at these
 ``zeroed_correction``  what to add to the adapters' gradients so that those weights contribute nothing
+``unpack``      codes of 4 bits, a byte each
+``dequantise``  guard(code · scale), the weight of a quantised layer
 
 Rates, limits, key and tick are tensors, not numbers, so a compiled graph neither specialises on them nor waits for
 the device. Those for backward take ``after``, the incoming gradient, which they only wait for: so a compiler can
@@ -36,6 +38,7 @@ from flipproof.faults.guard import channels_of, guard_of, limits_of
 from flipproof.faults.layouts import FLOATS, LAYOUTS
 from flipproof.faults.philox import derive_key, tick_problem
 from flipproof.faults.spec import Probability, Threshold
+from flipproof.formats.spec import format_of
 from flipproof.values import Between, Seed, check_all
 
 _DRAW = "Tensor rates, Tensor? limits, Tensor key, Tensor tick, SymInt offset"
@@ -52,6 +55,11 @@ _LIBRARY.define(f"merge_grad({_MERGE}, Tensor after, bool list_zeroed, {_DRAW}) 
 _LIBRARY.define(
     "zeroed_correction(Tensor zeroed, Tensor rates, Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, "
     "float scaling) -> (Tensor, Tensor)"
+)
+_LIBRARY.define("unpack(Tensor packed, SymInt columns) -> Tensor")
+_LIBRARY.define(
+    "dequantise(Tensor code, Tensor scale, Tensor? zero, Tensor? g_idx, Tensor? limits, str format, int? group, "
+    "SymInt columns, ScalarType dtype) -> Tensor"
 )
 
 _INDEPENDENT = Pattern()
@@ -161,6 +169,40 @@ def _new_zeroed(weight: Tensor, list_zeroed: bool, draw: Draw) -> Tensor:
 def _zeroed_correction(zeroed: Tensor, rates: Tensor, grad_y: Tensor, x: Tensor, *lora: Any) -> tuple[Tensor, Tensor]:
     more: tuple[Tensor, Tensor] = _backend(x).zeroed_correction(zeroed, rates, grad_y, x, *lora)
     return more
+
+
+@_implement("unpack")
+def _unpack(packed: Tensor, columns: int) -> Tensor:
+    codes: Tensor = _backend(packed).unpack(packed, columns)
+    return codes
+
+
+@_implement("dequantise")
+def _dequantise(
+    code: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    g_idx: Tensor | None,
+    limits: Tensor | None,
+    format: str,
+    group: int | None,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    of = format_of(format, -1 if group is None else group)
+    weight: Tensor = _backend(code).dequantise(code, scale, zero, g_idx, limits, of, columns, dtype)
+    return weight
+
+
+@torch.library.register_fake("flipproof::unpack")
+def _unpack_fake(packed: Tensor, columns: int) -> Tensor:
+    return packed.new_empty(packed.shape[0], columns)
+
+
+@torch.library.register_fake("flipproof::dequantise")
+def _dequantise_fake(code: Tensor, *rest: Any) -> Tensor:
+    columns, dtype = rest[-2:]
+    return code.new_empty(code.shape[0], columns, dtype=dtype)
 
 
 @torch.library.register_fake("flipproof::flip")

@@ -36,7 +36,7 @@ from flipproof.faults.spec import DEFAULTS, PARTS, BitFlipSpec, LoraSpec, Part
 from flipproof.faults.state import FaultState
 from flipproof.formats.linear import QuantisedLinear
 from flipproof.formats.operands import FLOATS, operands_of
-from flipproof.formats.quantise import dequantise
+from flipproof.formats.quantise import scale_numbers, zero_patterns
 from flipproof.formats.spec import Format
 
 ops = torch.ops.flipproof
@@ -176,11 +176,12 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
         dtype: torch.dtype,
         run: int,
     ) -> Tensor:
-        hook = self.state.flip_hook
+        hook, format = self.state.flip_hook, self.format
 
-        def flipped(name: str, tensor: Tensor) -> Tensor:
+        def flipped(name: str) -> Tensor:
             if name not in draws:
-                return tensor
+                return self.held(name)
+            tensor = self.operand(name)
             if hook is not None:
                 return hook(self.draw_name(f"w_{name}", run), tensor, draws[name])
             if tensor is self.held(name):
@@ -189,13 +190,22 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
             ops.flip_(tensor, *draws[name].arguments)
             return tensor
 
-        weight = dequantise(self.stored(flipped), dtype, scales)
-        if guard.limits is None:
-            return weight
-        if hook is not None:
+        operands = {name: flipped(name) for name in self.elements}
+        scale = scale_numbers(format, operands)
+        scale = scales(scale) if scales else scale
+        zero = zero_patterns(format, operands, self.stored_dtype)
+        limits = guard.limits if hook is None else None
+        of = format.name, format.group, self.in_features, dtype
+        weight: Tensor = ops.dequantise(operands["code"], scale, zero, self._buffers["g_idx"], limits, *of)
+        if hook is not None and guard.limits is not None:
             return hook(self.draw_name("dequantised", run), weight, guard)
-        ops.flip_(weight, *guard.arguments)
         return weight
+
+    def operand(self, name: str) -> Tensor:
+        if name == "code" and self.format.bits == 4:
+            codes: Tensor = ops.unpack(self.held(name), self.in_features)
+            return codes
+        return super().operand(name)
 
     def extra_repr(self) -> str:
         guard = f", scale_zero_out_t={self.scale_guard.one}" if self.scale_guard.guarded else ""

@@ -1,65 +1,29 @@
-"""The flip on a GPU: which kernel of ``triton_kernels.py`` or ``triton_merge.py`` to launch, with what. The same
-functions as ``cpu.py``, of the same tensors: numbers, and bytes of codes and scales, which have no guard."""
+"""The flip on a GPU: which kernel of ``triton_kernels.py``, ``triton_merge.py`` or ``triton_dequantise.py`` to launch,
+with what. The same functions as ``cpu.py``, of the same tensors: numbers, and bytes of codes and scales, which have no
+guard."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from flipproof.faults import triton_dequantise as dequantising
 from flipproof.faults import triton_kernels as kernels
 from flipproof.faults import triton_merge as merging
 from flipproof.faults.cpu import zeroed_correction_dense
 from flipproof.faults.draw import Draw
-from flipproof.faults.guard import channels_of
+from flipproof.faults.guard import channels_of, guard_
 from flipproof.faults.layouts import Layout
 from flipproof.faults.poisson import BLOCK, BLOCK_LOG2, flip_plan
+from flipproof.faults.triton_compiled import INTERPRETED, launch
+from flipproof.formats.codes import numbers
+from flipproof.formats.spec import Format
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-_compiled: dict[tuple[Any, ...], Any] = {}
 _WORDS = 256
 """Of marks to a program."""
-
-
-def _launch(
-    kernel: Any,
-    programs: int,
-    warps: int,
-    arguments: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    **options: Any,
-) -> None:
-    """kernel[programs](*arguments, *constants), on the device of the first argument.
-
-    Triton's own launch looks up the compiled kernel by everything it knows of the arguments, which takes 15 µs; here it
-    is looked up by what compilation depends on.
-    """
-    device = arguments[0].device
-    if _INTERPRETED:
-        kernel[(programs,)](*arguments, *constants)
-        return
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(kernel, programs, warps, arguments, constants, **options)
-        return
-    key = (kernel, device.index, warps, constants, *map(_specialization, arguments))
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[(programs,)](*arguments, *constants, num_warps=warps, **options)
-    else:
-        compiled[(programs, 1, 1)](*arguments, *constants)
-
-
-def _specialization(argument: Tensor | float) -> Any:
-    """What Triton compiles for: of a tensor the dtype and whether it is aligned; of a number its type, whether it is a
-    multiple of 16 and whether it is 1."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, int):
-        return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
-    return None
 
 
 class _DevicePlan(NamedTuple):
@@ -112,21 +76,21 @@ class _Guard(NamedTuple):
     """"", "feature" or "row"."""
 
 
-def _guard_of(draw: Draw, y: Tensor) -> _Guard:
-    """The guard of a draw for a tensor of y's shape and dtype; without one the limit is 0."""
-    if draw.limits is None:
+def _guard_of(limits: Tensor | None, shape: torch.Size) -> _Guard:
+    """The guard of these limits for a tensor of this shape; without one the limit is 0."""
+    if limits is None:
         return _Guard(0)
-    if draw.limits.dim() == 0:
-        return _Guard(int(draw.limits))
-    channels, inner = channels_of(draw.limits, y.shape)
-    by_row = draw.limits.shape[-1] == 1 and channels * inner == y.numel()
-    return _Guard(draw.limits.contiguous(), inner if by_row else channels, "row" if by_row else "feature")
+    if limits.dim() == 0:
+        return _Guard(int(limits))
+    channels, inner = channels_of(limits, shape)
+    by_row = limits.shape[-1] == 1 and channels * inner == shape.numel()
+    return _Guard(limits.contiguous(), inner if by_row else channels, "row" if by_row else "feature")
 
 
 def _value(number: Tensor) -> Tensor | int:
     """A number that is in CPU memory goes along with the launch; the interpreter takes it from where it is, since it
     does not get numbers from 2^31 to 2^32 right."""
-    return int(number) if number.device.type == "cpu" and not _INTERPRETED else number
+    return int(number) if number.device.type == "cpu" and not INTERPRETED else number
 
 
 def _blocks(n: int, offset: int) -> range:
@@ -173,7 +137,7 @@ def zero_marked_(zeroed: Tensor, grad: Tensor) -> None:
     """grad <- 0 where ``flip_marked`` says; contiguous ``grad``."""
     if grad.numel():
         programs = triton.cdiv(zeroed.numel(), _WORDS)
-        _launch(kernels.zero_marked_, programs, 4, (zeroed, grad, grad.numel()), (_WORDS,))
+        launch(kernels.zero_marked_, programs, 4, (zeroed, grad, grad.numel()), (_WORDS,))
 
 
 def new_marks(x: Tensor) -> Tensor:
@@ -204,11 +168,11 @@ def flip_into(
         if plan.sparse:
             flip_sparse_(y, plan, None, draw, blocks)
         return
-    guard = _guard_of(draw, y)
+    guard = _guard_of(draw.limits, y.shape)
     grad = None if draw.limits is None else grad
     if grad is not None and grad.dtype == torch.bool:
         grad = grad.view(torch.uint8)
-    _launch(
+    launch(
         kernels.flip_block,
         len(blocks),
         4 if plan.dense else 8,
@@ -274,7 +238,7 @@ def flip_sparse_(
     lanes = 8 if plan.likely_balls <= 32 else 16 if plan.likely_balls <= 128 else 64
     group = 128 // lanes
     zeroed = far.zeroed if far else None
-    _launch(
+    launch(
         kernels.flip_sparse_,
         triton.cdiv(len(blocks), group),
         4,
@@ -304,6 +268,69 @@ def flip_sparse_(
             far is not None and far.columns >= BLOCK,
         ),
     )
+
+
+# -- weights of codes and scales ---------------------------------------------------------------------------------------
+
+_TILE = 1024
+
+
+@cache  # without bound: a CUDA graph may hold the table's address
+def _numbers(code: str, bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each pattern stands for."""
+    return numbers(torch.arange(2**bits, dtype=torch.uint8), code, dtype).to(device)
+
+
+def unpack(packed: Tensor, columns: int) -> Tensor:
+    """Codes of 4 bits, (rows, columns) uint8, of two in each byte of a row."""
+    packed = packed.contiguous()
+    codes = packed.new_empty(len(packed), 2 * packed.shape[1])
+    launch(dequantising.unpack, triton.cdiv(packed.numel(), _TILE), 4, (packed, codes, packed.numel()), (_TILE,))
+    return codes[:, :columns].contiguous()
+
+
+def dequantise(
+    code: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    g_idx: Tensor | None,
+    limits: Tensor | None,
+    format: Format,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """guard(code · scale), (rows, columns); the arguments are those of ``cpu.dequantise``."""
+    y = torch.empty(len(code), columns, dtype=dtype, device=code.device)
+    guard = _guard_of(limits, y.shape)
+    fused = limits is not None and guard.by != "feature"
+    looked_up = format.code != "int"
+    table = _numbers(format.code, format.bits, scale.dtype, code.device) if looked_up else scale
+    code, scale = code.contiguous(), scale.contiguous()
+    launch(
+        dequantising.dequantise,
+        len(code) * triton.cdiv(columns, _TILE),
+        4,
+        (
+            code,
+            table,
+            scale,
+            scale if zero is None else zero.contiguous(),
+            code if g_idx is None else g_idx,
+            y,
+            guard.limit if fused else 0,
+            columns,
+            code.shape[1],
+            scale.shape[-1],
+        ),
+        (
+            *(looked_up, zero is not None, 2 ** (format.bits - 1), code.shape[1] != columns),
+            (y.numel() if format.code == "nf4" else 0) if format.group is None else format.group,
+            *(g_idx is not None, fused, guard.by, _TILE),
+        ),
+    )
+    if limits is not None and not fused:
+        guard_(y, limits)
+    return y
 
 
 # -- the merged weight ----------------------------------------------------------------------------------------------
@@ -339,7 +366,7 @@ def merge(
         if zeroed is not None:
             zeroed.zero_()
         return y
-    plan, guard, guarded = _plan_of(draw, y), _guard_of(draw, y), draw.limits is not None
+    plan, guard, guarded = _plan_of(draw, y), _guard_of(draw.limits, y.shape), draw.limits is not None
     masked = zeroed is not None and _as_mask(weight.dtype, draw.rates)
     whole = plan.dense or masked  # every element is looked at again
     tile_columns = triton.cdiv(columns, _TILE_COLUMNS)
@@ -353,7 +380,7 @@ def merge(
         far = _Far(guard, programs_far, columns, tile_columns, zeroed)
     listed = far is not None and zeroed is not None
     if tiled:
-        _launch(
+        launch(
             merging.merge_tiles,
             programs,
             4,
@@ -379,7 +406,7 @@ def merge(
                 far is not None,
                 guarded and not (plan.sparse or whole or far),
                 listed,
-                weight.dtype != torch.float32 and not _INTERPRETED,  # the interpreter cannot multiply bfloat16
+                weight.dtype != torch.float32 and not INTERPRETED,  # the interpreter cannot multiply bfloat16
                 guard.by,
             ),
         )
@@ -444,7 +471,7 @@ def zeroed_correction(
     grad_y, x = grad_y.contiguous(), x.contiguous()
     more = torch.zeros(lora_A.numel() + lora_B.numel(), dtype=torch.float64, device=x.device)
     more_A, more_B = more[: lora_A.numel()].view(lora_A.shape), more[lora_A.numel() :].view(lora_B.shape)
-    _launch(
+    launch(
         merging.zeroed_correction,
         1024,
         4,

@@ -13,7 +13,7 @@ Where they are at odds with themselves it is not:
 * E8M0's 255 is NaN, as OCP has it and torch reads it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -175,33 +175,16 @@ def dequantise(
         scales: the numbers of all scales -> those to use; a guard, say.
     """
     format, operands = stored.format, stored.operands
-    inner = stored.dtype if format.scale == "float" else torch.float32
-    scale = _scales(stored)
+    scale = scale_numbers(format, operands)
     scale = scales(scale) if scales else scale
-    weight = numbers(operands["code"], format.code, inner)
-    if format.code == "nf4":
-        weight = weight.reshape(1, -1)
-        scale = scale[None]
-        size = format.group or weight.numel()
-        if weight.numel() % size:  # the last block is shorter
-            scale = scale.repeat_interleave(size, 1)[:, : weight.numel()]
-    zero = _zeros(stored)
-    if stored.g_idx is not None:
-        places = stored.g_idx.long()
-        scale = scale[:, places]
-        zero = zero[:, places] if isinstance(zero, Tensor) else zero
-    weight = weight.unflatten(1, (scale.shape[1], -1))  # (out, groups, codes of a group)
-    if format.code == "int":
-        weight.sub_(zero[..., None] if isinstance(zero, Tensor) else zero)
-    weight.mul_(scale[..., None])
-    return weight.reshape(stored.shape).to(dtype or stored.dtype)
+    zero = zero_patterns(format, operands, stored.dtype)
+    return multiplied(operands["code"], scale, zero, stored.g_idx, format, dtype or stored.dtype)
 
 
-def _scales(stored: Stored) -> Tensor:
-    """The number that each scale stands for."""
-    operands = stored.operands
+def scale_numbers(format: Format, operands: Mapping[str, Tensor]) -> Tensor:
+    """The number that each scale stands for, in the dtype that products are rounded to."""
     scale = operands["scale"]
-    match stored.format.scale:
+    match format.scale:
         case "e8m0":
             return powers(scale)
         case "e4m3":
@@ -212,9 +195,35 @@ def _scales(stored: Stored) -> Tensor:
     return scale
 
 
-def _zeros(stored: Stored) -> Tensor | int:
-    """The pattern of 0: of each scale, or of all."""
-    format = stored.format
-    if not format.zero:
-        return 2 ** (format.bits - 1)
-    return stored.operands["zero"].to(stored.dtype) + format.zero_plus
+def zero_patterns(format: Format, operands: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+    """The pattern of 0 of each scale, as numbers of ``dtype``; None where it is the middle of the range."""
+    return operands["zero"].to(dtype) + format.zero_plus if format.zero else None
+
+
+def multiplied(
+    code: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, format: Format, dtype: torch.dtype
+) -> Tensor:
+    """Code × scale, (out, in).
+
+    Args:
+        code: (out, in) uint8.
+        scale, zero: what the functions above give.
+        g_idx: of ``Stored``.
+        dtype: of the result.
+    """
+    weight = numbers(code, format.code, scale.dtype)
+    if format.code == "nf4":
+        weight = weight.reshape(1, -1)
+        scale = scale[None]
+        size = format.group or weight.numel()
+        if weight.numel() % size:  # the last block is shorter
+            scale = scale.repeat_interleave(size, 1)[:, : weight.numel()]
+    if g_idx is not None:
+        places = g_idx.long()
+        scale = scale[:, places]
+        zero = None if zero is None else zero[:, places]
+    weight = weight.unflatten(1, (scale.shape[1], -1))  # (out, groups, codes of a group)
+    if format.code == "int":
+        weight.sub_(2 ** (format.bits - 1) if zero is None else zero[..., None])
+    weight.mul_(scale[..., None])
+    return weight.reshape(code.shape).to(dtype)

@@ -147,10 +147,9 @@ def _kept_weights(shape: Shape, config: RunConfig, kept: Keep, sharded: bool) ->
     return size
 
 
-def made_with(config: RunConfig) -> int:
-    """Bytes of a quantised weight that are there at most while it is dequantised."""
-    flips = any(variant.part("code").flips for variant in config.bitflip.variants())
-    return quantised.made_with(format_of(str(config.model.quantize)), held_bytes(config), computed_bytes(config), flips)
+def codes_flip(config: RunConfig) -> bool:
+    """Whether those of quantised weights do."""
+    return any(variant.part("code").flips for variant in config.bitflip.variants())
 
 
 def in_all(shape: Shape, level: Keep) -> Kept:
@@ -202,7 +201,8 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     block: float = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
     if shape.stored:
-        block = quantised.at_work(shape, tokens, made_with(config), c, config.lora.r, least)
+        made = quantised.made_with(format_of(str(config.model.quantize)), c, codes_flip(config))
+        block = quantised.at_work(shape, tokens, made, c, config.lora.r, least)
     reduced = reduced_bytes(config) if sharded else 4
     # a block's gradients as they were computed, and as they are reduced; of adapters they are of one dtype
     block_gradients = ((reduced + c) * shape.block if trains else reduced * shape.adapters) * sharded

@@ -21,6 +21,7 @@ from flipproof.plan.gpus import Gpu
 from flipproof.plan.memory import (
     Kept,
     Spread,
+    codes_flip,
     computed_bytes,
     gathered_adapter_bytes,
     held_bytes,
@@ -139,7 +140,7 @@ def _flipped_bytes(shape: Shape, config: RunConfig, kept: Kept) -> float:
     inputs = tokens * (5 * shape.hidden + shape.queries + shape.ffn) * shape.faulty / shape.products
     times = sum(n * (1 if level == "weights" else 2) for level, n in kept.items())
     if shape.stored:  # adapters stay beside the weights, which are dequantised
-        made = moved(format_of(str(config.model.quantize)), held_bytes(config), c)
-        return times * (2 * c * (inputs + shape.faulty) + made * shape.products)
+        made = moved(format_of(str(config.model.quantize)), c, codes_flip(config))
+        return times * (2 * c * inputs + made * shape.products)
     weights = shape.products if config.lora.r else shape.faulty
     return float(2 * c * times * (inputs + weights))

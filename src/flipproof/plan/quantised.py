@@ -14,49 +14,33 @@ with H hidden features, A of queries, K of keys, F of the MLP and rank r:
 A block that is computed again for backward holds ``weights`` of itself while it works, whatever others keep: its layers
 keep what they dequantise for this moment (``FaultyLinear.checkpointed``).
 
-**Dequantising** (``formats/quantise.py``) holds for a moment, of each weight, a byte where codes were unpacked, the
-number that its code stands for, and beside it the place in a table by which that is found, 4 bytes, or its copy in the
-dtype that is computed with.
+**Dequantising** (``faults/triton_dequantise.py``) reads codes and writes the weight. Where codes flip they do so in a
+copy, of a byte each, which is there meanwhile.
 """
 
 from flipproof.formats.spec import Format
 from flipproof.models.recompute import Keep
 from flipproof.plan.shape import Shape
 
-_FROM_TABLES = ("nf4", "e2m1")
+_PER_SCALE = {"float": 2, "float32": 4, "e8m0": 9, "e4m3": 17, "nested": 41}
+"""Bytes that are moved until a scale's number has been read, operator by operator; those of "float" have 2 or 4."""
 
 
-def _number(format: Format, held: int) -> int:
-    """Bytes of a number as it is dequantised."""
-    return held if format.scale == "float" else 4
-
-
-def made_with(format: Format, held: int, computed: int, flips: bool) -> int:
-    """Bytes of a weight that are there at most while it is dequantised, its result included.
+def made_with(format: Format, computed: int, flips: bool) -> float:
+    """Bytes of a weight that are there at most while it is dequantised, its result included, what is stored not.
 
     Args:
-        held: bytes of the dtype of the weight that was quantised.
-        computed: of the one that is computed with.
-        flips: whether codes flip, which those that are packed in no pairs do in a copy.
+        computed: bytes of the dtype that is computed with.
+        flips: whether codes flip.
     """
-    number = _number(format, held)
-    place = 4 if format.code in _FROM_TABLES else 0
-    unpacked = 1 if format.bits == 4 or flips else 0
-    return unpacked + number + max(place, computed if computed != number else 0)
+    numbers = 4 / format.group if format.group and format.scale not in ("float", "float32") else 0
+    return computed + flips + numbers
 
 
-def moved(format: Format, held: int, computed: int) -> float:
-    """Bytes of a weight that its dequantisation reads and writes, one operator after the other."""
-    number = _number(format, held)
-    found = 0.0
-    if format.bits == 4:  # both halves of each byte, and the two in a row
-        found += 2 * (0.5 + 0.5) + 2
-    if format.code in _FROM_TABLES:
-        found += (1 + 4) + (4 + number)
-    else:
-        found += 1 + number
-    found += 2 * number * (2 if format.code == "int" else 1)  # less the zero point, times the scale
-    return found + (number + computed) * (number != computed)
+def moved(format: Format, computed: int, flips: bool) -> float:
+    """Bytes of a weight that its dequantisation reads and writes; arguments as above."""
+    scales = _PER_SCALE[format.scale] / format.group if format.group else 0
+    return format.bits / 8 + 2 * flips + scales + computed
 
 
 def activations(shape: Shape, computed: int, rank: int, kept: Keep) -> float:
@@ -73,7 +57,7 @@ def activations(shape: Shape, computed: int, rank: int, kept: Keep) -> float:
     return size
 
 
-def at_work(shape: Shape, tokens: int, made: int, computed: int, rank: int, kept: Keep) -> float:
+def at_work(shape: Shape, tokens: int, made: float, computed: int, rank: int, kept: Keep) -> float:
     """Bytes beside what blocks keep while one of them, which keeps this, is at work.
 
     Args:

@@ -97,7 +97,9 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = all(parameter.is_cuda for parameter in trainable)  # else several launches for each of its operations
+    # Else several launches for each of its operations, or for offloaded weights as many passes over the CPU's memory.
+    # Where there is no GPU it takes these: fused, a tensor's end is rounded otherwise, so that shards would show.
+    fused = torch.cuda.is_available()
     options: dict[str, Any] = {
         "lr": training.lr,
         "betas": (training.beta1, training.beta2),
