@@ -128,6 +128,7 @@ def test_help_is_plain_words_without_runs_of_spaces(capsys):
 
 EXAMPLES = {
     "model.init": "random",
+    "model.quantize": "nf4",
     "_margin": "1.5",
     "p_bits": '{ "15" = 0.25 }',
     "layer_name_to_config": "{ a = { w_p_exp = 0.25 } }",

@@ -126,7 +126,8 @@ def test_compressed_tensors_reads_its_own_words(name, group):
     if group is not None and not name.startswith("int"):
         return
     format = FORMATS[name] if group is None else format_of(name, group)
-    ours = quantization_config(format, ["lm_head", "re:.*gate"])
+    named = format if group is None or group < 0 else format_of(f"{name}-g{group}")
+    ours = quantization_config(named, ["lm_head", "re:.*gate"])
     theirs = QuantizationConfig.model_validate(ours)
     expected = scheme(name, group)
     assert theirs.config_groups["group_0"].weights == expected.weights

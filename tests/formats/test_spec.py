@@ -14,8 +14,19 @@ def test_the_name_decides_and_a_group_size_changes_nothing_else():
     assert format_of("int4", -1).group is None
 
 
+def test_a_name_may_say_the_group_size():
+    named = format_of("int4-asym-g64")
+    assert (named.name, named.group, named.bits, named.zero) == ("int4-asym-g64", 64, 4, True)
+    assert format_of("int4-asym-g64", 32).group == 32
+    assert (format_of("nf4-g128").group, format_of("int8-g8").group) == (128, 8)
+
+
 @pytest.mark.parametrize(("name", "group", "message"), [
-    ("int5", None, r"format = 'int5': one of int8, int4, int4-asym, fp8, .*, nvfp4 is allowed$"),
+    ("int5", None, r"format = 'int5': int8, int4, int4-asym, fp8, .* \(int4-g64\), is allowed$"),
+    ("int4-g0", None, r"group size 0 of int4: a whole number from 1, or -1 for a whole row, is allowed$"),
+    ("fp8-g64", None, r"group size 64 of fp8: a whole row, and nothing else, is allowed$"),
+    ("int4-g", None, r"format = 'int4-g': int8, "),
+    ("int4-g-1", None, r"format = 'int4-g-1': int8, "),
     ("mxfp4", 16, r"group size 16 of mxfp4: 32, and nothing else, is allowed$"),
     ("mxfp8", -1, r"group size -1 of mxfp8: 32, and nothing else, is allowed$"),
     ("fp8", 128, r"group size 128 of fp8: a whole row, and nothing else, is allowed$"),

@@ -154,10 +154,21 @@ def refused(action, *args, **how):
 
 def test_groups_that_do_not_divide_name_the_layer(tiny_llama, tmp_path):
     tiny_llama(hidden_size=96).save_pretrained(tmp_path)
-    said = "model.layers.0.self_attn.q_proj: int4 has groups of 128 in-features, and a weight of shape (96, 96) has"
-    assert said in refused(loaded, tmp_path, quantize="int4")
+    said = "model.layers.0.self_attn.q_proj: int4 has groups of 128 in-features, and a weight of shape (96, 96) has 96"
+    assert f"{said}: a multiple of the group size is allowed, or another size: int4-gN" in refused(
+        loaded, tmp_path, quantize="int4"
+    )
     config = settings(tmp_path, model={"quantize": "int4"}).model
     assert said in refused(skeleton, config, byte_tokenizer(), None)
+
+
+def test_groups_of_another_size_are_in_the_name(tiny_llama, tmp_path):
+    """As compressed-tensors has them when it is told the size."""
+    tiny_llama(hidden_size=96).bfloat16().save_pretrained(tmp_path)
+    plain = loaded(tmp_path).model.layers[0].mlp.up_proj.weight
+    layer = loaded(tmp_path, quantize="int4-g32").model.layers[0].mlp.up_proj
+    assert (layer.format.name, layer.format.group) == ("int4-g32", 32)
+    assert torch.equal(layer.weight, dequantise(quantise(plain, format_of("int4", 32))))
 
 
 def test_a_missing_scale_names_the_layer(model, tmp_path):
@@ -194,7 +205,9 @@ def test_a_quantised_checkpoint_is_not_quantised_again(model, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"quantize": "int3"}, "model.quantize = 'int3': 'int8', 'int4'"),
+        ({"quantize": "int3"}, "model.quantize = 'int3': int8, int4, "),
+        ({"quantize": "nf4-g7"}, "model.quantize = 'nf4-g7': int8, int4, "),
+        ({"quantize": "mxfp4-g64"}, "model.quantize = 'mxfp4-g64': int8, int4, "),
         ({"quantize": "nf4", "init": "random"}, "init = 'random' has no weights to quantise"),
     ],
 )
@@ -219,14 +232,6 @@ def test_quantised_weights_neither_train_nor_compile(base, model, tmp_path):
     assert "layers with quantised weights are not compiled" in refused(build_model, config, byte_tokenizer(), ALONE)
     checkpoint(model, tmp_path, "gptq", "int4-asym")
     assert "lora.r = 0: the weights are int4-asym" in refused(with_trainable_weights, settings(tmp_path))
-
-
-def test_formats_and_the_names_that_a_config_may_say_are_the_same():
-    from typing import get_args
-
-    from flipproof.config.schema import Quantize
-
-    assert get_args(Quantize) == tuple(FORMATS)
 
 
 def test_the_layers_are_ours(base):

@@ -15,13 +15,14 @@ import tomli_w
 from flipproof.config.sweep import SweepConfig, Trials
 from flipproof.errors import ConfigError
 from flipproof.faults.spec import BitFlipSpec, LoraSpec
+from flipproof.formats.spec import NAMES, is_format
 from flipproof.values import Between, Count, Positive, Seed, Table, Texts, Whole
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Quantize = Literal["int8", "int4", "int4-asym", "fp8", "fp8-e5m2", "nf4", "mxfp8", "mxfp4", "nvfp4"]
 Strategy = Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"]
 Magnitude = Annotated[float, lambda value: 0 <= value < 2**63, "a number of at least 0, below 2^63,"]
 Decay = Annotated[float, lambda value: 0 <= value < 1, "a number of at least 0, below 1,"]
+Quantize = Annotated[str, is_format, NAMES]
 
 PRECISIONS: dict[str, tuple[Dtype, Dtype | None]] = {
     "bf16-true": ("bfloat16", None),
@@ -52,9 +53,9 @@ class ModelConfig(Table):
     """pretrained loads hf_model_path's weights; random starts from scratch and needs no weights."""
     quantize: Quantize | None = None
     """Quantise the weights of linear layers, all but the output head, by rounding to nearest while they are read, one
-    layer at a time: int8, int4, int4-asym, fp8 (e4m3), fp8-e5m2, nf4, mxfp8, mxfp4, nvfp4. Faults are then of codes and
-    scales (bitflip.w_code_p and more), and adapters stay beside the weights: QLoRA. A checkpoint that is quantised
-    already is kept as it is."""
+    layer at a time: int8, int4, int4-asym, fp8 (e4m3), fp8-e5m2, nf4, mxfp8, mxfp4, nvfp4; int4-g64 has groups of 64 in
+    the place of int4's 128. Faults are then of codes and scales (bitflip.w_code_p and more), and adapters stay beside
+    the weights: QLoRA. A checkpoint that is quantised already is kept as it is."""
     tokenizer: str | None = None
     """A Hub name or a directory, or "bytes" for the byte-level one. Default: hf_model_path's."""
 

@@ -10,7 +10,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.fault import GRANULARITIES, Granularity
 from flipproof.faults.layouts import is_bits
 from flipproof.faults.spec import OPERANDS, Bits, Operand
-from flipproof.formats.spec import FORMATS
+from flipproof.formats.spec import NAMES, is_format
 from flipproof.values import Between, Table, checked
 
 MAX_POINTS = 10_000_000
@@ -87,7 +87,7 @@ def _layer_name(item: str) -> str:
 
 
 def _format_name(item: str) -> str:
-    if item not in (PLAIN, *FORMATS):
+    if item != PLAIN and not is_format(item):
         raise ValueError
     return item
 
@@ -130,7 +130,7 @@ Probabilities = Annotated[
     f"a flip probability from 0 to 0.5, or a:b:n, n of them from a > 0 up to b, from 2 to {_MOST_VALUES:,},",
 ]
 Sites = Annotated[Axis, _each(_site_name), "w, x, kv, several of these together (wx), head, embedding, code, scale"]
-Formats = Annotated[Axis, _each(_format_name), f"{', '.join((PLAIN, *FORMATS))} or several of these"]
+Formats = Annotated[Axis, _each(_format_name), f"{PLAIN}, {NAMES} or several of these"]
 BitNames = Annotated[Axis, _each(_bit_name), "'all', 'each', 'sign', 'exp', 'frac', a bit ('15') or a range ('7-14')"]
 Layers = Annotated[Axis, _each(_layer_name), "all, block, kind or substrings of layers' names"]
 Protections = Annotated[

@@ -83,9 +83,9 @@ def quantization_config(format: Format, ignore: Sequence[str] = _HEAD, dtype: st
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(ignore),
         }
-    if format.name not in _LAYOUTS:
+    if format.ungrouped not in _LAYOUTS:
         raise ConfigError([f"no checkpoint holds {format.name}; {_SUPPORTED}"])
-    layout, details = _LAYOUTS[format.name]
+    layout, details = _LAYOUTS[format.ungrouped]
     grouped = {"strategy": "group", "group_size": format.group} if format.group else {"strategy": "channel"}
     weights = {
         "num_bits": format.bits,
@@ -147,7 +147,7 @@ def _compressed(config: Mapping[str, Any]) -> Checkpoint:
     if not isinstance(weights, Mapping):
         raise _refused("weights", weights)
     format = _format_of_weights(weights)
-    if layout not in (_LAYOUTS[format.name][0], _OTHER_LAYOUTS.get(format.name)):
+    if layout not in (_LAYOUTS[format.ungrouped][0], _OTHER_LAYOUTS.get(format.ungrouped)):
         raise _refused("format", layout, f"is not supported for {format.name}")
     others = "input_activations", "output_activations"
     activations = any(group.get(key) for key in others) or bool(config.get("kv_cache_scheme"))

@@ -49,10 +49,11 @@ def operands_of(format: Format, shape: tuple[int, int], dtype: torch.dtype = tor
             "map": _float(torch.float32, 256),
         }
     if format.group and columns % format.group:
+        other = f", or another size: {format.ungrouped}-gN" if format.code == "int" else ""
         raise ConfigError(
             [
                 f"{format.name} has groups of {format.group} in-features, and a weight of shape {shape} has {columns}: "
-                "a multiple of the group size is allowed"
+                f"a multiple of the group size is allowed{other}"
             ]
         )
     scales = rows, columns // format.group if format.group else 1

@@ -72,16 +72,21 @@ def _finite(largest: Tensor, format: Format) -> Tensor:
     return largest
 
 
+def _over(x: Tensor, number: float) -> Tensor:
+    """x / number. By a number that is not on the GPU torch divides there by multiplying with 1 / number."""
+    return x / torch.tensor(number, dtype=x.dtype, device=x.device)
+
+
 def _by_floats(weight: Tensor, format: Format) -> dict[str, Tensor]:
     groups = _grouped(weight, format)
     half = 2 ** (format.bits - 1)
     steps = 2**format.bits - 1
     if format.zero:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # 0 has a code
-        scale = _finite((high - low) / steps, format)
+        scale = _finite(_over(high - low, steps), format)
         zero = (-half - low / scale).clamp(-half, half - 1).round().nan_to_num(0)  # NaN where all are 0
     else:
-        scale = _finite(groups.abs().amax(-1) / LARGEST.get(format.code, steps / 2), format)
+        scale = _finite(_over(groups.abs().amax(-1), LARGEST.get(format.code, steps / 2)), format)
         zero = torch.zeros_like(scale)
     scale = scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
     quotient = groups / scale[..., None] + zero[..., None]  # which makes 0 of −0
@@ -112,7 +117,7 @@ def _by_two_levels(weight: Tensor, format: Format) -> dict[str, Tensor]:
     most = largest.max().clamp(min=torch.finfo(largest.dtype).tiny)
     whole = (LARGEST["e4m3"] * LARGEST["e2m1"] / most).float().reshape(1)
     whole.masked_fill_(whole.isinf(), 1)
-    scale = (whole * (largest / LARGEST["e2m1"])).to(torch.float8_e4m3fn)  # at most 448, but for rounding
+    scale = (whole * _over(largest, LARGEST["e2m1"])).to(torch.float8_e4m3fn)  # at most 448, but for rounding
     exact = scale.float()
     exact.masked_fill_(exact == 0, _LEAST_E4M3)
     quotient = groups / (exact / whole)[..., None]

@@ -49,6 +49,11 @@ class Format:
     zero_plus: int = 0
     """What is added to a stored zero point: 1 in GPTQ's first version, which stores one less."""
 
+    @property
+    def ungrouped(self) -> str:
+        """The name without a group size, of ``FORMATS``."""
+        return self.name.partition("-g")[0]
+
 
 FORMATS: Mapping[str, Format] = {
     each.name: each
@@ -66,6 +71,9 @@ FORMATS: Mapping[str, Format] = {
 }
 """By the name that a user gives."""
 
+NAMES = f"{', '.join(FORMATS)}, integers and nf4 with -gN for groups of N, of nf4 an even number (int4-g64),"
+"""For people."""
+
 _WHOLE_ROW = -1
 """The group size that checkpoints write for one scale a row."""
 
@@ -74,15 +82,18 @@ def format_of(name: str, group: int | None = None) -> Format:
     """The format of this name.
 
     Args:
-        name: a key of ``FORMATS``.
+        name: a key of ``FORMATS``, or one with the number of codes that share a scale: int4-g64.
         group: codes that share a scale, where that is not the format's usual number; -1 is a whole row. Integers may
             have any, nf4 an even one.
 
     Raises:
         ConfigError: for another name, or a group size that the format cannot have.
     """
+    ungrouped, _, codes = name.rpartition("-g")
+    if ungrouped in FORMATS and codes.isdecimal():
+        return replace(format_of(ungrouped, int(codes) if group is None else group), name=name)
     if name not in FORMATS:
-        raise ConfigError([f"format = {name!r}: one of {', '.join(FORMATS)} is allowed"])
+        raise ConfigError([f"format = {name!r}: {NAMES} is allowed"])
     found = FORMATS[name]
     if group is None:
         return found
@@ -95,3 +106,11 @@ def format_of(name: str, group: int | None = None) -> Format:
         usual = f"{found.group or 'a whole row'}, and nothing else,"
         raise ConfigError([f"group size {group} of {name}: {allowed.get(found.code, usual)} is allowed"])
     return replace(found, group=size)
+
+
+def is_format(name: str) -> bool:
+    """Whether ``format_of`` knows it."""
+    try:
+        return bool(format_of(name))
+    except ConfigError:
+        return False
