@@ -1,10 +1,12 @@
 """Guards go with one model: whoever takes them sees that they are of its weights, its dtype and its basis."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from guards_by_hand import guards_of
+from quantised_models import quantised
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -13,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.errors import ConfigError
+from flipproof.faults import same_model
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.fault import GRANULARITIES
 from flipproof.faults.inject import fault_sites, fault_state
@@ -102,7 +105,24 @@ def test_the_very_model_passes_without_a_word_and_one_that_was_trained_with_one(
     assert not [line for line in caplog.messages if "guards" in line]
     weight_of(model, LAST).mul_(1.01)
     flipproof.inject(model, BitFlipSpec(**keys))
-    assert [line for line in caplog.messages if "near: 1 layers have been trained since, or are of another" in line]
+    assert [line for line in caplog.messages if "near: 1 layers have been trained or quantised since" in line]
+
+
+def test_quantised_weights_are_looked_at_one_after_the_other(tiny_llama, written, monkeypatch):
+    """Each is made anew for that, and is as large as the plain one."""
+    model, alive, most = quantised(tiny_llama(), "nf4"), [], []
+    keys = written(guards_of(model))
+    real = same_model.dequantise
+
+    def spy(*args):
+        most.append(sum(one() is not None for one in alive))
+        made = real(*args)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(same_model, "dequantise", spy)
+    flipproof.inject(model, BitFlipSpec(**{**keys, "w_p_frac": None, "w_code_p": 1e-3}))
+    assert most == [0] * 14
 
 
 def test_the_dtype_is_the_one_that_flips(tiny_llama, written):
@@ -182,7 +202,7 @@ def test_of_a_sharded_weight_a_process_knows_its_part(tiny_llama, mesh, by):
         weights = {name: module.weight.detach().clone() for name, module in model.named_modules() if is_weighed(module)}
         change(weights[LAST])
         shards = {name: distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None) for name, w in weights.items()}
-        guards.check_model("float32", None, shards)
+        guards.check_model("float32", None, {name: shard.detach for name, shard in shards.items()})
 
     def row(index, factor):
         return lambda weight: weight[index].mul_(factor)

@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from guards_by_hand import guards_of
 from quantised_models import GROUPS, quantised
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +16,8 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec, Pattern
 from flipproof.errors import ConfigError
 from flipproof.faults import op
-from flipproof.faults.fault import Fault
+from flipproof.faults.fault import GRANULARITIES, Fault
+from flipproof.faults.fitted import read_guards
 from flipproof.faults.flip_log import FlipLog, Replay, hooked
 from flipproof.faults.quantised import PART_OF, FaultyQuantisedLinear, elements
 from flipproof.formats.linear import QuantisedLinear
@@ -22,6 +25,7 @@ from flipproof.formats.quantise import dequantise, quantise
 from flipproof.formats.spec import FORMATS, format_of
 
 EVERY_PART = {"w_code_p": 0.01, "w_scale_p_exp": 0.02, "w_scale_p_frac": 0.03, "w_zero_p": 0.05, "w_global_p": 0.001}
+INFINITY = torch.tensor(torch.inf)
 NO_FRACTION = ("mxfp8", "mxfp4", "nf4")
 NO_GLOBAL = [name for name in FORMATS if name not in ("nf4", "nvfp4")]
 
@@ -65,16 +69,18 @@ def by_hand(layer, spec, tick, cut=False):
             **site,
         )
     changed = type(stored)(stored.format, operands, stored.dtype, stored.g_idx)
-    t = spec.w_scale_zero_out_t
-    guarded = t and (lambda scale: torch.where(scale.abs() < t, scale, 0))
+    scale_t, t = spec.w_scale_zero_out_t, spec.w_zero_out_t
+    if spec.guards:  # of margin 1: what is above the largest clean number goes
+        maxima = read_guards(spec.guards).maxima
+        scale_t, t = (maxima[f"{layer.site}/{key}"].nextafter(INFINITY) for key in ("w_scale", "w"))
+    guard = None if scale_t is None else lambda scale: torch.where(scale.abs().float() < scale_t, scale, 0)
     if cut:
         operands = {name: part.float() if part.dtype == torch.bfloat16 else part for name, part in operands.items()}
-        whole = dequantise(type(stored)(stored.format, operands, torch.float32, stored.g_idx), torch.float32, guarded)
+        whole = dequantise(type(stored)(stored.format, operands, torch.float32, stored.g_idx), torch.float32, guard)
         weight = (whole.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
     else:
-        weight = dequantise(changed, layer.dtype, guarded)
-    t = spec.w_zero_out_t
-    return weight if t is None else torch.where(weight.abs() < t, weight, 0)
+        weight = dequantise(changed, layer.dtype, guard)
+    return weight if t is None else torch.where(weight.abs().float() < t, weight, 0)
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -102,6 +108,52 @@ def test_a_layer_computes_with_what_its_flipped_operands_stand_for(name, dtype, 
         assert not torch.equal(expected, clean)
     with flipproof.faults(model, flips=False, guard=False):
         assert torch.equal(model.first(x), F.linear(x, clean, model.first.bias))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by", GRANULARITIES)
+def test_fitted_guards_keep_every_clean_number_and_zero_what_is_beyond(name, dtype, by, tmp_path):
+    """Of the margin 1, so that no number stands further from the largest of its row, or of a layer's scales."""
+    model = Chain(name, dtype)
+    clean = model.first.weight
+    guards_of(model, str(dtype).removeprefix("torch."), by).write(tmp_path)
+    spec = BitFlipSpec(**rates(name), guards=str(tmp_path), w_margin=1.0, base_seed=5)
+    flipproof.inject(model, spec)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with flipproof.faults(model, flips=False):
+        assert torch.equal(model.first(x), F.linear(x, clean, model.first.bias))
+    for tick in (0, 1):
+        model.first.state.set_tick(tick)
+        expected = by_hand(model.first, spec, tick)
+        assert torch.equal(model.first(x), F.linear(x, expected, model.first.bias))
+        unguarded = by_hand(model.first, dataclasses.replace(spec, guards=None, w_margin=1.25), tick)
+        assert ((expected == 0) & (unguarded != 0)).any()
+
+
+def test_a_flipped_scale_is_zeroed_where_arithmetic_by_hand_says(tmp_path):
+    """Of int4 in groups of 32: code less 8, times the scale."""
+    model = Chain("int4")
+    guards_of(model).write(tmp_path)
+    flipproof.inject(model, BitFlipSpec(w_scale_p_exp=1e-9, guards=str(tmp_path), w_margin=1.0))
+    layer = model.first
+    codes, scales = layer.operand("code").tolist(), layer.held("scale")
+    clean = [[(code - 8) * scales[i, j // 32].item() for j, code in enumerate(row)] for i, row in enumerate(codes)]
+    largest = [max(map(abs, row)) for row in clean]
+    most = scales.max().item()
+    smallest = scales.view(-1).argmin().item()
+    for where, factor in ((smallest, 2.0), (3, 2.0**100), (5, math.inf), (7, math.nan)):
+        i, group = divmod(where, 2)
+        before = scales[i, group].item()
+        scales[i, group] = scale = before * factor
+        got, expected = layer(torch.eye(64)) - layer.bias, [list(row) for row in clean]
+        for j in range(group * 32, group * 32 + 32):
+            value = (codes[i][j] - 8) * scale if abs(scale) <= most else 0.0
+            expected[i][j] = value if abs(value) <= largest[i] else 0.0
+        torch.testing.assert_close(got, torch.tensor(expected).T, rtol=1e-6, atol=1e-6)
+        gone = sum(a == 0 != b for a, b in zip(expected[i], clean[i], strict=True))
+        assert 0 < gone < 32 if factor == 2 else gone == sum(b != 0 for b in clean[i][group * 32 :][:32])
+        scales[i, group] = before
 
 
 # --- on a GPU
@@ -215,11 +267,15 @@ def test_a_cuda_graph_replays_the_layer(name, g_idx):
 
 @pytest.mark.parametrize("name", ["nf4", "int4-asym", "nvfp4"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_are_those_of_the_formula(name, checkpointed):
+@pytest.mark.parametrize("fitted", [False, True])
+def test_gradients_are_those_of_the_formula(name, checkpointed, fitted, tmp_path):
     """Against autograd through the faulty operands, which are the same in forward and backward."""
     model = Chain(name)
-    more = {"w_zero_out_t": 0.3, "x_p_exp": 0.01, "x_p_frac": 0.01, "x_zero_out_t": 4.0}
-    spec = BitFlipSpec(**rates(name, **more))
+    guards_of(model).write(tmp_path)
+    guards = {"w_zero_out_t": 0.3, "x_zero_out_t": 4.0}
+    if fitted:
+        guards = {"guards": str(tmp_path), "w_margin": 1.0, "x_margin": 1.0}
+    spec = BitFlipSpec(**rates(name, x_p_exp=0.01, x_p_frac=0.01, **guards))
     flipproof.inject(model, spec, LoraSpec(r=4, lora_alpha=8))
     layer = model.first
     layer.checkpointed = checkpointed
@@ -232,7 +288,8 @@ def test_gradients_are_those_of_the_formula(name, checkpointed):
     got = [x.grad, layer.lora_A.grad, layer.lora_B.grad]
 
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, layer.lora_A, layer.lora_B)]
-    flipped = flipproof.flip(leaves[0], p_exp=0.01, p_frac=0.01, zero_out_t=4.0, seed=0, site="first/x", tick=3)
+    x_t = math.nextafter(30, math.inf) if fitted else 4.0
+    flipped = flipproof.flip(leaves[0], p_exp=0.01, p_frac=0.01, zero_out_t=x_t, seed=0, site="first/x", tick=3)
     y = flipped @ by_hand(layer, spec, 3).T + 2 * (flipped @ leaves[1].T) @ leaves[2].T
     (y * direction).sum().backward()
     for mine, leaf in zip(got, leaves, strict=True):

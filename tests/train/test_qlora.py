@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from safetensors.torch import load_file
 from tiny_runs import settings, text_file
 from torch.distributed.checkpoint import FileSystemReader
 
+from flipproof import BitFlipSpec
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.faults.fitted import read_guards
+from flipproof.log import logger
 from flipproof.models.load import byte_tokenizer
 from flipproof.train.export import export
 from flipproof.train.loop import train
@@ -105,6 +109,29 @@ def test_an_adapter_is_exported_and_nothing_is_merged(run, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_verb_that_knows_plain_weights_says_so(base, capsys):
-    assert main(["compare", str(base), "--model.quantize", "nf4", "--lora.r", "2"]) != 0
-    assert "flipproof compare knows plain weights; leave it out" in capsys.readouterr().err
+def test_adapters_train_behind_guards_that_were_fitted_to_the_quantised_model(base, tmp_path):
+    """And the run keeps them; it has no word of other weights to say."""
+    guards = ["profile", str(base), "--model.quantize", "nf4", "--data.source", str(text_file(base.parent))]
+    guards += ["--data.max_tokens", "20000", "--training.seq_len", "32", "--num-samples", "128", "--guards", "channel"]
+    assert main([*guards, "--to", str(tmp_path / "guards")]) == 0
+    config = qlora(base, tmp_path / "run")
+    faults = {**FAULTS, "w_zero_out_t": None, "guards": str(tmp_path / "guards")}
+    config = replace(config, bitflip=BitFlipSpec(**faults))
+    with pytest.MonkeyPatch.context() as patch:
+        warned = []
+        patch.setattr(logger, "warning", lambda text, *values: warned.append(text % values))
+        train(config)
+    assert not [line for line in warned if "guards" in line]
+    kept = read_guards(str(tmp_path / "run"))
+    assert kept.digest == read_guards(str(tmp_path / "guards")).digest
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["fitted"] == kept.about
+    assert results["fitted"]["format"] == "nf4"
+    arms = results["arms"]
+    assert arms["recovered"]["loss"] < arms["flipped"]["loss"] - 0.1
+    assert arms["guard"]["loss"] == pytest.approx(arms["clean"]["loss"], abs=1e-3)
+    assert main(["eval", str(tmp_path / "run"), "--to", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())["arms"]
+    assert again["recovered"]["loss"] == pytest.approx(arms["recovered"]["loss"], rel=1e-6)
+    export(tmp_path / "run", tmp_path / "adapter", "adapter")
+    assert read_guards(str(tmp_path / "adapter")).digest == kept.digest

@@ -2,14 +2,16 @@
 
 ``guards.safetensors`` holds these maxima, float32, by what they are of: ``model.layers.0.mlp.down_proj/x`` (in,), a
 maximum for each feature; ``…/w`` (out, 1), for each row; ``model.embed_tokens/w`` (vocabulary, 1); an attention's
-``…/k`` and ``…/v`` (heads, components). By layer and by tensor they have no dimensions. The margin comes on top where
-they are used, so other margins and coarser guards need no other fit. Its metadata say what they were fitted on.
+``…/k`` and ``…/v`` (heads, components). Of a quantised weight ``…/w`` is of what is computed with, and ``…/w_scale`` of
+the numbers that its scales stand for, one for a layer. By layer and by tensor they have no dimensions. The margin comes
+on top where they are used, so other margins and coarser guards need no other fit. Its metadata say what they were
+fitted on.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -53,6 +55,8 @@ class Guards:
     """Of the values, such as "bfloat16"."""
     basis: Any = None
     """How the model's basis was rotated; None where it is its own."""
+    format: str | None = None
+    """Of quantised weights; None where they are plain."""
     texts: tuple[Mapping[str, Any], ...] = ()
     """What was run: for each text its ``source`` and how many ``tokens``."""
     path: str = ""
@@ -113,9 +117,10 @@ class Guards:
         self,
         dtype: str,
         basis: Any,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Callable[[], Tensor]],
         computed: torch.dtype | None = None,
         near: bool = True,
+        format: str | None = None,
     ) -> None:
         """See that they were fitted to this very model, whose weights' largest values they hold, unless these have
         moved. Where its weights are others but near, as training leaves them, a warning says so.
@@ -123,20 +128,26 @@ class Guards:
         Args:
             dtype: of the values that flip, such as "bfloat16".
             basis: how the model's was rotated.
-            weights: site -> (out, in), of all modules that have one. Of a sharded one the part that this process holds
-                is looked at, on the meta device none.
+            weights: site -> what gives its weight (out, in), of all modules that have one; they are looked at one
+                after the other. Of a sharded one that is the part that this process holds, on the meta device none.
             computed: the dtype that weights are cast to before their bits flip, where that is another.
             near: whether they may be others at all.
+            format: of its weights, where they are quantised.
 
         Raises:
             ConfigError: where dtype or basis are others, or a weight is not there; where in one of them the largest
-                values of more than a hundredth of the rows are off by more than a quarter, or any at all.
+                values of more than a hundredth of the rows are off by more than a quarter, or any at all; where the
+                weights that they were fitted to were quantised, and these are not, or in another format.
         """
         same = set(dtype.split(" and ")) <= set(self.dtype.split(" and ")), self.basis == json.loads(json.dumps(basis))
         for fits, (what, its) in zip(same, (("dtype", dtype), ("basis", basis)), strict=True):
             if not fits:
                 told = f"was fitted to a model of {what} {said(getattr(self, what))}; it is {said(its)} here"
                 raise ConfigError([f"bitflip.guards: {self.path} {told}"])
+        if self.format != format and (self.format or not near):  # weights may be near, but not their scales
+            mine, its = (one or "not quantised" for one in (self.format, format))
+            told = f"was fitted to weights that are {mine}; here they are {its} (model.quantize)"
+            raise ConfigError([f"bitflip.guards: {self.path} {told}"])
         another = f"bitflip.guards: {self.path} was fitted to another model, {self.model}"
         sites = (name.removesuffix("/w") for name in self.maxima if _operand(name) == "w")
         if missing := [site for site in sites if site not in weights]:
@@ -145,7 +156,7 @@ class Guards:
         for site, weight in weights.items():
             if self.moved or f"{site}/w" not in self.maxima:
                 continue
-            far, differs = self._compared(site, weight, computed)
+            far, differs = self._compared(site, weight(), computed)
             if far > _STRAY:
                 raise ConfigError(
                     [f"{another}: {far:.0%} of the rows of {site} are far beyond or below those there; fit them anew"]
@@ -155,7 +166,7 @@ class Guards:
             raise ConfigError([f"{another}: {moved} layers have other weights here"])
         if moved:
             logger.warning("bitflip.guards: %s was fitted to other weights, which are near: %d layers have been "
-                           "trained since, or are of another model", self.path, moved)  # fmt: skip
+                           "trained or quantised since, or are of another model", self.path, moved)  # fmt: skip
 
     def _compared(self, site: str, weight: Tensor, computed: torch.dtype | None) -> tuple[float, bool]:
         """(which share of the maxima of a weight are far from those that were fitted, whether any differ)."""
@@ -185,16 +196,16 @@ class Guards:
     def merged(self, other: "Guards") -> "Guards":
         """The larger of both maxima. Raises ConfigError where they are not of one model: its weights tell, wherever it
         lay."""
-        for what in ("dtype", "by", "basis"):
+        for what in ("dtype", "by", "basis", "format"):
             mine, its = getattr(self, what), getattr(other, what)
             if mine != its:
-                raise ConfigError(
-                    [f"{other.path}: guards of {what} {said(its)} do not go with those of {what} {said(mine)}"]
-                )
+                told, here = (repr(one or "plain") if what == "format" else said(one) for one in (its, mine))
+                raise ConfigError([f"{other.path}: guards of {what} {told} do not go with those of {what} {here}"])
         shapes, its_shapes = ({name: t.shape for name, t in one.maxima.items()} for one in (self, other))
         if shapes != its_shapes:
             raise ConfigError([f"{other.path}: its layers are others than those of {self.model} here"])
-        others = [name for name, t in self.maxima.items() if _operand(name) == "w" and not t.equal(other.maxima[name])]
+        of_weights = [name for name in self.maxima if _operand(name) in ("w", "w_scale")]
+        others = [name for name in of_weights if not self.maxima[name].equal(other.maxima[name])]
         if others:
             its = f"{other.path}: it was fitted to another model, {other.model}"
             raise ConfigError([f"{its}, whose weights are not those of {self.model}: {first_of(others)} differs"])
@@ -212,6 +223,7 @@ class Guards:
             "texts": [dict(text) for text in self.texts],
             "moved": self.moved,
             "maxima": self.digest,
+            **({"format": self.format} if self.format else {}),
         }
 
     @cached_property
@@ -269,7 +281,8 @@ def _read(path: str, _changed: int, _size: int) -> Guards:
         maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     texts = tuple(about["texts"])
     moved = about.get("moved", False)  # which versions before this one did not say
-    found = Guards(maxima, about["by"], about["model"], about["dtype"], about["basis"], texts, path, moved)
+    model, dtype, basis, format = about["model"], about["dtype"], about["basis"], about.get("format")
+    found = Guards(maxima, about["by"], model, dtype, basis, format, texts, path, moved)
     if about["maxima"] != found.digest:
         raise ValueError("the thresholds are not those that were written")
     return found

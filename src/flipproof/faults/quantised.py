@@ -118,7 +118,10 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
             for name, element in self.elements.items()
             if parts[PART_OF[name]].flips
         }
-        scale_guard = FaultData(Fault(zero_out_t=spec.w_scale_zero_out_t if spec else None))
+        on_scales = Fault(zero_out_t=spec.w_scale_zero_out_t if spec else None)
+        if guard.fitted and guards and self.draw_name("w_scale") in guards.maxima:  # not in those of a plain model
+            on_scales = Fault(fitted=guard.fitted)
+        scale_guard = self.data_of("w_scale", on_scales, guards)
         return {"x_fault": x_fault, "w_fault": w_fault, "operand_faults": found, "scale_guard": scale_guard}
 
     def refresh_keys(self) -> None:

@@ -1,8 +1,9 @@
 """Whether fitted guards are of a model: of its weights, of the dtype whose bits flip, and of its basis. And guards that
 go with what training has made of its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flipproof.faults.fitted import ROTATION, Guards
 from flipproof.faults.linear import FaultyLinear
 from flipproof.faults.state import FaultSite, FaultState
 from flipproof.formats.linear import QuantisedLinear
+from flipproof.formats.quantise import dequantise
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -34,23 +36,29 @@ def check_fitted(
         read: of a model on the meta device, site -> a weight to look at all the same.
         near: as for ``Guards.check_model``.
     """
-    weights = {site_name(name): module.weight for name, module in _weighted(model)}
+    weights: dict[str, Callable[[], Tensor]] = {
+        site_name(name): partial(_weight_of, module, state.computed) for name, module in _weighted(model)
+    }
+    weights |= {name: weight.detach for name, weight in (read or {}).items()}
     dtype = dtype_that_flips(model, state.computed, sites)
     basis = getattr(getattr(model, "config", None), ROTATION, None)
-    guards.check_model(dtype, basis, {**weights, **(read or {})}, state.computed, near)
+    guards.check_model(dtype, basis, weights, state.computed, near, format_of_weights(model))
     state.fitting = guards
 
 
 @torch.no_grad()
 def with_own_weights(guards: Guards, model: nn.Module, state: FaultState) -> Guards:
     """Guards whose maxima of weights are those of this model's, adapters merged: what goes with it once it is written.
-    Those of inputs, keys and values stay. Of a sharded model all processes must call.
+    Those of inputs, keys and values stay, as do those of quantised weights, which do not train. Of a sharded model all
+    processes must call.
 
     Args:
         state: as for ``check_fitted``.
     """
     maxima = dict(guards.maxima)
     for name, module in _weighted(model):
+        if isinstance(module, QuantisedLinear):
+            continue
         adapted = isinstance(module, FaultyLinear) and module.lora_A is not None
         # merged, a head is tied to no embedding any more, so that guards need its own maxima
         if (key := f"{site_name(name)}/w") in maxima or adapted:
@@ -63,8 +71,18 @@ def with_own_weights(guards: Guards, model: nn.Module, state: FaultState) -> Gua
 def _weighted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The modules that have a weight of rows, by name."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1:
+        # a quantised one's is made anew for who asks
+        quantised = isinstance(module, QuantisedLinear)
+        if quantised or (isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1):
             yield name, module
+
+
+def _weight_of(module: Any, computed: torch.dtype | None) -> Tensor:
+    """(out, in); of a quantised layer the one that is computed with."""
+    if isinstance(module, QuantisedLinear):
+        return dequantise(module.stored(), computed or module.dtype)
+    weight: Tensor = module.weight
+    return weight
 
 
 def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iterable[Any] | None = None) -> str:
@@ -82,6 +100,12 @@ def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iter
     if computed is None and held:
         return " and ".join(sorted(held))
     return dtype_name(computed or next(model.parameters()).dtype)
+
+
+def format_of_weights(model: nn.Module) -> str | None:
+    """The name of the format of a model's quantised weights, or of all of several; None where there are none."""
+    names = {module.format.name for module in model.modules() if isinstance(module, QuantisedLinear)}
+    return " and ".join(sorted(names)) or None
 
 
 def _dtype_of(site: Any) -> torch.dtype | None:

@@ -168,7 +168,8 @@ class BitFlipSpec(LayerFaults):
 
     guards: str | None = None
     """Fitted guards: a directory with guards.safetensors, which flipproof profile --guards writes, of this very model.
-    Their thresholds take the place of w_zero_out_t, x_zero_out_t and kv_zero_out_t, which are left out."""
+    Their thresholds take the place of w_zero_out_t, w_scale_zero_out_t, x_zero_out_t and kv_zero_out_t, which are left
+    out."""
     guards_by: Granularity | None = None
     """How fine fitted guards are: one threshold for a whole tensor of all layers (tensor), for each layer, or for each
     channel: a feature of inputs, an output row of weights, a component of a head's keys and values. Default: as fine as

@@ -1,6 +1,7 @@
 """Fitting guards: the largest clean magnitudes of each channel, while a model runs over calibration text.
 
-All that faults may reach is looked at: weights and inputs of linear layers, the head, the embedding, keys and values.
+All that faults may reach is looked at: weights and inputs of linear layers, the head, the embedding, keys and values;
+of quantised weights what is computed with, and the numbers of their scales.
 The text is the part that training reads, so that held-out text stays unseen by the thresholds, too.
 """
 
@@ -22,15 +23,19 @@ from flipproof.faults.draw import Draw
 from flipproof.faults.fault import Granularity
 from flipproof.faults.fitted import ROTATION, Guards, read_guards
 from flipproof.faults.flip_log import hooked
-from flipproof.faults.inject import fault_state, inject, set_faults
-from flipproof.faults.same_model import check_fitted
+from flipproof.faults.inject import fault_state, inject, iter_faulty, set_faults
+from flipproof.faults.quantised import FaultyQuantisedLinear
+from flipproof.faults.same_model import check_fitted, format_of_weights
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_new
+from flipproof.formats.linear import QuantisedLinear
+from flipproof.formats.quantise import dequantise
 from flipproof.measure.evaluate import run_over, unpadded_tokens
 from flipproof.models.build import build_model, check_guards, check_length, flipped_dtype
-from flipproof.models.load import compute_context, load_tokenizer, model_on_meta
+from flipproof.models.load import compute_context, load_tokenizer, model_config, model_on_meta, skeleton
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
+from flipproof.models.quantised import checkpoint_of
 from flipproof.models.weights import read_tensor
 from flipproof.records import GUARDS
 from flipproof.world import World, join_world
@@ -49,6 +54,7 @@ class Maxima:
     @torch.no_grad()
     def __call__(self, name: str, x: Tensor, _draw: Draw) -> Tensor:
         name = re.sub(r"#\d+(?=/)", "", name)  # a module that runs twice in a pass is one
+        name = re.sub("/dequantised$", "/w", name)
         operand = name.rpartition("/")[2]
         if not x.numel() or (operand == "w" and name in self.found):  # an expert may get no token
             return x
@@ -76,7 +82,25 @@ def largest_magnitudes(
     maxima = Maxima()
     with hooked(model, maxima):
         tokens = run_over(model, text, num_samples, batch_size, world)
+    scales = {
+        layer.draw_name("w_scale"): _largest_scale(layer)
+        for _, layer in iter_faulty(model)
+        if isinstance(layer, FaultyQuantisedLinear)
+    }
+    maxima.found |= {name: largest for name, largest in scales.items() if name.removesuffix("_scale") in maxima.found}
     return maxima.of_all(world), tokens
+
+
+def _largest_scale(layer: QuantisedLinear) -> Tensor:
+    """float32 (): the largest magnitude of the numbers that its scales stand for."""
+    seen: list[Tensor] = []
+
+    def look(scales: Tensor) -> Tensor:
+        seen.append(scales)
+        return scales
+
+    dequantise(layer.stored(), scales=look)
+    return seen[0].abs().nan_to_num(0.0, posinf=0.0).amax().float()
 
 
 def fitting_spec(spec: BitFlipSpec, keys_and_values: bool) -> BitFlipSpec:
@@ -120,9 +144,13 @@ def fit_guards(
     with join_world(config.parallelism) as world:
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
-        unread = model_on_meta(config.model, tokenizer, training.dtype)
-        spec = fitting_spec(config.bitflip, reachable(unread))
-        _check_merged(merge, unread, spec, training)
+        if checkpoint_of(config.model, model_config(config.model, tokenizer)):  # its own files have no skeleton
+            unread = skeleton(config.model, tokenizer, training.dtype)
+            spec = fitting_spec(config.bitflip, reachable(unread))
+        else:
+            unread = model_on_meta(config.model, tokenizer, training.dtype)
+            spec = fitting_spec(config.bitflip, reachable(unread))
+            _check_merged(merge, unread, spec, training)
         text, samples = calibration_text(config, tokenizer), config.eval.num_samples
         model = build_model(replace(config, bitflip=spec), tokenizer, world)
         for path in merge:
@@ -136,6 +164,7 @@ def fit_guards(
             model=str(config.model.hf_model_path or config.model.flavor),
             dtype=flipped_dtype(training, model),
             basis=getattr(model.config, ROTATION, None),
+            format=format_of_weights(model),
             texts=({"source": text.source, "tokens": tokens},),
         ).coarser(by)
         for other in others:
@@ -158,14 +187,16 @@ def _check_merged(merge: Sequence[str], unread: nn.Module, spec: BitFlipSpec, tr
         return
     inject(unread, spec, computed=cast_to(training, unread))
     stored = getattr(unread, "stored", {})
+    plain = {name for name, _ in unread.named_parameters(remove_duplicate=False)}
     try:
         for guards in map(read_guards, merge):
             set_faults(unread, replace(spec, guards=guards.path))
             sites = (name.removesuffix("/w") for name in guards.maxima if name.endswith("/w"))
-            sizes = {site: math.prod(stored[key].shape) for site in sites if (key := f"{site}.weight") in stored}
+            keys = {site: key for site in sites if (key := f"{site}.weight") in stored.keys() & plain}
+            sizes = {site: math.prod(stored[key].shape) for site, key in keys.items()}
             if sizes:
                 site = min(sizes, key=sizes.__getitem__)
-                read = {site: read_tensor(unread, f"{site}.weight")}
+                read = {site: read_tensor(unread, keys[site])}
                 check_fitted(unread, guards, fault_state(unread), read=read, near=False)
     except ConfigError as error:
         raise ConfigError(line.replace("bitflip.guards: ", "--merge: ", 1) for line in error.problems) from error
@@ -186,14 +217,14 @@ def calibration_text(config: RunConfig, tokenizer: Any) -> PackedText:
     return text
 
 
-_KINDS = {"w": "weights", "x": "inputs", "k": "keys", "v": "values"}
+_KINDS = {"w": "weights", "w_scale": "scales", "x": "inputs", "k": "keys", "v": "values"}
 
 
 def guards_table(guards: Guards, where: Path) -> str:
     """For each operand how many thresholds there are, and the quartiles of its layers' largest values."""
     texts = " and ".join(f"{text['tokens']:,} tokens of {text['source']}" for text in guards.texts)
     lines = [
-        f"guards by {guards.by}, fitted to {texts}, {guards.dtype}",
+        f"guards by {guards.by}, fitted to {texts}, {guards.dtype}{f', {guards.format}' if guards.format else ''}",
         f"{'':<10}{'layers':>8}{'thresholds':>12}{'lowest':>10}{'25%':>10}{'median':>10}{'75%':>10}{'highest':>10}",
     ]
     for operand, kind in _KINDS.items():

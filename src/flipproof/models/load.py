@@ -99,22 +99,20 @@ def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Modul
 
 
 def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Module:
-    """The model on the meta device, which ``materialise`` gives its weights. ``dtype`` as in ``load_model``.
+    """The model on the meta device, which ``materialise`` gives its weights, unless its layers are to be quantised.
+    ``dtype`` as in ``load_model``.
 
     Raises:
-        ConfigError: as ``model_config`` does, or for weights that several processes cannot read.
+        ConfigError: as ``model_config`` does, for weights that several processes cannot read, or groups that do not
+            divide a layer.
     """
     if config.init == "random":
         return skeleton(config, tokenizer, dtype)
-    model_config(config, tokenizer)
-    if config.quantize is not None:
-        raise ConfigError(
-            [
-                f"model.quantize = {config.quantize!r}: this reads plain weights (guards are fitted, and models "
-                "hardened, before they are quantised); leave it out"
-            ]
-        )
-    return unread_model(_path(config), dtype)
+    checkpoint_of(config, model_config(config, tokenizer))  # which refuses to quantise what is quantised already
+    model = unread_model(_path(config), dtype)
+    if (format := wanted_format(config)) is not None:
+        quantise_on_meta(model, format)
+    return model
 
 
 def load_model(

@@ -32,7 +32,7 @@ from flipproof.models.build import build_model, check_computed_bits, check_guard
 from flipproof.models.load import compute_context, load_tokenizer, model_config, model_on_meta
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
-from flipproof.models.quantised import check_use, checkpoint_of, quantise_on_meta, wanted_format
+from flipproof.models.quantised import check_use, checkpoint_of
 from flipproof.models.recompute import expect_variants
 from flipproof.sweep import formats
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
@@ -127,9 +127,7 @@ def _check_grid(config: RunConfig, rates: list[Rate], tokenizer: Any) -> None:
     weights and text are read."""
     if checkpoint_of(config.model, model_config(config.model, tokenizer)) is not None:
         return  # it has no skeleton without its files: told when they are read
-    skeleton = model_on_meta(replace(config.model, quantize=None), tokenizer, config.training.dtype)
-    if (format := wanted_format(config.model)) is not None:
-        quantise_on_meta(skeleton, format)
+    skeleton = model_on_meta(config.model, tokenizer, config.training.dtype)
     check_computed_bits(config, skeleton)
     inject(skeleton, all_that_flips(config), computed=cast_to(config.training, skeleton))
     grid = Grid(config, rates, skeleton, flipped_dtype(config.training, skeleton))

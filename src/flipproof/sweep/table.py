@@ -319,8 +319,8 @@ class Grid:
             raise ConfigError([f"sweep.protection = {protection}: {error}"]) from error
 
     def _overhead(self, protection: str) -> float:
-        """Bits stored beyond those of the values, over those of the values; of fitted guards the thresholds of weights
-        and inputs, over the bits of the weights."""
+        """Bits stored beyond those of the values, over those of the values; of fitted guards the thresholds of weights,
+        inputs and scales, over the bits of the weights."""
         if self.format is not None:
             each = self._stored_bits("none")["w"]
             codes = self.stored_bits[protection]["w"] / each - 1
@@ -329,8 +329,10 @@ class Grid:
             everything = Cell(self.rates[-1], "".join(OPERANDS), "all", "all", protection)
             codes = max(storage_overhead(cell_spec(BitFlipSpec(), everything), self._narrowest).values())
         bits = each * sum(map(math.prod, self._shapes))
-        counts = {"channel": sum(map(sum, self._shapes)), "layer": 2 * len(self._shapes), "tensor": 2}
-        thresholds = counts.get(self._fineness(protection) or "", 0)
+        by, layers = self._fineness(protection), len(self._shapes)
+        thresholds = {"channel": sum(map(sum, self._shapes)), "layer": 2 * layers, "tensor": 2}.get(by or "", 0)
+        if by and read_guards(str(self.config.bitflip.guards)).format:  # a threshold for the scales of each, too
+            thresholds += 1 if by == "tensor" else layers
         return codes + (thresholds * _THRESHOLD_BITS / bits if bits else 0.0)
 
     def _fineness(self, protection: str) -> Granularity | None:
