@@ -131,6 +131,28 @@ def test_one_process_compares_what_blocks_keep(home, capsys, tmp_path, monkeypat
         assert re.search(rf"error: {flag} = 'ful': .*{allowed}.* is allowed", capsys.readouterr().err)
 
 
+def test_one_process_compares_what_blocks_of_quantised_layers_keep(home, capsys):
+    """Beside what plan says of each."""
+    argv = ["compare", *flags(home, "--data.source", f"{home}/text.txt"), "--steps", "1", "--json"]
+    quantised = ["--model.quantize", "nf4", "--bitflip.w_p_frac", "None", "--bitflip.w_code_p", "0.001"]
+    modes = ["none", "full", "selective", "1"]
+    assert main([*argv, *quantised, "--checkpointing", *modes]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["activation_checkpointing"] for record in records] == [*modes[:3], 1]
+    allocated = {}
+    for record in records:
+        assert record["why"] is None
+        assert record["measured"]["seconds"] > 0
+        mode = str(record["activation_checkpointing"])
+        said = [*flags(home), *quantised, "--training.dtype", "float32", "--training.steps", "1", "--gpus", "1"]
+        assert main(["plan", *said, "--training.activation_checkpointing", mode, "--json"]) == 0
+        allocated[mode] = json.loads(capsys.readouterr().out)["memory"]["allocated"]
+        assert record["planned"]["allocated"] == allocated[mode]
+    assert len(set(allocated.values())) > 1
+    assert main([*argv, *quantised, "--lora.r", "0"]) == 2
+    assert "lora.r = 0: the weights are nf4, which do not train" in capsys.readouterr().err
+
+
 def test_steps_that_warm_up_and_the_one_that_is_profiled_do_not_count(monkeypatch):
     now, ran = [0.0], []
 

@@ -58,13 +58,6 @@ def config_of(
     return load_config(files, _under(overrides, {"model": {"hf_model_path": model}})), None
 
 
-def check_plain(verb: str, config: RunConfig) -> None:
-    """Raises ConfigError where weights are to be quantised, for a verb that knows plain ones."""
-    if config.model.quantize is not None:
-        why = f"flipproof {verb} knows plain weights; leave it out"
-        raise ConfigError([f"model.quantize = {config.model.quantize!r}: {why}"])
-
-
 def _result(run: Path) -> tuple[dict[str, Any], Path | None]:
     """([model]'s keys of the model that a run has written, its adapter): one of the two, the adapter where it has
     written both."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from flipproof.cli.arguments import Argument, Verb, checkpoint_of, devices_of, path_of, value_of
-from flipproof.cli.model import check_plain
 from flipproof.cli.presets import escaped, print_config, print_keys
 from flipproof.config import SECTIONS, RunConfig
 from flipproof.config.sweep import SweepConfig
@@ -117,7 +116,6 @@ def _plan(args: Namespace, config: RunConfig) -> None:
 
 
 def _compare(args: Namespace, config: RunConfig) -> int:
-    check_plain("compare", config)
     from flipproof.plan.compare import as_records, as_table, compare
 
     found = compare(config, args.strategies, args.checkpointing, args.steps, args.node_link, args.efficiency)
