@@ -4,6 +4,10 @@ Nothing is trained. What stands in the way of a guard are the few channels that 
 as the others: ``models/rotate.py`` spreads them over all channels, ``measure/guards.py`` fits a threshold to each, and
 two sweeps say what flips cost before and after, on held-out text that neither has seen. Before is the same model in
 its own basis behind one fitted threshold for all layers, and behind guards as fine as those after.
+
+Weights that are to be quantised (``model.quantize``) are rotated first: the directory holds them plain, and what is
+guarded and measured, before and after, is what they become. A checkpoint that is quantised already keeps its weights:
+it is guarded and measured, and what was not tried is said.
 """
 
 import json
@@ -18,6 +22,7 @@ from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.fault import Granularity
 from flipproof.files import check_writable, finite, write_atomically
+from flipproof.formats.spec import Format
 from flipproof.log import logger
 from flipproof.measure.arms import Arm
 from flipproof.measure.card import CARD, front_matter, markdown_table
@@ -25,7 +30,8 @@ from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import calibration_text, fit_guards
 from flipproof.models.build import check_length
 from flipproof.models.layerwise import rotate_into
-from flipproof.models.load import load_tokenizer
+from flipproof.models.load import load_tokenizer, model_config, skeleton
+from flipproof.models.quantised import check_use, checkpoint_of, wanted_format
 from flipproof.models.rotate import How
 from flipproof.models.save import new_directory
 from flipproof.records import GUARDS, HARDENED, RESULTS, read_record, write_record
@@ -35,6 +41,7 @@ from flipproof.report.read import Hardened, read_hardened
 from flipproof.sweep.run import sweep
 from flipproof.sweep.store import HEADER, depends_on, read_points, refuse_other
 from flipproof.sweep.table import resolved
+from flipproof.sweep.weights import Flipping, quantised_keys
 from flipproof.world import World, join_world
 
 CALIBRATE = 512
@@ -78,24 +85,27 @@ def harden(
     with join_world(config.parallelism) as world:
         say = tell if tell and world.first else (lambda _: None)
         about = world.once(lambda: _begun(to, arguments))
+        check_use(config, world.size)
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
+        format = _format_of(config, tokenizer)
         if (there := len(calibration_text(fitting, tokenizer))) < calibrate:
             size = f"{there:,} sequences of {config.training.seq_len:,} tokens"
             say(f"--calibrate = {calibrate}: the text has {size}; all of them are used")
         if about is None:
             # with its record from the beginning, by which a run that is killed at any time goes on
             with new_directory(to, world, unfinished=[HARDENED]) as new:
-                of = config.model, tokenizer, config.training.dtype, how, config.training.seed
+                plain = replace(config.model, quantize=None)
+                of = plain, tokenizer, config.training.dtype, how, config.training.seed
                 rotation, dtype = rotate_into(new, *of, world)
                 about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
-                about |= {"guards": by, "arguments": arguments}
+                about |= {"guards": by, "arguments": arguments} | ({"format": format.name} if format else {})
                 world.once(lambda: write_record(new / HARDENED, about))
             say(str(rotation))
         else:
             say(f"{to}: goes on where it was; the model is rotated")
         try:
-            _guard_and_measure(config, fitting, to, by, about, world, say)
+            _guard_and_measure(config, fitting, to, by, about, format, world, say)
         except BaseException:
             logger.warning("%s is not complete: the same command goes on", to)
             raise
@@ -118,6 +128,15 @@ def _check(config: RunConfig, to: Path, by: Granularity, calibrate: int) -> None
             ["sweep.p = 0: nothing flips there; the guard alone is measured in any case, so leave it out"]
         )
     resolved(measured)
+
+
+def _format_of(config: RunConfig, tokenizer: Any) -> Format | None:
+    """Of the weights that are measured, where they are quantised. Raises ConfigError where they cannot be so."""
+    if checkpoint := checkpoint_of(config.model, model_config(config.model, tokenizer)):
+        return checkpoint.format
+    if (format := wanted_format(config.model)) is not None:
+        skeleton(config.model, tokenizer, config.training.dtype)  # whose layers its groups may not divide
+    return format
 
 
 def _arguments(config: RunConfig, how: How, by: Granularity, calibrate: int) -> dict[str, Any]:
@@ -152,6 +171,7 @@ def _guard_and_measure(
     to: Path,
     by: Granularity,
     about: dict[str, Any],
+    format: Format | None,
     world: World,
     say: Callable[[str], None],
 ) -> None:
@@ -171,7 +191,7 @@ def _guard_and_measure(
     sweep(measured, to / _AFTER)
     if missing(to / RESULTS):
         probabilities = measured.sweep.probabilities()
-        evaluate(_flipping(measured, probabilities[len(probabilities) // 2]), to=to)
+        evaluate(_flipping(measured, probabilities[len(probabilities) // 2], format), to=to)
     if not world.first:
         return
     header = read_record(to / _AFTER / HEADER)
@@ -181,17 +201,20 @@ def _guard_and_measure(
     found = read_hardened(to / HARDENED)
     page = report(to)
     # last: a directory without it is not complete
-    write_atomically(to / CARD, _card(to, found, header))
-    say(f"{_table(found)}\n\n{_how_to_use(to, found.rotation)}; {page} shows what was measured")
+    write_atomically(to / CARD, _card(to, found, header, config.model.quantize))
+    use = _how_to_use(to, found.rotation, config.model.quantize)
+    say(f"{_table(found)}\n\n{use}; {page} shows what was measured")
 
 
 def _is_set(table: SweepConfig, key: Field[Any]) -> bool:
     return bool(getattr(table, key.name) != key.default)
 
 
-def _flipping(config: RunConfig, p: float) -> RunConfig:
-    """With every bit of weights and inputs flipping at ``p``."""
+def _flipping(config: RunConfig, p: float, format: Format | None) -> RunConfig:
+    """With every bit of weights, as they are stored, and inputs flipping at ``p``."""
     rates: dict[str, Any] = {f"{operand}_{key}": p for operand in "wx" for key in ("p_exp", "p_frac")}
+    if format is not None:
+        rates |= quantised_keys(format, Flipping("w", p, ()))
     return replace(config, bitflip=replace(config.bitflip, **rates))
 
 
@@ -230,27 +253,43 @@ def _table(of: Hardened) -> str:
     return "\n".join([_WHAT_COSTS, *lines])
 
 
-def _how_to_use(to: Path, rotation: Mapping[str, Any]) -> str:
+def _how_to_use(to: Path, rotation: Mapping[str, Any], quantize: str | None) -> str:
     opens = "flipproof opens it, transformers alone does not" if rotation["online"] else "transformers opens it"
     left = "" if rotation["stream"] or rotation["how"] == "none" else "; its residual stream could not be rotated"
-    return f"{to}: {opens}{left}; its guards: --bitflip.guards {to}"
+    plain = f"; its weights are plain, and it was measured with --model.quantize {quantize}" if quantize else ""
+    return f"{to}: {opens}{left}{plain}; its guards: --bitflip.guards {to}"
 
 
-def _card(to: Path, of: Hardened, header: Mapping[str, Any]) -> str:
-    """The directory's README: what the model is, how to open it, and what it bears."""
-    online = len(of.rotation["online"])
-    if online:
+def _opening(to: Path, of: Hardened, quantize: str | None) -> tuple[str, str]:
+    """(how the model is opened, in words, a command that opens it), for the directory's README."""
+    thresholds = "The thresholds in `guards.safetensors` are flipproof's, which puts them in front of what flips:"
+    if online := len(of.rotation["online"]):
         kind = json.loads((to / "config.json").read_text("utf-8"))["model_type"]
         opens = (
             f"**Plain `transformers` does not compute this function**: the inputs of {online} layers are rotated when "
             f"the model runs, and only flipproof does that. So `config.json` says `{kind}`, which `transformers` "
             "refuses; under another name the weights are those of no model. Its own commands open it:"
         )
-    else:
+    elif of.format and not quantize:
         opens = (
-            "`AutoModelForCausalLM` opens it: it is the function of the original, up to rounding. The thresholds in "
-            "`guards.safetensors` are flipproof's, which puts them in front of what flips:"
+            "`AutoModelForCausalLM` opens it, with the library that has its layout: its weights are the original's, "
+            f"bit by bit. {thresholds}"
         )
+    else:
+        opens = f"`AutoModelForCausalLM` opens it: it is the function of the original, up to rounding. {thresholds}"
+    if quantize:
+        opens = (
+            f"Its weights are plain. What was measured, and what the guards fit, is what they are as {quantize}, to "
+            f"which flipproof rounds them while it reads them (`--model.quantize {quantize}`). {opens}"
+        )
+    as_stored = f"--model.quantize {quantize} " if quantize else ""
+    flips = f"--bitflip.{'w_code_p' if of.format else 'w_p_exp'} 1e-5 --bitflip.x_p_exp 1e-5"
+    return opens, f"flipproof eval {to.name} {as_stored}--bitflip.guards {to.name} {flips}"
+
+
+def _card(to: Path, of: Hardened, header: Mapping[str, Any], quantize: str | None) -> str:
+    """The directory's README: what the model is, how to open it, and what it bears."""
+    opens, command = _opening(to, of, quantize)
     left = "".join(f"\n- `{name}`: {why}" for name, why in of.rotation["left"].items())
     texts = [text["source"] for text in of.fitted]
     head = front_matter(of.model, "transformers", ["flipproof", "bit-flips"], texts)
@@ -263,7 +302,7 @@ def _card(to: Path, of: Hardened, header: Mapping[str, Any]) -> str:
 {opens}
 
 ```
-flipproof eval {to.name} --bitflip.guards {to.name} --bitflip.w_p_exp 1e-5 --bitflip.x_p_exp 1e-5
+{command}
 ```
 
 ## What flips cost

@@ -20,9 +20,9 @@ from flipproof.config import ModelConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.log import bar, logger
-from flipproof.models.load import compute_buffers, load_model, model_on_meta, save_model
+from flipproof.models.load import compute_buffers, load_model, model_config, model_on_meta, save_model
 from flipproof.models.parallelize import blocks
-from flipproof.models.quantised import quantised_layers
+from flipproof.models.quantised import checkpoint_of, copy_checkpoint
 from flipproof.models.rotate import How, Rotation, Step, Weights, changed, rotate
 from flipproof.models.save import Shards, name_in_files, names_to_write, save_settings, unfit
 from flipproof.models.weights import KEY, Stored, named_tensors
@@ -154,11 +154,12 @@ def rotate_into(
     """Rotate a model, and write it as a Hugging Face directory. All processes must call; the first one does it.
 
     Block by block, from the model's files; where those are not plain safetensors, or the model is not made so that
-    several processes could read it, as a whole in the memory of one process.
+    several processes could read it, as a whole in the memory of one process. A checkpoint that is quantised already is
+    copied as it is: no codes stand for what a rotation would make of its weights.
 
     Args:
         directory: where to; nobody else writes there.
-        config: names the model.
+        config: names the model, whose weights are rotated as they are: what is to be quantised is rotated first.
         dtype: by name; None is the checkpoint's own.
         how: as ``rotate`` takes it.
         seed: of the bases.
@@ -169,6 +170,14 @@ def rotate_into(
     Raises:
         ConfigError: where the model cannot be read, or cannot be rotated so.
     """
+    hf_config = model_config(config, tokenizer)
+    if world.size == 1 and (checkpoint := checkpoint_of(config, hf_config)):
+        why = (
+            f"quantised already ({checkpoint.method}, {checkpoint.format.name}); the model that they were made of can "
+            "be rotated and then quantised (model.quantize)"
+        )
+        left = {} if how == "none" else {"its weights": why}
+        return Rotation("none", seed, left=left), copy_checkpoint(config, hf_config, tokenizer, directory)
     shards = Shards(directory)
     try:
         model: Any = model_on_meta(config, tokenizer, dtype)
@@ -195,10 +204,6 @@ def _rotate_in_memory(
     directory: Path, config: ModelConfig, tokenizer: Any, dtype: str | None, how: How, seed: int, world: World
 ) -> tuple[Rotation, str]:
     model: Any = load_model(config, tokenizer, dtype, 0)
-    if layers := quantised_layers(model):
-        raise ConfigError(
-            [f"harden rotates plain weights, and {len(layers)} of its layers are quantised: harden, then quantise"]
-        )
     own = model.dtype
     rotation = rotate(model.float(), how, seed)
     save_model(model.to(own), directory, tokenizer, world, _WHAT)

@@ -31,6 +31,7 @@ from flipproof.formats.quantise import quantise
 from flipproof.formats.spec import Format, format_of
 from flipproof.formats.stored import Stored
 from flipproof.log import logger
+from flipproof.models.gguf import plain_directory
 from flipproof.models.save import Shards, name_in_files, names_to_write, save_settings, unfit
 from flipproof.models.weights import KEY, Others, read_stored, read_tensor, read_weights, unread_model
 from flipproof.models.weights import Stored as At
@@ -170,6 +171,27 @@ def read_quantised(
         logger.warning("%s: its inputs are quantised too where it is served; here they are not", where)
     logger.info("%s: %d of its layers are quantised (%s), and stay so", where, len(layers), checkpoint.format.name)
     return _with_rest(model, path, device, finish)
+
+
+def copy_checkpoint(config: ModelConfig, hf_config: Any, tokenizer: Any, directory: Path) -> str:
+    """Write a checkpoint that ``checkpoint_of`` has found into a directory, its tensors as they are; returns the dtype
+    of those that are not quantised, by name. Raises as ``read_quantised`` does."""
+    path, plain = plain_directory(str(config.hf_model_path), KEY), copy.deepcopy(hf_config)
+    del plain.quantization_config
+    found: dict[str, At] = {}
+
+    def others_of(tensors: Mapping[str, At]) -> Others:
+        found.update(tensors)
+        return _quantised_of(tensors)
+
+    model: Any = unread_model(path, None, plain, others_of)
+    shards = Shards(directory)
+    for name, at in found.items():
+        shards.add(name, read_stored({name: at})[name])
+    shards.finish()
+    model.config.quantization_config = hf_config.quantization_config
+    save_settings(model, model.dtype, directory, tokenizer)
+    return dtype_name(model.dtype)
 
 
 def _quantised_of(tensors: Mapping[str, At]) -> Others:

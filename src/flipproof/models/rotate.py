@@ -71,13 +71,13 @@ class Rotation:
     """The largest difference of a logit, relative to the largest logit where that is above 1."""
 
     def __str__(self) -> str:
-        if self.how == "none":
-            return "rotated: nothing"
         kept = "" if self.stream else " (left as it is)"
         lines = [
             f"rotated: the residual stream in {len(self.stream)} modules{kept}, the values of {len(self.values)} "
             f"attention modules, {len(self.online)} inputs at run time; logits moved by {self.difference:.1g}"
         ]
+        if self.how == "none":
+            lines = ["rotated: nothing"]
         if self.untied:
             lines.append("head and embedding were tied, and are two weights now")
         reasons: dict[str, list[str]] = {}

@@ -52,7 +52,8 @@ def in_words(of: Hardened) -> str:
     """How the model was hardened, in a few sentences."""
     rotation = of.rotation
     if rotation["how"] == "none":
-        words = "Nothing was rotated (--rotate none)."
+        why = "; ".join(f"{name} are {reason}" for name, reason in rotation["left"].items())
+        words = f"Nothing was rotated: {why}." if why else "Nothing was rotated (--rotate none)."
     else:
         words = (
             f"Rotated with --rotate {rotation['how']}, bases of seed {rotation['seed']}; logits of the float32 model "
@@ -60,6 +61,7 @@ def in_words(of: Hardened) -> str:
         )
         words += "" if rotation["stream"] else " The residual stream is as it was."
         words += " Head and embedding were one weight and are two now." if rotation["untied"] else ""
+    words += f" Measured with weights in {of.format}, whose stored bits flip." if of.format else ""
     fitted = " and ".join(f"{text['tokens']:,} tokens of {text['source']}" for text in of.fitted)
     return words + (f" Guards by {of.guards} were fitted to {fitted}." if fitted else "")
 

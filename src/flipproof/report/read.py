@@ -93,6 +93,8 @@ class Hardened:
     """How fine they are: "channel", "layer" or "tensor"."""
     rotation: Mapping[str, Any]
     """The fields of ``flipproof.models.rotate.Rotation``."""
+    format: str | None
+    """Of its weights, where they are quantised."""
     fitted: tuple[Mapping[str, Any], ...]
     """Of each text that guards were fitted to, its ``source`` and how many ``tokens``."""
     costs: Mapping[tuple[str, str], Mapping[float, Cost]]
@@ -308,7 +310,8 @@ def read_hardened(path: Path) -> Hardened:
         fitted = tuple(
             {"source": str(text["source"]), "tokens": int(text["tokens"])} for text in values.get("fitted") or ()
         )
-        return Hardened(str(values["model"]), str(values["guards"]), rotation, fitted, costs)
+        format = values.get("format") and str(values["format"])
+        return Hardened(str(values["model"]), str(values["guards"]), rotation, format, fitted, costs)
 
 
 def _read_hardened(sources: Sources, directory: Path, path: Path) -> None:
