@@ -111,6 +111,7 @@ def test_keys_shows_all_that_are_meant_below_their_tables(capsys):
             "  --bitflip.x_p_exp",
             "  --bitflip.kv_p_exp",
             "  --bitflip.w_scale_p_exp",
+            "  --bitflip.x_scale_p_exp",
         ],
         "seed": ["[training]", "  --training.seed", "[bitflip]", "  --bitflip.base_seed"],
         "patterns": ["[bitflip]", "  --bitflip.include_patterns", "  --bitflip.skip_patterns"],

@@ -215,7 +215,7 @@ kv_p_frac = false
 """
     bits = "'sign', 'exp', 'frac', a bit ('15') or a range of bits ('7-14')"
     found = problems([write(text)])
-    known = ", ".join(list(SECTIONS["bitflip"].declared())[:39])
+    known = ", ".join(list(SECTIONS["bitflip"].declared())[:45])
     assert found == [
         "bitflip.w_p_exp = 0.7: a flip probability from 0 to 0.5 or None is allowed",
         f"bitflip.w_p_bits key = 'foo': {bits} is allowed",

@@ -5,7 +5,7 @@ import json
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from quantised import COMPRESSED, PLAIN_NF4, same, scheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
@@ -149,6 +149,7 @@ def compressed(weights=None, **changes):
 
 
 ACTIVATIONS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+STATIC = ACTIVATIONS | {"dynamic": False, "strategy": "tensor"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -172,12 +173,35 @@ def test_gptq_and_awq_are_read(config, group, zero_plus, ignore):
     assert read.ignore == ignore
 
 
-@pytest.mark.parametrize(("config", "activations"), [
-    (compressed(), False), (compressed(input_activations=ACTIVATIONS), True),
-    (compressed(output_activations=ACTIVATIONS), True), (compressed(kv_cache_scheme=ACTIVATIONS), True),
+@pytest.mark.parametrize(("config", "inputs", "others"), [
+    (compressed(), None, False), (compressed(input_activations=ACTIVATIONS), "int8", False),
+    (compressed(input_activations=ACTIVATIONS | {"type": "float", "symmetric": True}), "fp8", False),
+    (compressed(input_activations=STATIC), None, True),
+    (compressed(input_activations=ACTIVATIONS | {"dynamic": "local"}), None, True),
+    (compressed(input_activations=ACTIVATIONS | {"num_bits": 4}), None, True),
+    (compressed(input_activations=ACTIVATIONS | {"symmetric": False}), None, True),
+    (compressed(input_activations=ACTIVATIONS | {"strategy": "group", "group_size": 128}), None, True),
+    (compressed(input_activations=ACTIVATIONS | {"strategy": "tensor"}), None, True),
+    (compressed(input_activations=ACTIVATIONS | {"scale_dtype": "torch.uint8"}), None, True),
+    (compressed(output_activations=ACTIVATIONS), None, True), (compressed(kv_cache_scheme=ACTIVATIONS), None, True),
+    (compressed(input_activations=ACTIVATIONS, kv_cache_scheme=ACTIVATIONS), "int8", True),
 ])  # fmt: skip
-def test_whether_activations_are_quantised_is_said(config, activations):
-    assert read_quantization_config(config).activations == activations
+def test_how_inputs_are_quantised_is_said_and_whether_anything_else_is(config, inputs, others):
+    read = read_quantization_config(config)
+    assert (read.inputs and read.inputs.name, read.activations) == (inputs, others)
+
+
+@pytest.mark.parametrize(("preset", "inputs"), [
+    ("W8A8", "int8"), ("W4A8", "int8"), ("FP8_DYNAMIC", "fp8"), ("W4AFP8", "fp8"), ("W4A16", None), ("NVFP4", None),
+    ("MXFP8", None),
+])  # fmt: skip
+def test_inputs_are_read_of_what_compressed_tensors_writes(preset, inputs):
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    written = json.loads(QuantizationConfig(config_groups={"group_0": scheme}).model_dump_json())
+    layout = {"W8A8": "int-quantized", "FP8_DYNAMIC": "float-quantized"}.get(preset, "pack-quantized")
+    layout = {"NVFP4": "nvfp4-pack-quantized", "MXFP8": "mxfp8-quantized"}.get(preset, layout)
+    read = read_quantization_config(written | {"format": layout})
+    assert (read.inputs and read.inputs.name, read.activations) == (inputs, preset in ("NVFP4", "MXFP8"))
 
 
 def test_plain_int8_and_the_format_beside_the_groups_are_read():

@@ -11,11 +11,13 @@ import flipproof
 from flipproof import BitFlipSpec, LoraSpec
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
+from flipproof.formats.config import quantization_config
+from flipproof.formats.inputs import coded
 from flipproof.formats.linear import QuantisedLinear
 from flipproof.formats.quantise import dequantise, quantise
 from flipproof.formats.spec import FORMATS, format_of
 from flipproof.models import quantised as quantised_module
-from flipproof.models.build import build_model, with_trainable_weights
+from flipproof.models.build import build_model, check_length, with_trainable_weights
 from flipproof.models.load import byte_tokenizer, load_model, skeleton
 from flipproof.models.quantised import quantised_layers
 from flipproof.world import ALONE, World
@@ -107,6 +109,56 @@ def test_a_quantised_checkpoint_is_kept_as_it_is(model, token_ids, tmp_path, cap
         assert torch.equal(read(token_ids).logits, expected(token_ids).logits)
 
 
+TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+
+
+def quantised_inputs(model, directory, format, **changes):
+    """A checkpoint whose inputs are quantised, too, where it is served."""
+    checkpoint(model, directory, "compressed-tensors", format)
+    said = quantization_config(format_of(format))
+    said["config_groups"]["group_0"]["input_activations"] = TOKENS | changes
+    say(directory, said)
+
+
+@pytest.mark.parametrize(("format", "type"), [("int8", "int"), ("int4", "int"), ("fp8", "float"), ("int4", "float")])
+def test_inputs_that_a_checkpoint_quantises_are_quantised(model, token_ids, tmp_path, caplog, format, type):
+    """As compressed-tensors does, to the last bit of the logits."""
+    quantised_inputs(model, tmp_path, format, type=type)
+    with caplog.at_level("INFO", "flipproof"):
+        read = loaded(tmp_path)
+    inputs = {"int": "int8", "float": "fp8"}[type]
+    assert f"14 of its layers are quantised ({format}, their inputs {inputs}), and stay so" in caplog.text
+    assert "where it is served" not in caplog.text
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert torch.equal(read(token_ids).logits, theirs(token_ids).logits)
+    again = loaded(tmp_path, quantize_inputs=inputs)
+    assert torch.equal(again(token_ids).logits, theirs(token_ids).logits)
+    for layer in quantised_layers(read).values():
+        layer.inputs = None
+    assert not torch.equal(read(token_ids).logits, theirs(token_ids).logits)
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("int8", "int8"), ("fp8", "fp8"), ("nf4", "int8")])
+def test_inputs_are_quantised_as_asked(base, token_ids, name, inputs):
+    read, plain = loaded(base, quantize=name, quantize_inputs=inputs), loaded(base, quantize=name)
+    expected = plain(token_ids).logits
+    assert {layer.inputs for layer in quantised_layers(read).values()} == {FORMATS[inputs]}
+    assert not torch.equal(read(token_ids).logits, expected)
+    for layer in quantised_layers(plain).values():
+        layer.register_forward_pre_hook(lambda _, args: (coded(args[0], FORMATS[inputs]),))
+    assert torch.equal(read(token_ids).logits, plain(token_ids).logits)
+    config = settings(base, model={"quantize": name, "quantize_inputs": inputs}).model
+    layers = quantised_layers(skeleton(config, byte_tokenizer(), "bfloat16")).values()
+    assert {layer.inputs for layer in layers} == {FORMATS[inputs]}
+
+
+def test_what_is_not_known_of_a_checkpoint_s_activations_is_said(model, tmp_path, caplog):
+    quantised_inputs(model, tmp_path, "int8", dynamic=False, strategy="tensor")
+    read = loaded(tmp_path)
+    assert "its activations are quantised in another way, too, where it is served; here they are not" in caplog.text
+    assert {layer.inputs for layer in quantised_layers(read).values()} == {None}
+
+
 def test_what_bitsandbytes_and_peft_train_is_what_we_train(base, model, token_ids):
     """QLoRA, by hand: PEFT on the dequantised model, a step of SGD each."""
     peft = pytest.importorskip("peft")
@@ -189,8 +241,6 @@ def test_a_float8_weight_without_a_scale_is_not_taken_for_numbers(model, tmp_pat
 
 def test_a_checkpoint_of_another_group_size_is_refused(model, tmp_path):
     checkpoint(model, tmp_path, "compressed-tensors", "int4", 32)
-    from flipproof.formats.config import quantization_config
-
     say(tmp_path, quantization_config(format_of("int4", 64)))
     assert ".down_proj: scale, an operand of int4, is torch.bfloat16 of shape (128, 8)" in refused(loaded, tmp_path)
 
@@ -202,9 +252,23 @@ def test_a_quantised_checkpoint_is_not_quantised_again(model, tmp_path):
     assert "is quantised already (bitsandbytes); leave it out" in said
 
 
+def test_inputs_are_quantised_where_weights_are(base, model, tmp_path):
+    said = "model.quantize_inputs = 'int8': the weights are plain; quantise them, too (model.quantize), or leave it out"
+    assert said in refused(loaded, base, quantize_inputs="int8")
+    config = settings(base, model={"quantize_inputs": "int8"})
+    for build in (lambda: skeleton(config.model, byte_tokenizer(), None), lambda: check_length(config, None)):
+        assert said in refused(build)
+    quantised_inputs(model, tmp_path, "int8")
+    problem = refused(loaded, tmp_path, quantize_inputs="fp8")
+    assert "model.quantize_inputs = 'fp8': the inputs of model.hf_model_path" in problem
+    assert "are int8 where it is served; leave it out" in problem
+
+
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
+        ({"quantize_inputs": "int4"}, "model.quantize_inputs = 'int4': 'int8', 'fp8' or None is allowed"),
+        ({"quantize_inputs": "fp8", "init": "random"}, "quantize_inputs = 'fp8': init = 'random' has no weights to"),
         ({"quantize": "int3"}, "model.quantize = 'int3': int8, int4, "),
         ({"quantize": "nf4-g7"}, "model.quantize = 'nf4-g7': int8, int4, "),
         ({"quantize": "mxfp4-g64"}, "model.quantize = 'mxfp4-g64': int8, int4, "),
@@ -232,6 +296,14 @@ def test_quantised_weights_neither_train_nor_compile(base, model, tmp_path):
     assert "layers with quantised weights are not compiled" in refused(build_model, config, byte_tokenizer(), ALONE)
     checkpoint(model, tmp_path, "gptq", "int4-asym")
     assert "lora.r = 0: the weights are int4-asym" in refused(with_trainable_weights, settings(tmp_path))
+
+
+def test_formats_of_inputs_that_a_config_may_say_are_known():
+    from typing import get_args
+
+    from flipproof.config.schema import QuantizeInputs
+
+    assert set(get_args(QuantizeInputs)) <= FORMATS.keys()
 
 
 def test_the_layers_are_ours(base):

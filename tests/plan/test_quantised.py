@@ -154,6 +154,10 @@ def test_what_cannot_be_is_one_line(tiny_llama, tmp_path, capsys):
 
     one = ("--model.quantize", "nf4", "--gpus", "1")
     assert "'nf5'" in refused("--model.quantize", "nf5", "--gpus", "1")
+    inputs = refused(*one, "--model.quantize_inputs", "int8")
+    assert "model.quantize_inputs = 'int8': flipproof plan does not count what that takes; leave it out" in inputs
+    alone = refused("--model.quantize_inputs", "int8", "--gpus", "1")
+    assert "model.quantize_inputs = 'int8': the weights are plain" in alone
     several = refused("--model.quantize", "nf4", "--gpus", "8", "--recommend")
     assert "model.quantize = 'nf4': quantised weights are for one process, on one GPU; 8 were asked for" in several
     assert "lora.r = 0: the weights are nf4, which do not train" in refused(*one, rank="0")

@@ -178,6 +178,10 @@ def test_each_format_gets_its_share_of_what_is_left(model_dir):
         (["--formats", "int8", "--bitflip.w_code_p", "1e-3"], "bitflip.w_code_p = 0.001: sweep.formats = int8 flips"),
         (["--formats", "int8", "--bitflip.x_p_exp", "1e-3"], "bitflip.x_p_exp = 0.001: sweep.formats = int8 flips"),
         (["--formats", "int8", "--model.quantize", "nf4"], "model.quantize = 'nf4': sweep.formats = int8 says how"),
+        (
+            ["--formats", "int8", "--model.quantize_inputs", "fp8"],
+            "model.quantize_inputs = 'fp8': sweep.formats = int8",
+        ),
         (["--formats", "bf16", "--training.dtype", "float32"], "training.dtype = 'float32': sweep.formats = bf16, and"),
         (["--formats", "int8,bf16", "--sites", "code"], "sweep.sites = code: bf16 has no codes and scales; add w"),
         (["--formats", "int8", "--sites", "wx"], "sweep.sites = wx: of sweep.formats = int8 only stored weights flip"),

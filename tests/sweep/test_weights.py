@@ -88,6 +88,36 @@ def test_each_site_flips_its_own_operands_at_p(tiny_llama, name):
             assert faulty.x_fault.flips == ("x" in cell.sites)
 
 
+def with_inputs(model, name):
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            module.inputs = FORMATS[name]
+    return model
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_of_quantised_inputs_codes_and_scales_flip_at_p(tiny_llama, name):
+    model = with_inputs(quantised(tiny_llama(), "int4"), name)
+    found = grid(model, sites="w,x,wx", protection="none,secded,tmr-exp")
+    assert len(found.plan.cells) == 3 * 3
+    for cell in found.plan.cells:
+        flipproof.set_faults(model, spec := found.spec(cell))
+        for _, faulty in iter_faulty(model):
+            assert set(faulty.input_faults) == ({"code", "scale"} if "x" in cell.sites else set())
+            assert bool(faulty.operand_faults) == ("w" in cell.sites)
+            assert not faulty.x_fault.flips
+            for operand, fault in faulty.input_faults.items():
+                pattern = fault.fault.pattern
+                assert (pattern is None) == (
+                    cell.protection == "none" or (operand, cell.protection) == ("code", "tmr-exp")
+                )
+                bits = pattern.bit_probabilities(1e-3, 1e-3, "float32") if pattern else ()
+                tripled = 3e-6 - 2e-9 if (operand, cell.protection) == ("scale", "tmr-exp") else 1e-3
+                assert set(bits) <= {1e-3, tripled}
+        own = ("exp",) if cell.protection == "tmr-exp" else ()
+        assert spec.x_scale_protected_bits == (own if "x" in cell.sites else ())
+
+
 def test_what_is_tripled_are_bits_of_scales_and_of_plain_weights(tiny_llama):
     found = grid(quantised(tiny_llama(), "int4"), sites="w", protection="tmr-sign+exp")
     spec = found.spec(found.plan.cells[0])
@@ -101,8 +131,15 @@ def test_what_is_tripled_are_bits_of_scales_and_of_plain_weights(tiny_llama):
     ("name", "bitflip", "sweep", "words"),
     [
         (None, {}, {"sites": "w,code"}, "sweep.sites = code: the weights are not quantised (model.quantize"),
-        ("int4", {}, {"sites": "w", "bits": "exp"}, "sweep.bits = exp: of quantised weights all bits flip"),
+        ("int4", {}, {"sites": "w", "bits": "exp"}, "sweep.bits = exp: of quantised weights and inputs all bits flip"),
         ("int4", {"w_p_row": 0.1}, {"sites": "w,code"}, "bitflip.w_p_row = 0.1: a bad row is one of any operand"),
+        ("int8+int8", {}, {"sites": "x", "bits": "exp"}, "sweep.bits = exp: of quantised weights and inputs all bits"),
+        (
+            "int8+int8",
+            {"x_scale_protected_bits": ["7"]},
+            {"sites": "x"},
+            "x_scale_protected_bits = ('7',): a sweep takes",
+        ),
         ("nf4", {}, {"sites": "w", "protection": "tmr-exp"}, "bit 'exp': nf4-scale has bits 0 to 7"),
         ("nf4", {"w_scale_protected_bits": ["7"]}, {"sites": "w"}, "takes that from sweep.protection (tmr-BITS)"),
         (
@@ -114,7 +151,9 @@ def test_what_is_tripled_are_bits_of_scales_and_of_plain_weights(tiny_llama):
     ],
 )
 def test_what_quantised_weights_cannot_be_is_refused(tiny_llama, name, bitflip, sweep, words):
-    model = quantised(tiny_llama(), name) if name else tiny_llama()
+    weights, _, inputs = (name or "").partition("+")
+    model = quantised(tiny_llama(), weights) if weights else tiny_llama()
+    model = with_inputs(model, inputs) if inputs else model
     with pytest.raises(ConfigError) as error:
         grid(model, bitflip, **sweep)
     (problem,) = error.value.problems

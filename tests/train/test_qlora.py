@@ -75,6 +75,30 @@ def test_a_resumed_run_is_the_run(base, run, tmp_path):
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+def test_with_quantised_inputs_too(base, tmp_path):
+    """Resumed it is the run that was not stopped, and a log of its flips has those of inputs."""
+    config = qlora(base, tmp_path / "run")
+    faults = {"x_code_p": 0.002, "x_scale_p_frac": 0.01, "x_zero_out_t": 16.0, "w_code_p": 0.002, "w_zero_out_t": 1.0}
+    config = replace(config, model=replace(config.model, quantize_inputs="int8"), bitflip=BitFlipSpec(**faults))
+    train(config)
+    whole = adapter(tmp_path / "run")
+    for gone in ("adapter", "checkpoints/step-6"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    train(config, resume="auto")
+    resumed = adapter(tmp_path / "run")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert (
+        main(["eval", str(tmp_path / "run"), "--to", str(tmp_path / "again"), "--flip-log", str(tmp_path / "log")]) == 0
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()[1:]]
+    assert {"x_code", "x_scale", "w_code"} <= {line["tensor"].rpartition("/")[2] for line in lines}
+    assert (
+        main(["eval", str(tmp_path / "run"), "--to", str(tmp_path / "twice"), "--replay", str(tmp_path / "log")]) == 0
+    )
+    again, twice = (json.loads((tmp_path / to / "results.json").read_text())["arms"] for to in ("again", "twice"))
+    assert twice["replayed"]["loss"] == pytest.approx(again["recovered"]["trial_losses"][0], rel=1e-6)
+
+
 def test_checkpoints_hold_the_adapters_alone(run):
     held = FileSystemReader(run / "checkpoints" / "step-6").read_metadata().state_dict_metadata
     of_the_model = [name for name in held if name.startswith("model.")]

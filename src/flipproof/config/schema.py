@@ -19,6 +19,7 @@ from flipproof.formats.spec import NAMES, is_format
 from flipproof.values import Between, Count, Positive, Seed, Table, Texts, Whole
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+QuantizeInputs = Literal["int8", "fp8"]
 Strategy = Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"]
 Magnitude = Annotated[float, lambda value: 0 <= value < 2**63, "a number of at least 0, below 2^63,"]
 Decay = Annotated[float, lambda value: 0 <= value < 1, "a number of at least 0, below 1,"]
@@ -56,12 +57,18 @@ class ModelConfig(Table):
     layer at a time: int8, int4, int4-asym, fp8 (e4m3), fp8-e5m2, nf4, mxfp8, mxfp4, nvfp4; int4-g64 has groups of 64 in
     the place of int4's 128. Faults are then of codes and scales (bitflip.w_code_p and more), and adapters stay beside
     the weights: QLoRA. A checkpoint that is quantised already is kept as it is."""
+    quantize_inputs: QuantizeInputs | None = None
+    """Quantise the inputs of layers whose weights are quantised, too, each token by itself as it comes, to int8 or fp8
+    (e4m3): W8A8, W4A8. Faults of inputs are then of codes and scales (bitflip.x_code_p and more). A checkpoint that is
+    served so has it on."""
     tokenizer: str | None = None
     """A Hub name or a directory, or "bytes" for the byte-level one. Default: hf_model_path's."""
 
     def problems(self) -> list[str]:
-        if self.quantize is not None and self.init == "random":
-            return [f"quantize = {self.quantize!r}: init = 'random' has no weights to quantise; leave one of them out"]
+        set_to = {key: value for key in ("quantize", "quantize_inputs") if (value := getattr(self, key)) is not None}
+        if set_to and self.init == "random":
+            why = "init = 'random' has no weights to quantise; leave one of them out"
+            return [f"{key} = {value!r}: {why}" for key, value in set_to.items()]
         if self.init == "pretrained" and self.hf_model_path is None:
             return [
                 "hf_model_path is not set: name a Hub model or a directory, or start from scratch "

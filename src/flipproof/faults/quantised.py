@@ -6,6 +6,10 @@ bits flip, as they are stored, and W̃ is what the dequantisation then gives, be
 its own in a log: ``…q_proj/w_code``, ``…/w_scale``; what the guard zeroes of W̃ is there under ``…/dequantised``. Which
 keys of a config are about which operand says ``PART_OF``.
 
+**Inputs** that are quantised (``QuantisedLinear.inputs``) have codes and scales of their own, ``…q_proj/x_code`` and
+``…/x_scale``, a scale for each token. They are indexed as X is, by their place in the global micro-batch. X̃ is what the
+dequantisation gives, behind the guard ``x_zero_out_t``.
+
 **Adapters** are a separate operand, unquantised, as QLoRA trains and servers deploy them. W + s·B·A, quantised, would
 be another model; here nothing is merged. They see the flipped input, and have no faults themselves.
 
@@ -13,13 +17,14 @@ be another model; here nothing is merged. They see the flipped input, and have n
 
     dX = (dY · W̃ + s · (dY · B) · A) ⊙ keep_x        dA = s · (dY · B)ᵀ · X̃        dB = s · dYᵀ · (X̃ · Aᵀ)
 
-W̃ is frozen and the adapters stand beside it, so what its guard zeroes is in no gradient of theirs.
+W̃ is frozen and the adapters stand beside it, so what its guard zeroes is in no gradient of theirs. keep_x also leaves
+out codes of X that a protection has lost, and all of a token whose scale it has.
 
 Flips cost what they are in number; what costs by the element is the dequantisation, which is there without faults, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -32,8 +37,9 @@ from flipproof.faults.fault import Fault
 from flipproof.faults.fitted import Guards
 from flipproof.faults.layouts import LAYOUTS
 from flipproof.faults.linear import FaultyLinear, Product, flip_again, key_device
-from flipproof.faults.spec import DEFAULTS, PARTS, BitFlipSpec, LoraSpec, Part
+from flipproof.faults.spec import DEFAULTS, INPUT_PARTS, PARTS, BitFlipSpec, LoraSpec, Operand, Part
 from flipproof.faults.state import FaultState
+from flipproof.formats.inputs import coded, straight_through
 from flipproof.formats.linear import QuantisedLinear
 from flipproof.formats.operands import FLOATS, operands_of
 from flipproof.formats.quantise import scale_numbers, zero_patterns
@@ -52,9 +58,12 @@ PART_OF: Mapping[str, Part] = {
 }
 """Operand of ``formats`` -> what the keys of its faults call it."""
 _SCALES = {"e8m0": "e8m0", "e4m3": "e4m3", "nested": "nf4-scale"}
-_OF_NUMBERS = ("w_p_exp", "w_p_frac", "w_p_bits", "w_protected_bits")
+_OF_NUMBERS = ("p_exp", "p_frac", "p_bits", "protected_bits")
 _OF_PARTS = tuple(
-    key for key in DEFAULTS if key.startswith(tuple(f"w_{part}_" for part in PARTS)) and key != "w_zero_out_t"
+    key
+    for key in DEFAULTS
+    if key.startswith(tuple(f"{operand}_{part}_" for operand in "wx" for part in PARTS))
+    and key not in ("w_zero_out_t", "x_zero_out_t")
 )
 
 
@@ -72,12 +81,15 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
     Made by ``flipproof.inject``; its buffers and bias are the very ones of the layer that it replaces.
     """
 
-    keyed = (*FaultyLinear.keyed, "operand_keys")
+    keyed = (*FaultyLinear.keyed, "operand_keys", "input_keys")
     bias: nn.Parameter | None  # type: ignore[assignment]
     operand_faults: dict[str, FaultData]
     """Of the operands whose bits flip."""
     scale_guard: FaultData
     """Guard on scales, without flips."""
+    input_keys: dict[str, Tensor]
+    input_faults: dict[str, FaultData]
+    """Of the operands of quantised inputs whose bits flip."""
 
     def __init__(
         self, linear: QuantisedLinear, site: str, spec: BitFlipSpec | None, lora: LoraSpec, state: FaultState, kind: str
@@ -91,6 +103,7 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
     def _take(self, linear: nn.Linear) -> None:
         assert isinstance(linear, QuantisedLinear)
         self.format, self.stored_dtype, self.dtype = linear.format, linear.stored_dtype, linear.dtype
+        self.inputs = linear.inputs
         for name, tensor in linear._buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_parameter("bias", linear.bias)
@@ -99,7 +112,9 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
         return self.held("code")
 
     def plain(self) -> QuantisedLinear:
-        return QuantisedLinear(self.stored(), self.bias, self.dtype)
+        linear = QuantisedLinear(self.stored(), self.bias, self.dtype)
+        linear.inputs = self.inputs
+        return linear
 
     def merged_weight(self) -> Tensor:
         raise ConfigError(
@@ -111,29 +126,45 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
 
     def faults_of(self, spec: BitFlipSpec | None, guards: Guards | None) -> dict[str, Any]:
         x, guard = (spec.x, spec.w) if spec else (Fault(), Fault())
-        x_fault, w_fault = self._data_of(x, guard._replace(p_exp=0.0, p_frac=0.0, pattern=None), guards)
+        x = _without_flips(x) if self.inputs else x
+        x_fault, w_fault = self._data_of(x, _without_flips(guard), guards)
         parts = {part: spec.part(part) if spec else Fault() for part in PARTS}
         found = {
             name: FaultData(parts[PART_OF[name]], element=element)
             for name, element in self.elements.items()
             if parts[PART_OF[name]].flips
         }
+        inputs = {
+            name: FaultData(fault, element=element)
+            for name, element in (elements(self.inputs) if self.inputs else {}).items()
+            if spec and (fault := spec.part(PART_OF[name], "x")).flips
+        }
         on_scales = Fault(zero_out_t=spec.w_scale_zero_out_t if spec else None)
         if guard.fitted and guards and self.draw_name("w_scale") in guards.maxima:  # not in those of a plain model
             on_scales = Fault(fitted=guard.fitted)
-        scale_guard = self.data_of("w_scale", on_scales, guards)
-        return {"x_fault": x_fault, "w_fault": w_fault, "operand_faults": found, "scale_guard": scale_guard}
+        return {
+            "x_fault": x_fault,
+            "w_fault": w_fault,
+            "operand_faults": found,
+            "scale_guard": self.data_of("w_scale", on_scales, guards),
+            "input_faults": inputs,
+        }
 
     def refresh_keys(self) -> None:
         super().refresh_keys()
         device = key_device(self._home())
         self.operand_keys = {name: self._key(self.draw_name(f"w_{name}"), device) for name in self.elements}
+        self.input_keys = {name: self._key(self.draw_name(f"x_{name}"), device) for name in INPUT_PARTS}
 
     @property
     def _weight_active(self) -> bool:
         state = self.state
         guarded = state.active(self.scale_guard) or state.active(self.w_fault)
         return bool(guarded or (state.flips and self.operand_faults))
+
+    @property
+    def _input_active(self) -> bool:
+        return self.state.active(self.x_fault) or bool(self.state.flips and self.input_faults)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
@@ -144,20 +175,58 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        if not (state.active(self.x_fault) or self._weight_active or lora_A is not None):
+        if not (self._input_active or self._weight_active or lora_A is not None):
+            x = straight_through(x, self.inputs) if self.inputs else x
             return F.linear(x, self.weight.to(dtype), bias)
         run, x_offset = self.next_run(), state.slice * x.numel()
         x_draw = self._draw(self.x_fault, self.x_key, x, x_offset, run)
+        inputs = self._inputs_of_pass(x, run) if self.inputs else None
         weight = self._weight_of_pass(x, dtype, run)
         if lora_A is not None and self.lora.dropout and self.training:
             lora_A = lora_A * self._kept_features(lora_A, run)
         if state.flip_hook is not None:
+            if inputs is not None:
+                x, _ = inputs(x)
             if x_draw.active:
                 x = state.flip_hook(self.draw_name("x", run), x, x_draw)
             return _product(x, weight(), bias, lora_A, lora_B, self.lora.scaling)
         product = Product(self.lora.scaling, True, self.checkpointed and torch.is_grad_enabled())
-        y: Tensor = _QuantisedMatmul.apply(x, bias, lora_A, lora_B, x_draw, weight, product)
+        y: Tensor = _QuantisedMatmul.apply(x, bias, lora_A, lora_B, x_draw, inputs, weight, product)
         return y
+
+    def _inputs_of_pass(self, x: Tensor, run: int) -> "Inputs":
+        """What makes X̃ of X but for its guard, the same whenever it is called, as below."""
+        offsets: dict[str, int] = {
+            "code": self.state.slice * x.numel(),
+            "scale": self.state.slice * (x.numel() // x.shape[-1]),
+        }
+        alike: dict[str, Tensor] = {"code": x.new_empty(0, dtype=torch.uint8), "scale": x}  # of their dtypes and device
+        draws = {
+            name: self._draw(fault, self.input_keys[name], alike[name], offsets[name], run)
+            for name, fault in self.input_faults.items()
+            if self.state.flips
+        }
+        return partial(self._faulty_inputs, draws, run)
+
+    @torch.no_grad()
+    def _faulty_inputs(self, draws: Mapping[str, Draw], run: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert self.inputs is not None
+        hook, lost = self.state.flip_hook, list[Tensor]()
+
+        def flipped(name: str, operand: Tensor) -> Tensor:
+            if name not in draws:
+                return operand
+            if hook is not None:
+                return hook(self.draw_name(f"x_{name}", run), operand, draws[name])
+            if draws[name].decoder:
+                operand, marks = ops.flip_marked(operand, *draws[name].arguments)
+                lost.append(marks)
+                return operand
+            ops.flip_(operand, *draws[name].arguments)
+            return operand
+
+        y = coded(x, self.inputs, flipped)
+        return y, reduce(torch.logical_or, lost) if lost else None
 
     def _weight_of_pass(self, x: Tensor, dtype: torch.dtype, run: int) -> Callable[[], Tensor]:
         """What makes W̃, the same whenever it is called, with the keys and the tick of this pass."""
@@ -212,7 +281,18 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
 
     def extra_repr(self) -> str:
         guard = f", scale_zero_out_t={self.scale_guard.one}" if self.scale_guard.guarded else ""
-        return f"{super().extra_repr()}, {self.format.name}, {self.operand_faults}{guard}"
+        inputs = f", inputs={self.inputs.name}, {self.input_faults}" if self.inputs else ""
+        return f"{super().extra_repr()}, {self.format.name}, {self.operand_faults}{guard}{inputs}"
+
+
+Inputs = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""X -> (what is computed with but for the guard, where a protection has lost it: None, or of shape (tokens, in) or
+(tokens, 1))."""
+
+
+def _without_flips(fault: Fault) -> Fault:
+    """The guard alone."""
+    return fault._replace(p_exp=0.0, p_frac=0.0, pattern=None)
 
 
 def _guarded(guard: FaultData, where: Draw, scales: Tensor) -> Tensor:
@@ -243,24 +323,27 @@ class _QuantisedMatmul(torch.autograd.Function):
         lora_A: Tensor | None,  # (r, in)
         lora_B: Tensor | None,  # (out, r)
         x_draw: Draw,
+        inputs: Inputs | None,
         make_weight: Callable[[], Tensor],  # (out, in)
         product: Product,
     ) -> Tensor:
-        ctx.x_draw, ctx.make_weight, ctx.product = x_draw, make_weight, product
-        ctx.keeps_x = x_draw.active and product.checkpointed
-        flipped_x, zeroed_x = x, None
+        ctx.x_draw, ctx.inputs, ctx.make_weight, ctx.product = x_draw, inputs, make_weight, product
+        ctx.keeps_x = (x_draw.active or inputs is not None) and product.checkpointed
+        flipped_x, lost, zeroed_x = x, None, None
+        if inputs is not None:
+            flipped_x, lost = inputs(x)
         if ctx.keeps_x and x_draw.zeroes:
-            flipped_x, zeroed_x = ops.flip_marked(x, *x_draw.arguments)
+            flipped_x, zeroed_x = ops.flip_marked(flipped_x, *x_draw.arguments)
         elif x_draw.active:
-            flipped_x = ops.flip(x, *x_draw.arguments)
+            flipped_x = ops.flip(flipped_x, *x_draw.arguments)
         weight = make_weight()
-        kept_x = flipped_x if ctx.keeps_x else x
-        ctx.save_for_backward(kept_x, lora_A, lora_B, weight if product.checkpointed else None, zeroed_x)
+        kept_x, lost = (flipped_x, lost) if ctx.keeps_x else (x, None)
+        ctx.save_for_backward(kept_x, lora_A, lora_B, weight if product.checkpointed else None, zeroed_x, lost)
         return _product(flipped_x, weight, bias, lora_A, lora_B, product.scaling)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, weight, zeroed_x = ctx.saved_tensors
+        x, lora_A, lora_B, weight, zeroed_x, lost = ctx.saved_tensors
         need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
         grad_y = grads[0].reshape(-1, grads[0].shape[-1])  # (n, out)
         grad_x = grad_bias = grad_A = grad_B = None
@@ -270,6 +353,11 @@ class _QuantisedMatmul(torch.autograd.Function):
             if through_b is not None:
                 wide = wide.addmm_(through_b, lora_A.to(x.dtype))
             grad_x = wide.view(x.shape)
+        if ctx.inputs is not None and not ctx.keeps_x:
+            x, lost = ctx.inputs(x)
+        if grad_x is not None:
+            if lost is not None:
+                grad_x.view(wide.shape).masked_fill_(lost, 0)
             if zeroed_x is not None:
                 ops.zero_marked_(zeroed_x, grad_x)
         flipped_x = x
@@ -282,75 +370,90 @@ class _QuantisedMatmul(torch.autograd.Function):
             grad_A = (through_b.T @ flipped_x).to(lora_A.dtype)  # type: ignore[union-attr]
         if need_B:
             grad_B = (grad_y.T @ (flipped_x @ lora_A.to(x.dtype).T)).to(lora_B.dtype) * ctx.product.scaling
-        return grad_x, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, grad_bias, grad_A, grad_B, None, None, None, None
 
 
-# -- which keys of a config are about which weights -------------------------------------------------------------------
+# -- which keys of a config are about which weights and inputs ---------------------------------------------------------
 
 
 def check_parts(spec: BitFlipSpec, layers: Iterable[nn.Module], table: bool) -> None:
-    """Raises ConfigError for faults of weights that are on what the model does not have, one line each.
+    """Raises ConfigError for faults of weights or inputs that are on what the model does not have, one line each.
 
     Args:
         layers: the linear layers that faults are meant for.
         table: whether the embedding is to be faulty, too.
     """
     layers = list(layers)
-    formats = list(dict.fromkeys(layer.format for layer in layers if isinstance(layer, QuantisedLinear)))
-    plain = table or not all(isinstance(layer, QuantisedLinear) for layer in layers)
-    problems = [line for variant in spec.variants() for line in _problems(variant, formats, plain)]
+    quantised = [layer for layer in layers if isinstance(layer, QuantisedLinear)]
+    weights = list(dict.fromkeys(layer.format for layer in quantised))
+    inputs = list(dict.fromkeys(layer.inputs for layer in quantised if layer.inputs))
+    plain = table or len(quantised) < len(layers)
+    plain_inputs = any(getattr(layer, "inputs", None) is None for layer in layers)
+    problems = [
+        line
+        for variant in spec.variants()
+        for line in (*_problems("w", variant, weights, plain), *_problems("x", variant, inputs, plain_inputs))
+    ]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _problems(spec: BitFlipSpec, formats: list[Format], plain: bool) -> Iterator[str]:
+_CALLED: Mapping[Operand, tuple[str, str]] = {
+    "w": ("weights", "model.quantize"),
+    "x": ("inputs", "model.quantize_inputs"),
+}
+
+
+def _problems(operand: Operand, spec: BitFlipSpec, formats: list[Format], plain: bool) -> Iterator[str]:
     given = {key: value for key, value in vars(spec).items() if value not in (None, 0, {}, ())}
+    what, key_of_formats = _CALLED[operand]
     if not formats:
         for key in _OF_PARTS:
-            if key in given and plain:
+            if key.startswith(operand) and key in given and plain:
                 yield (
-                    f"bitflip.{key} = {given[key]!r}: the weights are not quantised (model.quantize); of plain weights "
-                    "w_p_exp and w_p_frac are the keys"
+                    f"bitflip.{key} = {given[key]!r}: the {what} are not quantised ({key_of_formats}); of plain {what} "
+                    f"{operand}_p_exp and {operand}_p_frac are the keys"
                 )
         return
     names = ", ".join(format.name for format in formats)
     if not plain:
-        for key in _OF_NUMBERS:
+        for key in (f"{operand}_{key}" for key in _OF_NUMBERS):
             if key in given:
                 yield (
-                    f"bitflip.{key} = {given[key]!r}: the weights are {names}, of which bits of codes and scales flip; "
-                    "w_code_p, w_scale_p_exp and w_scale_p_frac are the keys"
+                    f"bitflip.{key} = {given[key]!r}: the {what} are {names}, of which bits of codes and scales flip; "
+                    f"{operand}_code_p, {operand}_scale_p_exp and {operand}_scale_p_frac are the keys"
                 )
     for part, name in (("zero", "zero points"), ("global", "float32 numbers that scales are made with")):
-        has = any(PART_OF[operand] == part for format in formats for operand in elements(format))
-        if (key := f"w_{part}_p") in given and not has:
+        has = any(PART_OF[each] == part for format in formats for each in elements(format))
+        if (key := f"{operand}_{part}_p") in given and not has:
             yield f"bitflip.{key} = {given[key]!r}: {names} has no {name}; leave it out"
     for format in formats:
-        yield from _problems_of_bits(spec, given, format)
+        yield from _problems_of_bits(operand, spec, given, format)
 
 
-def _problems_of_bits(spec: BitFlipSpec, given: Mapping[str, Any], format: Format) -> Iterator[str]:
+def _problems_of_bits(operand: Operand, spec: BitFlipSpec, given: Mapping[str, Any], format: Format) -> Iterator[str]:
     floats = [str(dtype).removeprefix("torch.") for dtype in FLOATS] if format.scale == "float" else ["float32"]
     of = elements(format)
-    for part in ("code", "scale"):
+    for part in INPUT_PARTS:  # which are those of a weight that have bits of their own
+        keys = f"{operand}_{part}"
         for element in [of[part]] if of[part] else floats:
             assert element is not None
-            fault = spec.part(part)
+            fault = spec.part(part, operand)
             pattern = fault.pattern
-            if part == "scale" and not LAYOUTS[element].mantissa and "w_scale_p_frac" in given:
+            if part == "scale" and not LAYOUTS[element].mantissa and f"{keys}_p_frac" in given:
                 yield (
-                    f"bitflip.w_scale_p_frac = {given['w_scale_p_frac']!r}: scales of {format.name} are {element}, "
-                    "whose bits are all w_scale_p_exp's; leave it out"
+                    f"bitflip.{keys}_p_frac = {given[f'{keys}_p_frac']!r}: scales of {format.name} are {element}, "
+                    f"whose bits are all {keys}_p_exp's; leave it out"
                 )
             try:
                 p_bits = pattern.bit_probabilities(fault.p_exp, fault.p_frac, element) if pattern else ()
             except ValueError as problem:
                 if of[part] or element == "bfloat16":  # of scales that may be of any dtype, the least
-                    yield f"bitflip.w_{part}_p_bits or w_{part}_protected_bits, of {format.name}: {problem}"
+                    yield f"bitflip.{keys}_p_bits or {keys}_protected_bits, of {format.name}: {problem}"
                 continue
             if pattern and pattern.burst > 1 and len(set(p_bits)) > 1:
                 yield (
-                    f"bitflip.w_burst = {pattern.burst}: runs of bits need one probability for all bits of a "
-                    f"{part}: {'w_scale_p_exp = w_scale_p_frac, ' if part == 'scale' else ''}without p_bits and "
+                    f"bitflip.{operand}_burst = {pattern.burst}: runs of bits need one probability for all bits of a "
+                    f"{part}: {f'{keys}_p_exp = {keys}_p_frac, ' if part == 'scale' else ''}without p_bits and "
                     "protected_bits"
                 )

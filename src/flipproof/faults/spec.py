@@ -23,6 +23,8 @@ OPERANDS: tuple[Operand, ...] = ("w", "x", "kv")
 Part = Literal["code", "scale", "zero", "global"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """Of a quantised weight, as the keys of their faults call them (``quantised.py``)."""
+INPUT_PARTS: tuple[Part, ...] = ("code", "scale")
+"""Of quantised inputs."""
 
 
 def _is_regular(expression: str) -> bool:
@@ -149,6 +151,19 @@ class LayerFaults(Table):
     w_global_p: Probability | None = None
     """Of a quantised weight: probability that a bit of the float32 numbers that its scales are made with is inverted,
     0 to 0.5: the global scale of nvfp4; the nested scales, offset and map of nf4."""
+    x_code_p: Probability | None = None
+    """Of quantised inputs: probability that a bit of a code is inverted, 0 to 0.5. What x_faults, x_burst, x_p_row,
+    row_bytes and x_protection say holds for codes and scales; x_zero_out_t guards the input that is computed with."""
+    x_code_p_bits: BitProbabilities = field(default_factory=dict)
+    """Own probabilities of bits of a code of inputs, over x_code_p."""
+    x_scale_p_exp: Probability | None = None
+    """Of quantised inputs: probability that a sign or exponent bit of a token's scale is inverted, 0 to 0.5."""
+    x_scale_p_frac: Probability | None = None
+    """The same for mantissa bits of a token's scale."""
+    x_scale_p_bits: BitProbabilities = field(default_factory=dict)
+    """Own probabilities of bits of a token's scale, over x_scale_p_exp and x_scale_p_frac."""
+    x_scale_protected_bits: BitNames = ()
+    """Bits of a token's scale that are stored three times, with a vote: p becomes 3p² - 2p³."""
 
 
 LAYER_KEYS = tuple(LayerFaults.declared())
@@ -295,29 +310,28 @@ class BitFlipSpec(LayerFaults):
             return Fault(zero_out_t=t, fitted=fitted)
         return Fault(p_exp, p_frac, t, None if pattern.independent else pattern, fitted)
 
-    def part(self, part: Part) -> Fault:
-        """The fault of one part of a quantised weight."""
-        own = self._part
-        p = own[part, "p"] or 0.0
-        p_exp, p_frac = own[part, "p_exp"] or p, own[part, "p_frac"] or p
-        bits = tuple(own[part, "p_bits"].items())
-        pattern = replace(self.pattern("w"), p_bits=bits, protected_bits=own[part, "protected_bits"])
+    def part(self, part: Part, operand: Operand = "w") -> Fault:
+        """The fault of one part of a quantised weight, or of quantised inputs."""
+        own = self._of_part(operand, part)
+        p = own["p"] or 0.0
+        p_exp, p_frac = own["p_exp"] or p, own["p_frac"] or p
+        bits = tuple(own["p_bits"].items())
+        pattern = replace(self.pattern(operand), p_bits=bits, protected_bits=own["protected_bits"])
         if not (p_exp or p_frac or pattern.p_row or any(p for _, p in bits)):
             return Fault()
         return Fault(p_exp, p_frac, None, None if pattern.independent else pattern)
 
-    @property
-    def _part(self) -> dict[tuple[str, str], Any]:
-        """What the keys of single parts of a quantised weight say: (part, rest of the key) -> value."""
+    def _of_part(self, operand: Operand, part: Part) -> dict[str, Any]:
+        """What the keys of one part say: rest of the key -> value."""
         keys: dict[str, Any] = {"p": None, "p_exp": None, "p_frac": None, "p_bits": {}, "protected_bits": ()}
-        return {(part, key): getattr(self, f"w_{part}_{key}", none) for part in PARTS for key, none in keys.items()}
+        return {key: getattr(self, f"{operand}_{part}_{key}", none) for key, none in keys.items()}
 
     @property
     def stored(self) -> list[Fault]:
-        """The faults of a quantised weight, where there is one: of its parts, and the guards of scales and of what is
-        computed with."""
+        """The faults of a quantised weight, where there is one: of its parts, the guards of scales and of what is
+        computed with, and those of the parts of its inputs."""
         guards = Fault(zero_out_t=self.w_scale_zero_out_t), Fault(zero_out_t=self.w.zero_out_t, fitted=self.w.fitted)
-        return [*map(self.part, PARTS), *guards]
+        return [*map(self.part, PARTS), *guards, *(self.part(part, "x") for part in INPUT_PARTS)]
 
     def pattern(self, operand: Operand) -> Pattern:
         """How the faults of one operand come, apart from how often."""

@@ -43,8 +43,10 @@ class Checkpoint:
     format: Format
     ignore: tuple[str, ...]
     """Layers that are not quantised: names, parts of names, or, in compressed-tensors behind ``re:``, patterns."""
+    inputs: Format | None = None
+    """How inputs of its layers are quantised where it is served, where that is a way that we have, too."""
     activations: bool = False
-    """Whether inputs, outputs or the cache are quantised too where the checkpoint is served. Nothing here does so."""
+    """Whether inputs, outputs or the cache are quantised in other ways there. Nothing here does so."""
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Stored:
         """The weight of one of its layers, from the tensors of the layer by their names in it; errors as of
@@ -149,9 +151,19 @@ def _compressed(config: Mapping[str, Any]) -> Checkpoint:
     format = _format_of_weights(weights)
     if layout not in (_LAYOUTS[format.ungrouped][0], _OTHER_LAYOUTS.get(format.ungrouped)):
         raise _refused("format", layout, f"is not supported for {format.name}")
-    others = "input_activations", "output_activations"
-    activations = any(group.get(key) for key in others) or bool(config.get("kv_cache_scheme"))
-    return Checkpoint("compressed-tensors", format, _names(config, "ignore"), activations)
+    inputs = _format_of_inputs(group.get("input_activations"))
+    others = [group.get("output_activations"), config.get("kv_cache_scheme")]
+    others += [] if inputs else [group.get("input_activations")]
+    return Checkpoint("compressed-tensors", format, _names(config, "ignore"), inputs, any(map(bool, others)))
+
+
+def _format_of_inputs(said: Any) -> Format | None:
+    """Where they are quantised as they come and each token by itself (``inputs.py``)."""
+    if not isinstance(said, Mapping) or said.get("dynamic") is not True or said.get("scale_dtype"):
+        return None
+    if (said.get("num_bits", 8), said.get("strategy"), said.get("symmetric", True)) != (8, "token", True):
+        return None
+    return {"int": FORMATS["int8"], "float": FORMATS["fp8"]}.get(str(said.get("type", "int")))
 
 
 def _format_of_weights(weights: Mapping[str, Any]) -> Format:

@@ -3,15 +3,19 @@
 Codes of 4 bits are packed in pairs, so a layer takes the bits of ``bits_per_weight``. While it runs it takes a byte for
 each code and the whole weight in the dtype that is computed with, which go when it has run. None of it trains, and it
 is in no ``state_dict``: a checkpoint of a training is what trains.
+
+Its inputs may be quantised, too, before they meet the weight (``inputs.py``).
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flipproof.formats.fields import from_bytes, to_bytes
+from flipproof.formats.inputs import straight_through
 from flipproof.formats.quantise import dequantise, quantise
 from flipproof.formats.spec import Format
 from flipproof.formats.stored import Stored
@@ -19,6 +23,9 @@ from flipproof.formats.stored import Stored
 
 class QuantisedLinear(nn.Linear):
     """``nn.Linear`` with a quantised weight (out, in) in the place of the parameter; its bias is one as ever."""
+
+    inputs: Format | None = None
+    """How its inputs are quantised; None where they are not."""
 
     def __init__(self, stored: Stored, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None) -> None:
         """
@@ -63,13 +70,21 @@ class QuantisedLinear(nn.Linear):
         operands = {name: change(name, self.operand(name)) for name in names}
         return Stored(self.format, operands, self.stored_dtype, self._buffers["g_idx"])
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inputs is None:
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return F.linear(straight_through(x, self.inputs), self.weight, self.bias)
+
     @property
     def weight(self) -> Any:  # type: ignore[override]
         """What is computed with, made anew: (out, in)."""
         return dequantise(self.stored(), self.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.format.name}, group={self.format.group}"
+        inputs = f", inputs={self.inputs.name}" if self.inputs else ""
+        return f"{super().extra_repr()}, {self.format.name}, group={self.format.group}{inputs}"
 
 
 def quantised_weights(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.flip_log import FlipCount, FlipLog, Replay, hooked
 from flipproof.faults.inject import fault_state, is_faulty
 from flipproof.faults.quantised import PART_OF
-from flipproof.faults.spec import BitFlipSpec
+from flipproof.faults.spec import INPUT_PARTS, BitFlipSpec
 from flipproof.files import check_new
 from flipproof.log import bar, logger
 from flipproof.measure.arms import ARMS, thresholds_in_words
@@ -294,6 +294,7 @@ def _written(
 _OPERANDS = {"w": "weights", "x": "inputs", "k": "keys", "v": "values"}
 _PARTS = {"code": "codes", "scale": "scales", "zero": "zero points", "global": "numbers that scales are made with"}
 _OPERANDS |= {f"w_{operand}": _PARTS[part] for operand, part in PART_OF.items()}
+_OPERANDS |= {f"x_{part}": f"{_PARTS[part]} of inputs" for part in INPUT_PARTS}
 
 
 def texts_report(prompt: str, texts: dict[str, Text]) -> str:

@@ -160,5 +160,7 @@ def unguarded(spec: BitFlipSpec) -> str:
                 keys[f"{operand}_p_bits"] = bits
                 if operand == "w" and of["w_scale_zero_out_t"] is None:
                     keys |= {key: of[key] for key in ("w_scale_p_exp", "w_global_p")}
+                if operand == "x":
+                    keys["x_scale_p_exp"] = of["x_scale_p_exp"]
                 found |= {f"bitflip.{key} = {value!r} and no {t}": None for key, value in keys.items() if value}
     return ", ".join(found)

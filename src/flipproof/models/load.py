@@ -27,10 +27,12 @@ from flipproof.models.online import attach, read_config
 from flipproof.models.parallelize import cast_to
 from flipproof.models.quantised import (
     checkpoint_of,
+    quantise_inputs_of,
     quantise_on_meta,
     read_and_quantise,
     read_quantised,
     wanted_format,
+    wanted_inputs,
 )
 from flipproof.models.save import save_model
 from flipproof.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -59,7 +61,8 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
     """The ``transformers`` config of the model that the run names.
 
     Raises:
-        ConfigError: for an unknown flavor, one that contradicts the checkpoint, or a config that cannot be read.
+        ConfigError: for an unknown flavor, one that contradicts the checkpoint, a config that cannot be read, or inputs
+            that are to be quantised where weights are not, or otherwise than the checkpoint's are.
     """
     from transformers import LlamaConfig
 
@@ -74,6 +77,8 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
         _check_flavor(config, hf_config, shape)
     else:
         hf_config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # type: ignore[arg-type]
+    if config.quantize_inputs is not None:
+        wanted_inputs(config, checkpoint_of(config, hf_config))
     return hf_config
 
 
@@ -95,6 +100,7 @@ def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Modul
     attach(model)
     if (format := wanted_format(config)) is not None:
         quantise_on_meta(model, format)
+        quantise_inputs_of(model, wanted_inputs(config, None))
     return model
 
 
@@ -112,6 +118,7 @@ def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.
     model = unread_model(_path(config), dtype)
     if (format := wanted_format(config)) is not None:
         quantise_on_meta(model, format)
+        quantise_inputs_of(model, wanted_inputs(config, None))
     return model
 
 
@@ -134,9 +141,13 @@ def load_model(
     hf_config = model_config(config, tokenizer)
     device = device or torch.device("cpu")
     if (checkpoint := checkpoint_of(config, hf_config)) is not None:
-        return read_quantised(_path(config), dtype, checkpoint, hf_config, device, compute_buffers)
+        model = read_quantised(_path(config), dtype, checkpoint, hf_config, device, compute_buffers)
+        quantise_inputs_of(model, wanted_inputs(config, checkpoint))
+        return model
     if (format := wanted_format(config)) is not None:
-        return read_and_quantise(_path(config), dtype, format, device, compute_buffers)
+        model = read_and_quantise(_path(config), dtype, format, device, compute_buffers)
+        quantise_inputs_of(model, wanted_inputs(config, None))
+        return model
     quantised = getattr(hf_config, "quantization_config", None)
     model = read_model(_path(config), dtype)
     if quantised is not None and not getattr(model, "is_quantized", False):

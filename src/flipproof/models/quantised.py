@@ -70,6 +70,30 @@ def checkpoint_of(config: ModelConfig, hf_config: Any) -> Checkpoint | None:
         return None
 
 
+def wanted_inputs(config: ModelConfig, checkpoint: Checkpoint | None) -> Format | None:
+    """How inputs are to be quantised: as ``model.quantize_inputs`` says, or as a checkpoint does.
+
+    Raises:
+        ConfigError: where the two differ, or the weights are not quantised.
+    """
+    own = checkpoint.inputs if checkpoint else None
+    if (name := config.quantize_inputs) is None:
+        return own
+    said = f"model.quantize_inputs = {name!r}"
+    if config.quantize is None and checkpoint is None:
+        raise ConfigError([f"{said}: the weights are plain; quantise them, too (model.quantize), or leave it out"])
+    if own and own.name != name:
+        where = f"{KEY} = {config.hf_model_path!r}"
+        raise ConfigError([f"{said}: the inputs of {where} are {own.name} where it is served; leave it out"])
+    return format_of(name)
+
+
+def quantise_inputs_of(model: nn.Module, inputs: Format | None) -> None:
+    """Have the inputs of all quantised layers quantised so; None leaves them as they are."""
+    for layer in quantised_layers(model).values():
+        layer.inputs = inputs
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Name -> linear layer, all but the output head: those that are quantised."""
     head = output_head(model)
@@ -168,8 +192,10 @@ def read_quantised(
         with about(f"{where}: {name}"):
             _put(model, name, checkpoint.unpack(read_stored(own)), linear[name].weight.dtype, device)
     if checkpoint.activations:
-        logger.warning("%s: its inputs are quantised too where it is served; here they are not", where)
-    logger.info("%s: %d of its layers are quantised (%s), and stay so", where, len(layers), checkpoint.format.name)
+        said = "%s: its activations are quantised in another way, too, where it is served; here they are not"
+        logger.warning(said, where)
+    how = checkpoint.format.name + (f", their inputs {checkpoint.inputs.name}" if checkpoint.inputs else "")
+    logger.info("%s: %d of its layers are quantised (%s), and stay so", where, len(layers), how)
     return _with_rest(model, path, device, finish)
 
 

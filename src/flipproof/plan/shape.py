@@ -80,6 +80,10 @@ def shape_of(config: RunConfig) -> Shape:
             [f"flipproof plan knows decoders of equal blocks with one MLP each; {type(model).__name__} is another kind"]
         )
     if config.model.quantize is not None:
+        if (inputs := config.model.quantize_inputs) is not None:
+            raise ConfigError(
+                [f"model.quantize_inputs = {inputs!r}: flipproof plan does not count what that takes; leave it out"]
+            )
         check_training(config, config.model.quantize)
         without_compilation(config, model)  # which refuses to compile
     frozen = _size(model)

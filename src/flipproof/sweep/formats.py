@@ -47,6 +47,8 @@ def by_format(config: RunConfig) -> dict[str, RunConfig]:
     ]
     if config.model.quantize is not None:
         problems.append(f"model.quantize = {config.model.quantize!r}: {said} says how weights are stored; drop one")
+    if (inputs := config.model.quantize_inputs) is not None:
+        problems.append(f"model.quantize_inputs = {inputs!r}: {said} compares stored weights; leave it out")
     if config.model.init == "random":
         problems.append(f"model.init = 'random': has no weights that {said} could store; name a trained model")
     for key, value in (

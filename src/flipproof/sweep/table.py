@@ -37,7 +37,15 @@ from flipproof.faults.spec import (
 from flipproof.formats.spec import Format
 from flipproof.measure.evaluate import fault_seeds
 from flipproof.sweep.order import Cell, Plan, Rate
-from flipproof.sweep.weights import Flipping, check_quantised, format_of_layers, quantised_keys, stored_bits
+from flipproof.sweep.weights import (
+    Flipping,
+    check_quantised,
+    format_of_layers,
+    input_keys,
+    inputs_of_layers,
+    quantised_keys,
+    stored_bits,
+)
 from flipproof.values import check_all
 
 _SET_BY_A_SWEEP = {"p_bits": "bits", "protection": "protection", "protected_bits": "protection"}
@@ -61,11 +69,9 @@ def resolved(config: RunConfig) -> RunConfig:
         for key, instead in _SET_BY_A_SWEEP.items():
             if (value := getattr(bitflip, f"{operand}_{key}")) not in ("none", (), {}):
                 problems.append(f"bitflip.{operand}_{key} = {value!r}: a sweep takes that from sweep.{instead}")
-    if bitflip.w_scale_protected_bits:
-        problems.append(
-            f"bitflip.w_scale_protected_bits = {bitflip.w_scale_protected_bits!r}: a sweep takes that from "
-            "sweep.protection (tmr-BITS)"
-        )
+    for key in ("w_scale_protected_bits", "x_scale_protected_bits"):
+        if bits := getattr(bitflip, key):
+            problems.append(f"bitflip.{key} = {bits!r}: a sweep takes that from sweep.protection (tmr-BITS)")
     for pattern, override in bitflip.layer_name_to_config.items():
         keys = override if isinstance(override, Mapping) else {}
         if own := [
@@ -249,6 +255,7 @@ class Grid:
         alone = _alone(self.sites)
         self._stored = [layer for layer in layers.values() if layer.site in reached["w"]]
         self.format = self._format_of_weights()
+        self.inputs = inputs_of_layers(self._stored)
         operands = {operand for sites in self.sites if sites not in alone for operand in operands_of(sites)}
         names = list(dict.fromkeys(name for operand in OPERANDS if operand in operands for name in reached[operand]))
         self._skip = _layers(sweep, names) if names else {}
@@ -283,13 +290,15 @@ class Grid:
 
     def _format_of_weights(self) -> Format | None:
         """That of the linear layers that may be faulty; None of plain ones."""
-        stored = [site for site in self.sites if "w" in operands_of(site) and site not in ("head", "embedding")]
+        linear = [site for site in self.sites if site not in ("head", "embedding")]
+        stored = [site for site in linear if "w" in operands_of(site)]
         format = format_of_layers(self._stored)
         if format is None and (parts := [site for site in stored if site in STORED]):
             raise ConfigError(
                 [f"sweep.sites = {', '.join(parts)}: the weights are not quantised (model.quantize, sweep.formats)"]
             )
-        if format is not None and stored:
+        coded = inputs_of_layers(self._stored) and any("x" in operands_of(site) for site in linear)
+        if format is not None and (stored or coded):
             check_quantised(self.config.bitflip, stored, self.bits)
             if any(rate.p_exp != rate.p_frac for rate in self.rates):
                 raise ConfigError(
@@ -306,7 +315,7 @@ class Grid:
 
     def spec(self, cell: Cell) -> BitFlipSpec:
         """The faults of a cell."""
-        return cell_spec(self.config.bitflip, cell, self._skip.get(cell.layers, ()), self.format)
+        return cell_spec(self.config.bitflip, cell, self._skip.get(cell.layers, ()), self.format, self.inputs)
 
     def _stored_bits(self, protection: str) -> dict[str, float]:
         """Site -> bits that are stored for a weight of the linear layers, those of the protection among them."""
@@ -440,13 +449,20 @@ def _without(base: BitFlipSpec, keys: Collection[str]) -> dict[str, Any]:
     }
 
 
-def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = (), format: Format | None = None) -> BitFlipSpec:
+def cell_spec(
+    base: BitFlipSpec,
+    cell: Cell,
+    skip: Sequence[str] = (),
+    format: Format | None = None,
+    inputs: Format | None = None,
+) -> BitFlipSpec:
     """The faults of a cell: those of ``base`` with other probabilities, sites, layers and protection; persistence,
     bursts, rows and thresholds stay.
 
     Args:
         skip: more patterns of layers to leave alone.
         format: of the weights of linear layers, where they are quantised.
+        inputs: of their inputs, where these are.
 
     Raises:
         ValueError: where ``base`` does not go with the cell, such as bursts with single bits.
@@ -468,6 +484,8 @@ def cell_spec(base: BitFlipSpec, cell: Cell, skip: Sequence[str] = (), format: F
     if format is not None and cell.sites not in ("head", "embedding"):
         site = cell.sites if cell.sites in STORED else "w" if "w" in flipping else ""
         changes |= quantised_keys(format, Flipping(site, cell.rate.p, protection.tripled))
+        if inputs is not None:
+            changes |= input_keys(Flipping("x" if "x" in flipping else "", cell.rate.p, protection.tripled))
     guard = _guard_of(base, protection, flipping)
     still = {f"{operand}_p_row" for operand in OPERANDS if operand not in flipping}
     changes |= guard | {"layer_name_to_config": _without(base, guard.keys() | still)}

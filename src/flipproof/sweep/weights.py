@@ -29,7 +29,7 @@ class Flipping(NamedTuple):
     """The part of a cell that is about weights."""
 
     site: str
-    """One of w, code and scale; empty where weights are left alone."""
+    """One of w, code and scale, or x; empty where weights, or inputs, are left alone."""
     p: float
     tripled: Sequence[str]
 
@@ -63,6 +63,19 @@ def quantised_keys(format: Format, flipping: Flipping) -> dict[str, Any]:
     return keys
 
 
+def inputs_of_layers(layers: Iterable[nn.Module]) -> Format | None:
+    """How the inputs of a model's linear layers are quantised, all in one way; None where they are not."""
+    return next((layer.inputs for layer in layers if isinstance(layer, QuantisedLinear)), None)
+
+
+def input_keys(flipping: Flipping) -> dict[str, Any]:
+    """The keys of faults of quantised inputs, codes and scales alike, those of plain inputs off."""
+    keys: dict[str, Any] = {"x_p_exp": None, "x_p_frac": None, "x_p_bits": {}, "x_protected_bits": ()}
+    keys |= {"x_code_p_bits": {}, "x_scale_p_bits": {}}
+    p, keys["x_scale_protected_bits"] = (flipping.p, tuple(flipping.tripled)) if flipping.site else (None, ())
+    return keys | dict.fromkeys(("x_code_p", "x_scale_p_exp", "x_scale_p_frac"), p)
+
+
 def stored_bits(layers: Iterable[Any], plain: str, spec: BitFlipSpec) -> dict[str, float]:
     """Site -> bits that a memory holds for a weight of these layers on average, check bits and copies among them.
 
@@ -93,8 +106,8 @@ def check_quantised(base: BitFlipSpec, sites: Iterable[str], bits: Sequence[str]
     problems = []
     if list(bits) != ["all"]:
         problems.append(
-            f"sweep.bits = {', '.join(bits)}: of quantised weights all bits flip, those of codes or scales alone by "
-            "sweep.sites; leave it out"
+            f"sweep.bits = {', '.join(bits)}: of quantised weights and inputs all bits flip, those of a weight's "
+            "codes or scales alone by sweep.sites; leave it out"
         )
     rows = [spec.w_p_row for spec in base.variants() if spec.w_p_row]
     if rows and (alone := [site for site in sites if site in ("code", "scale")]):
