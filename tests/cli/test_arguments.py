@@ -52,7 +52,7 @@ def said(capsys, *argv):
          "training.local_batch_size"),
         ("train --lr", "--lr: a value is missing"),
         ("train m --p_exp 1", "--p_exp: unknown flag; did you mean --bitflip.w_p_exp or --bitflip.x_p_exp or "
-         "--bitflip.kv_p_exp or --bitflip.w_scale_p_exp?"),
+         "--bitflip.kv_p_exp or --bitflip.w_scale_p_exp or --bitflip.x_scale_p_exp?"),
         ("train --resume runs/x", "--resume = 'runs/x': auto or a checkpoint's name (step-N) is allowed; MODEL comes "
          "first"),
         ("train m --profile maybe", "logging.profile = 'maybe': true or false is allowed"),

@@ -48,13 +48,25 @@ def test_so_are_those_of_other_groups_and_odd_shapes(name, group, shape):
     assert same_tensors(unpack_compressed(expected, stored.format).operands, stored.operands)
 
 
-def test_plain_int8_is_read_too():
-    weight = sample((6, 64), torch.float32)
-    stored = quantise(weight, "int8")
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_integers_are_read_and_written_plain_too(name):
+    weight = sample((6, 256), torch.float32)
+    stored = quantise(weight, name)
     given = {"weight": weight, "weight_scale": stored.operands["scale"]}
-    plain = BaseCompressor.get_value_from_registry("int-quantized").compress(given, scheme("int8"))
+    plain = BaseCompressor.get_value_from_registry("int-quantized").compress(given, scheme(name))
     assert plain["weight"].dtype == torch.int8
-    assert same_tensors(unpack_compressed(plain, FORMATS["int8"]).operands, stored.operands)
+    assert same_tensors(unpack_compressed(plain, FORMATS[name]).operands, stored.operands)
+    assert same_tensors(pack_compressed(stored, plain=True), {key: plain[key] for key in ("weight", "weight_scale")})
+    every = torch.arange(2 ** FORMATS[name].bits, dtype=torch.uint8).repeat(1, 128)
+    whole = Stored(replace(FORMATS[name], group=None), {"code": every, "scale": torch.ones(1, 1)}, torch.float32)
+    back = unpack_compressed(pack_compressed(whole, plain=True), whole.format)
+    assert torch.equal(back.operands["code"], every)
+
+
+def test_a_plain_number_that_int4_does_not_have_is_refused():
+    given = {"weight": torch.tensor([[7, -8, 8]], dtype=torch.int8), "weight_scale": torch.ones(1, 1)}
+    with pytest.raises(ConfigError, match="weight holds numbers beyond −8 to 7, those of int4"):
+        unpack_compressed(given, format_of("int4", -1))
 
 
 def test_a_flip_is_the_same_in_twos_complement():

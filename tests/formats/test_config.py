@@ -5,6 +5,7 @@ import json
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from quantised import COMPRESSED, PLAIN_NF4, same, scheme
 from safetensors.torch import load_file, save_file
@@ -198,9 +199,7 @@ def test_how_inputs_are_quantised_is_said_and_whether_anything_else_is(config, i
 def test_inputs_are_read_of_what_compressed_tensors_writes(preset, inputs):
     scheme = preset_name_to_scheme(preset, ["Linear"])
     written = json.loads(QuantizationConfig(config_groups={"group_0": scheme}).model_dump_json())
-    layout = {"W8A8": "int-quantized", "FP8_DYNAMIC": "float-quantized"}.get(preset, "pack-quantized")
-    layout = {"NVFP4": "nvfp4-pack-quantized", "MXFP8": "mxfp8-quantized"}.get(preset, layout)
-    read = read_quantization_config(written | {"format": layout})
+    read = read_quantization_config(written | {"format": infer_module_format(torch.nn.Linear, scheme).value})
     assert (read.inputs and read.inputs.name, read.activations) == (inputs, preset in ("NVFP4", "MXFP8"))
 
 
@@ -219,7 +218,7 @@ def test_plain_int8_and_the_format_beside_the_groups_are_read():
     (compressed(config_groups={"a": {}, "b": {}}), "config_groups = .* is not one group"),
     (compressed(targets=["re:.*q_proj"]), r"targets = .* is not \['Linear'\], all linear layers"),
     (compressed(format="marlin-24"), "format = 'marlin-24' is not supported for int4"),
-    (compressed(format="int-quantized"), "format = 'int-quantized' is not supported for int4"),
+    (compressed(weights={"symmetric": False}, format="int-quantized"), "format = 'int-quantized' is not .* int4-asym"),
     (compressed(weights={"num_bits": 3}), "weights = .* is not supported"),
     (compressed(weights={"strategy": "block"}), "weights = .* is not supported"),
     (compressed(weights={"strategy": ["group"]}), "weights = .* is not supported"),
@@ -243,6 +242,28 @@ def test_plain_int8_and_the_format_beside_the_groups_are_read():
 def test_others_are_refused_by_name(config, message):
     with pytest.raises(ConfigError, match=f"^quantization_config: {message}"):
         read_quantization_config(config)
+
+
+@pytest.mark.parametrize(("format", "inputs", "preset"), [
+    ("int8", "int8", "W8A8"), ("int4", "int8", "W4A8"), ("fp8", "fp8", "FP8_DYNAMIC"), ("int4", "fp8", "W4AFP8"),
+])  # fmt: skip
+def test_inputs_are_written_as_compressed_tensors_does(format, inputs, preset):
+    theirs = preset_name_to_scheme(preset, ["Linear"])
+    ours = quantization_config(FORMATS[format], inputs=FORMATS[inputs])
+    assert ours["format"] == infer_module_format(torch.nn.Linear, theirs).value
+    group = QuantizationConfig.model_validate(ours).config_groups["group_0"]
+    for key in ("num_bits", "type", "strategy", "symmetric", "dynamic", "group_size"):
+        assert getattr(group.input_activations, key) == getattr(theirs.input_activations, key)
+        assert getattr(group.weights, key) == getattr(theirs.weights, key)
+    assert read_quantization_config(ours).inputs == FORMATS[inputs]
+
+
+@pytest.mark.parametrize("name", ["int4-asym", "nf4", "mxfp8", "nvfp4"])
+def test_inputs_beside_other_weights_are_not_written(name):
+    with pytest.raises(
+        ConfigError, match=f"^no checkpoint holds {name} with int8 inputs; weights may be int8, int4, fp8$"
+    ):
+        quantization_config(FORMATS[name], inputs=FORMATS["int8"])
 
 
 def test_no_config_says_e5m2():

@@ -323,6 +323,35 @@ def test_a_quantised_export_is_opened_by_transformers_and_by_us(run, tmp_path, t
             torch.testing.assert_close(theirs(token_ids).logits.float(), logits, **close)
 
 
+@pytest.mark.parametrize(("name", "inputs"), [("int8", "int8"), ("fp8", "fp8")])
+def test_an_export_with_quantised_inputs_is_the_same_model_elsewhere(run, tmp_path, token_ids, name, inputs):
+    from flipproof.config import ModelConfig
+    from flipproof.models.load import load_model
+
+    export(run, tmp_path / "out", quantize=name, quantize_inputs=inputs)
+    ours = load_model(ModelConfig(hf_model_path=str(tmp_path / "out")), byte_tokenizer(), "float32", 0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = ours(token_ids).logits
+        assert torch.equal(logits, theirs(token_ids).logits)
+        for layer in ours.modules():
+            if isinstance(layer, torch.nn.Linear) and hasattr(layer, "inputs"):
+                assert layer.inputs.name == inputs
+                layer.inputs = None
+        assert not torch.equal(logits, ours(token_ids).logits)
+
+
+def test_quantised_inputs_need_weights_that_go_with_them(run, tmp_path):
+    for name, problem in (
+        (None, "--quantize-inputs int8: the weights are plain"),
+        ("mxfp4", "no checkpoint holds mxfp4"),
+    ):
+        with pytest.raises(ConfigError, match=problem) as error:
+            export(run, tmp_path / "new", quantize=name, quantize_inputs="int8")
+        assert len(error.value.problems) == 1
+        assert not (tmp_path / "new").exists()
+
+
 def test_formats_that_no_checkpoint_has_and_groups_that_do_not_divide_are_refused(run, tmp_path):
     for name, kind, problem in (
         ("fp8-e5m2", "model", "no checkpoint holds fp8-e5m2"),

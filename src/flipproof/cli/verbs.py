@@ -136,7 +136,7 @@ def _export(args: Namespace) -> None:
         raise ConfigError([f"{args.run} holds no run ({CONFIG} is missing)"])
     from flipproof.train.export import export
 
-    _say(export(args.run, args.to, args.format, args.step, args.quantize))
+    _say(export(args.run, args.to, args.format, args.step, args.quantize, args.quantize_inputs))
 
 
 def _demo(args: Namespace) -> None:
@@ -453,6 +453,7 @@ VERBS = {
             ),
             _flag("--step", "That step's checkpoint; default: the last one.", "N", int),
             _flag("--quantize", "A model in this format: int8, int4, fp8, nf4, mxfp4, nvfp4, …", "FORMAT"),
+            _flag("--quantize-inputs", "Its inputs, too, token by token.", "int8|fp8", Literal["int8", "fp8"]),
         ),
         ("flipproof export runs/default --to merged", "flipproof export runs/default --to adapter --format adapter"),
     ),

@@ -9,8 +9,9 @@
 | mxfp4 | weight_packed uint8, two codes a byte, the first in the low half; weight_scale uint8, E8M0 |
 | nvfp4 | the same, weight_scale float8_e4m3fn; weight_global_scale float32 (1,) |
 
-Of int8 there is a plain layout too, weight int8 in two's complement, which is read as well. Nothing else of a layer is
-looked at: scales of inputs, which some checkpoints have, are the caller's.
+Where inputs are quantised, too, int8 and int4 have a plain layout: weight int8 in two's complement, of int4 from −8 to
+7, and weight_scale. Nothing else of a layer is looked at: scales of inputs, which some checkpoints have, are the
+caller's.
 """
 
 from collections.abc import Mapping
@@ -27,8 +28,11 @@ from flipproof.formats.stored import Stored
 _E4M3 = torch.float8_e4m3fn
 
 
-def pack_compressed(stored: Stored) -> dict[str, Tensor]:
+def pack_compressed(stored: Stored, plain: bool = False) -> dict[str, Tensor]:
     """The tensors of a layer.
+
+    Args:
+        plain: integers in the plain layout.
 
     Raises:
         ConfigError: for what compressed-tensors has no layout for: e5m2, groups that ``g_idx`` says, a zero point of
@@ -44,6 +48,8 @@ def pack_compressed(stored: Stored) -> dict[str, Tensor]:
     code, scale = operands["code"], operands["scale"]
     match format.code:
         case "int":
+            if plain:
+                return {"weight": (code - 2 ** (format.bits - 1)).view(torch.int8), "weight_scale": scale}
             shape = torch.tensor(stored.shape, dtype=torch.int64)
             found = {"weight_packed": to_words(code, format.bits), "weight_scale": scale, "weight_shape": shape}
             return found | ({"weight_zero_point": _packed_zeros(stored)} if format.zero else {})
@@ -90,8 +96,12 @@ def unpack_compressed(tensors: Mapping[str, Tensor], format: Format) -> Stored:
 
 def _integers(tensors: Mapping[str, Tensor], format: Format) -> Stored:
     scale = part(tensors, "weight_scale", FLOATS, 2)
-    if format.bits == 8 and "weight" in tensors:
-        code = part(tensors, "weight", torch.int8, 2).view(torch.uint8) ^ 0x80
+    if not format.zero and "weight" in tensors:
+        half = 2 ** (format.bits - 1)
+        weight = part(tensors, "weight", torch.int8, 2)
+        if format.bits < 8 and bool(((weight < -half) | (weight >= half)).any()):
+            raise ConfigError([f"weight holds numbers beyond −{half} to {half - 1}, those of {format.name}"])
+        code = weight.view(torch.uint8) + half
     else:
         words = part(tensors, "weight_packed", torch.int32, 2)
         rows, columns = _shape(part(tensors, "weight_shape", torch.int64, 1))

@@ -30,8 +30,10 @@ _LAYOUTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mxfp4": ("mxfp4-pack-quantized", {"scale_dtype": "torch.uint8"}),
     "nvfp4": ("nvfp4-pack-quantized", {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}),
 }
-_OTHER_LAYOUTS = {"int8": "int-quantized", "fp8": "naive-quantized"}
+_OTHER_LAYOUTS = {"int8": "int-quantized", "int4": "int-quantized", "fp8": "naive-quantized"}
 """Which a format is read from as well."""
+_WITH_INPUTS = {"int8": "int-quantized", "int4": "int-quantized", "fp8": "float-quantized"}
+"""Where inputs are quantised, too."""
 _HEAD = ("lm_head",)
 
 
@@ -58,7 +60,9 @@ class Checkpoint:
         return by_method.get(self.method, unpack)(tensors, self.format)
 
 
-def quantization_config(format: Format, ignore: Sequence[str] = _HEAD, dtype: str = "bfloat16") -> dict[str, Any]:
+def quantization_config(
+    format: Format, ignore: Sequence[str] = _HEAD, dtype: str = "bfloat16", inputs: Format | None = None
+) -> dict[str, Any]:
     """What config.json says where all linear layers but those of ``ignore`` are as ``pack`` packs them.
 
     The layout is there twice: compressed-tensors looks for it in the group, vLLM beside it. Without the status, a model
@@ -68,10 +72,14 @@ def quantization_config(format: Format, ignore: Sequence[str] = _HEAD, dtype: st
         format: of the weights.
         ignore: names of layers, or, but for nf4, patterns behind ``re:``.
         dtype: which nf4 is computed in.
+        inputs: how inputs are quantised as they come (``inputs.py``); integers are then packed ``plain``.
 
     Raises:
-        ConfigError: for fp8-e5m2, which no checkpoint has.
+        ConfigError: for fp8-e5m2, which no checkpoint has, and for inputs beside weights that have none there.
     """
+    if inputs and format.name not in _WITH_INPUTS:
+        allowed = ", ".join(_WITH_INPUTS)
+        raise ConfigError([f"no checkpoint holds {format.name} with {inputs.name} inputs; weights may be {allowed}"])
     if format.code == "nf4":
         return {
             "quant_method": "bitsandbytes",
@@ -88,18 +96,15 @@ def quantization_config(format: Format, ignore: Sequence[str] = _HEAD, dtype: st
     if format.ungrouped not in _LAYOUTS:
         raise ConfigError([f"no checkpoint holds {format.name}; {_SUPPORTED}"])
     layout, details = _LAYOUTS[format.ungrouped]
+    layout = _WITH_INPUTS[format.ungrouped] if inputs else layout
     grouped = {"strategy": "group", "group_size": format.group} if format.group else {"strategy": "channel"}
-    weights = {
-        "num_bits": format.bits,
-        "type": "int" if format.code == "int" else "float",
-        "symmetric": not format.zero,
-        "dynamic": False,
-    }
+    weights = _arguments(format)
+    tokens = _arguments(inputs) | {"dynamic": True, "strategy": "token"} if inputs else None
     group = {
         "targets": ["Linear"],
         "format": layout,
         "weights": weights | grouped | details,
-        "input_activations": None,
+        "input_activations": tokens,
         "output_activations": None,
     }
     return {
@@ -108,6 +113,15 @@ def quantization_config(format: Format, ignore: Sequence[str] = _HEAD, dtype: st
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(ignore),
+    }
+
+
+def _arguments(format: Format) -> dict[str, Any]:
+    return {
+        "num_bits": format.bits,
+        "type": "int" if format.code == "int" else "float",
+        "symmetric": not format.zero,
+        "dynamic": False,
     }
 
 

@@ -10,13 +10,16 @@ from flipproof.formats.spec import Format, format_of
 from flipproof.formats.stored import Stored
 
 
-def pack(stored: Stored) -> dict[str, Tensor]:
+def pack(stored: Stored, plain: bool = False) -> dict[str, Tensor]:
     """The tensors of a layer, by their names in it: those of compressed-tensors, and for nf4 those of bitsandbytes.
+
+    Args:
+        plain: as ``pack_compressed`` has it.
 
     Raises:
         ConfigError: for what has no layout there, as fp8-e5m2.
     """
-    return pack_nf4(stored) if stored.format.code == "nf4" else pack_compressed(stored)
+    return pack_nf4(stored) if stored.format.code == "nf4" else pack_compressed(stored, plain)
 
 
 def unpack(tensors: Mapping[str, Tensor], format: str | Format) -> Stored:

@@ -296,12 +296,15 @@ def check_training(config: RunConfig, name: str) -> None:
 
 
 @torch.no_grad()
-def save_quantised(model: Any, directory: Path, tokenizer: Any, format: Format, what: str) -> None:
+def save_quantised(
+    model: Any, directory: Path, tokenizer: Any, format: Format, what: str, inputs: Format | None = None
+) -> None:
     """Write a Hugging Face model, adapters merged, whose linear layers but the head are quantised; ``transformers``
     opens it with the library that has the layout. For one process. The model stays as it is.
 
     Args:
         what: what a message calls the weights.
+        inputs: how inputs are to be quantised where it is served.
 
     Raises:
         ConfigError: for a format that no checkpoint has, in-features that a group does not divide, or a weight that is
@@ -310,7 +313,7 @@ def save_quantised(model: Any, directory: Path, tokenizer: Any, format: Format, 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head, shards = output_head(model), Shards(directory)
     left = [name for name, module in layers.items() if module is head or (head is None and name in HEAD_NAMES)]
-    said = quantization_config(format, left, dtype_name(model.dtype))
+    said = quantization_config(format, left, dtype_name(model.dtype), inputs)
     state = model.state_dict()
     for name in names_to_write(model):
         layer, _, key = name.rpartition(".")
@@ -325,7 +328,7 @@ def save_quantised(model: Any, directory: Path, tokenizer: Any, format: Format, 
             shards.add(name_in_files(model, name, tensor), tensor)
             continue
         with about(layer):
-            packed = pack(quantise(tensor, format))
+            packed = pack(quantise(tensor, format), plain=inputs is not None)
         for own, part in packed.items():
             shards.add(f"{layer}.{own}", part)
     shards.finish()

@@ -32,6 +32,7 @@ def export(
     kind: Literal["model", "adapter"] = "model",
     step: int | None = None,
     quantize: str | None = None,
+    quantize_inputs: str | None = None,
 ) -> Path:
     """Write the last checkpoint of a run, finished or not, or that of a step, into the new directory ``to``, which
     is whole or not there; with a card, and with the fitted guards that it was trained behind, if any; of merged weights
@@ -41,6 +42,7 @@ def export(
         kind: "model" for a Hugging Face model with the adapters merged, "adapter" for PEFT.
         quantize: a format by name, which the linear layers of a model are written in, all but the head; guards stay
             behind, being of other weights.
+        quantize_inputs: int8 or fp8, in which inputs of these layers are quantised where it is served.
 
     Raises:
         ConfigError: where there is no run or checkpoint, ``to`` exists or cannot be written, or a weight is not
@@ -63,8 +65,13 @@ def export(
             raise ConfigError([f"--step {step}: {run_dir} has checkpoints of steps {there}"])
         checkpoints = chosen
     format = None if quantize is None else format_of(quantize)
+    inputs = None if quantize_inputs is None else format_of(quantize_inputs)
+    if inputs is not None and format is None:
+        raise ConfigError(
+            [f"--quantize-inputs {quantize_inputs}: the weights are plain; name their format (--quantize)"]
+        )
     if format is not None:
-        quantization_config(format)
+        quantization_config(format, inputs=inputs)
         if kind == "adapter":
             raise ConfigError([f"--quantize {quantize}: adapters are not quantised; leave out --format adapter"])
     if kind == "adapter" and not config.lora.r:
@@ -90,7 +97,7 @@ def export(
             with new_directory(to, world) as new:
                 if format is not None:
                     guards = None
-                    save_quantised(model, new, tokenizer, format, what)
+                    save_quantised(model, new, tokenizer, format, what, inputs)
                 else:
                     write_weights(new, kind, model, config, tokenizer, world, what, guards)
                 text = card(config, run_dir, kind, to.name, done, model)
@@ -98,6 +105,7 @@ def export(
         except (OSError, SafetensorError) as error:
             raise ConfigError([f"--to {to} cannot be written: {error}"]) from error
     kind_of = "PEFT adapter" if kind == "adapter" else "Hugging Face model" + (f" in {quantize}" if quantize else "")
+    kind_of += f", its inputs {quantize_inputs}" if quantize_inputs else ""
     opened = ", which flipproof opens, transformers alone does not" if rotates(model) else ""
     logger.info("step %d of %s as a %s%s", done, run_dir, kind_of, opened)
     if guards:
