@@ -11,7 +11,7 @@ from flipproof.plan.recommend import recommend
 
 
 def test_every_gpu_has_a_peak_and_a_name_that_cuda_knows():
-    assert {name: gpu.peak / 1e12 for name, gpu in GPUS.items()} == {
+    assert {name: gpu.peak(2) / 1e12 for name, gpu in GPUS.items()} == {
         "a100-40": 312.0,
         "a100-80": 312.0,
         "h100": 989.4,
@@ -87,7 +87,7 @@ def test_recommend_counts_with_the_bench_too(tmp_path):
 def test_a_gpu_that_the_table_lacks_has_its_own_name_and_the_memory_and_link_of_the_one_named(tmp_path):
     gpu = benched(GPUS["h200"], write(tmp_path / "b.json", "NVIDIA H20", 120.0, 3600.0))
     assert (gpu.name, gpu.memory, gpu.link) == ("H20", GPUS["h200"].memory, GPUS["h200"].link)
-    assert (gpu.peak, gpu.bandwidth) == (pytest.approx(150e12), pytest.approx(4000))
+    assert (gpu.peak(2), gpu.bandwidth) == (pytest.approx(150e12), pytest.approx(4000))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Against peaks that PyTorch allocated on H100s and H200s (benchmarks/README.md), which came from no formula."""
 
 import statistics
+from dataclasses import replace
 
 import pytest
 from planned import SHARDED, config_of, shape
@@ -44,6 +45,14 @@ RECORDED = [  # a step of two micro-batches, of which the second became a CUDA g
 ]
 
 
+OFFLOADED = [("clm-1.1B", 2048, 27.46), ("clm-60M", 1024, 3.27)]
+"""From scratch, 8 rows on each of two GPUs, everything kept, the rest in the CPU's memory; sequence length."""
+
+
+IN_FLOAT32 = [("everything", 24.19), ("products", 20.37), ("nothing", 5.37)]
+"""Of clm-200M from scratch, 8 x 1024 tokens, whose attention holds its scores."""
+
+
 def predicted():
     """(what, GiB predicted, GiB measured) of each row."""
     for flavor, spread, rows, kept, more, faults, measured in ADAPTED:
@@ -62,6 +71,16 @@ def predicted():
         sizes = shape("clm-1.1B", lora=False)
         found = memory(sizes, config_of("clm-1.1B", 8, lora=False), spread, in_all(sizes, kept))
         yield f"1.1B {spread} {kept}", found.allocated, measured
+    for flavor, seq_len, measured in OFFLOADED:
+        config = config_of(flavor, 8, lora=False, faults=False, seq_len=seq_len)
+        config = replace(config, parallelism=replace(config.parallelism, cpu_offload=True))
+        sizes = shape(flavor, lora=False, faults=False)
+        found = memory(sizes, config, Spread(2, 1, node=1), in_all(sizes, "everything"))
+        yield f"{flavor} offloaded", found.allocated, measured
+    for kept, measured in IN_FLOAT32:
+        config = config_of("clm-200M", 8, False, False, 1024, dtype="float32", mixed_precision_param=None)
+        sizes = shape("clm-200M", lora=False, faults=False)
+        yield f"clm-200M in float32 {kept}", memory(sizes, config, ALONE, in_all(sizes, kept)).allocated, measured
     for flavor, rows, kept, measured in TRIED:
         config = config_of(flavor, rows, lora=False)
         sizes = shape(flavor, lora=False)

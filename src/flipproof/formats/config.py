@@ -77,7 +77,7 @@ def quantization_config(
     Raises:
         ConfigError: for fp8-e5m2, which no checkpoint has, and for inputs beside weights that have none there.
     """
-    if inputs and format.name not in _WITH_INPUTS:
+    if inputs and format.ungrouped not in _WITH_INPUTS:
         allowed = ", ".join(_WITH_INPUTS)
         raise ConfigError([f"no checkpoint holds {format.name} with {inputs.name} inputs; weights may be {allowed}"])
     if format.code == "nf4":

@@ -40,7 +40,7 @@ from flipproof.models.load import compute_context
 from flipproof.models.loss import next_token_loss
 from flipproof.models.parallelize import Gradients, blocks, parallelize, slots
 from flipproof.models.quantised import without_compilation
-from flipproof.plan.memory import Kept, Spread
+from flipproof.plan.memory import WORKSPACES, Kept, Spread
 from flipproof.plan.shape import make_faulty, without_weights
 from flipproof.train.optimizer import make_optimizer
 from flipproof.world import World, arrange
@@ -79,7 +79,7 @@ def dry_run(config: RunConfig, spread: Spread, kept: Kept) -> int:
             step()  # compiles, and makes AdamW's moments
             with seen:
                 step()
-    return seen.most
+    return seen.most + WORKSPACES
 
 
 @contextmanager

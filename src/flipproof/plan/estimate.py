@@ -10,7 +10,7 @@ from flipproof.models.build import with_trainable_weights
 from flipproof.models.load import byte_tokenizer
 from flipproof.models.recompute import LEVELS, Keep
 from flipproof.plan.gpus import Gpu, benched, gpu_called
-from flipproof.plan.memory import Kept, Memory, Spread, in_all, memory, needed_for
+from flipproof.plan.memory import Kept, Memory, Spread, computed_bytes, in_all, memory, needed_for
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
 from flipproof.train.start import held_dtype, resolve_steps
@@ -271,7 +271,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
     return {
         "model": asdict(plan.shape) | {"parameters": plan.shape.parameters},
         "gpu": {key: getattr(plan.gpu, key) for key in ("name", "memory", "bandwidth", "link")}
-        | {"peak_flops": plan.gpu.peak},
+        | {"peak_flops": plan.gpu.peak(computed_bytes(plan.config))},
         "gpus": plan.spread.gpus,
         "shards": plan.spread.shards,
         "replicas": plan.spread.replicas,
@@ -328,6 +328,7 @@ def as_text(plan: Plan) -> str:
         lines.append("  it does NOT fit")
     lines.append("  the largest local_batch_size that fits, by what blocks keep:")
     lines += [f"    {_SAYS[level]}: {rows or 'none'}" for level, rows in plan.rows.items()]
+    peak = plan.gpu.peak(computed_bytes(plan.config))
     beside_them = "flips and dequantisation" if shape.stored else "flips and merges"
     beside = (
         f", communication {pace_.communication:.2f} beside them, which slows them by {pace_.slowed:.2f} and leaves "
@@ -335,7 +336,7 @@ def as_text(plan: Plan) -> str:
     )
     lines.append(
         f"\na step of {pace_.tokens:,} tokens: {pace_.seconds:.2f} s (products {pace_.products:.2f} at "
-        f"{plan.request.efficiency:.0%} of {plan.gpu.peak / 1e12:.0f} TFLOP/s, {beside_them} {pace_.flips:.2f}"
+        f"{plan.request.efficiency:.0%} of {peak / 1e12:.0f} TFLOP/s, {beside_them} {pace_.flips:.2f}"
         f"{beside if spread.gpus > 1 else ''}{f', AdamW on the CPU {pace_.adam:.2f}' if pace_.adam else ''})"
     )
     price = "" if plan.cost is None else f", {plan.cost:,.2f} at {plan.request.price:g} a GPU-hour"

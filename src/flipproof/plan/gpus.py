@@ -30,12 +30,15 @@ class Gpu(NamedTuple):
     """To the other GPUs of its node, in each direction, in 10⁹ bytes a second: NVLink's, or PCI Express's."""
     host: float
     """To the CPU's memory, in each direction, in 10⁹ bytes a second: PCI Express's."""
+    float32: float
+    """10¹² FLOPs a second in float32, without TF32, which PyTorch leaves off."""
     measured_peak: float | None = None
-    """What ``peak`` is in the place of the data sheet's."""
+    """What ``peak`` is in 16 bits in the place of the data sheet's."""
 
-    @property
-    def peak(self) -> float:
-        """Dense FLOPs a second in bfloat16."""
+    def peak(self, size: int) -> float:
+        """Dense FLOPs a second in numbers of ``size`` bytes."""
+        if size == 4:
+            return self.float32 * 1e12
         if self.measured_peak is not None:
             return self.measured_peak
         peak = peak_flops_by_name(self.name, torch.bfloat16)
@@ -44,14 +47,14 @@ class Gpu(NamedTuple):
 
 
 GPUS: dict[str, Gpu] = {
-    "a100-40": Gpu("A100-SXM4-40GB", 39.4, 1555, 300, 32),
-    "a100-80": Gpu("A100-SXM4-80GB", 79.3, 2039, 300, 32),
-    "h100": Gpu("H100 80GB HBM3", 79.6, 3350, 450, 64),
-    "h200": Gpu("H200", 140.4, 4800, 450, 64),
-    "b200": Gpu("B200", 179.0, 8000, 900, 64),
-    "l40s": Gpu("L40S", 44.9, 864, 32, 32),
-    "4090": Gpu("GeForce RTX 4090", 24.0, 1008, 32, 32),
-    "5090": Gpu("GeForce RTX 5090", 31.8, 1792, 64, 64),
+    "a100-40": Gpu("A100-SXM4-40GB", 39.4, 1555, 300, 32, 19.5),
+    "a100-80": Gpu("A100-SXM4-80GB", 79.3, 2039, 300, 32, 19.5),
+    "h100": Gpu("H100 80GB HBM3", 79.6, 3350, 450, 64, 66.9),
+    "h200": Gpu("H200", 140.4, 4800, 450, 64, 66.9),
+    "b200": Gpu("B200", 179.0, 8000, 900, 64, 75.0),
+    "l40s": Gpu("L40S", 44.9, 864, 32, 32, 91.6),
+    "4090": Gpu("GeForce RTX 4090", 24.0, 1008, 32, 32, 82.6),
+    "5090": Gpu("GeForce RTX 5090", 31.8, 1792, 64, 64, 104.8),
 }
 """By the names of ``--gpu``."""
 

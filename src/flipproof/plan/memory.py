@@ -117,6 +117,14 @@ def reduced_bytes(config: RunConfig) -> int:
     return _BYTES[config.training.mixed_precision_reduce]
 
 
+def scores(shape: Shape, config: RunConfig) -> int:
+    """Bytes for a token of what attention weighs all others by, where a block computes with them: in float32, with keys
+    that several heads share, PyTorch has no kernel on a GPU that does without. Each head has then its own keys and
+    values, too."""
+    whole = computed_bytes(config) == 4 and shape.keys < shape.queries
+    return 4 * (shape.heads * config.training.seq_len + 2 * (shape.queries - shape.keys)) if whole else 0
+
+
 def activations(shape: Shape, config: RunConfig, kept: Keep) -> float:
     """Bytes of a block that a token leaves for backward."""
     if shape.stored:
@@ -128,7 +136,9 @@ def activations(shape: Shape, config: RunConfig, kept: Keep) -> float:
         "everything": 4 * h + 2 * a + 2 * k + 3 * f,
         "weights": 4 * h + 2 * a + 2 * k + 3 * f,
     }[kept]
-    size = float(values * computed_bytes(config) + (0 if kept == "nothing" else 4 * shape.heads))
+    size = float(values * computed_bytes(config))
+    if kept != "nothing":
+        size += scores(shape, config) or 4 * shape.heads
     if kept == "weights" and shape.faulty:
         size += (3 * h + a) * computed_bytes(config) + (5 * h + a + f) / 8
     return size
@@ -150,6 +160,11 @@ def _kept_weights(shape: Shape, config: RunConfig, kept: Keep, sharded: bool) ->
 def codes_flip(config: RunConfig) -> bool:
     """Whether those of quantised weights do."""
     return any(variant.part("code").flips for variant in config.bitflip.variants())
+
+
+WORKSPACES = 4 * 2**25
+"""Bytes that cuBLAS takes of PyTorch: 32 MiB on a Hopper for each thread and stream that multiplies, forward's and
+backward's, as kernels and as a graph is recorded (benchmarks/README.md)."""
 
 
 def in_all(shape: Shape, level: Keep) -> Kept:
@@ -199,6 +214,7 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
         loss = 2 * min(HELD_LOGITS, logits) * c + 2 * tokens * h * c
     loss += 4 * (shape.head or shape.embedding) * trains
     block: float = tokens * c * {"nothing": 6 * f + 6 * h, "products": 4 * f + 4 * h}.get(least, 3 * f + 4 * h)
+    block += 2 * tokens * scores(shape, config)
     block += 2 * c * shape.largest if (shape.faulty or config.lora.r) else 0
     if shape.stored:
         made = quantised.made_with(format_of(str(config.model.quantize)), c, codes_flip(config))
@@ -224,5 +240,5 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
         },
     }
     when = max(phases, key=lambda name: sum(phases[name].values()))
-    parts = always | phases[when] | {"kept weights": kept_weights}
+    parts = always | phases[when] | {"kept weights": kept_weights, "cuBLAS": WORKSPACES}
     return Memory({name: size for name, size in parts.items() if size}, when, host)

@@ -84,7 +84,7 @@ def pace(
     left_out = 0 if shape.stored else shape.largest / shape.products  # by blocks that are compiled
     again = shape.forward_flops * (1 - left_out) * kept.get("nothing", 0) / shape.blocks
     flops = shape.flops + again
-    products = tokens * flops / (gpu.peak * efficiency)
+    products = tokens * flops / (gpu.peak(c) * efficiency)
     flips = accumulation * _flipped_bytes(shape, config, kept) / (gpu.bandwidth * 1e9 * OF_BANDWIDTH)
 
     trained = shape.adapters * shape.blocks if config.lora.r else shape.parameters

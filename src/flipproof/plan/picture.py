@@ -17,7 +17,7 @@ _PARTS = {
     "activations": ("activations",),
     "kept weights": ("kept weights",),
     "gathered": ("gathered",),
-    "at work": ("a block at work", "loss"),
+    "at work": ("a block at work", "loss", "cuBLAS"),
 }
 """What a colour stands for: parts of ``Memory``, which are at most at one time or belong together."""
 _GIB = 2**30
