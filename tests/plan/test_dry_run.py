@@ -114,10 +114,12 @@ def test_what_stays_was_written():
 
 def test_a_plan_says_it(tiny_llama, tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path)
-    plan = ["plan", str(tmp_path), "--training.seq_len", "32", "--gpus", "1"]
+    training = {"seq_len": 32, "mixed_precision_param": "bfloat16"}
+    plan = ["plan", str(tmp_path), *(word for k, v in training.items() for word in (f"--training.{k}", str(v)))]
+    plan += ["--gpus", "1"]
     assert main([*plan, "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["memory"]
-    config = load_config([], {"model": {"hf_model_path": str(tmp_path)}, "training": {"seq_len": 32}})
+    config = load_config([], {"model": {"hf_model_path": str(tmp_path)}, "training": training})
     planned = make_plan(config, Request(1))
     assert found["dry_run"] == dry_run(planned.config, planned.spread, planned.kept)
     assert main([*plan, "--dry-run"]) == 0

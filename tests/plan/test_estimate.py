@@ -218,6 +218,20 @@ def test_what_is_offloaded_lies_in_the_cpu_s_memory_and_comes_over_pci_express()
             "--dry-run counts a GPU's memory alone; leave out parallelism.cpu_offload",
         ),
         (
+            [
+                "--gpus",
+                "1",
+                "--model.flavor",
+                "1B",
+                "--training.dtype",
+                "float32",
+                "--training.mixed_precision_param",
+                "None",
+                "--dry-run",
+            ],
+            "--dry-run: in float32 a GPU attends otherwise than a CPU where heads share keys; leave it out, or",
+        ),
+        (
             ["--gpus", "2", "--gpu", "4090", "--model.flavor", "70B"],
             "on each; parallelism.cpu_offload = true would do",
         ),
@@ -228,6 +242,15 @@ def test_what_cannot_be_is_one_line(flags, said, capsys):
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err
+
+
+def test_products_in_float32_take_as_much_longer_as_its_peak_is_lower():
+    """Those of a model whose heads share no keys, and so of both dtypes alike in all else."""
+    halves, whole = (
+        make_plan(config_of("demo", 2, lora=False, mixed_precision_param=dtype), Request(1, gpu="h100"))
+        for dtype in ("bfloat16", None)
+    )
+    assert whole.pace.products / halves.pace.products == pytest.approx(989.4 / 66.9)
 
 
 def test_what_would_fit_is_said_and_does():

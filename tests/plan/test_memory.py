@@ -86,7 +86,7 @@ def predicted():
         sizes = shape(flavor, lora=False)
         parts = memory(sizes, config, Spread(1, 1), in_all(sizes, kept)).parts
         early = sum(parts.values()) - parts["AdamW's moments"] - parts.get("gradients", 0)
-        late = parts["weights"] + 4 * sizes.parameters + parts.get("a block at work", 0)
+        late = parts["weights"] + 4 * sizes.parameters + parts.get("a block at work", 0) + parts["cuBLAS"]
         yield f"{flavor} {kept}", max(early, late), measured
     for flavor, rows, faults, measured in RECORDED:
         config = config_of(flavor, rows, lora=False, faults=faults, gradient_accumulation_steps=2)

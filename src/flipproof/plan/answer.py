@@ -7,6 +7,7 @@ from pathlib import Path
 from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.plan.estimate import Request, as_record, as_text, make_plan
+from flipproof.plan.memory import scores
 from flipproof.plan.recommend import as_records, as_table, recommend
 
 
@@ -23,6 +24,13 @@ def this_way(config: RunConfig, request: Request, as_json: bool, picture: Path |
     if dry and config.parallelism.cpu_offload:
         raise ConfigError(["--dry-run counts a GPU's memory alone; leave out parallelism.cpu_offload"])
     plan = make_plan(config, request)
+    if dry and scores(plan.shape, plan.config):
+        raise ConfigError(
+            [
+                "--dry-run: in float32 a GPU attends otherwise than a CPU where heads share keys; leave it out, or "
+                "compute in bfloat16 (training.mixed_precision_param)"
+            ]
+        )
     if dry:
         from flipproof.plan.dry_run import dry_run
 
