@@ -177,7 +177,7 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         if not (self._input_active or self._weight_active or lora_A is not None):
             x = straight_through(x, self.inputs) if self.inputs else x
-            return F.linear(x, self.weight.to(dtype), bias)
+            return F.linear(x, self._weight_of_pass(x, dtype, 0)(), bias)
         run, x_offset = self.next_run(), state.slice * x.numel()
         x_draw = self._draw(self.x_fault, self.x_key, x, x_offset, run)
         inputs = self._inputs_of_pass(x, run) if self.inputs else None
