@@ -72,3 +72,14 @@ def say(directory, quantised):
     """Write what a checkpoint's config.json says of its quantisation."""
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantised}))
+
+
+TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+
+
+def quantised_inputs(model, directory, format, **changes):
+    """A checkpoint whose inputs are quantised, too, where it is served."""
+    checkpoint(model, directory, "compressed-tensors", format)
+    said = quantization_config(format_of(format))
+    said["config_groups"]["group_0"]["input_activations"] = TOKENS | changes
+    say(directory, said)

@@ -84,10 +84,12 @@ def test_the_costs_are_those_of_a_plain_evaluation(hardened):
     flipproof.inject(model, BitFlipSpec(guards=str(hardened), **p))
     text = load_held_out(data, byte_tokenizer(), 64)
     arms = measure_arms(model, ("clean", "guard", "flipped"), text, seeds=(1, 2), num_samples=64, batch_size=16)
+    clean = json.loads((hardened / "before" / "sweep.json").read_text())["clean"]["loss"]  # of the model as it was
+    assert clean == pytest.approx(arms["clean"].loss, rel=1e-6)
     costs = {one["p"]: one for one in found["after"]}
-    assert costs[1e-3]["cost"] == pytest.approx(arms["flipped"].loss - arms["clean"].loss, rel=1e-9)
-    assert costs[1e-3]["interval"] == pytest.approx([b - arms["clean"].loss for b in arms["flipped"].loss_interval])
-    assert costs[0.0]["cost"] == pytest.approx(arms["guard"].loss - arms["clean"].loss, abs=1e-9)
+    assert costs[1e-3]["cost"] == pytest.approx(arms["flipped"].loss - clean, rel=1e-9)
+    assert costs[1e-3]["interval"] == pytest.approx([b - clean for b in arms["flipped"].loss_interval])
+    assert costs[0.0]["cost"] == pytest.approx(arms["guard"].loss - clean, abs=1e-9)
     results = json.loads((hardened / "results.json").read_text())
     assert results["arms"]["flipped"]["trial_losses"][:2] == pytest.approx(arms["flipped"].trial_losses, rel=1e-9)
     assert (hardened / "report.html").exists()

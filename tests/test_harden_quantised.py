@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from quantised_models import checkpoint
+from quantised_models import checkpoint, quantised_inputs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -99,10 +99,13 @@ def test_the_costs_are_those_of_a_plain_evaluation_of_all_stored_bits(fixture, f
     flipproof.inject(model, BitFlipSpec(guards=str(to), **p))
     tree = {"model": {"hf_model_path": "x"}, "data": {"source": "stdlib", "max_tokens": 100_000}}
     text = load_held_out(load_config([], tree).data, byte_tokenizer(), 64)
-    arms = measure_arms(model, ("clean", "guard", "flipped"), text, seeds=(1, 2), num_samples=16, batch_size=16)
+    arms = measure_arms(model, ("guard", "flipped"), text, seeds=(1, 2), num_samples=16, batch_size=16)
+    as_it_was = opened(found["model"], quantize)
+    flipproof.inject(as_it_was, BitFlipSpec(w_code_p=1e-3))
+    clean = measure_arms(as_it_was, ("clean",), text, seeds=(1,), num_samples=16, batch_size=16)["clean"].loss
     costs = {one["p"]: one for one in found["after"]}
-    assert costs[1e-3]["cost"] == pytest.approx(arms["flipped"].loss - arms["clean"].loss, rel=1e-9)
-    assert costs[0.0]["cost"] == pytest.approx(arms["guard"].loss - arms["clean"].loss, abs=1e-9)
+    assert costs[1e-3]["cost"] == pytest.approx(arms["flipped"].loss - clean, rel=1e-9)
+    assert costs[0.0]["cost"] == pytest.approx(arms["guard"].loss - clean, abs=1e-9)
     results = json.loads((to / "results.json").read_text())
     assert results["arms"]["flipped"]["trial_losses"] == pytest.approx(arms["flipped"].trial_losses, rel=1e-9)
 
@@ -176,3 +179,19 @@ def test_what_cannot_be_is_one_line_before_anything_is_written(original, stored,
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert words in line
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("checkpoint_of_them", [False, True])
+def test_inputs_that_are_quantised_flip_as_they_are_stored(original, tiny_llama, tmp_path, checkpoint_of_them):
+    """Those of a plain model that is asked for it, and of a checkpoint that is served so; the card's command runs."""
+    path, quantised = original, "--model.quantize fp8 --model.quantize_inputs fp8 "
+    if checkpoint_of_them:
+        path, quantised = tmp_path / "w8a8", ""
+        quantised_inputs(tiny_llama(hidden_size=128, intermediate_size=256), path, "int8")
+        byte_tokenizer().save_pretrained(path)
+    to = harden(path, tmp_path / "out", *quantised.split(), "--eval.trials", "1", "--p", "1e-3")
+    command = f"{quantised}--bitflip.guards out --bitflip.w_code_p 1e-5 --bitflip.x_code_p 1e-5"
+    assert f"flipproof eval out {command}" in (to / "README.md").read_text()
+    assert main(["eval", str(to), *TEXT, *command.replace(" out ", f" {to} ").split(), "--eval.trials", "1"]) == 0
+    loss = json.loads((to / "results.json").read_text())["arms"]
+    assert loss["flipped"]["loss"] > loss["clean"]["loss"]

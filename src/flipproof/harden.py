@@ -17,7 +17,7 @@ from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flipproof.config import RunConfig
+from flipproof.config import ModelConfig, RunConfig
 from flipproof.config.sweep import SweepConfig
 from flipproof.errors import ConfigError
 from flipproof.faults.fault import Granularity
@@ -31,7 +31,7 @@ from flipproof.measure.guards import calibration_text, fit_guards
 from flipproof.models.build import check_length
 from flipproof.models.layerwise import rotate_into
 from flipproof.models.load import load_tokenizer, model_config, skeleton
-from flipproof.models.quantised import check_use, checkpoint_of, wanted_format
+from flipproof.models.quantised import check_use, checkpoint_of, wanted_format, wanted_inputs
 from flipproof.models.rotate import How
 from flipproof.models.save import new_directory
 from flipproof.records import GUARDS, HARDENED, RESULTS, read_record, write_record
@@ -41,7 +41,7 @@ from flipproof.report.read import Hardened, read_hardened
 from flipproof.sweep.run import sweep
 from flipproof.sweep.store import HEADER, depends_on, read_points, refuse_other
 from flipproof.sweep.table import resolved
-from flipproof.sweep.weights import Flipping, quantised_keys
+from flipproof.sweep.weights import Flipping, input_keys, quantised_keys
 from flipproof.world import World, join_world
 
 CALIBRATE = 512
@@ -87,7 +87,7 @@ def harden(
         about = world.once(lambda: _begun(to, arguments))
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
-        format = _format_of(config, tokenizer)
+        format, inputs = _formats_of(config, tokenizer)
         check_use(config, format.name if format else None, world.size)
         if (there := len(calibration_text(fitting, tokenizer))) < calibrate:
             size = f"{there:,} sequences of {config.training.seq_len:,} tokens"
@@ -95,7 +95,7 @@ def harden(
         if about is None:
             # with its record from the beginning, by which a run that is killed at any time goes on
             with new_directory(to, world, unfinished=[HARDENED]) as new:
-                plain = replace(config.model, quantize=None)
+                plain = replace(config.model, quantize=None, quantize_inputs=None)
                 of = plain, tokenizer, config.training.dtype, how, config.training.seed
                 rotation, dtype = rotate_into(new, *of, world)
                 about = {"model": str(config.model.hf_model_path), "dtype": dtype, "rotation": asdict(rotation)}
@@ -105,7 +105,7 @@ def harden(
         else:
             say(f"{to}: goes on where it was; the model is rotated")
         try:
-            _guard_and_measure(config, fitting, to, by, about, format, world, say)
+            _guard_and_measure(config, fitting, to, by, about, (format, inputs), world, say)
         except BaseException:
             logger.warning("%s is not complete: the same command goes on", to)
             raise
@@ -130,13 +130,16 @@ def _check(config: RunConfig, to: Path, by: Granularity, calibrate: int) -> None
     resolved(measured)
 
 
-def _format_of(config: RunConfig, tokenizer: Any) -> Format | None:
-    """Of the weights that are measured, where they are quantised. Raises ConfigError where they cannot be so."""
-    if checkpoint := checkpoint_of(config.model, model_config(config.model, tokenizer)):
-        return checkpoint.format
+def _formats_of(config: RunConfig, tokenizer: Any) -> tuple[Format | None, Format | None]:
+    """Of the weights and of the inputs that are measured, where they are quantised. Raises ConfigError where they
+    cannot be so."""
+    checkpoint = checkpoint_of(config.model, model_config(config.model, tokenizer))
+    inputs = wanted_inputs(config.model, checkpoint)
+    if checkpoint is not None:
+        return checkpoint.format, inputs
     if (format := wanted_format(config.model)) is not None:
         skeleton(config.model, tokenizer, config.training.dtype)  # whose layers its groups may not divide
-    return format
+    return format, inputs
 
 
 def _arguments(config: RunConfig, how: How, by: Granularity, calibrate: int) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def _guard_and_measure(
     to: Path,
     by: Granularity,
     about: dict[str, Any],
-    format: Format | None,
+    stored: tuple[Format | None, Format | None],
     world: World,
     say: Callable[[str], None],
 ) -> None:
@@ -191,18 +194,19 @@ def _guard_and_measure(
     sweep(measured, to / _AFTER)
     if missing(to / RESULTS):
         probabilities = measured.sweep.probabilities()
-        evaluate(_flipping(measured, probabilities[len(probabilities) // 2], format), to=to)
+        evaluate(_flipping(measured, probabilities[len(probabilities) // 2], *stored), to=to)
     if not world.first:
         return
     header = read_record(to / _AFTER / HEADER)
     about |= {"text": header["text"], "tokens": header["tokens"], "fitted": header["fitted"]["texts"]}
-    points = {name: _points(to / name) for name in (_BEFORE, _AFTER)}
+    clean = read_record(to / _BEFORE / HEADER)["clean"]["loss"]
+    points = {name: _points(to / name, clean) for name in (_BEFORE, _AFTER)}
     write_record(to / HARDENED, {**about, **points})
     found = read_hardened(to / HARDENED)
     page = report(to)
     # last: a directory without it is not complete
-    write_atomically(to / CARD, _card(to, found, header, config.model.quantize))
-    use = _how_to_use(to, found.rotation, config.model.quantize)
+    write_atomically(to / CARD, _card(to, found, header, config.model, stored[1] is not None))
+    use = _how_to_use(to, found.rotation, config.model)
     say(f"{_table(found)}\n\n{use}; {page} shows what was measured")
 
 
@@ -210,11 +214,13 @@ def _is_set(table: SweepConfig, key: Field[Any]) -> bool:
     return bool(getattr(table, key.name) != key.default)
 
 
-def _flipping(config: RunConfig, p: float, format: Format | None) -> RunConfig:
-    """With every bit of weights, as they are stored, and inputs flipping at ``p``."""
+def _flipping(config: RunConfig, p: float, format: Format | None, inputs: Format | None) -> RunConfig:
+    """With every bit of weights and inputs, as they are stored, flipping at ``p``."""
     rates: dict[str, Any] = {f"{operand}_{key}": p for operand in "wx" for key in ("p_exp", "p_frac")}
     if format is not None:
         rates |= quantised_keys(format, Flipping("w", p, ()))
+    if inputs is not None:
+        rates |= input_keys(p, ())
     return replace(config, bitflip=replace(config.bitflip, **rates))
 
 
@@ -224,11 +230,10 @@ def _measured(config: RunConfig, guards: Path, protection: str) -> RunConfig:
     return replace(config, bitflip=replace(config.bitflip, guards=str(guards)), sweep=sweep_config)
 
 
-def _points(directory: Path) -> list[dict[str, Any]]:
-    """What flips cost in each cell of a sweep, in nats above the clean loss, with its 95% interval over seeds; the
-    guard alone at p = 0."""
+def _points(directory: Path, clean: float) -> list[dict[str, Any]]:
+    """What flips cost in each cell of a sweep, in nats above the clean loss of the model as it was, with its 95%
+    interval over seeds; the guard alone at p = 0, with what another basis costs where weights are rounded in it."""
     header = read_record(directory / HEADER)
-    clean = header["clean"]["loss"]
     found = [
         {"protection": name, "sites": "", "p": 0.0, "cost": alone["loss"] - clean, "interval": None}
         for name, alone in header["guards"].items()
@@ -253,15 +258,22 @@ def _table(of: Hardened) -> str:
     return "\n".join([_WHAT_COSTS, *lines])
 
 
-def _how_to_use(to: Path, rotation: Mapping[str, Any], quantize: str | None) -> str:
+def _how_to_use(to: Path, rotation: Mapping[str, Any], model: ModelConfig) -> str:
     opens = "flipproof opens it, transformers alone does not" if rotation["online"] else "transformers opens it"
     left = "" if rotation["stream"] or rotation["how"] == "none" else "; its residual stream could not be rotated"
-    plain = f"; its weights are plain, and it was measured with --model.quantize {quantize}" if quantize else ""
+    plain = f"; its weights are plain, and it was measured with {_as_stored(model)}" if model.quantize else ""
     return f"{to}: {opens}{left}{plain}; its guards: --bitflip.guards {to}"
 
 
-def _opening(to: Path, of: Hardened, quantize: str | None) -> tuple[str, str]:
-    """(how the model is opened, in words, a command that opens it), for the directory's README."""
+def _as_stored(model: ModelConfig) -> str:
+    """The flags by which weights and inputs are quantised."""
+    given = {key: getattr(model, key) for key in ("quantize", "quantize_inputs")}
+    return " ".join(f"--model.{key} {name}" for key, name in given.items() if name)
+
+
+def _opening(to: Path, of: Hardened, model: ModelConfig, inputs: bool) -> tuple[str, str]:
+    """(how the model is opened, in words, a command that opens it), for the directory's README. ``inputs``: whether
+    they are quantised."""
     thresholds = "The thresholds in `guards.safetensors` are flipproof's, which puts them in front of what flips:"
     if online := len(of.rotation["online"]):
         kind = json.loads((to / "config.json").read_text("utf-8"))["model_type"]
@@ -270,26 +282,29 @@ def _opening(to: Path, of: Hardened, quantize: str | None) -> tuple[str, str]:
             f"the model runs, and only flipproof does that. So `config.json` says `{kind}`, which `transformers` "
             "refuses; under another name the weights are those of no model. Its own commands open it:"
         )
-    elif of.format and not quantize:
+    elif of.format and not model.quantize:
         opens = (
             "`AutoModelForCausalLM` opens it, with the library that has its layout: its weights are the original's, "
             f"bit by bit. {thresholds}"
         )
     else:
         opens = f"`AutoModelForCausalLM` opens it: it is the function of the original, up to rounding. {thresholds}"
-    if quantize:
+    as_stored = _as_stored(model)
+    if as_stored:
         opens = (
-            f"Its weights are plain. What was measured, and what the guards fit, is what they are as {quantize}, to "
-            f"which flipproof rounds them while it reads them (`--model.quantize {quantize}`). {opens}"
+            f"Its weights are plain. What was measured, and what the guards fit, is what they are as {model.quantize}, "
+            f"to which flipproof rounds them while it reads them (`{as_stored}`). {opens}"
         )
-    as_stored = f"--model.quantize {quantize} " if quantize else ""
-    flips = f"--bitflip.{'w_code_p' if of.format else 'w_p_exp'} 1e-5 --bitflip.x_p_exp 1e-5"
-    return opens, f"flipproof eval {to.name} {as_stored}--bitflip.guards {to.name} {flips}"
+    flips = (
+        f"--bitflip.{'w_code_p' if of.format else 'w_p_exp'} 1e-5 --bitflip.{'x_code_p' if inputs else 'x_p_exp'} 1e-5"
+    )
+    words = ["flipproof eval", to.name, *([as_stored] if as_stored else []), "--bitflip.guards", to.name, flips]
+    return opens, " ".join(words)
 
 
-def _card(to: Path, of: Hardened, header: Mapping[str, Any], quantize: str | None) -> str:
+def _card(to: Path, of: Hardened, header: Mapping[str, Any], model: ModelConfig, inputs: bool) -> str:
     """The directory's README: what the model is, how to open it, and what it bears."""
-    opens, command = _opening(to, of, quantize)
+    opens, command = _opening(to, of, model, inputs)
     left = "".join(f"\n- `{name}`: {why}" for name, why in of.rotation["left"].items())
     texts = [text["source"] for text in of.fitted]
     head = front_matter(of.model, "transformers", ["flipproof", "bit-flips"], texts)

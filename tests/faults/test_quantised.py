@@ -416,8 +416,8 @@ def test_a_flip_of_a_code_is_a_step_of_its_table():
     ("name", "keys", "problem"),
     [
         ("nf4", {"w_p_exp": 1e-5}, r"bitflip.w_p_exp = 1e-05: the weights are nf4, of which bits of codes and scales "),
-        ("int4", {"w_p_bits": {"exp": 0.1}}, r"bitflip.w_p_bits = .*: the weights are int4, of which"),
-        ("int4", {"w_zero_p": 0.1}, "bitflip.w_zero_p = 0.1: int4 has no zero points; leave it out"),
+        ("int4", {"w_p_bits": {"exp": 0.1}}, r"bitflip.w_p_bits = .*: the weights are int4-g32, of which"),
+        ("int4", {"w_zero_p": 0.1}, "bitflip.w_zero_p = 0.1: int4-g32 has no zero points; leave it out"),
         ("mxfp4", {"w_global_p": 0.1}, "bitflip.w_global_p = 0.1: mxfp4 has no float32 numbers"),
         (
             "mxfp8",
@@ -428,7 +428,7 @@ def test_a_flip_of_a_code_is_a_step_of_its_table():
         (
             "int4",
             {"w_code_p_bits": {"4": 0.1}},
-            r"bitflip.w_code_p_bits .*, of int4: bit '4': integer4 has bits 0 to 3",
+            r"bitflip.w_code_p_bits .*, of int4-g32: bit '4': integer4 has bits 0 to 3",
         ),
         ("nf4", {"w_code_p_bits": {"exp": 0.1}}, "bit 'exp': nf4 has bits 0 to 3 and no such part"),
         ("mxfp4", {"w_scale_p_exp": 0.1, "w_scale_protected_bits": ("sign",)}, "bit 'sign': e8m0 has bits 0 to 7"),

@@ -127,8 +127,7 @@ def test_compressed_tensors_reads_its_own_words(name, group):
     if group is not None and not name.startswith("int"):
         return
     format = FORMATS[name] if group is None else format_of(name, group)
-    named = format if group is None or group < 0 else format_of(f"{name}-g{group}")
-    ours = quantization_config(named, ["lm_head", "re:.*gate"])
+    ours = quantization_config(format, ["lm_head", "re:.*gate"])
     theirs = QuantizationConfig.model_validate(ours)
     expected = scheme(name, group)
     assert theirs.config_groups["group_0"].weights == expected.weights
@@ -170,7 +169,7 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 def test_gptq_and_awq_are_read(config, group, zero_plus, ignore):
     read = read_quantization_config(config)
     assert read.method == config["quant_method"]
-    assert (read.format.name, read.format.group, read.format.zero_plus) == ("int4-asym", group, zero_plus)
+    assert (read.format.ungrouped, read.format.group, read.format.zero_plus) == ("int4-asym", group, zero_plus)
     assert read.ignore == ignore
 
 
@@ -269,3 +268,8 @@ def test_inputs_beside_other_weights_are_not_written(name):
 def test_no_config_says_e5m2():
     with pytest.raises(ConfigError, match=r"^no checkpoint holds fp8-e5m2; supported are "):
         quantization_config(FORMATS["fp8-e5m2"])
+
+
+def test_nf4_in_other_blocks_is_in_no_checkpoint():
+    with pytest.raises(ConfigError, match=r"^no checkpoint holds nf4-g32: blocks of nf4 are of 64 there$"):
+        quantization_config(format_of("nf4-g32"))

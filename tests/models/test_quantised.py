@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quantised_models import checkpoint, say
+from quantised_models import checkpoint, quantised_inputs, say
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -97,7 +97,7 @@ def test_a_quantised_checkpoint_is_kept_as_it_is(model, token_ids, tmp_path, cap
     stored = checkpoint(model, tmp_path, method, format, group)
     with caplog.at_level("INFO", "flipproof"):
         read = loaded(tmp_path, dtype)
-    assert f"14 of its layers are quantised ({format}), and stay so" in caplog.text
+    assert f"14 of its layers are quantised ({format_of(format, group).name}), and stay so" in caplog.text
     for layer, own in quantised_layers(read).items():
         for operand, tensor in own.stored().operands.items():
             assert torch.equal(tensor, stored[layer].operands[operand])
@@ -107,17 +107,6 @@ def test_a_quantised_checkpoint_is_kept_as_it_is(model, token_ids, tmp_path, cap
         torch.testing.assert_close(read(token_ids).logits, expected.float()(token_ids).logits, atol=0.02, rtol=0.02)
     else:
         assert torch.equal(read(token_ids).logits, expected(token_ids).logits)
-
-
-TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
-
-
-def quantised_inputs(model, directory, format, **changes):
-    """A checkpoint whose inputs are quantised, too, where it is served."""
-    checkpoint(model, directory, "compressed-tensors", format)
-    said = quantization_config(format_of(format))
-    said["config_groups"]["group_0"]["input_activations"] = TOKENS | changes
-    say(directory, said)
 
 
 @pytest.mark.parametrize(("format", "type"), [("int8", "int"), ("int4", "int"), ("fp8", "float"), ("int4", "float")])
@@ -242,7 +231,7 @@ def test_a_float8_weight_without_a_scale_is_not_taken_for_numbers(model, tmp_pat
 def test_a_checkpoint_of_another_group_size_is_refused(model, tmp_path):
     checkpoint(model, tmp_path, "compressed-tensors", "int4", 32)
     say(tmp_path, quantization_config(format_of("int4", 64)))
-    assert ".down_proj: scale, an operand of int4, is torch.bfloat16 of shape (128, 8)" in refused(loaded, tmp_path)
+    assert ".down_proj: scale, an operand of int4-g64, is torch.bfloat16 of shape (128, 8)" in refused(loaded, tmp_path)
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(model, tmp_path):
@@ -270,8 +259,8 @@ def test_inputs_are_quantised_where_weights_are(base, model, tmp_path):
         ({"quantize_inputs": "int4"}, "model.quantize_inputs = 'int4': 'int8', 'fp8' or None is allowed"),
         ({"quantize_inputs": "fp8", "init": "random"}, "quantize_inputs = 'fp8': init = 'random' has no weights to"),
         ({"quantize": "int3"}, "model.quantize = 'int3': int8, int4, "),
-        ({"quantize": "nf4-g7"}, "model.quantize = 'nf4-g7': int8, int4, "),
-        ({"quantize": "mxfp4-g64"}, "model.quantize = 'mxfp4-g64': int8, int4, "),
+        ({"quantize": "nf4-g7"}, "is allowed (group size 7 of nf4: an even number from 2 is allowed)"),
+        ({"quantize": "mxfp4-g64"}, "is allowed (group size 64 of mxfp4: 32, and nothing else, is allowed)"),
         ({"quantize": "nf4", "init": "random"}, "init = 'random' has no weights to quantise"),
     ],
 )

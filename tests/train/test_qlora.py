@@ -128,8 +128,9 @@ def test_an_adapter_is_exported_and_nothing_is_merged(run, tmp_path):
     export(run, tmp_path / "adapter", "adapter")
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, adapter(run)[key]) for key, tensor in exported.items())
-    with pytest.raises(ConfigError, match="the weights are nf4, and what adapters make of them is another model"):
-        export(run, tmp_path / "model")
+    for quantize in (None, "nf4", "int8"):
+        with pytest.raises(ConfigError, match="the weights are nf4, and what adapters make of them is another model"):
+            export(run, tmp_path / "model", quantize=quantize)
     assert not (tmp_path / "model").exists()
 
 

@@ -10,7 +10,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.fault import GRANULARITIES, Granularity
 from flipproof.faults.layouts import is_bits
 from flipproof.faults.spec import OPERANDS, Bits, Operand
-from flipproof.formats.spec import NAMES, is_format
+from flipproof.formats.spec import NAMES, format_of, is_format
 from flipproof.values import Between, Table, checked
 
 MAX_POINTS = 10_000_000
@@ -87,9 +87,11 @@ def _layer_name(item: str) -> str:
 
 
 def _format_name(item: str) -> str:
-    if item != PLAIN and not is_format(item):
+    if item == PLAIN:
+        return item
+    if not is_format(item):
         raise ValueError
-    return item
+    return format_of(item).name
 
 
 class ProtectionParts(NamedTuple):

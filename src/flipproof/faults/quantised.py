@@ -75,6 +75,14 @@ def elements(format: Format) -> dict[str, str | None]:
     return {name: known.get(name) for name in operands_of(format, (1, format.group or 1))}
 
 
+def cannot_merge(format: str) -> str:
+    """What is said where adapters are to be merged into weights in the format of this name."""
+    return (
+        f"the weights are {format}, and what adapters make of them is another model once it is quantised: nothing is "
+        "merged; export the adapter (--format adapter)"
+    )
+
+
 class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
     """``QuantisedLinear`` whose input and stored weight suffer bit flips at every forward pass.
 
@@ -117,12 +125,7 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
         return linear
 
     def merged_weight(self) -> Tensor:
-        raise ConfigError(
-            [
-                f"the weights are {self.format.name}, and what adapters make of them is another model once it is "
-                "quantised: nothing is merged; export the adapter (--format adapter)"
-            ]
-        )
+        raise ConfigError([cannot_merge(self.format.name)])
 
     def faults_of(self, spec: BitFlipSpec | None, guards: Guards | None) -> dict[str, Any]:
         x, guard = (spec.x, spec.w) if spec else (Fault(), Fault())
@@ -281,8 +284,8 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
 
     def extra_repr(self) -> str:
         guard = f", scale_zero_out_t={self.scale_guard.one}" if self.scale_guard.guarded else ""
-        inputs = f", inputs={self.inputs.name}, {self.input_faults}" if self.inputs else ""
-        return f"{super().extra_repr()}, {self.format.name}, {self.operand_faults}{guard}{inputs}"
+        inputs = f", {self.input_faults}" if self.inputs else ""
+        return f"{super().extra_repr()}, {self.operand_faults}{guard}{inputs}"
 
 
 Inputs = Callable[[Tensor], tuple[Tensor, Tensor | None]]

@@ -324,8 +324,7 @@ def dequantise(
         ),
         (
             *(looked_up, zero is not None, 2 ** (format.bits - 1), code.shape[1] != columns),
-            (y.numel() if format.code == "nf4" else 0) if format.group is None else format.group,
-            *(g_idx is not None, fused, guard.by, _TILE),
+            *(format.group or 0, g_idx is not None, fused, guard.by, _TILE),
         ),
     )
     if limits is not None and not fused:

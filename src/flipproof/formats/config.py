@@ -75,12 +75,15 @@ def quantization_config(
         inputs: how inputs are quantised as they come (``inputs.py``); integers are then packed ``plain``.
 
     Raises:
-        ConfigError: for fp8-e5m2, which no checkpoint has, and for inputs beside weights that have none there.
+        ConfigError: for fp8-e5m2 and nf4 in other blocks, which no checkpoint has, and for inputs beside weights that
+            have none there.
     """
     if inputs and format.ungrouped not in _WITH_INPUTS:
         allowed = ", ".join(_WITH_INPUTS)
         raise ConfigError([f"no checkpoint holds {format.name} with {inputs.name} inputs; weights may be {allowed}"])
     if format.code == "nf4":
+        if format.group != FORMATS["nf4"].group:
+            raise ConfigError([f"no checkpoint holds {format.name}: blocks of nf4 are of {FORMATS['nf4'].group} there"])
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

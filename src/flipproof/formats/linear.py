@@ -1,8 +1,8 @@
 """A linear layer whose weight is quantised: its operands are buffers, and what it computes with is made anew each time.
 
 Codes of 4 bits are packed in pairs, so a layer takes the bits of ``bits_per_weight``. While it runs it takes a byte for
-each code and the whole weight in the dtype that is computed with, which go when it has run. None of it trains, and it
-is in no ``state_dict``: a checkpoint of a training is what trains.
+each code (faulty ones only where codes flip) and the whole weight in the dtype that is computed with, which go when it
+has run. None of it trains, and it is in no ``state_dict``: a checkpoint of a training is what trains.
 
 Its inputs may be quantised, too, before they meet the weight (``inputs.py``).
 """

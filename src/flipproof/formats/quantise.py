@@ -220,7 +220,8 @@ def multiplied(
     if format.code == "nf4":
         weight = weight.reshape(1, -1)
         scale = scale[None]
-        size = format.group or weight.numel()
+        assert format.group  # of nf4
+        size = format.group
         if weight.numel() % size:  # the last block is shorter
             scale = scale.repeat_interleave(size, 1)[:, : weight.numel()]
     if g_idx is not None:

@@ -25,6 +25,7 @@ hold them. Two's complement differs from it in the top bit alone, so a flip of a
 Nothing here needs torch, as reading a config does not.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -52,7 +53,7 @@ class Format:
     @property
     def ungrouped(self) -> str:
         """The name without a group size, of ``FORMATS``."""
-        return self.name.partition("-g")[0]
+        return _parts(self.name)[0]
 
 
 FORMATS: Mapping[str, Format] = {
@@ -71,46 +72,57 @@ FORMATS: Mapping[str, Format] = {
 }
 """By the name that a user gives."""
 
-NAMES = f"{', '.join(FORMATS)}, integers and nf4 with -gN for groups of N, of nf4 an even number (int4-g64),"
+NAMES = f"{', '.join(FORMATS)}; of integers and nf4 with -gN for groups of N, of nf4 even ones (int4-g64),"
 """For people."""
 
+_NAME = re.compile(r"(.*?)(?:-g([1-9][0-9]*)|-(row))?", re.DOTALL)
 _WHOLE_ROW = -1
 """The group size that checkpoints write for one scale a row."""
 
 
 def format_of(name: str, group: int | None = None) -> Format:
-    """The format of this name.
+    """The format of this name, its own name being the one that it has among all that say the same.
 
     Args:
-        name: a key of ``FORMATS``, or one with the number of codes that share a scale: int4-g64.
-        group: codes that share a scale, where that is not the format's usual number; -1 is a whole row. Integers may
-            have any, nf4 an even one.
+        name: a key of ``FORMATS``, or one with the number of codes that share a scale where that is not the usual one:
+            int4-g64; int4-row is a whole row.
+        group: the same number, whatever the name says; -1 is a whole row. Integers may have any, nf4 an even one.
 
     Raises:
         ConfigError: for another name, or a group size that the format cannot have.
     """
-    ungrouped, _, codes = name.rpartition("-g")
-    if ungrouped in FORMATS and codes.isdecimal():
-        return replace(format_of(ungrouped, int(codes) if group is None else group), name=name)
-    if name not in FORMATS:
+    base, size, row = _parts(name)
+    if base not in FORMATS:
         raise ConfigError([f"format = {name!r}: {NAMES} is allowed"])
-    found = FORMATS[name]
-    if group is None:
+    found = FORMATS[base]
+    if group is None and not (size or row):
         return found
-    size = None if group == _WHOLE_ROW else group
-    if size == found.group:
+    group = group if group is not None else _WHOLE_ROW if row else int(size)
+    codes = None if group == _WHOLE_ROW else group
+    if codes == found.group:
         return found
-    good = {"int": size is None or size > 0, "nf4": size is not None and size > 0 and size % 2 == 0}
+    good = {"int": codes is None or codes > 0, "nf4": codes is not None and codes > 0 and codes % 2 == 0}
     if not good.get(found.code, False):
         allowed = {"int": "a whole number from 1, or -1 for a whole row,", "nf4": "an even number from 2"}
         usual = f"{found.group or 'a whole row'}, and nothing else,"
-        raise ConfigError([f"group size {group} of {name}: {allowed.get(found.code, usual)} is allowed"])
-    return replace(found, group=size)
+        raise ConfigError([f"group size {group} of {base}: {allowed.get(found.code, usual)} is allowed"])
+    return replace(found, group=codes, name=f"{base}-g{codes}" if codes else f"{base}-row")
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """(key of ``FORMATS``, digits of a group size, "row"), the last two empty where the name does not say them."""
+    found = _NAME.fullmatch(name)
+    assert found  # it fits whatever there is
+    base, size, row = found.groups(default="")
+    return base, size, row
 
 
 def is_format(name: str) -> bool:
-    """Whether ``format_of`` knows it."""
-    try:
-        return bool(format_of(name))
-    except ConfigError:
+    """Whether ``format_of`` knows it. Raises ValueError for a group size that the format cannot have."""
+    if _parts(name)[0] not in FORMATS:
         return False
+    try:
+        format_of(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return True

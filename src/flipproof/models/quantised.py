@@ -269,8 +269,10 @@ def check_use(config: RunConfig, format: str | None, processes: int) -> None:
 
 def held_as(config: ModelConfig, hf_config: Callable[[], Any]) -> str | None:
     """The name of the format that the model's weights are held in; None where they are not quantised."""
-    if config.quantize is not None or config.init == "random" or config.hf_model_path is None:
-        return config.quantize
+    if (format := wanted_format(config)) is not None:
+        return format.name
+    if config.init == "random" or config.hf_model_path is None:
+        return None
     found = checkpoint_of(config, hf_config())
     return found.format.name if found else None
 
@@ -305,7 +307,7 @@ def save_quantised(
     model: Any, directory: Path, tokenizer: Any, format: Format, what: str, inputs: Format | None = None
 ) -> None:
     """Write a Hugging Face model, adapters merged, whose linear layers but the head are quantised; ``transformers``
-    opens it with the library that has the layout. For one process. The model stays as it is.
+    opens it with the library that has the layout. For one process. The model, of plain weights, stays as it is.
 
     Args:
         what: what a message calls the weights.

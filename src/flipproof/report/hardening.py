@@ -85,9 +85,11 @@ def section(of: Hardened) -> Section:
     return Section(
         "hardening",
         "Hardened, without training",
-        "Loss less the clean loss, in nats per token, where every bit of weights and inputs flips with probability p: "
-        "of the model as it was and hardened, each behind fitted guards; 95% intervals over fault seeds. The guard "
-        f"alone is what thresholds cost before any bit flips. {in_words(of)}",
+        "Loss less the clean loss of the model as it was, in nats per token, where every bit of weights and inputs "
+        "flips with probability p: "
+        "of that model and of the hardened one, each behind fitted guards; 95% intervals over fault seeds. The guard "
+        "alone is what thresholds cost before any bit flips, and of quantised weights what rounding them in another "
+        f"basis does. {in_words(of)}",
         tables,
         [Drawing(partial(figures.cost_curves, of.costs))] if drawn else [],
         finding.of_hardening(of),

@@ -485,7 +485,7 @@ def cell_spec(
         site = cell.sites if cell.sites in STORED else "w" if "w" in flipping else ""
         changes |= quantised_keys(format, Flipping(site, cell.rate.p, protection.tripled))
         if inputs is not None:
-            changes |= input_keys(Flipping("x" if "x" in flipping else "", cell.rate.p, protection.tripled))
+            changes |= input_keys(cell.rate.p if "x" in flipping else None, protection.tripled)
     guard = _guard_of(base, protection, flipping)
     still = {f"{operand}_p_row" for operand in OPERANDS if operand not in flipping}
     changes |= guard | {"layer_name_to_config": _without(base, guard.keys() | still)}

@@ -29,7 +29,7 @@ class Flipping(NamedTuple):
     """The part of a cell that is about weights."""
 
     site: str
-    """One of w, code and scale, or x; empty where weights, or inputs, are left alone."""
+    """One of w, code and scale; empty where weights are left alone."""
     p: float
     tripled: Sequence[str]
 
@@ -68,11 +68,12 @@ def inputs_of_layers(layers: Iterable[nn.Module]) -> Format | None:
     return next((layer.inputs for layer in layers if isinstance(layer, QuantisedLinear)), None)
 
 
-def input_keys(flipping: Flipping) -> dict[str, Any]:
-    """The keys of faults of quantised inputs, codes and scales alike, those of plain inputs off."""
+def input_keys(p: float | None, tripled: Sequence[str]) -> dict[str, Any]:
+    """The keys of faults of quantised inputs, codes and scales alike, those of plain inputs off; ``p`` is None where
+    none flips."""
     keys: dict[str, Any] = {"x_p_exp": None, "x_p_frac": None, "x_p_bits": {}, "x_protected_bits": ()}
     keys |= {"x_code_p_bits": {}, "x_scale_p_bits": {}}
-    p, keys["x_scale_protected_bits"] = (flipping.p, tuple(flipping.tripled)) if flipping.site else (None, ())
+    keys["x_scale_protected_bits"] = () if p is None else tuple(tripled)
     return keys | dict.fromkeys(("x_code_p", "x_scale_p_exp", "x_scale_p_frac"), p)
 
 

@@ -11,14 +11,15 @@ from flipproof.config import load_written
 from flipproof.errors import ConfigError
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.fitted import Guards, read_guards
+from flipproof.faults.quantised import cannot_merge
 from flipproof.files import check_writable, write_atomically
 from flipproof.formats.config import quantization_config
 from flipproof.formats.spec import format_of
 from flipproof.log import logger
 from flipproof.measure.card import CARD
 from flipproof.models.build import build_model
-from flipproof.models.load import load_tokenizer
-from flipproof.models.quantised import save_quantised
+from flipproof.models.load import load_tokenizer, model_config
+from flipproof.models.quantised import held_as, save_quantised
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, GUARDS
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, step_of, whole_checkpoint
@@ -70,8 +71,11 @@ def export(
         raise ConfigError(
             [f"--quantize-inputs {quantize_inputs}: the weights are plain; name their format (--quantize)"]
         )
+    held = held_as(config.model, lambda: model_config(config.model, None))
     if format is not None:
         quantization_config(format, inputs=inputs)
+        if held is not None:
+            raise ConfigError([f"--quantize {quantize}: {cannot_merge(held)}"])
         if kind == "adapter":
             raise ConfigError([f"--quantize {quantize}: adapters are not quantised; leave out --format adapter"])
     if kind == "adapter" and not config.lora.r:
@@ -81,8 +85,9 @@ def export(
         guards = read_guards(str(run_dir))
         config = replace(config, bitflip=replace(config.bitflip, guards=str(run_dir)))
     # as many processes as there are, whatever trained it
+    strategy: Any = "full_shard" if held is None else "no_shard"
     parallelism = replace(
-        config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy="full_shard", cpu_offload=False
+        config.parallelism, fsdp_degree=None, replicas=None, sharding_strategy=strategy, cpu_offload=False
     )
     config = replace(config, parallelism=parallelism)
     with join_world(parallelism) as world:
