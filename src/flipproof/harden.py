@@ -85,10 +85,10 @@ def harden(
     with join_world(config.parallelism) as world:
         say = tell if tell and world.first else (lambda _: None)
         about = world.once(lambda: _begun(to, arguments))
+        check_use(config, world.size)
         tokenizer = load_tokenizer(config.model)
         check_length(config, tokenizer)
         format, inputs = _formats_of(config, tokenizer)
-        check_use(config, format.name if format else None, world.size)
         if (there := len(calibration_text(fitting, tokenizer))) < calibrate:
             size = f"{there:,} sequences of {config.training.seq_len:,} tokens"
             say(f"--calibrate = {calibrate}: the text has {size}; all of them are used")

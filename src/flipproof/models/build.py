@@ -64,15 +64,14 @@ def build_model(
     them.
 
     Several processes build it on the meta device and read their own shards; a single one reads it as ``transformers``
-    does, which also knows older formats, and so does each of several where weights are quantised.
+    does, which also knows older formats.
 
     Raises:
         ConfigError: for a model that cannot be built, or faults that match no layer.
     """
-    format = held_as(config.model, lambda: model_config(config.model, tokenizer))
-    check_use(config, format, world.size)
+    check_use(config, world.size)
     dtype, seed = config.training.dtype, config.training.seed
-    in_one_piece = config.model.init == "pretrained" and (world.size == 1 or format is not None)
+    in_one_piece = world.size == 1 and config.model.init == "pretrained"
     if in_one_piece:
         model = load_model(config.model, tokenizer, dtype, seed, world.device)
         config = without_compilation(config, model)

@@ -255,16 +255,11 @@ def _with_rest(model: Any, path: str, device: torch.device, finish: Callable[[An
     return result
 
 
-def check_use(config: RunConfig, format: str | None, processes: int) -> None:
-    """Raises ConfigError where weights that are held in the format of this name are to be shared out."""
-    strategy = config.parallelism.sharding_strategy
-    if format is not None and processes > 1 and strategy != "no_shard":
-        raise ConfigError(
-            [
-                f"parallelism.sharding_strategy = {strategy!r}: the weights are {format}, of which each of {processes} "
-                "processes has all; 'no_shard' is allowed"
-            ]
-        )
+def check_use(config: RunConfig, processes: int) -> None:
+    """Raises ConfigError where a quantised model is asked for what it cannot do."""
+    said = f"model.quantize = {config.model.quantize!r}"
+    if config.model.quantize is not None and processes > 1:
+        raise ConfigError([f"{said}: quantised weights are for one process; {processes} were started"])
 
 
 def held_as(config: ModelConfig, hf_config: Callable[[], Any]) -> str | None:

@@ -46,13 +46,11 @@ def recommend(config: RunConfig, request: Request) -> list[Option]:
         ConfigError: as ``make_plan`` does; where none fits, too.
     """
     gpu, total = request.find_gpu(), request.gpus * request.nodes
-    strategy: Any = "full_shard" if config.model.quantize is None else "no_shard"
-    usual = replace(config.parallelism, sharding_strategy=strategy, fsdp_degree=None, replicas=None, cpu_offload=False)
+    usual = replace(
+        config.parallelism, sharding_strategy="full_shard", fsdp_degree=None, replicas=None, cpu_offload=False
+    )
     shape, config = sized(replace(config, parallelism=usual), total)
-    if strategy == "full_shard":
-        check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1, request.gpus), gpu)
-    else:
-        check_fits(shape, config, Spread(1, total), gpu)
+    check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1, request.gpus), gpu)
     sequences = config.training.local_batch_size * config.training.gradient_accumulation_steps
     options = []
     for parallelism, spread in _ways(config, request):
@@ -81,8 +79,8 @@ def _order(option: Option) -> tuple[bool, float]:
 def _ways(config: RunConfig, request: Request) -> Iterator[tuple[Any, Spread]]:
     """(a table of parallelism, how the model lies then)."""
     total, usual = request.gpus * request.nodes, config.parallelism
-    if total == 1 or usual.sharding_strategy == "no_shard":
-        yield usual, Spread(1, total)
+    if total == 1:
+        yield usual, Spread(1, 1)
         return
     for offload in (False, True):
         own = replace(usual, cpu_offload=offload)

@@ -32,7 +32,7 @@ from flipproof.models.build import build_model, check_computed_bits, check_guard
 from flipproof.models.load import compute_context, load_tokenizer, model_config, model_on_meta
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
-from flipproof.models.quantised import check_use, checkpoint_of, held_as
+from flipproof.models.quantised import check_use, checkpoint_of
 from flipproof.models.recompute import expect_variants
 from flipproof.sweep import formats
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial
@@ -88,8 +88,8 @@ def _check(config: RunConfig, directory: SweepDirectory, world: World) -> tuple[
     rates = rates_of(config.sweep)
     known = _known_before(config, rates, world)
     world.once(lambda: directory.check(config, known))
+    check_use(config, world.size)
     tokenizer = load_tokenizer(config.model)
-    check_use(config, held_as(config.model, lambda: model_config(config.model, tokenizer)), world.size)
     check_length(config, tokenizer)
     _check_grid(config, rates, tokenizer)
     return rates, tokenizer
