@@ -28,10 +28,10 @@ from flipproof.measure.arms import Arm
 from flipproof.measure.card import CARD, front_matter, markdown_table
 from flipproof.measure.evaluate import evaluate
 from flipproof.measure.guards import calibration_text, fit_guards
-from flipproof.models.build import check_length
+from flipproof.models.build import check_length, check_use
 from flipproof.models.layerwise import rotate_into
 from flipproof.models.load import load_tokenizer, model_config, skeleton
-from flipproof.models.quantised import check_use, checkpoint_of, wanted_format, wanted_inputs
+from flipproof.models.quantised import checkpoint_of, wanted_format, wanted_inputs
 from flipproof.models.rotate import How
 from flipproof.models.save import new_directory
 from flipproof.records import GUARDS, HARDENED, RESULTS, read_record, write_record

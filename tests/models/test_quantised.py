@@ -268,12 +268,16 @@ def test_keys_that_say_nothing_are_refused(base, keys, problem):
     assert problem in refused(settings, base, model=keys)
 
 
-def test_several_processes_are_refused(base):
-    config = settings(base, model={"quantize": "nf4"})
+def test_several_processes_are_refused_that_would_share_the_weights(base, model, tmp_path):
+    checkpoint(model, tmp_path / "gptq", "gptq", "int4-asym")
     world = World(0, 2, torch.device("cpu"))
-    assert "quantised weights are for one process; 2 were started" in refused(
-        build_model, config, byte_tokenizer(), world
-    )
+    for name, config in (
+        ("nf4", settings(base, model={"quantize": "nf4"})),
+        ("int4-asym", settings(tmp_path / "gptq")),
+    ):
+        (line,) = refused(build_model, config, byte_tokenizer(), world).splitlines()
+        assert f"parallelism.sharding_strategy = 'full_shard': the weights are {name}, which each of 2 " in line
+        assert "no_shard is allowed" in line
 
 
 def test_quantised_weights_neither_train_nor_compile(base, model, tmp_path):

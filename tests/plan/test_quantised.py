@@ -1,6 +1,7 @@
 """Plans of QLoRA against models that are really built, against a count of what is allocated, and by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from flipproof.plan.dry_run import _Allocated, dry_run
 from flipproof.plan.estimate import Request, make_plan, sized
 from flipproof.plan.memory import Spread, in_all, memory
 from flipproof.plan.quantised import made_with, moved
+from flipproof.plan.recommend import recommend
 from flipproof.world import World
 
 FAULTS = {"w_code_p": 1e-4, "w_zero_out_t": 1.0, "x_p_frac": 1e-5, "x_zero_out_t": 8192.0}
@@ -73,6 +75,19 @@ def test_seventy_billion_weights_in_nf4_fit_one_gpu():
     assert plan.fits
     with pytest.raises(ConfigError, match="a larger GPU would do"):
         make_plan(of_flavor("70B"), Request(1, gpu="a100-40"))
+
+
+def test_each_of_several_gpus_has_what_one_has_and_they_average_the_gradients_of_adapters():
+    config = of_flavor("8B")
+    whole = replace(config, parallelism=replace(config.parallelism, sharding_strategy="no_shard"))
+    one, four = make_plan(config, Request(1)), make_plan(whole, Request(4))
+    assert four.memory == one.memory
+    assert four.pace.reduced_bytes == 2 * 3 / 4 * 4 * four.shape.adapters * 32
+    assert four.pace.gathered_bytes == 0
+    assert four.pace.seconds == pytest.approx(one.pace.seconds + four.pace.reduced_bytes / (450e9 * 0.75))
+    assert dry_run(four.config, four.spread, four.kept) == dry_run(one.config, one.spread, one.kept)
+    ways = {(o.config.parallelism.sharding_strategy, o.plan.spread) for o in recommend(config, Request(4))}
+    assert ways == {("no_shard", Spread(1, 4))}
 
 
 def dequantised(name, computed, flips):
@@ -158,8 +173,8 @@ def test_what_cannot_be_is_one_line(tiny_llama, tmp_path, capsys):
     assert "model.quantize_inputs = 'int8': flipproof plan does not count what that takes; leave it out" in inputs
     alone = refused("--model.quantize_inputs", "int8", "--gpus", "1")
     assert "model.quantize_inputs = 'int8': the weights are plain" in alone
-    several = refused("--model.quantize", "nf4", "--gpus", "8", "--recommend")
-    assert "model.quantize = 'nf4': quantised weights are for one process, on one GPU; 8 were asked for" in several
+    several = refused("--model.quantize", "nf4", "--gpus", "8")
+    assert "parallelism.sharding_strategy = 'full_shard': the weights are nf4, which each of 8 processes" in several
     assert "lora.r = 0: the weights are nf4, which do not train" in refused(*one, rank="0")
     assert "layers with quantised weights are not compiled" in refused(*one, "--training.compile", "true")
     config = json.loads((tmp_path / "config.json").read_text())

@@ -21,7 +21,7 @@ from flipproof.models.limits import check_positions, watch_ids
 from flipproof.models.load import load_model, materialise, model_config, model_on_meta
 from flipproof.models.loss import fuse_loss
 from flipproof.models.parallelize import cast_to, parallelize
-from flipproof.models.quantised import check_training, check_use, held_as, without_compilation
+from flipproof.models.quantised import check_spread, check_training, held_as, without_compilation
 from flipproof.models.weights import KEY, own_dtype
 from flipproof.world import World
 
@@ -30,6 +30,14 @@ def check_length(config: RunConfig, tokenizer: Any) -> None:
     """Raises ConfigError where ``training.seq_len`` is more than the model's positions, or there is no such model; for
     before text is read. Needs no weights."""
     check_positions(model_config(config.model, tokenizer), config.training.seq_len)
+
+
+def check_use(config: RunConfig, processes: int) -> str | None:
+    """The name of the format that the model's weights are held in, None of plain ones. Raises ConfigError where so many
+    processes cannot have it so. Needs no weights."""
+    name = held_as(config.model, lambda: model_config(config.model, None))
+    check_spread(config.parallelism, processes, name)
+    return name
 
 
 def with_trainable_weights(config: RunConfig) -> RunConfig:
@@ -64,14 +72,14 @@ def build_model(
     them.
 
     Several processes build it on the meta device and read their own shards; a single one reads it as ``transformers``
-    does, which also knows older formats.
+    does, which also knows older formats. One whose layers are quantised is read as a whole by each process.
 
     Raises:
         ConfigError: for a model that cannot be built, or faults that match no layer.
     """
-    check_use(config, world.size)
+    quantised = check_use(config, world.size) is not None
     dtype, seed = config.training.dtype, config.training.seed
-    in_one_piece = world.size == 1 and config.model.init == "pretrained"
+    in_one_piece = config.model.init == "pretrained" and (world.size == 1 or quantised)
     if in_one_piece:
         model = load_model(config.model, tokenizer, dtype, seed, world.device)
         config = without_compilation(config, model)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flipproof.config import ModelConfig, RunConfig
+from flipproof.config import ModelConfig, ParallelismConfig, RunConfig
 from flipproof.errors import ConfigError, about
 from flipproof.faults.dtypes import dtype_name
 from flipproof.faults.inject import HEAD_NAMES, output_head
@@ -255,13 +255,6 @@ def _with_rest(model: Any, path: str, device: torch.device, finish: Callable[[An
     return result
 
 
-def check_use(config: RunConfig, processes: int) -> None:
-    """Raises ConfigError where a quantised model is asked for what it cannot do."""
-    said = f"model.quantize = {config.model.quantize!r}"
-    if config.model.quantize is not None and processes > 1:
-        raise ConfigError([f"{said}: quantised weights are for one process; {processes} were started"])
-
-
 def held_as(config: ModelConfig, hf_config: Callable[[], Any]) -> str | None:
     """The name of the format that the model's weights are held in; None where they are not quantised."""
     if (format := wanted_format(config)) is not None:
@@ -270,6 +263,18 @@ def held_as(config: ModelConfig, hf_config: Callable[[], Any]) -> str | None:
         return None
     found = checkpoint_of(config, hf_config())
     return found.format.name if found else None
+
+
+def check_spread(parallelism: ParallelismConfig, processes: int, name: str | None) -> None:
+    """Raises ConfigError where weights in the format of this name, None where they are plain, would be sharded over
+    several processes."""
+    if name and processes > 1 and (strategy := parallelism.sharding_strategy) != "no_shard":
+        raise ConfigError(
+            [
+                f"parallelism.sharding_strategy = {strategy!r}: the weights are {name}, which each of {processes} "
+                "processes has whole; no_shard is allowed"
+            ]
+        )
 
 
 def without_compilation(config: RunConfig, model: nn.Module) -> RunConfig:

@@ -22,7 +22,7 @@ from flipproof.config.schema import Strategy
 from flipproof.data.sequences import load_text
 from flipproof.errors import ConfigError
 from flipproof.log import logger
-from flipproof.models.build import build_model, check_length, with_trainable_weights
+from flipproof.models.build import build_model, check_length, check_use, with_trainable_weights
 from flipproof.models.load import load_tokenizer
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import checkpointing_of
@@ -177,6 +177,7 @@ class _Bench:
             on_a_node = node_size(world.size)
             replicas, shards = layout(config.parallelism, world.size, on_a_node)
             spread = Spread(shards, replicas, on_a_node)
+            check_use(config, world.size)
             planned = self._planned(config, spread)
             measured = self._measured(config, world)
         except ConfigError as error:

@@ -8,6 +8,7 @@ from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.models.build import with_trainable_weights
 from flipproof.models.load import byte_tokenizer
+from flipproof.models.quantised import check_spread
 from flipproof.models.recompute import LEVELS, Keep
 from flipproof.plan.gpus import Gpu, benched, gpu_called
 from flipproof.plan.memory import Kept, Memory, Spread, computed_bytes, in_all, memory, needed_for
@@ -123,6 +124,7 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
 def plan_anyway(config: RunConfig, request: Request) -> Plan:
     """As ``make_plan``, also where nothing fits."""
     gpu, spread = request.find_gpu(), _spread(config, request)
+    check_spread(config.parallelism, spread.gpus, config.model.quantize)
     shape, config = sized(config, spread.gpus)
     return plan_of(shape, config, spread, gpu, request)
 
@@ -133,9 +135,6 @@ def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
     Raises:
         ConfigError: as ``make_plan`` does.
     """
-    if config.model.quantize is not None and gpus > 1:
-        what = f"model.quantize = {config.model.quantize!r}"
-        raise ConfigError([f"{what}: quantised weights are for one process, on one GPU; {gpus} were asked for"])
     config = _with_dtypes(config)
     shape = shape_of(config)
     of = config.training.tokens_per_parameter_of
@@ -203,7 +202,7 @@ def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> Non
     would = None
     if spread.shards > 1 and _least(shape, offloading(config), spread) <= _room(gpu):
         would = "parallelism.cpu_offload = true"
-    elif shape.stored:  # for one process
+    elif shape.stored:  # which each GPU has whole
         would = "a larger GPU"
     elif more := [n for n in (2**i for i in range(1, 13)) if _least(shape, config, Spread(n, 1, _NODE)) <= _room(gpu)]:
         would = f"full_shard over {more[0]} of them"

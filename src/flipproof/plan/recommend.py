@@ -50,7 +50,10 @@ def recommend(config: RunConfig, request: Request) -> list[Option]:
         config.parallelism, sharding_strategy="full_shard", fsdp_degree=None, replicas=None, cpu_offload=False
     )
     shape, config = sized(replace(config, parallelism=usual), total)
-    check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1, request.gpus), gpu)
+    if shape.stored:
+        check_fits(shape, config, Spread(1, total), gpu)
+    else:
+        check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1, request.gpus), gpu)
     sequences = config.training.local_batch_size * config.training.gradient_accumulation_steps
     options = []
     for parallelism, spread in _ways(config, request):
@@ -82,7 +85,7 @@ def _ways(config: RunConfig, request: Request) -> Iterator[tuple[Any, Spread]]:
     if total == 1:
         yield usual, Spread(1, 1)
         return
-    for offload in (False, True):
+    for offload in () if config.model.quantize else (False, True):
         own = replace(usual, cpu_offload=offload)
         yield own, Spread(total, 1, request.gpus)
         yield replace(own, sharding_strategy="shard_grad_op"), Spread(total, 1, request.gpus)

@@ -28,11 +28,18 @@ from flipproof.faults.spec import OPERANDS
 from flipproof.log import bar, logger
 from flipproof.measure.arms import Arm, guard_warning
 from flipproof.measure.evaluate import mean_loss, measure_arms
-from flipproof.models.build import build_model, check_computed_bits, check_guards, check_length, flipped_dtype
+from flipproof.models.build import (
+    build_model,
+    check_computed_bits,
+    check_guards,
+    check_length,
+    check_use,
+    flipped_dtype,
+)
 from flipproof.models.load import compute_context, load_tokenizer, model_config, model_on_meta
 from flipproof.models.packed import check_text
 from flipproof.models.parallelize import cast_to
-from flipproof.models.quantised import check_use, checkpoint_of
+from flipproof.models.quantised import checkpoint_of
 from flipproof.models.recompute import expect_variants
 from flipproof.sweep import formats
 from flipproof.sweep.order import Cell, Rate, Trial, next_trial

@@ -23,7 +23,7 @@ from flipproof.faults.inject import inject
 from flipproof.files import check_writable
 from flipproof.formats.linear import quantised_weights
 from flipproof.log import logger
-from flipproof.models.build import check_computed_bits, check_length, with_trainable_weights
+from flipproof.models.build import check_computed_bits, check_length, check_use, with_trainable_weights
 from flipproof.models.load import load_tokenizer, model_config, skeleton
 from flipproof.models.parallelize import cast_to
 from flipproof.train.checkpoint import find_checkpoint
@@ -138,10 +138,11 @@ def planned(config: RunConfig, tokenizer: Any, processes: int) -> RunConfig:
     """``config`` as ``resolve_steps`` has it, before its text is read.
 
     Raises:
-        ConfigError: where there is no such model, or its sequences have more positions than it; and as
-            ``resolve_batch`` does.
+        ConfigError: where there is no such model, its sequences have more positions than it, or so many processes
+            cannot have it; and as ``resolve_batch`` does.
     """
     check_length(config, tokenizer)
+    check_use(config, processes)
     training, counted = config.training, 0
     if training.steps is None and training.tokens_per_parameter is not None:
         shape = skeleton(config.model, tokenizer, training.dtype)
