@@ -7,6 +7,7 @@ import torch
 from meeting import meet_in
 
 from flipproof.config import load_config
+from flipproof.dtensor import local
 from flipproof.faults.inject import fault_state, set_tick
 from flipproof.models.build import build_model
 from flipproof.models.load import byte_tokenizer
@@ -20,7 +21,7 @@ ROWS, SEQ_LEN, TICKS = 2, 32, 3
 def work(rank, directory: Path, trees, ranks):
     """Leaves, for each named config, ``NAME.RANK.pt``: of each tick the loss, the gradients, their means over the
     processes and logits that no gradient is asked of. A process alone leaves those of each of ``ranks``, as the row of
-    a batch would be theirs, without means."""
+    a batch would be theirs, without means. ``NAME.held.pt`` is how many rows of each tensor a process holds."""
     size = int(os.environ["WORLD_SIZE"])
     for name, tree in trees.items():
         if size > 1:
@@ -31,6 +32,9 @@ def work(rank, directory: Path, trees, ranks):
             for seed, (key, parameter) in enumerate(model.named_parameters()):
                 if "lora_B" in key:  # not zero, as in training
                     parameter.data.normal_(std=1e-2, generator=torch.Generator().manual_seed(seed))
+            held = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+            sizes = {key: len(local(tensor)) for key, tensor in held.items() if tensor.dim()}
+            torch.save(sizes, directory / f"{name}.held.pt")
             for whose in [rank] if size > 1 else ranks:
                 fault_state(model).rank = whose
                 torch.save(_seen(model, config, world, whose), directory / f"{name}.{whose}.pt")

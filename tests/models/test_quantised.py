@@ -268,16 +268,20 @@ def test_keys_that_say_nothing_are_refused(base, keys, problem):
     assert problem in refused(settings, base, model=keys)
 
 
-def test_several_processes_are_refused_that_would_share_the_weights(base, model, tmp_path):
+def test_several_processes_are_refused_among_which_fsdp_would_spread_the_weights(base, model, tmp_path):
+    by_fsdp = {"sharding_strategy": "shard_grad_op"}
     checkpoint(model, tmp_path / "gptq", "gptq", "int4-asym")
     world = World(0, 2, torch.device("cpu"))
     for name, config in (
-        ("nf4", settings(base, model={"quantize": "nf4"})),
-        ("int4-asym", settings(tmp_path / "gptq")),
+        ("nf4", settings(base, model={"quantize": "nf4"}, parallelism=by_fsdp)),
+        ("int4-asym", settings(tmp_path / "gptq", parallelism=by_fsdp)),
     ):
         (line,) = refused(build_model, config, byte_tokenizer(), world).splitlines()
-        assert f"parallelism.sharding_strategy = 'full_shard': the weights are {name}, which each of 2 " in line
-        assert "no_shard is allowed" in line
+        assert (
+            f"parallelism.sharding_strategy = 'shard_grad_op' over 2 processes, 2 on a node: the weights are {name},"
+            in (line)
+        )
+        assert "no_shard, which gives all to each, is allowed" in line
 
 
 def test_quantised_weights_neither_train_nor_compile(base, model, tmp_path):

@@ -153,17 +153,16 @@ def test_one_process_compares_what_blocks_of_quantised_layers_keep(home, capsys)
     assert "lora.r = 0: the weights are nf4, which do not train" in capsys.readouterr().err
 
 
-def test_two_processes_compare_quantised_layers_that_each_has_whole(home):
+def test_two_processes_compare_quantised_layers_that_they_share_or_have_whole(home):
     quantised = ["--model.quantize", "nf4", "--bitflip.w_p_frac", "None", "--bitflip.w_code_p", "0.001"]
     records, seen = run(home, home / "quantised", 2, *quantised, "--checkpointing", "none")
-    assert {record["sharding_strategy"] for record in records if record["measured"]} == {"no_shard"}
-    for record in records[:3]:
-        assert "the weights are nf4, which each of 2 processes has whole; no_shard is allowed" in record["why"]
-        assert record["planned"] is None
-    planned = records[3]["planned"]
-    assert planned["allocated"] > 0
-    (row,) = seen
-    assert set(row["reduced"]) == {planned["reduced_bytes"]}
+    assert "'shard_grad_op' over 2 processes, 2 on a node: the weights are nf4" in records[1]["why"]
+    assert records[1]["planned"] is None
+    assert "do not divide into groups" in records[2]["why"]
+    for record, row in zip((records[0], records[3]), seen, strict=True):  # full_shard and no_shard
+        assert record["planned"]["allocated"] > 0
+        for kind in ("gathered", "reduced"):
+            assert set(row[kind]) == {record["planned"][f"{kind}_bytes"]}
 
 
 def test_steps_that_warm_up_and_the_one_that_is_profiled_do_not_count(monkeypatch):

@@ -117,7 +117,7 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
         self.register_parameter("bias", linear.bias)
 
     def _home(self) -> Tensor:
-        return self.held("code")
+        return self._buffers["code"]  # type: ignore[return-value]
 
     def plain(self) -> QuantisedLinear:
         linear = QuantisedLinear(self.stored(), self.bias, self.dtype)

@@ -36,13 +36,16 @@ def check_fitted(
         read: of a model on the meta device, site -> a weight to look at all the same.
         near: as for ``Guards.check_model``.
     """
+    format = format_of_weights(model)
     weights: dict[str, Callable[[], Tensor]] = {
-        site_name(name): partial(_weight_of, module, state.computed) for name, module in _weighted(model)
+        # where some are gathered all are, or a process that finds one of its own rows at fault would ask for no more
+        site_name(name): partial(_weight_of, module, state.computed, format is not None)
+        for name, module in _weighted(model)
     }
     weights |= {name: weight.detach for name, weight in (read or {}).items()}
     dtype = dtype_that_flips(model, state.computed, sites)
     basis = getattr(getattr(model, "config", None), ROTATION, None)
-    guards.check_model(dtype, basis, weights, state.computed, near, format_of_weights(model))
+    guards.check_model(dtype, basis, weights, state.computed, near, format)
     state.fitting = guards
 
 
@@ -77,12 +80,12 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _weight_of(module: Any, computed: torch.dtype | None) -> Tensor:
-    """(out, in); of a quantised layer the one that is computed with."""
+def _weight_of(module: Any, computed: torch.dtype | None, all_of_it: bool) -> Tensor:
+    """(out, in); of a quantised layer the one that is computed with, of which there is no part."""
     if isinstance(module, QuantisedLinear):
         return dequantise(module.stored(), computed or module.dtype)
     weight: Tensor = module.weight
-    return weight
+    return whole(weight) if all_of_it else weight
 
 
 def dtype_that_flips(model: nn.Module, computed: torch.dtype | None, sites: Iterable[Any] | None = None) -> str:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flipproof.dtensor import whole
 from flipproof.formats.fields import from_bytes, to_bytes
 from flipproof.formats.inputs import straight_through
 from flipproof.formats.quantise import dequantise, quantise
@@ -49,9 +50,9 @@ class QuantisedLinear(nn.Linear):
         return cls(quantise(linear.weight, format), linear.bias)
 
     def held(self, name: str) -> Tensor:
-        """One of the operands that the format has, as it is in memory: codes packed."""
-        tensor: Tensor = self._buffers[name]  # type: ignore[assignment]
-        return tensor
+        """One of the operands that the format has, as it is in memory: codes packed. Where processes share its rows and
+        the layer is not at work, all of them must call."""
+        return whole(self._buffers[name])  # type: ignore[arg-type]
 
     def operand(self, name: str) -> Tensor:
         """The same, codes unpacked: of 4 bits these are new, and anyone's to change."""

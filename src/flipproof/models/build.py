@@ -16,14 +16,15 @@ from flipproof.faults.op import BACKENDS
 from flipproof.faults.same_model import check_fitted, dtype_that_flips
 from flipproof.faults.spec import OPERANDS, BitFlipSpec, LoraSpec
 from flipproof.log import logger
+from flipproof.models.frozen import may_share, share_rows
 from flipproof.models.gguf import plain_directory
 from flipproof.models.limits import check_positions, watch_ids
-from flipproof.models.load import load_model, materialise, model_config, model_on_meta
+from flipproof.models.load import load_model, materialise, model_config, model_on_meta, skeleton
 from flipproof.models.loss import fuse_loss
-from flipproof.models.parallelize import cast_to, parallelize
-from flipproof.models.quantised import check_spread, check_training, held_as, without_compilation
+from flipproof.models.parallelize import blocks, cast_to, mesh_of, parallelize, reach_each_other
+from flipproof.models.quantised import Part, check_spread, check_training, held_as, unshared, without_compilation
 from flipproof.models.weights import KEY, own_dtype
-from flipproof.world import World
+from flipproof.world import World, node_size
 
 
 def check_length(config: RunConfig, tokenizer: Any) -> None:
@@ -36,8 +37,23 @@ def check_use(config: RunConfig, processes: int) -> str | None:
     """The name of the format that the model's weights are held in, None of plain ones. Raises ConfigError where so many
     processes cannot have it so. Needs no weights."""
     name = held_as(config.model, lambda: model_config(config.model, None))
-    check_spread(config.parallelism, processes, name)
+    check_spread(config.parallelism, processes, node_size(processes), name)
     return name
+
+
+def _shares_of(config: RunConfig, tokenizer: Any, world: World, name: str) -> Part | None:
+    """What leaves this process's part of a layer whose weight is in the format of this name; None where each process
+    has all. Raises ConfigError, before weights are read, where they cannot be shared; all processes must call."""
+    if world.size == 1 or config.parallelism.sharding_strategy == "no_shard":
+        return None
+    mesh = mesh_of(world)
+    plain = skeleton(replace(config.model, quantize=None, quantize_inputs=None), tokenizer, config.training.dtype)
+    shards = mesh["shard"].size()
+    if not may_share(plain.requires_grad_(False), blocks(plain), shards):
+        raise unshared(config.parallelism, name, f"over {shards} processes, by which its rows do not divide")
+    if not reach_each_other(world):
+        raise unshared(config.parallelism, name, "on GPUs that do not read each other's memory")
+    return lambda layer: share_rows([layer], mesh)
 
 
 def with_trainable_weights(config: RunConfig) -> RunConfig:
@@ -72,17 +88,22 @@ def build_model(
     them.
 
     Several processes build it on the meta device and read their own shards; a single one reads it as ``transformers``
-    does, which also knows older formats. One whose layers are quantised is read as a whole by each process.
+    does, which also knows older formats. Of one whose layers are quantised each process reads one layer after the other
+    and keeps its rows, or all of it.
 
     Raises:
         ConfigError: for a model that cannot be built, or faults that match no layer.
     """
-    quantised = check_use(config, world.size) is not None
+    quantised = check_use(config, world.size)
     dtype, seed = config.training.dtype, config.training.seed
-    in_one_piece = config.model.init == "pretrained" and (world.size == 1 or quantised)
+    part = None
+    in_one_piece = config.model.init == "pretrained" and (world.size == 1 or quantised is not None)
     if in_one_piece:
-        model = load_model(config.model, tokenizer, dtype, seed, world.device)
+        part = _shares_of(config, tokenizer, world, quantised) if quantised else None
+        model = load_model(config.model, tokenizer, dtype, seed, world.device, part)
         config = without_compilation(config, model)
+        if quantised:
+            model.requires_grad_(False)  # what is beside its weights, too: adapters alone train
     else:
         model = model_on_meta(config.model, tokenizer, dtype)
     watch_ids(model, tokenizer)
@@ -95,7 +116,8 @@ def build_model(
     fuse_loss(model)
     parallelize(model, config, world)
     if in_one_piece:
-        model.to(world.device)
+        if part is None:  # else it is there
+            model.to(world.device)
     else:
         materialise(model, config.model, seed, torch.device("cpu") if config.parallelism.cpu_offload else world.device)
         # ``inject`` saw no weights

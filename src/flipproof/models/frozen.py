@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from flipproof.dtensor import like, local, of_rows
+from flipproof.formats.linear import QuantisedLinear
 
 _ALIGNED = 256
 """Bytes; of a shard in the memory that a unit shares."""
@@ -41,13 +42,19 @@ def shared_bytes() -> int:
     return sum(_shared.values())
 
 
+_Held = dict[str, Any]
+"""The parameters of a module, or its buffers."""
+ROWS = ("code", "scale", "zero")
+"""Operands of a quantised weight whose rows are shared; what else there is of one is tiny, and whole in each."""
+
+
 @dataclass(eq=False)
 class _Weight:
-    """A parameter of which each process holds some rows."""
+    """A parameter, or an operand of a quantised weight, of which each process holds some rows."""
 
-    sharded: nn.Parameter
+    sharded: Tensor
     """A DTensor."""
-    whole: nn.Parameter
+    whole: Tensor
     """All of it, in a slot; its values are there once it is fetched, until another is."""
     into: Tensor
     """The same memory: (processes, values of each one's rows)."""
@@ -61,8 +68,8 @@ class _Unit:
 
     module: nn.Module
     slot: int
-    places: list[tuple[nn.Module, str, _Weight]] = field(default_factory=list)
-    """Modules, and the names of their parameters there."""
+    places: list[tuple[_Held, str, _Weight]] = field(default_factory=list)
+    """The parameters or buffers of a module, and their names there."""
     ready: list[Callable[[], object]] = field(default_factory=list)
     """To be called before its weights are used, once they are being fetched."""
 
@@ -78,7 +85,7 @@ class FrozenShards:
         """Shard the model's frozen matrices, in place: they are DTensors, but for a module that runs.
 
         Args:
-            model: on the meta device.
+            model: on the meta device; or one whose layers are quantised and shared (``share_rows``), with its weights.
             blocks: of it.
             mesh: of the processes that share; where it has two dimensions the first is of replicas.
             ahead, behind: how many blocks are fetched before their turn in forward and in backward.
@@ -95,11 +102,7 @@ class FrozenShards:
         weakref.finalize(model, _shared.pop, self._key, None)
         self._held: dict[int, list[_Weight]] = {}
         self._streams: list[torch.cuda.Stream] = []
-        made: dict[int, nn.Parameter] = {}
-        for module, key, parameter in _frozen([unit.module for unit in self._units], self._size):
-            if id(parameter) not in made:
-                made[id(parameter)] = self._shard(parameter)
-            module._parameters[key] = made[id(parameter)]
+        share_rows([unit.module for unit in self._units], mesh)
         model.register_forward_pre_hook(self._begin)
         for i, unit in enumerate(self._blocks):
             unit.module.register_forward_pre_hook(lambda *_, i=i: self._enter(i, self._after(i)))
@@ -111,11 +114,6 @@ class FrozenShards:
     @property
     def _units(self) -> list[_Unit]:
         return [*self._edges, *self._blocks]
-
-    def _shard(self, parameter: nn.Parameter) -> nn.Parameter:
-        rows, *rest = parameter.shape
-        mine = torch.empty(rows // self._size, *rest, dtype=parameter.dtype, device=parameter.device)
-        return nn.Parameter(of_rows(mine, parameter, self.mesh), requires_grad=False)
 
     # -- a pass --------------------------------------------------------------------------------------------------------
 
@@ -170,12 +168,12 @@ class FrozenShards:
         self._fetch(unit)
         for wait in unit.ready:
             wait()
-        for module, key, weight in unit.places:
-            module._parameters[key] = weight.whole
+        for held, key, weight in unit.places:
+            held[key] = weight.whole
 
     def _put_back(self, unit: _Unit) -> None:
-        for module, key, weight in unit.places:
-            module._parameters[key] = weight.sharded
+        for held, key, weight in unit.places:
+            held[key] = weight.sharded
 
     # -- fetching ------------------------------------------------------------------------------------------------------
 
@@ -212,22 +210,22 @@ class FrozenShards:
                 torch.cuda.reset_peak_memory_stats()  # the shards are counted by ``shared_bytes`` from here on
 
     def _make_slots(self) -> None:
-        parameters = {unit: {id(p): p for _, _, p in _sharded(unit.module)} for unit in self._units}
+        shared = {unit: {id(t): t for _, _, t in _sharded(unit.module)} for unit in self._units}
         sizes: dict[tuple[int, int], int] = {}
-        for unit, of_unit in parameters.items():
-            for at, parameter in enumerate(of_unit.values()):
-                sizes[unit.slot, at] = max(_bytes(parameter), sizes.get((unit.slot, at), 0))
+        for unit, of_unit in shared.items():
+            for at, tensor in enumerate(of_unit.values()):
+                sizes[unit.slot, at] = max(_bytes(tensor), sizes.get((unit.slot, at), 0))
         slots = {key: torch.empty(size, dtype=torch.uint8, device=self._device) for key, size in sizes.items()}
         self.slots, weights = list(slots.values()), dict[int, _Weight]()
-        for unit, of_unit in parameters.items():
-            for at, (key, parameter) in enumerate(of_unit.items()):
+        for unit, of_unit in shared.items():
+            for at, (key, tensor) in enumerate(of_unit.items()):
                 if key not in weights:  # the head's may be the embedding's
-                    flat = slots[unit.slot, at][: _bytes(parameter)].view(parameter.dtype)
+                    flat = slots[unit.slot, at][: _bytes(tensor)].view(tensor.dtype)
                     # .data, or all that lies in a slot would have one counter of changes, which autograd looks at
-                    whole = nn.Parameter(flat.view(parameter.shape).data, requires_grad=False)
-                    rows = local(parameter.data).view(-1)
-                    weights[key] = _Weight(parameter, whole, flat.view(self._size, -1), [rows])
-            unit.places = [(module, name, weights[id(p)]) for module, name, p in _sharded(unit.module)]
+                    whole = _as(tensor, flat.view(tensor.shape).data)
+                    rows = local(tensor.data).view(-1)
+                    weights[key] = _Weight(tensor, whole, flat.view(self._size, -1), [rows])
+            unit.places = [(held, name, weights[id(t)]) for held, name, t in _sharded(unit.module)]
 
     def _share(self, unit: _Unit) -> None:
         """Move this process's rows of a unit's weights into memory that its neighbours read, and find theirs."""
@@ -246,7 +244,7 @@ class FrozenShards:
             mine = memory[start : start + rows.nbytes].view(rows.dtype).view(rows.shape)
             mine.copy_(rows)
             weight.rows = []  # which hold the memory that they were in
-            weight.sharded = nn.Parameter(like(mine, weight.sharded.data), requires_grad=False)
+            weight.sharded = _as(weight.sharded, like(mine, weight.sharded.data))
         self._put_back(unit)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the rows were in
@@ -262,9 +260,31 @@ def _await(event: torch.cuda.Event) -> None:
     torch.cuda.current_stream().wait_event(event)
 
 
-def _bytes(parameter: Tensor) -> int:
+def _bytes(tensor: Tensor) -> int:
     """Of all of it."""
-    return parameter.numel() * parameter.element_size()
+    return tensor.numel() * tensor.element_size()
+
+
+def _as(tensor: Tensor, values: Tensor) -> Tensor:
+    """A parameter where the other is one."""
+    return nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
+
+
+@torch.no_grad()
+def share_rows(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Keep of frozen matrices, and of quantised weights, this process's rows alone, as DTensors.
+
+    Args:
+        modules: with their weights or on the meta device.
+        mesh: as for ``FrozenShards``.
+    """
+    group = mesh.get_group(mesh.ndim - 1)
+    made: dict[int, Tensor] = {}
+    for held, key, tensor in _frozen(modules, group.size()):
+        if id(tensor) not in made:
+            mine = tensor.data.chunk(group.size())[group.rank()].clone()
+            made[id(tensor)] = _as(tensor, of_rows(mine, tensor, mesh))
+        held[key] = made[id(tensor)]
 
 
 def may_share(model: nn.Module, blocks: list[nn.Module], shards: int) -> bool:
@@ -277,24 +297,27 @@ def may_share(model: nn.Module, blocks: list[nn.Module], shards: int) -> bool:
     held += {id(p) for edge in edges if edge is not None for p in edge.parameters()}
     if len(set(held)) < len(held):
         return False
-    shared = {id(p): p.numel() for _, _, p in _frozen(modules, shards)}
+    shared = {id(p): p.numel() for _, _, p in _frozen(modules, shards) if isinstance(p, nn.Parameter)}
     rest = [p for name, p in model.named_parameters() if "lora_" not in name and id(p) not in shared]
     return bool(shared) and sum(p.numel() for p in rest) < 0.02 * sum(shared.values())
 
 
-def _frozen(modules: list[nn.Module], shards: int) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """The frozen matrices that so many processes can share by rows, and where they are."""
+def _frozen(modules: list[nn.Module], shards: int) -> Iterator[tuple[_Held, str, Tensor]]:
+    """What so many processes can share by rows and does not yet, and where it is."""
     for outer in modules:
         for module in outer.modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is None or parameter.requires_grad or parameter.dim() < 2:
-                    continue
-                if parameter.shape[0] % shards == 0:
-                    yield module, key, parameter
+            for held, key, tensor in _held_by(module):
+                operand = held is module._buffers and isinstance(module, QuantisedLinear) and key in ROWS
+                matrix = held is module._parameters and not tensor.requires_grad and tensor.dim() > 1
+                if (operand or matrix) and not isinstance(tensor, DTensor) and tensor.shape[0] % shards == 0:
+                    yield held, key, tensor
 
 
-def _sharded(outer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def _sharded(outer: nn.Module) -> Iterator[tuple[_Held, str, Tensor]]:
     for module in outer.modules():
-        for key, parameter in list(module._parameters.items()):
-            if isinstance(parameter, DTensor):
-                yield module, key, parameter
+        yield from (found for found in _held_by(module) if isinstance(found[2], DTensor))
+
+
+def _held_by(module: nn.Module) -> Iterator[tuple[_Held, str, Tensor]]:
+    for held in (module._parameters, module._buffers):
+        yield from ((held, key, tensor) for key, tensor in list(held.items()) if tensor is not None)

@@ -26,6 +26,7 @@ from flipproof.models.hub import from_hub, reason
 from flipproof.models.online import attach, read_config
 from flipproof.models.parallelize import cast_to
 from flipproof.models.quantised import (
+    Part,
     checkpoint_of,
     quantise_inputs_of,
     quantise_on_meta,
@@ -123,13 +124,18 @@ def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.
 
 
 def load_model(
-    config: ModelConfig, tokenizer: Any, dtype: str | None, seed: int, device: torch.device | None = None
+    config: ModelConfig,
+    tokenizer: Any,
+    dtype: str | None,
+    seed: int,
+    device: torch.device | None = None,
+    part: Part | None = None,
 ) -> nn.Module:
     """A causal language model in one process's memory: loaded, quantised where the config or the checkpoint says so
     (``quantised.py``), or initialised from ``seed`` without touching the global RNG.
 
     ``dtype`` by name; None is the checkpoint's own, or float32 from scratch. ``device``: where layers are quantised and
-    held; others are in the CPU's memory.
+    held; others are in the CPU's memory. ``part``: called with each such layer, of which it may leave a part.
 
     Raises:
         ConfigError: as ``model_config`` does, or for weights that cannot be read.
@@ -141,11 +147,11 @@ def load_model(
     hf_config = model_config(config, tokenizer)
     device = device or torch.device("cpu")
     if (checkpoint := checkpoint_of(config, hf_config)) is not None:
-        model = read_quantised(_path(config), dtype, checkpoint, hf_config, device, compute_buffers)
+        model = read_quantised(_path(config), dtype, checkpoint, hf_config, device, compute_buffers, part)
         quantise_inputs_of(model, wanted_inputs(config, checkpoint))
         return model
     if (format := wanted_format(config)) is not None:
-        model = read_and_quantise(_path(config), dtype, format, device, compute_buffers)
+        model = read_and_quantise(_path(config), dtype, format, device, compute_buffers, part)
         quantise_inputs_of(model, wanted_inputs(config, None))
         return model
     quantised = getattr(hf_config, "quantization_config", None)

@@ -1,9 +1,10 @@
 """How a model is spread over the processes of a run: recomputation, compilation, sharding, in this order.
 
 PyTorch's FSDP2 (``fully_shard``) shards, gathers and reduces; each block is a unit of its own, gathered for its turn
-and freed after. Where all but adapters is frozen, the processes of a node share the weights without it (``frozen.py``).
-What trains is then whole in each process, as all is with ``no_shard``, and gradients are averaged at a step's end;
-processes that share the weights share the optimizer's state too (``train/optimizer.py``).
+and freed after. Where all but adapters is frozen, the processes of a node share the weights without it (``frozen.py``),
+the only way in which quantised ones are shared. What trains is then whole in each process, as all is with ``no_shard``,
+and gradients are averaged at a step's end; processes that share the weights share the optimizer's state too
+(``train/optimizer.py``).
 
 **The same run on any number of processes.** The global micro-batch is the local ones one after the other, rank 0's rows
 first. Draws are keyed by the index in the whole tensor, so a process draws for its own rows what one process would have
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from flipproof.config import ParallelismConfig, RunConfig, TrainingConfig
 from flipproof.faults.inject import fault_state, is_faulty
+from flipproof.formats.linear import quantised_weights
 from flipproof.models import recompute
 from flipproof.models.frozen import FrozenShards, may_share
 from flipproof.world import World, node_size
@@ -54,9 +56,9 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
         fault_state(model).rank = world.rank
     computed = cast_to(training, model)
     if world.mesh is not None and config.parallelism.sharding_strategy != "no_shard":
-        if _may_share(model, layers, config, world):
+        if quantised_weights(model) or _may_share(model, layers, config, world):
             ahead, behind = config.parallelism.forward_prefetch, config.parallelism.backward_prefetch
-            vars(model)[_SHARDS] = FrozenShards(model, layers, _mesh(world), ahead, behind)
+            vars(model)[_SHARDS] = FrozenShards(model, layers, mesh_of(world), ahead, behind)
         else:
             _shard(model, layers, config, world)
     # after FSDP's own, which where the output needs a gradient would gather a frozen embedding in backward, for nothing
@@ -70,15 +72,19 @@ def parallelize(model: nn.Module, config: RunConfig, world: World, compiler: Any
 
 
 def _may_share(model: nn.Module, layers: list[nn.Module], config: RunConfig, world: World) -> bool:
-    shards, on_a_node, device = _mesh(world)["shard"].size(), node_size(world.size), world.device
+    shards, on_a_node = mesh_of(world)["shard"].size(), node_size(world.size)
     if not shares_frozen(config.parallelism, shards, on_a_node) or cast_to(config.training, model) is not None:
         return False
+    return may_share(model, layers, shards) and reach_each_other(world)
+
+
+def reach_each_other(world: World) -> bool:
+    """Whether each process of a node reads the memory of its neighbours; the same in all, which must all call."""
+    device, reached = world.device, True
     if device.type == "cuda":
-        others = [other for other in range(on_a_node) if other != device.index]
+        others = [other for other in range(node_size(world.size)) if other != device.index]
         reached = all(torch.cuda.can_device_access_peer(device, other) for other in others)
-        if not world.least(float(reached)):  # all do the same
-            return False
-    return may_share(model, layers, shards)
+    return bool(world.least(float(reached)))
 
 
 def shares_frozen(parallelism: ParallelismConfig, shards: int, on_a_node: int) -> bool:
@@ -99,7 +105,8 @@ def sharing(model: nn.Module) -> DeviceMesh | None:
     return None if found is None else found.mesh
 
 
-def _mesh(world: World) -> DeviceMesh:
+def mesh_of(world: World) -> DeviceMesh:
+    """Of the processes that share a model; where it has two dimensions the first is of replicas."""
     assert world.mesh is not None
     return world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
 
@@ -107,7 +114,7 @@ def _mesh(world: World) -> DeviceMesh:
 def _shard(model: nn.Module, layers: list[nn.Module], config: RunConfig, world: World) -> None:
     training, parallelism = config.training, config.parallelism
     options: dict[str, Any] = {
-        "mesh": _mesh(world),
+        "mesh": mesh_of(world),
         "mp_policy": MixedPrecisionPolicy(
             # None where the weights have that dtype already: adapters and their gathering stay float32
             param_dtype=cast_to(training, model),

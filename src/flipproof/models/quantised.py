@@ -32,9 +32,11 @@ from flipproof.formats.spec import Format, format_of
 from flipproof.formats.stored import Stored
 from flipproof.log import logger
 from flipproof.models.gguf import plain_directory
+from flipproof.models.parallelize import shares_frozen
 from flipproof.models.save import Shards, name_in_files, names_to_write, save_settings, unfit
 from flipproof.models.weights import KEY, Others, read_stored, read_tensor, read_weights, unread_model
 from flipproof.models.weights import Stored as At
+from flipproof.world import layout
 
 _NUMBERS = ("BF16", "F16", "F32")
 _OF_QUANTISED = ("weight", "weight_packed", "qweight")
@@ -109,7 +111,13 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
 
 
-def _put(model: nn.Module, name: str, stored: Stored, dtype: torch.dtype, device: torch.device) -> None:
+Part = Callable[[QuantisedLinear], object]
+"""Leaves of a layer, in place, what this process is to hold of it."""
+
+
+def _put(
+    model: nn.Module, name: str, stored: Stored, dtype: torch.dtype, device: torch.device, part: Part | None = None
+) -> None:
     """A stored weight in the place of a linear layer's; hooks and bias stay."""
     linear = model.get_submodule(name)
     own = (linear.out_features, linear.in_features)
@@ -120,6 +128,8 @@ def _put(model: nn.Module, name: str, stored: Stored, dtype: torch.dtype, device
     for key, tensor in layer._buffers.items():
         if tensor is not None:
             layer._buffers[key] = tensor.to(device)
+    if part:
+        part(layer)
     layer._forward_pre_hooks = linear._forward_pre_hooks
     setattr(model.get_submodule(parent), child, layer)
 
@@ -134,13 +144,19 @@ def quantise_on_meta(model: nn.Module, format: Format) -> None:
 
 
 def read_and_quantise(
-    path: str, dtype: str | None, format: Format, device: torch.device, finish: Callable[[Any], None]
+    path: str,
+    dtype: str | None,
+    format: Format,
+    device: torch.device,
+    finish: Callable[[Any], None],
+    part: Part | None = None,
 ) -> nn.Module:
     """The model of a directory or Hub name, its layers quantised one at a time.
 
     Args:
         dtype: by name, of the weights that are quantised; None is the checkpoint's own.
         finish: computes the buffers that no file holds.
+        part: called with each layer once it is quantised; None keeps all of it.
 
     Raises:
         ConfigError: where the weights cannot be read, or not be quantised so, naming the layer.
@@ -149,7 +165,7 @@ def read_and_quantise(
     for name, linear in linear_layers(model).items():
         with about(name):
             weight = read_tensor(model, f"{name}.weight").to(device)
-            _put(model, name, quantise(weight, format), linear.weight.dtype, device)
+            _put(model, name, quantise(weight, format), linear.weight.dtype, device, part)
     return _with_rest(model, path, device, finish)
 
 
@@ -160,6 +176,7 @@ def read_quantised(
     hf_config: Any,
     device: torch.device,
     finish: Callable[[Any], None],
+    part: Part | None = None,
 ) -> nn.Module:
     """The model of a directory or Hub name whose layers are quantised, as they are.
 
@@ -167,7 +184,7 @@ def read_quantised(
         dtype: by name, in which is computed; None is the checkpoint's own.
         checkpoint: what ``checkpoint_of`` has found.
         hf_config: the model's.
-        finish: as above.
+        finish, part: as above.
 
     Raises:
         ConfigError: where a tensor is missing or is not what the format needs, naming the layer.
@@ -190,7 +207,7 @@ def read_quantised(
         raise ConfigError([f"{where}: config.json says that its weights are quantised ({checkpoint.method}); none are"])
     for name, own in layers.items():
         with about(f"{where}: {name}"):
-            _put(model, name, checkpoint.unpack(read_stored(own)), linear[name].weight.dtype, device)
+            _put(model, name, checkpoint.unpack(read_stored(own)), linear[name].weight.dtype, device, part)
     if checkpoint.activations:
         said = "%s: its activations are quantised in another way, too, where it is served; here they are not"
         logger.warning(said, where)
@@ -265,16 +282,26 @@ def held_as(config: ModelConfig, hf_config: Callable[[], Any]) -> str | None:
     return found.format.name if found else None
 
 
-def check_spread(parallelism: ParallelismConfig, processes: int, name: str | None) -> None:
-    """Raises ConfigError where weights in the format of this name, None where they are plain, would be sharded over
-    several processes."""
-    if name and processes > 1 and (strategy := parallelism.sharding_strategy) != "no_shard":
-        raise ConfigError(
-            [
-                f"parallelism.sharding_strategy = {strategy!r}: the weights are {name}, which each of {processes} "
-                "processes has whole; no_shard is allowed"
-            ]
-        )
+def check_spread(parallelism: ParallelismConfig, processes: int, on_a_node: int, name: str | None) -> None:
+    """Raises ConfigError where weights in the format of this name, None where they are plain, would be spread over
+    several processes, so many on each node, as FSDP alone does it."""
+    if name is None or processes == 1 or parallelism.sharding_strategy == "no_shard":
+        return
+    _, shards = layout(parallelism, processes, on_a_node)
+    if not shares_frozen(parallelism, shards, on_a_node):
+        raise unshared(parallelism, name, f"over {shards} processes, {on_a_node} on a node")
+
+
+def unshared(parallelism: ParallelismConfig, name: str, why: str) -> ConfigError:
+    """That weights in the format of this name cannot be spread so; ``why`` follows what is said of the config."""
+    keys = [f"parallelism.{key} = true" for key in ("cpu_offload", "keep_gathered") if getattr(parallelism, key)]
+    said = ", ".join([f"parallelism.sharding_strategy = {parallelism.sharding_strategy!r}", *keys])
+    return ConfigError(
+        [
+            f"{said} {why}: the weights are {name}, which full_shard and hybrid_shard share by whole rows within a "
+            "node, without cpu_offload or keep_gathered; no_shard, which gives all to each, is allowed"
+        ]
+    )
 
 
 def without_compilation(config: RunConfig, model: nn.Module) -> RunConfig:

@@ -8,10 +8,10 @@ from flipproof.config import RunConfig
 from flipproof.errors import ConfigError
 from flipproof.models.build import with_trainable_weights
 from flipproof.models.load import byte_tokenizer
-from flipproof.models.quantised import check_spread
+from flipproof.models.quantised import check_spread, unshared
 from flipproof.models.recompute import LEVELS, Keep
 from flipproof.plan.gpus import Gpu, benched, gpu_called
-from flipproof.plan.memory import Kept, Memory, Spread, computed_bytes, in_all, memory, needed_for
+from flipproof.plan.memory import Kept, Memory, Spread, computed_bytes, in_all, memory, needed_for, shares
 from flipproof.plan.pace import Pace, pace
 from flipproof.plan.shape import Shape, shape_of
 from flipproof.train.start import held_dtype, resolve_steps
@@ -124,9 +124,17 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
 def plan_anyway(config: RunConfig, request: Request) -> Plan:
     """As ``make_plan``, also where nothing fits."""
     gpu, spread = request.find_gpu(), _spread(config, request)
-    check_spread(config.parallelism, spread.gpus, config.model.quantize)
+    check_spread(config.parallelism, spread.gpus, request.gpus, config.model.quantize)
     shape, config = sized(config, spread.gpus)
+    if not can_lie(shape, config, spread):
+        why = f"over {spread.shards} GPUs, by which its rows do not divide"
+        raise unshared(config.parallelism, str(config.model.quantize), why)
     return plan_of(shape, config, spread, gpu, request)
+
+
+def can_lie(shape: Shape, config: RunConfig, spread: Spread) -> bool:
+    """Whether a model lies so on GPUs: one whose weights are quantised where each has all, or they share rows."""
+    return not shape.stored or spread.shards == 1 or shares(shape, config, spread)
 
 
 def sized(config: RunConfig, gpus: int) -> tuple[Shape, RunConfig]:
@@ -200,12 +208,14 @@ def check_fits(shape: Shape, config: RunConfig, spread: Spread, gpu: Gpu) -> Non
     if needed <= _room(gpu):
         return
     would = None
-    if spread.shards > 1 and _least(shape, offloading(config), spread) <= _room(gpu):
+    wider = [Spread(2**i, 1, _NODE) for i in range(1, 13)]
+    more = [wide.gpus for wide in wider if can_lie(shape, config, wide) and _least(shape, config, wide) <= _room(gpu)]
+    if spread.shards > 1 and not shape.stored and _least(shape, offloading(config), spread) <= _room(gpu):
         would = "parallelism.cpu_offload = true"
-    elif shape.stored:  # which each GPU has whole
-        would = "a larger GPU"
-    elif more := [n for n in (2**i for i in range(1, 13)) if _least(shape, config, Spread(n, 1, _NODE)) <= _room(gpu)]:
+    elif more:
         would = f"full_shard over {more[0]} of them"
+    elif shape.stored:  # which a node shares at most
+        would = "a larger GPU"
     raise ConfigError(
         [
             f"--gpus {spread.gpus} x {gpu.name}: even one sequence with activation_checkpointing = 'full' needs "

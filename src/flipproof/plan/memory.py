@@ -85,7 +85,7 @@ class Spread:
 
 def shares(shape: Shape, config: RunConfig, spread: Spread) -> bool:
     """Whether GPUs read frozen weights from their neighbours (``models/frozen.py``), in the place of FSDP."""
-    as_held = held_bytes(config) == computed_bytes(config)
+    as_held = shape.stored or held_bytes(config) == computed_bytes(config)
     if not config.lora.r or not as_held or shape.divisor % spread.shards:
         return False
     return shares_frozen(config.parallelism, spread.shards, spread.node or spread.gpus)
@@ -95,6 +95,11 @@ def slots(shape: Shape, config: RunConfig) -> int:
     """Of blocks that are read from neighbours."""
     parallelism = config.parallelism
     return min(shape.blocks, 1 + max(1, parallelism.forward_prefetch, parallelism.backward_prefetch))
+
+
+def fetched(shape: Shape, config: RunConfig) -> int:
+    """Bytes of a block that are read from neighbours, this GPU's own among them."""
+    return shape.stored_rows or held_bytes(config) * shape.products
 
 
 def held_bytes(config: RunConfig) -> int:
@@ -183,8 +188,10 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     shards = 1 if shared else spread.shards
     apart = shape.matrices if shared else shape.parameters  # what is shared
     weights = held * (shape.parameters - apart + apart / spread.shards)
-    if shape.stored:  # on one GPU
+    if shape.stored:  # shared, or whole on each GPU
+        beside = held * (shape.embedding + shape.head)
         weights = shape.blocks * shape.stored + held * (shape.parameters - shape.blocks * shape.products)
+        weights -= (shape.blocks * shape.stored_rows + beside) * (1 - 1 / spread.shards)
     always = {
         "weights": weights,
         "adapters": 4 * adapters / shards,
@@ -206,7 +213,7 @@ def memory(shape: Shape, config: RunConfig, spread: Spread, kept: Kept) -> Memor
     at_loss = (2 * head + stay) * sharded
     at_block = (stay + head if stays else 2 * unit) * sharded + copied
     if shared:  # the slots
-        at_loss = at_block = held * (slots(shape, config) * shape.products + max(shape.embedding, shape.head))
+        at_loss = at_block = slots(shape, config) * fetched(shape, config) + held * max(shape.embedding, shape.head)
     logits = tokens * shape.vocabulary
     if shape.whole_logits:  # as computed; in float32, where that is another dtype; and their gradient
         loss = logits * (shape.whole_logits * c + (8 if c < 4 else 4)) + tokens * h * c

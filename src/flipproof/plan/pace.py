@@ -23,6 +23,7 @@ from flipproof.plan.memory import (
     Spread,
     codes_flip,
     computed_bytes,
+    fetched,
     gathered_adapter_bytes,
     held_bytes,
     reduced_bytes,
@@ -93,8 +94,8 @@ def pace(
     gradient = 4
     if shared := shares(shape, config, spread):
         # the last blocks of forward are there still when backward begins
-        fetched = (2 * shape.blocks - slots(shape, config)) * shape.products + shape.embedding + shape.head
-        gathered = accumulation * c * fetched * others
+        blocks = (2 * shape.blocks - slots(shape, config)) * fetched(shape, config)
+        gathered = accumulation * (blocks + held_bytes(config) * (shape.embedding + shape.head)) * others
     elif spread.shards > 1:
         gradient = reduced_bytes(config)
         whole = c * shape.parameters + shape.adapters * shape.blocks * gathered_adapter_bytes(config)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tomli_w
 
 from flipproof.config import RunConfig
-from flipproof.plan.estimate import Plan, Request, check_fits, offloading, plan_of, sized
+from flipproof.plan.estimate import Plan, Request, can_lie, check_fits, offloading, plan_of, sized
 from flipproof.plan.memory import Spread
 
 Mode = Literal["auto", "none", "selective", "full"]
@@ -50,13 +50,16 @@ def recommend(config: RunConfig, request: Request) -> list[Option]:
         config.parallelism, sharding_strategy="full_shard", fsdp_degree=None, replicas=None, cpu_offload=False
     )
     shape, config = sized(replace(config, parallelism=usual), total)
+    least = [(offloading(config) if total > 1 else config, Spread(total, 1, request.gpus))]
     if shape.stored:
-        check_fits(shape, config, Spread(1, total), gpu)
-    else:
-        check_fits(shape, offloading(config) if total > 1 else config, Spread(total, 1, request.gpus), gpu)
+        ways = Spread(request.gpus, request.nodes, request.gpus), Spread(1, total)
+        least = [(config, spread) for spread in ways if can_lie(shape, config, spread)]
+    check_fits(shape, *least[0], gpu)
     sequences = config.training.local_batch_size * config.training.gradient_accumulation_steps
     options = []
     for parallelism, spread in _ways(config, request):
+        if not can_lie(shape, replace(config, parallelism=parallelism), spread):
+            continue
         for mode in _MODES:
             tried = []
             for rows in (n for n in range(sequences, 0, -1) if sequences % n == 0):
@@ -85,7 +88,7 @@ def _ways(config: RunConfig, request: Request) -> Iterator[tuple[Any, Spread]]:
     if total == 1:
         yield usual, Spread(1, 1)
         return
-    for offload in () if config.model.quantize else (False, True):
+    for offload in (False, True):
         own = replace(usual, cpu_offload=offload)
         yield own, Spread(total, 1, request.gpus)
         yield replace(own, sharding_strategy="shard_grad_op"), Spread(total, 1, request.gpus)

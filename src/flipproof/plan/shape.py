@@ -2,6 +2,7 @@
 included: nothing is loaded, and no weights are needed."""
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.inject import inject
 from flipproof.faults.linear import FaultyLinear
 from flipproof.formats.linear import quantised_weights
+from flipproof.models.frozen import ROWS
 from flipproof.models.load import byte_tokenizer, skeleton
 from flipproof.models.loss import CHANGES_LOGITS, LossHead, fuse_loss
 from flipproof.models.parallelize import blocks, cast_to
@@ -54,6 +56,8 @@ class Shape:
     """Tensors of whole logits, as computed, that the loss holds; 0 where it takes them a chunk at a time."""
     stored: int = 0
     """Bytes of a block's quantised weights, codes, scales and all; 0 where weights are plain."""
+    stored_rows: int = 0
+    """Of these what GPUs of a node share."""
 
     @property
     def parameters(self) -> int:
@@ -94,7 +98,8 @@ def shape_of(config: RunConfig) -> Shape:
     head = model.get_output_embeddings()  # type: ignore[operator]
     caps = any(getattr(hf_config, key, None) for key in CHANGES_LOGITS)
     first = layers[0]
-    linear = [_weights(module) for module in first.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in first.modules() if isinstance(module, nn.Linear)]
+    linear = list(map(_weights, linears))
     faulty = [module for module in first.modules() if isinstance(module, FaultyLinear)]
     adapters = sum(p.numel() for name, p in first.named_parameters() if "lora_" in name)
     heads = hf_config.num_attention_heads
@@ -118,17 +123,20 @@ def shape_of(config: RunConfig) -> Shape:
         embedding=embedding.numel(),
         head=own_head,
         rest=frozen - len(layers) * block - embedding.numel() - own_head,
-        divisor=math.gcd(embedding.shape[0], *(p.shape[0] for p in first.parameters() if p.dim() == 2)),
+        divisor=math.gcd(embedding.shape[0], *(module.out_features for module in linears)),
         flops=_training_flops(model, config),
         forward_flops=forward,
         whole_logits=0 if isinstance(head, LossHead) else 3 if caps else 2,
         stored=stored_bytes(first),
+        stored_rows=stored_bytes(first, ROWS),
     )
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Of the quantised weights of a model or a block, as they are held."""
-    return sum(tensor.nbytes for layer in quantised_layers(model).values() for tensor in layer.buffers(recurse=False))
+def stored_bytes(model: nn.Module, operands: Container[str] | None = None) -> int:
+    """Of the quantised weights of a model or a block, as they are held; of all their operands, or of these."""
+    layers = quantised_layers(model).values()
+    held = (found for layer in layers for found in layer.named_buffers(recurse=False))
+    return sum(tensor.nbytes for name, tensor in held if operands is None or name in operands)
 
 
 def _weights(linear: nn.Linear) -> int:
