@@ -2,9 +2,13 @@
 processes that have all, launched kernel by kernel and as a CUDA graph. Exits with 1 if not, and says where."""
 
 import sys
+import tempfile
+from itertools import product
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flipproof.config import load_config
 from flipproof.data.sequences import Batch
@@ -17,19 +21,25 @@ from flipproof.train.cuda_graph import Recorded
 from flipproof.world import arrange, join_world
 
 P = 2.0**-12
-FAULTS = {"w_p_exp": P, "w_p_frac": P, "w_zero_out_t": 256.0, "x_p_exp": P, "x_p_frac": P, "x_zero_out_t": 8192.0}
+OF_INPUTS = {"w_zero_out_t": 256.0, "x_p_exp": P, "x_p_frac": P, "x_zero_out_t": 8192.0}
+FAULTS = {"w_p_exp": P, "w_p_frac": P, **OF_INPUTS}
+OF_QUANTISED = {"w_code_p": P, "w_scale_p_exp": P, **OF_INPUTS}
+FORMATS = ("nf4", "int4-asym", "nvfp4")
 ROWS, SEQ_LEN, TICKS = 2, 256, 4
 
 
-def config_of(strategy, kept, **parallelism):
+def config_of(strategy, kept, base=None, quantize=None, **parallelism):
+    """``base``: a model's directory, to be quantised; None is a model from scratch, of plain weights."""
     training = {"seq_len": SEQ_LEN, "local_batch_size": ROWS, "dtype": "bfloat16", "activation_checkpointing": kept}
     return load_config(
         [],
         {
-            "model": {"flavor": "clm-200M", "init": "random", "tokenizer": "bytes"},
+            "model": {"hf_model_path": base, "tokenizer": "bytes", "quantize": quantize}
+            if base
+            else {"flavor": "clm-200M", "init": "random", "tokenizer": "bytes"},
             "training": training,
             "lora": {"r": 8},
-            "bitflip": FAULTS,
+            "bitflip": OF_QUANTISED if base else FAULTS,
             "parallelism": {"sharding_strategy": strategy, **parallelism},
         },
     )
@@ -68,22 +78,32 @@ def found(world, config, recorded):
     return seen, bool(slots(model))
 
 
+def save_base(directory):
+    config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4,
+                         num_attention_heads=8, num_key_value_heads=4, bos_token_id=None, eos_token_id=256)  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
+
+
 def main():
     different = []
     with join_world(config_of("no_shard", "none").parallelism) as world, sdpa_kernel(SDPBackend.MATH):
         half = {"fsdp_degree": world.size // 2} if world.size > 2 else {}
         ways = [("no_shard", {}), ("full_shard", {}), ("full_shard", {"forward_prefetch": 2, "backward_prefetch": 3})]
         ways += [("hybrid_shard", half)] if half else []
-        for kept in ("none", "full", "selective"):
-            whole = config_of("no_shard", kept)
+        base = world.once(lambda: str(save_base(Path(tempfile.mkdtemp()))))
+        models = [{}, *({"base": base, "quantize": name} for name in FORMATS)]
+        for kept, model in product(("none", "full", "selective"), models):
+            whole = config_of("no_shard", kept, **model)
             found(world, whole, recorded=False)  # what compiles may round otherwise
             expected, _ = found(world, whole, recorded=False)
             for strategy, parallelism in ways:
                 for recorded in (False, True):
-                    seen, shared = found(world, config_of(strategy, kept, **parallelism), recorded)
+                    seen, shared = found(world, config_of(strategy, kept, **model, **parallelism), recorded)
                     same = all(map(torch.equal, seen, expected)) and shared == (strategy != "no_shard")
                     if not all(world.gathered(same)):
-                        different.append((kept, strategy, parallelism, recorded))
+                        different.append((kept, model, strategy, parallelism, recorded))
         if world.first and different:
             print(*different, sep="\n", file=sys.stderr)
     return bool(different)
