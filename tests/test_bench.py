@@ -75,7 +75,7 @@ def test_what_a_gpu_measured_is_what_plan_reads(monkeypatch, tmp_path):
     text = bench("cuda", tmp_path / "bench.json")
     assert "a large product 400 TFLOP/s in bfloat16, a copy 1,800 GB/s" in text
     gpu = benched(GPUS["a100-80"], tmp_path / "bench.json")
-    assert gpu.peak == pytest.approx(400e12 / 0.8)
+    assert gpu.peak(2) == pytest.approx(400e12 / 0.8)
     assert gpu.bandwidth == pytest.approx(1800 / 0.9)
 
 
