@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_models import quantised
+from quantised_models import assert_a_cuda_graph_replays, quantised
 from scalar_flips import scalar_masks
 from scipy.stats import binomtest
 from torch import nn
@@ -409,31 +409,7 @@ def test_no_pass_looks_at_a_number_or_takes_one_to_the_device(name, checkpointed
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_cuda_graph_replays_the_layer(name, checkpointed):
-    root = trained(name, checkpointed)
-    layer, x = root[0], torch.randn(3, 64, device="cuda")
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        root(x).sum().backward()
-    torch.cuda.synchronize()
-    root.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = root(x)
-        y.sum().backward()
-    flipproof.set_tick(root, 7)
-    replayed = []
-    for _ in range(3):
-        layer.lora_A.grad.zero_()
-        graph.replay()
-        replayed.append((y.detach().clone(), layer.lora_A.grad.clone()))
-    for tick, (value, grad) in enumerate(replayed, start=7):
-        flipproof.set_tick(root, tick)
-        layer.lora_A.grad = None
-        eager = root(x)
-        eager.sum().backward()
-        assert torch.equal(value.nan_to_num(), eager.nan_to_num())
-        assert torch.equal(grad.nan_to_num(), layer.lora_A.grad.nan_to_num())
-    assert not torch.equal(*(value.nan_to_num() for value, _ in replayed[:2]))
+    assert_a_cuda_graph_replays(trained(name, checkpointed))
 
 
 # --- refusals

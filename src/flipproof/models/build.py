@@ -96,7 +96,6 @@ def build_model(
     """
     quantised = check_use(config, world.size)
     dtype, seed = config.training.dtype, config.training.seed
-    part = None
     in_one_piece = config.model.init == "pretrained" and (world.size == 1 or quantised is not None)
     if in_one_piece:
         part = _shares_of(config, tokenizer, world, quantised) if quantised else None

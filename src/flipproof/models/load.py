@@ -99,10 +99,16 @@ def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Modul
     except ValueError as error:
         raise ConfigError([f"{KEY} = {config.hf_model_path!r}: {reason(error, str(config.hf_model_path))}"]) from error
     attach(model)
+    _quantise_on_meta(model, config)
+    return model
+
+
+def _quantise_on_meta(model: nn.Module, config: ModelConfig) -> None:
+    """Give a model on the meta device the layers that the config asks for. Raises ConfigError where groups do not
+    divide one."""
     if (format := wanted_format(config)) is not None:
         quantise_on_meta(model, format)
         quantise_inputs_of(model, wanted_inputs(config, None))
-    return model
 
 
 def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Module:
@@ -117,9 +123,7 @@ def model_on_meta(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.
         return skeleton(config, tokenizer, dtype)
     checkpoint_of(config, model_config(config, tokenizer))  # which refuses to quantise what is quantised already
     model = unread_model(_path(config), dtype)
-    if (format := wanted_format(config)) is not None:
-        quantise_on_meta(model, format)
-        quantise_inputs_of(model, wanted_inputs(config, None))
+    _quantise_on_meta(model, config)
     return model
 
 
