@@ -95,7 +95,8 @@ def _quantised_model(config: RunConfig, format: str, world: World) -> nn.Module:
     materialise(model, config.model, 0, world.device)
     for layer in quantised_layers(model).values():
         for held in layer.buffers(recurse=False):
-            held.random_(0, 256) if held.dtype == torch.uint8 else held.fill_(1e-2)
+            mine = local(held)  # where processes share it
+            mine.random_(0, 256) if mine.dtype == torch.uint8 else mine.fill_(1e-2)
     return model
 
 

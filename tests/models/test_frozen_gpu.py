@@ -13,4 +13,4 @@ def test_what_neighbours_share_gives_the_bits_of_the_whole_model_on_each():
     count = min(4, torch.cuda.device_count())
     launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(JOB)]
     done = subprocess.run(launched, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
