@@ -1,7 +1,9 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from flipproof.measure.arms import Arm, Cost
 from flipproof.measure.points import Setting
@@ -56,6 +58,29 @@ def test_a_perplexity_axis_has_numbers(low, high):
     shown = [label.get_text() for label in axis.get_yticklabels() if bottom <= label.get_position()[1] <= top]
     assert len(shown) == len(set(shown)) >= 2
     assert all(shown)
+
+
+def _with_curves():
+    return figures.perplexity_curves([curve({1e-6: [2.0, 2.2]})] * 6, list("abcdef"), math.exp(2.0), "behind a guard")
+
+
+def _with_panels():
+    of_one = {name: (curve({1e-6: [2.0, 2.2], 1e-5: [math.inf]}), 1.0, math.exp(2.0)) for name in "abcdefg"}
+    panels = [figures.Panel(title, "p", of_one) for title in ("all", "codes", "scales")]
+    return figures.exposure_panels(panels, list("abcdefg"), "behind a guard")
+
+
+@pytest.mark.parametrize("draw", [_with_curves, _with_panels])
+def test_no_words_lie_on_others(draw):
+    figure = draw()
+    figure.draw_without_rendering()
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    of_axes = [text for axis in figure.axes for text in axis.findobj(Text)]
+    words = [text for text in figure.findobj(Text) if text.get_text().strip() and text not in of_axes]
+    assert {"behind a guard", *"abcdef"} <= {text.get_text() for text in words}
+    boxes = [text.get_window_extent() for text in words] + [axis.get_tightbbox() for axis in axes]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
 
 
 def test_bars_are_the_costs_and_end_at_the_edges():

@@ -94,7 +94,8 @@ def test_each_protection_has_a_picture_of_its_name(tmp_path):
         write_format(tmp_path, name, ("none", "secded"))
     (tmp_path / "formats.json").write_text(json.dumps({"formats": list(BITS), "of": {}}))
     (section,) = sections_of(read_sources(tmp_path))
-    assert [drawing.draw().get_suptitle() for drawing in section.drawings] == ["no protection", "secded"]
+    legends = [drawing.draw().legends[0] for drawing in section.drawings]
+    assert [legend.get_title().get_text() for legend in legends] == ["no protection", "secded"]
     assert {row[2] for row in section.tables[0].rows} == {"none", "secded"}
 
 

@@ -91,14 +91,16 @@ def _legend_columns(labels: Sequence[str]) -> int:
     return max(1, min(4, int(WIDTH / (0.6 + 0.065 * max(map(len, labels), default=0)))))
 
 
-def _legend_height(labels: Sequence[str]) -> float:
+def _legend_height(labels: Sequence[str], title: str = "") -> float:
     """Inches that a legend of these takes."""
-    return 0.18 * math.ceil(len(labels) / _legend_columns(labels))
+    return 0.18 * math.ceil(len(labels) / _legend_columns(labels)) + 0.2 * bool(title)
 
 
-def _legend_above(figure: Figure, axis: Any) -> None:
+def _legend_above(figure: Figure, axis: Any, title: str = "") -> None:
+    """The figure's title belongs to the legend: the layout would lay one of its own over it."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=_legend_columns(labels))
+    columns = _legend_columns(labels)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, title=title or None, alignment="left")
 
 
 def _at_edge(axis: Any, xs: Sequence[float], row: int = 0, **style: Any) -> None:
@@ -117,7 +119,8 @@ def perplexity_curves(
     ``SHOWN_CURVES`` curves are drawn."""
     curves, labels = curves[:SHOWN_CURVES], labels[:SHOWN_CURVES]
     voltages = {p: volts for curve in curves for p, volts in curve.voltages.items() if p > 0}
-    with styled(3.0 + _legend_height([*labels, "clean"]) + 0.4 * bool(voltages), title=title) as (figure, axis):
+    height = 3.0 + _legend_height([*labels, "clean"], title) + 0.4 * bool(voltages)
+    with styled(height) as (figure, axis):
         values = []
         for curve, label, colour, marker in zip(curves, labels, PALETTE, MARKERS, strict=False):
             middle = [curve.arms[p].perplexity if p in curve.shown else math.nan for p in curve.positive]  # a gap
@@ -141,7 +144,7 @@ def perplexity_curves(
         _label_p_axis(axis, [p for curve in curves for p in curve.positive])
         if voltages:
             _label_voltages(axis, voltages)
-        _legend_above(figure, axis)
+        _legend_above(figure, axis, title)
     return figure
 
 
@@ -178,8 +181,8 @@ def exposure_panels(panels: Sequence[Panel], names: Sequence[str], title: str = 
     """
     names = list(names)[:SHOWN_CURVES]
     rows = math.ceil(len(panels) / 2)
-    height = 2.7 * rows + _legend_height(names)
-    with styled(height, 1.5 * WIDTH, title, nrows=rows, ncols=2, squeeze=False, sharey=True) as (figure, axes):
+    height = 2.7 * rows + _legend_height(names, title)
+    with styled(height, 1.5 * WIDTH, nrows=rows, ncols=2, squeeze=False, sharey=True) as (figure, axes):
         values = []
         for axis, panel in zip(axes.flat, panels, strict=False):
             exposures: list[float] = []
@@ -209,7 +212,7 @@ def exposure_panels(panels: Sequence[Panel], names: Sequence[str], title: str = 
             row[0].set_ylabel("perplexity")
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        _legend_above(figure, axes[0][0])
+        _legend_above(figure, axes[0][0], title)
     return figure
 
 
