@@ -141,6 +141,41 @@ def test_what_is_left_is_measured_and_more_formats_join(swept, model_dir, tmp_pa
         sweep(settings(model_dir, GUARDS, formats="int8", p="1e-2", seeds=2, protection="none,guard,secded"), to)
 
 
+def fit(model_dir, to, format):
+    quantize = [] if format == "bf16" else ["--model.quantize", format]
+    text = ["--data.source", "stdlib", "--data.max_tokens", "20000", "--training.seq_len", "32", "--num-samples", "128"]
+    argv = ["profile", str(model_dir), *quantize, *text, "--training.dtype", "bfloat16", "--guards", "channel"]
+    assert main([*argv, "--to", str(to)]) == 0
+
+
+def test_each_format_has_guards_of_its_own_where_they_are_there(model_dir, tmp_path):
+    """As eval has them, and those of a quantised format are on its scales, too. One file is that of all formats."""
+    for name in ("bf16", "int8"):
+        fit(model_dir, tmp_path / "guards" / name, name)
+    grid = {"formats": "bf16,int8", "p": "1e-3", "seeds": 2, "protection": "guard-channel", "sites": "w"}
+    sweep(settings(model_dir, {"guards": str(tmp_path / "guards")}, **grid), tmp_path / "own")
+    sweep(settings(model_dir, {"guards": str(tmp_path / "guards" / "bf16")}, **grid), tmp_path / "one")
+    own, one = points(tmp_path / "own"), points(tmp_path / "one")
+    all_bits = {"bf16": {"w_p_exp": 1e-3, "w_p_frac": 1e-3}, "int8": {"w_code_p": 1e-3} | SCALES}
+    for name, quantize in (("bf16", None), ("int8", "int8")):
+        faults = all_bits[name] | {"guards": str(tmp_path / "guards" / name)}
+        arms = evaluate(settings(model_dir, faults, {"quantize": quantize}, {"dtype": "bfloat16"}))
+        expected = list(arms["flipped"].trial_losses)
+        assert [own[name, "w", "guard-channel", 1e-3, seed] for seed in (1, 2)] == expected
+        assert ([one[name, "w", "guard-channel", 1e-3, seed] for seed in (1, 2)] == expected) == (name == "bf16")
+
+
+def test_a_format_without_guards_among_others_is_told_before_any_work(model_dir, tmp_path, monkeypatch):
+    fit(model_dir, tmp_path / "guards" / "bf16", "bf16")
+    monkeypatch.setattr(sweep_run, "build_model", lambda *_: pytest.fail("weights were read"))
+    config = settings(
+        model_dir, {"guards": str(tmp_path / "guards")}, formats="bf16,nf4", p="1e-3", protection="guard-layer"
+    )
+    with pytest.raises(ConfigError, match=r"^nf4: bitflip\.guards = '.*/guards/nf4': no guards\.safetensors is there"):
+        sweep(config, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
 def test_one_model_is_in_memory_at_a_time(model_dir, tmp_path, monkeypatch):
     before, built = [], sweep_run.build_model
 

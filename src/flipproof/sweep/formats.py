@@ -18,6 +18,7 @@ from typing import Any
 from flipproof.config import RunConfig
 from flipproof.config.sweep import PLAIN, STORED
 from flipproof.errors import ConfigError
+from flipproof.faults.fitted import GUARDS
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_writable, finite, is_temporary
 from flipproof.measure.arms import Arm
@@ -74,7 +75,7 @@ def by_format(config: RunConfig) -> dict[str, RunConfig]:
         own = replace(sweep, formats=None, sites=",".join(site for site in sites if site == "w" or not plain))
         quantize: Any = None if plain else name
         model = replace(config.model, quantize=quantize)
-        faults = _without_scales(bitflip) if plain else bitflip
+        faults = replace(_without_scales(bitflip) if plain else bitflip, guards=_guards_of(name, bitflip.guards))
         found[name] = replace(config, sweep=own, model=model, training=training, bitflip=faults)
     return found
 
@@ -89,6 +90,14 @@ def _without_scales(spec: BitFlipSpec) -> BitFlipSpec:
         for pattern, override in spec.layer_name_to_config.items()
     }
     return replace(spec, w_scale_zero_out_t=None, layer_name_to_config=layers)
+
+
+def _guards_of(name: str, guards: str | None) -> str | None:
+    """Those of a directory, or, where it has none itself, of the format's own within it."""
+    directory = Path(guards or "").expanduser()
+    if guards is None or not directory.is_dir() or (directory / GUARDS).exists():
+        return guards
+    return str(Path(guards) / name)
 
 
 def check_plain(config: RunConfig) -> None:
