@@ -18,13 +18,12 @@ from typing import Any
 from flipproof.config import RunConfig
 from flipproof.config.sweep import PLAIN, STORED
 from flipproof.errors import ConfigError
-from flipproof.faults.fitted import GUARDS
 from flipproof.faults.spec import BitFlipSpec
 from flipproof.files import check_writable, finite, is_temporary
 from flipproof.measure.arms import Arm
 from flipproof.models.load import model_config
 from flipproof.models.weights import KEY
-from flipproof.records import read_record, write_record
+from flipproof.records import GUARDS, read_record, write_record
 from flipproof.sweep.store import FORMATS, HEADER, depends_on, read_points, refuse_other
 
 _KEYS = {"formats": list, "of": dict}
