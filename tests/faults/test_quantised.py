@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from guards_by_hand import guards_of
+from guards_by_hand import guards_of, scales_of
 from quantised_models import GROUPS, assert_a_cuda_graph_replays, quantised
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,10 +51,8 @@ class Chain(nn.Module):
         return self.second(F.gelu(self.first(x)))
 
 
-def by_hand(layer, spec, tick, cut=False):
-    """The weight of a layer as its faults make it: each operand flipped by itself, from the layer's own site.
-
-    With ``cut``, bfloat16 as Triton's interpreter makes it of float32, which a GPU rounds."""
+def flipped(layer, spec, tick):
+    """What a layer has stored, each operand flipped by itself, from the layer's own site."""
     stored = layer.stored()
     site = {"seed": spec.base_seed, "tick": tick}
     operands = {}
@@ -68,15 +67,23 @@ def by_hand(layer, spec, tick, cut=False):
             site=f"{layer.site}/w_{name}",
             **site,
         )
-    changed = type(stored)(stored.format, operands, stored.dtype, stored.g_idx)
+    return type(stored)(stored.format, operands, stored.dtype, stored.g_idx)
+
+
+def by_hand(layer, spec, tick, cut=False):
+    """The weight of a layer as its faults make it.
+
+    With ``cut``, bfloat16 as Triton's interpreter makes it of float32, which a GPU rounds."""
+    changed = flipped(layer, spec, tick)
     scale_t, t = spec.w_scale_zero_out_t, spec.w_zero_out_t
     if spec.guards:  # of margin 1: what is above the largest clean number goes
         maxima = read_guards(spec.guards).maxima
         scale_t, t = (maxima[f"{layer.site}/{key}"].nextafter(INFINITY) for key in ("w_scale", "w"))
     guard = None if scale_t is None else lambda scale: torch.where(scale.abs().float() < scale_t, scale, 0)
     if cut:
-        operands = {name: part.float() if part.dtype == torch.bfloat16 else part for name, part in operands.items()}
-        whole = dequantise(type(stored)(stored.format, operands, torch.float32, stored.g_idx), torch.float32, guard)
+        parts = changed.operands.items()
+        operands = {name: part.float() if part.dtype == torch.bfloat16 else part for name, part in parts}
+        whole = dequantise(type(changed)(changed.format, operands, torch.float32, changed.g_idx), torch.float32, guard)
         weight = (whole.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
     else:
         weight = dequantise(changed, layer.dtype, guard)
@@ -365,6 +372,28 @@ def test_a_log_replays_to_the_same_bits(tiny_llama, token_ids, tmp_path, name, m
     parts = {"w_code", "w_scale", "w_zero"} if name == "int4-asym" else {"w_code", "w_scale", "w_map", "w_nested"}
     assert parts <= log.flipped_bits.keys()
     assert log.flipped_bits == replay.flipped_bits
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_log_has_the_scales_that_the_guard_zeroed(tmp_path, name):
+    """By their places: those, and only those, whose numbers by hand are not below the threshold."""
+    model = Chain(name)
+    threshold = 1.01 * float(scales_of(model.first.stored()).abs().max())
+    spec = BitFlipSpec(**rates(name, w_scale_zero_out_t=threshold), base_seed=5, include_patterns=("first",))
+    flipproof.inject(model, spec)
+    with torch.no_grad(), FlipLog(tmp_path / "log", dtype="float32") as log, hooked(model, log):
+        for _ in range(8):
+            model(torch.zeros(1, 64))
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()[1:]]
+    logged = [line for line in lines if line["tensor"] == "first/scales"]
+    expected = []
+    for tick in range(8):
+        scales = scales_of(flipped(model.first, spec, tick)).flatten()
+        expected += [(tick, i) for i, scale in enumerate(scales.tolist()) if not abs(scale) < threshold]
+    assert 0 < len(expected) < 8 * len(scales)
+    assert [(line["tick"], line["index"]) for line in logged] == expected
+    assert all(line["zeroed"] and line["bit"] is None and line["after_bits"] == 0 for line in logged)
+    assert log.zeroed["scales"] == len(expected)
 
 
 def test_a_flip_of_a_code_is_a_step_of_its_table():

@@ -3,8 +3,8 @@
 What a memory holds of such a weight are codes, scales, zero points and the numbers that scales are made with. Their
 bits flip, as they are stored, and W̃ is what the dequantisation then gives, behind a guard on the scales
 (``w_scale_zero_out_t``) and one on W̃ (``w_zero_out_t``). Each operand is a tensor of its own, with a key and a place of
-its own in a log: ``…q_proj/w_code``, ``…/w_scale``; what the guard zeroes of W̃ is there under ``…/dequantised``. Which
-keys of a config are about which operand says ``PART_OF``.
+its own in a log: ``…q_proj/w_code``, ``…/w_scale``; what the guards zero is there under ``…/scales`` and ``…/dequantised``.
+``PART_OF`` says which keys of a config are about which operand.
 
 **Inputs** that are quantised (``QuantisedLinear.inputs``) have codes and scales of their own, ``…q_proj/x_code`` and
 ``…/x_scale``, a scale for each token. They are indexed as X is, by their place in the global micro-batch. X̃ is what the
@@ -239,17 +239,11 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
             if self.state.flips
         }
         guard = self._draw(self.w_fault, self.w_key, x, 0, run)
-        scales = partial(_guarded, self.scale_guard, guard) if self.state.active(self.scale_guard) else None
-        return partial(self._faulty_weight, draws, guard, scales, dtype, run)
+        return partial(self._faulty_weight, draws, guard, self.state.active(self.scale_guard), dtype, run)
 
     @torch.no_grad()
     def _faulty_weight(
-        self,
-        draws: Mapping[str, Draw],
-        guard: Draw,
-        scales: Callable[[Tensor], Tensor] | None,
-        dtype: torch.dtype,
-        run: int,
+        self, draws: Mapping[str, Draw], guard: Draw, guards_scales: bool, dtype: torch.dtype, run: int
     ) -> Tensor:
         hook, format = self.state.flip_hook, self.format
 
@@ -267,7 +261,9 @@ class FaultyQuantisedLinear(FaultyLinear, QuantisedLinear):
 
         operands = {name: flipped(name) for name in self.elements}
         scale = scale_numbers(format, operands)
-        scale = scales(scale) if scales else scale
+        if guards_scales:  # by a draw without flips, made here, where the dtype is known that its limit is of
+            kept = self.scale_guard.draw(guard.key, guard.tick, 0, scale)
+            scale = hook(self.draw_name("scales", run), scale, kept) if hook else ops.flip(scale, *kept.arguments)
         zero = zero_patterns(format, operands, self.stored_dtype)
         limits = guard.limits if hook is None else None
         of = format.name, format.group, self.in_features, dtype
@@ -296,13 +292,6 @@ Inputs = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 def _without_flips(fault: Fault) -> Fault:
     """The guard alone."""
     return fault._replace(p_exp=0.0, p_frac=0.0, pattern=None)
-
-
-def _guarded(guard: FaultData, where: Draw, scales: Tensor) -> Tensor:
-    """The scales as new ones, 0 where the guard has it so. A draw without flips does that, since a GPU then gets the
-    limit along with a kernel's launch; it is made here, where the dtype is known that the limit is of."""
-    kept: Tensor = ops.flip(scales, *guard.draw(where.key, where.tick, 0, scales).arguments)
-    return kept
 
 
 def _product(
