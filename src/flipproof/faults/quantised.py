@@ -3,8 +3,8 @@
 What a memory holds of such a weight are codes, scales, zero points and the numbers that scales are made with. Their
 bits flip, as they are stored, and W̃ is what the dequantisation then gives, behind a guard on the scales
 (``w_scale_zero_out_t``) and one on W̃ (``w_zero_out_t``). Each operand is a tensor of its own, with a key and a place of
-its own in a log: ``…q_proj/w_code``, ``…/w_scale``; what the guards zero is there under ``…/scales`` and ``…/dequantised``.
-``PART_OF`` says which keys of a config are about which operand.
+its own in a log: ``…q_proj/w_code``, ``…/w_scale``; what the guards zero is there under ``…/scales`` and
+``…/dequantised``. ``PART_OF`` says which keys of a config are about which operand.
 
 **Inputs** that are quantised (``QuantisedLinear.inputs``) have codes and scales of their own, ``…q_proj/x_code`` and
 ``…/x_scale``, a scale for each token. They are indexed as X is, by their place in the global micro-batch. X̃ is what the
