@@ -50,22 +50,22 @@ def as_awq(stored):
     return {"qweight": packed(code), "qzeros": packed(zero), "scales": scale}
 
 
-def checkpoint(model, directory, method, format, group=None):
-    """Write a model whose linear layers but the head are quantised, as this method's tools do; returns what is stored
-    of each."""
+def checkpoint(model, directory, method, format, group=None, without=()):
+    """Write a model whose linear layers but the head and those of ``without`` (of compressed-tensors alone) are
+    quantised, as this method's tools do; returns what is stored of each."""
     format = format_of(format, group)
     model.save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
     stored, packing = {}, {"gptq": as_gptq, "awq": as_awq}.get(method, pack)
     for name, layer in model.named_modules():
-        if type(layer) is nn.Linear and name != "lm_head":
+        if type(layer) is nn.Linear and name not in ("lm_head", *without):
             stored[name] = quantise(tensors.pop(f"{name}.weight"), format)
             tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in packing(stored[name]).items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     say(directory, {
         "gptq": {"quant_method": "gptq", "bits": 4, "group_size": format.group, "checkpoint_format": "gptq_v2"},
         "awq": {"quant_method": "awq", "bits": 4, "group_size": format.group, "version": "gemm"},
-    }.get(method) or quantization_config(format))  # fmt: skip
+    }.get(method) or quantization_config(format, ("lm_head", *without)))  # fmt: skip
     return stored
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.utils.match import match_name
 from quantised import COMPRESSED, PLAIN_NF4, same, scheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from flipproof.errors import ConfigError
 from flipproof.formats.config import quantization_config, read_quantization_config
@@ -134,6 +136,27 @@ def test_compressed_tensors_reads_its_own_words(name, group):
     assert theirs.ignore == ["lm_head", "re:.*gate"]
     again = read_quantization_config(json.loads(theirs.model_dump_json()))
     assert (again.format, again.ignore, again.activations) == (format, ("lm_head", "re:.*gate"), False)
+
+
+_LAYERS = ["lm_head", "model.layers.1.mlp.gate", "model.layers.1.mlp.gate_proj", "model.layers.11.mlp.gate_proj"]
+
+
+@pytest.mark.parametrize("ignore", [
+    ["lm_head"], ["re:.*gate$"], ["re:.*gate"], ["model.layers.1.mlp.gate"], ["gate"], ["re:model.layers.1[.]", "head"],
+])  # fmt: skip
+def test_layers_that_are_left_out_are_those_of_compressed_tensors(ignore):
+    read = read_quantization_config(quantization_config(FORMATS["int8"], ignore))
+    for name in _LAYERS:
+        assert read.quantises(name) == (not any(match_name(name, other) for other in ignore))
+
+
+@pytest.mark.parametrize("ignore", [
+    ["lm_head"], ["gate"], ["mlp.gate"], ["model.layers.1"], ["model.layers.1.mlp"], ["proj"], ["model.*gate"],
+])  # fmt: skip
+def test_layers_that_are_left_out_are_those_of_transformers(ignore):
+    read = read_quantization_config(quantization_config(FORMATS["nf4"], ignore))
+    for name in _LAYERS:
+        assert read.quantises(name) == should_convert_module(name, ignore)
 
 
 # What others write

@@ -2,12 +2,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+from quantised_models import checkpoint
 from texts import sentences
 
 from flipproof.cli.main import main
 from flipproof.config import load_config
 from flipproof.errors import ConfigError
 from flipproof.models.load import byte_tokenizer
+from flipproof.train.loop import train
 from flipproof.train.start import check, resolve_batch, resolve_steps
 
 
@@ -53,6 +55,28 @@ def test_what_a_run_takes_is_said_without_weights_or_a_file(config, tiny_llama, 
         + ("at most one pass over the text" if passes <= 1 else f"{passes:.1f} passes over the text")
     )
     assert f"all of it is written into {tmp_path / 'run'}" in caplog.messages
+
+
+def test_a_quantised_checkpoint_is_seen_as_it_will_be_read(config, tiny_llama, tmp_path, caplog):
+    """From what its config.json says, its own layers left out."""
+    caplog.set_level("INFO")
+    left = "model.layers.0.self_attn.q_proj"
+    checkpoint(tiny_llama(), tmp_path / "base", "compressed-tensors", "int8", without=(left,))
+    codes = parts(config, bitflip={"w_p_frac": None, "w_code_p": 0.01, "skip_patterns": (left,)})
+    check(codes)
+    line, *_ = (line for line in caplog.messages if "faulty linear layers cover" in line)
+    size = [line for line in caplog.messages if "parameters, of which" in line]
+    caplog.clear()
+    train(parts(codes, training={"steps": 1}, eval={"num_samples": 2, "trials": 1}))
+    assert line in caplog.messages
+    assert [line for line in caplog.messages if "parameters, of which" in line] == size
+    for wrong, words in (
+        ({"bitflip": {"skip_patterns": (left,)}}, r"bitflip\.w_p_frac = 0\.01: the weights are int8"),
+        ({"lora": {"r": 0}, "bitflip": {"w_p_frac": None}}, r"lora\.r = 0: the weights are int8, which do not train"),
+        ({"training": {"compile": True}, "bitflip": {"w_p_frac": None}}, r"training\.compile = True: .* quantised"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check(parts(config, **wrong))
 
 
 def test_keys_that_say_nothing_are_told(config, caplog):

@@ -1,5 +1,6 @@
 """What a checkpoint's ``quantization_config`` in config.json says: written for our formats, read of any checkpoint."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -49,6 +50,15 @@ class Checkpoint:
     """How inputs of its layers are quantised where it is served, where that is a way that we have, too."""
     activations: bool = False
     """Whether inputs, outputs or the cache are quantised in other ways there. Nothing here does so."""
+
+    def quantises(self, name: str) -> bool:
+        """Whether the linear layer of this name is quantised, by what config.json says."""
+        if self.method == "compressed-tensors":  # whole names there
+            return not any(
+                re.match(other.removeprefix("re:"), name) if other.startswith("re:") else other == name
+                for other in self.ignore
+            )
+        return not any(re.match(rf"(?:{other})(\.|$)", name) or name.endswith(other) for other in self.ignore)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Stored:
         """The weight of one of its layers, from the tensors of the layer by their names in it; errors as of

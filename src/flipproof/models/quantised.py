@@ -134,13 +134,24 @@ def _put(
     setattr(model.get_submodule(parent), child, layer)
 
 
-def quantise_on_meta(model: nn.Module, format: Format) -> None:
-    """Give a model on the meta device quantised layers there. Raises ConfigError where a group does not divide."""
+def quantise_on_meta(model: nn.Module, format: Format, wanted: Callable[[str], bool] = lambda _: True) -> None:
+    """Give a model on the meta device quantised layers there, those of wanted names. Raises ConfigError where a group
+    does not divide."""
     for name, linear in linear_layers(model).items():
+        if not wanted(name):
+            continue
         with about(name):
             parts = operands_of(format, (linear.out_features, linear.in_features), linear.weight.dtype)
             made = {key: torch.empty(part.shape, dtype=part.dtype, device="meta") for key, part in parts.items()}
             _put(model, name, Stored(format, made, linear.weight.dtype), linear.weight.dtype, torch.device("meta"))
+
+
+def quantise_as_said(model: nn.Module, config: ModelConfig, hf_config: Any) -> None:
+    """Give a model on the meta device the quantised layers that its checkpoint's config.json speaks of; reading the
+    weights shows which there are. Raises ConfigError as ``checkpoint_of`` and ``quantise_on_meta`` do."""
+    if (found := checkpoint_of(config, hf_config)) is not None:
+        quantise_on_meta(model, found.format, found.quantises)
+        quantise_inputs_of(model, wanted_inputs(config, found))
 
 
 def read_and_quantise(

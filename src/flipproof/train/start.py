@@ -26,6 +26,7 @@ from flipproof.log import logger
 from flipproof.models.build import check_computed_bits, check_length, check_use, with_trainable_weights
 from flipproof.models.load import load_tokenizer, model_config, skeleton
 from flipproof.models.parallelize import cast_to
+from flipproof.models.quantised import check_training, quantise_as_said, without_compilation
 from flipproof.train.checkpoint import find_checkpoint
 from flipproof.train.metrics import check_trackers, log_in
 from flipproof.train.resume import begun_with
@@ -249,7 +250,11 @@ def check(config: RunConfig, resume: str | None = None) -> None:
 
 def _without_weights(config: RunConfig, tokenizer: Any) -> nn.Module:
     """The run's model on the meta device, with its faults and adapters, in the dtype that its config names."""
+    if name := check_use(config, 1):
+        check_training(config, name)
     model = skeleton(config.model, tokenizer, held_dtype(config, tokenizer))
+    quantise_as_said(model, config.model, model_config(config.model, tokenizer))
+    config = without_compilation(config, model)
     check_computed_bits(config, model)
     if config.faulty:
         logger.info("%s", inject(model, config.bitflip, config.lora, computed=cast_to(config.training, model)))
