@@ -23,6 +23,7 @@ _LONGEST = [
     "test_sharded_resumed",
     "test_recompute",
     "test_damages",
+    "test_slurm",
     "test_triton_launch",
     "test_crash_points",
     "test_run",

@@ -1,5 +1,7 @@
 import json
 import re
+import sys
+import threading
 
 import preloaded
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from flipproof.config import ParallelismConfig, load_config
 from flipproof.errors import ConfigError
 from flipproof.models.parallelize import Gradients, blocks, parallelize
-from flipproof.world import World, join_world, layout
+from flipproof.world import World, _leaving, join_world, layout
 
 
 @pytest.mark.parametrize(
@@ -215,3 +217,17 @@ def test_a_process_that_fails_ends_though_leaving_the_others_does_not(tmp_path):
     for rank in range(2):
         assert f"RuntimeError: the loss of {rank}" in said[rank].read_text()
         assert json.loads((tmp_path / f"{rank}.json").read_text())["message"] == f"RuntimeError: the loss of {rank}"
+
+
+def test_no_thread_outlives_the_leaving_of_a_process_that_fails():
+    """It would free the error, and with it process groups: while Python ends, that aborts a run that was only stopped,
+    and its exit code is no longer 75."""
+    before, interval = set(threading.enumerate()), sys.getswitchinterval()
+    sys.setswitchinterval(60)  # so that a thread that is not waited for is still there
+    try:
+        with _leaving(RuntimeError("stopped")):
+            assert set(threading.enumerate()) - before
+        left = set(threading.enumerate()) - before
+    finally:
+        sys.setswitchinterval(interval)
+    assert not left

@@ -234,6 +234,7 @@ def _leaving(error: BaseException) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()  # it has the error, and with it process groups: freed by a thread while Python ends, they abort it
 
 
 def arrange(world: World, config: ParallelismConfig) -> World:
