@@ -1,8 +1,8 @@
 """Slurm's commands, played as far as a batch script sees them: all nodes are this machine, all jobs one directory.
 
     srun            starts a task on each node, in a session of its own, and returns the highest exit code. SIGTERM
-                    makes it kill its tasks at once. A task that fails or ends kills the others, unless told otherwise:
-                    as on clusters whose KillOnBadExit and WaitTime say so
+                    makes it kill its tasks at once. It must be told what clusters set up otherwise: a task that fails
+                    or ends kills no other, and may use all cores
     scancel         with --signal: to the first process of each task, not to the batch script
     scontrol        ``show hostnames``, and ``requeue``, which ends the script, too
 
@@ -130,6 +130,7 @@ def srun(directory, arguments):
     options = []
     while arguments[0].startswith("-"):
         options.append(arguments.pop(0))
+    assert {"--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"} <= set(options)  # not left to a cluster's set-up
     nodes, tasks = int(os.environ["SLURM_JOB_NUM_NODES"]), []
     for node in range(nodes):
         names = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(nodes), "SLURM_LOCALID": "0"}
@@ -146,9 +147,7 @@ def srun(directory, arguments):
     signal.signal(signal.SIGTERM, kill)
     end = time.monotonic() + LIMIT_S
     while any(task.poll() is None for task in tasks):
-        failed = any(task.returncode for task in tasks) and "--kill-on-bad-exit=0" not in options
-        ended = any(task.returncode is not None for task in tasks) and "--wait=0" not in options
-        if failed or ended or time.monotonic() > end:
+        if time.monotonic() > end:
             kill()
         time.sleep(0.02)
     return max(code if code >= 0 else 128 - code for code in (task.returncode for task in tasks))

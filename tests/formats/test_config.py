@@ -150,6 +150,12 @@ def test_layers_that_are_left_out_are_those_of_compressed_tensors(ignore):
         assert read.quantises(name) == (not any(match_name(name, other) for other in ignore))
 
 
+@pytest.mark.parametrize(("name", "ignore"), [("int8", "re:["), ("nf4", "*"), ("nf4", "(")])
+def test_what_is_no_pattern_leaves_no_layer_out(name, ignore):
+    read = read_quantization_config(quantization_config(FORMATS[name], [ignore]))
+    assert all(read.quantises(layer) for layer in _LAYERS)
+
+
 @pytest.mark.parametrize("ignore", [
     ["lm_head"], ["gate"], ["mlp.gate"], ["model.layers.1"], ["model.layers.1.mlp"], ["proj"], ["model.*gate"],
 ])  # fmt: skip

@@ -152,6 +152,9 @@ def test_each_format_has_guards_of_its_own_where_they_are_there(model_dir, tmp_p
     """As eval has them, and those of a quantised format are on its scales, too. One file is that of all formats."""
     for name in ("bf16", "int8"):
         fit(model_dir, tmp_path / "guards" / name, name)
+    shutil.copy(
+        tmp_path / "guards" / "bf16" / "guards.safetensors", tmp_path / "guards"
+    )  # of formats without their own
     grid = {"formats": "bf16,int8", "p": "1e-3", "seeds": 2, "protection": "guard-channel", "sites": "w"}
     sweep(settings(model_dir, {"guards": str(tmp_path / "guards")}, **grid), tmp_path / "own")
     sweep(settings(model_dir, {"guards": str(tmp_path / "guards" / "bf16")}, **grid), tmp_path / "one")
@@ -165,13 +168,15 @@ def test_each_format_has_guards_of_its_own_where_they_are_there(model_dir, tmp_p
         assert ([one[name, "w", "guard-channel", 1e-3, seed] for seed in (1, 2)] == expected) == (name == "bf16")
 
 
-def test_a_format_without_guards_among_others_is_told_before_any_work(model_dir, tmp_path, monkeypatch):
+def test_formats_without_guards_among_others_are_told_before_any_work(model_dir, tmp_path, monkeypatch):
     fit(model_dir, tmp_path / "guards" / "bf16", "bf16")
     monkeypatch.setattr(sweep_run, "build_model", lambda *_: pytest.fail("weights were read"))
-    config = settings(
-        model_dir, {"guards": str(tmp_path / "guards")}, formats="bf16,nf4", p="1e-3", protection="guard-layer"
+    guards = {"guards": str(tmp_path / "guards")}
+    config = settings(model_dir, guards, formats="bf16,nf4,int8", p="1e-3", protection="guard-layer")
+    words = (
+        r"^bitflip\.guards = '.*/guards': has none of nf4, int8; .* --model\.quantize nf4 .* --to .*/guards/nf4 fits"
     )
-    with pytest.raises(ConfigError, match=r"^nf4: bitflip\.guards = '.*/guards/nf4': no guards\.safetensors is there"):
+    with pytest.raises(ConfigError, match=words):
         sweep(config, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 

@@ -2,7 +2,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from quantised_models import checkpoint
+from quantised_models import checkpoint, say
 from texts import sentences
 
 from flipproof.cli.main import main
@@ -77,6 +77,13 @@ def test_a_quantised_checkpoint_is_seen_as_it_will_be_read(config, tiny_llama, t
     ):
         with pytest.raises(ConfigError, match=words):
             check(parts(config, **wrong))
+
+
+@pytest.mark.parametrize("said", [{"quant_method": "foo"}, {"quant_method": "compressed-tensors", "ignore": 5}])
+def test_of_what_transformers_alone_may_read_a_dry_run_says_so(config, tmp_path, caplog, said):
+    say(tmp_path / "base", said)
+    check(config)
+    assert any("is quantised in a way that transformers may read or not" in line for line in caplog.messages)
 
 
 def test_keys_that_say_nothing_are_told(config, caplog):

@@ -153,7 +153,8 @@ class SweepConfig(Table):
     """Instead of p, a CSV file with the columns voltage and ber (the probability), and maybe p_exp and p_frac."""
     formats: Formats | None = None
     """Compare how weights are stored: bf16 (plain, in bfloat16), int8, int4, int4-asym, fp8, fp8-e5m2, nf4, mxfp8,
-    mxfp4, nvfp4, all quantised from the same checkpoint. What flips are bits of the stored weights."""
+    mxfp4, nvfp4, all quantised from the same checkpoint. What flips are bits of the stored weights. bitflip.guards may
+    be a directory with guards of each format in one of its name."""
     sites: Sites | None = None
     """What flips: w (weights), x (inputs of linear layers), kv (keys and values), together (wx, wxkv), or the weights
     of the output head or the embedding alone (head, embedding); of quantised weights w is all that is stored, code and

@@ -55,10 +55,10 @@ class Checkpoint:
         """Whether the linear layer of this name is quantised, by what config.json says."""
         if self.method == "compressed-tensors":  # whole names there
             return not any(
-                re.match(other.removeprefix("re:"), name) if other.startswith("re:") else other == name
+                _begins(other.removeprefix("re:"), name) if other.startswith("re:") else other == name
                 for other in self.ignore
             )
-        return not any(re.match(rf"(?:{other})(\.|$)", name) or name.endswith(other) for other in self.ignore)
+        return not any(_begins(rf"(?:{other})(\.|$)", name) or name.endswith(other) for other in self.ignore)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Stored:
         """The weight of one of its layers, from the tensors of the layer by their names in it; errors as of
@@ -68,6 +68,14 @@ class Checkpoint:
             "awq": unpack_awq,
         }
         return by_method.get(self.method, unpack)(tensors, self.format)
+
+
+def _begins(pattern: str, name: str) -> bool:
+    """Whether a name begins as a pattern says; what is no pattern fits none, as nothing is read by it."""
+    try:
+        return re.match(pattern, name) is not None
+    except re.error:
+        return False
 
 
 def quantization_config(

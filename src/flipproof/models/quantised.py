@@ -147,11 +147,14 @@ def quantise_on_meta(model: nn.Module, format: Format, wanted: Callable[[str], b
 
 
 def quantise_as_said(model: nn.Module, config: ModelConfig, hf_config: Any) -> None:
-    """Give a model on the meta device the quantised layers that its checkpoint's config.json speaks of; reading the
-    weights shows which there are. Raises ConfigError as ``checkpoint_of`` and ``quantise_on_meta`` do."""
+    """Give a model on the meta device the quantised layers that its checkpoint's config.json speaks of, which need not
+    be those that the files have. Raises ConfigError as ``checkpoint_of`` and ``quantise_on_meta`` do."""
     if (found := checkpoint_of(config, hf_config)) is not None:
         quantise_on_meta(model, found.format, found.quantises)
         quantise_inputs_of(model, wanted_inputs(config, found))
+    elif config.init != "random" and getattr(hf_config, "quantization_config", None) is not None:
+        said = "%s = %r is quantised in a way that transformers may read or not; that is seen when it is read"
+        logger.warning(said, KEY, config.hf_model_path)
 
 
 def read_and_quantise(

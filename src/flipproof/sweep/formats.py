@@ -10,7 +10,7 @@ dtype; ``bf16`` are these weights themselves.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def by_format(config: RunConfig) -> dict[str, RunConfig]:
     for key, values in (("layers", sweep.layer_names()), ("bits", sweep.bit_names())):
         if values != ["all"]:
             problems.append(f"sweep.{key} = {', '.join(values)}: {said} compares whole weights; leave it out")
+    problems += _lacking(names, bitflip.guards)
     if problems:
         raise ConfigError(problems)
     training = replace(config.training, dtype=config.training.dtype or "bfloat16")
@@ -92,11 +93,19 @@ def _without_scales(spec: BitFlipSpec) -> BitFlipSpec:
 
 
 def _guards_of(name: str, guards: str | None) -> str | None:
-    """Those of a directory, or, where it has none itself, of the format's own within it."""
-    directory = Path(guards or "").expanduser()
-    if guards is None or not directory.is_dir() or (directory / GUARDS).exists():
-        return guards
-    return str(Path(guards) / name)
+    """Those of the format's own directory within this one, where it has some, else those that are named."""
+    own = Path(guards or "") / name
+    return str(own) if guards and (own.expanduser() / GUARDS).exists() else guards
+
+
+def _lacking(names: Sequence[str], guards: str | None) -> Iterator[str]:
+    """A line where a directory has guards of some formats, and neither of all nor of the others."""
+    lacking = [name for name in names if _guards_of(name, guards) == guards]
+    if guards and len(lacking) < len(names) and lacking and not (Path(guards).expanduser() / GUARDS).exists():
+        first = lacking[0]
+        quantize = "" if first == PLAIN else f" --model.quantize {first}"
+        fit = f"flipproof profile MODEL{quantize} --guards channel --to {Path(guards) / first}"
+        yield f"bitflip.guards = {guards!r}: has none of {', '.join(lacking)}; {fit} fits those of {first}"
 
 
 def check_plain(config: RunConfig) -> None:
