@@ -19,10 +19,10 @@ from flipproof.log import logger
 from flipproof.models.frozen import may_share, share_rows
 from flipproof.models.gguf import plain_directory
 from flipproof.models.limits import check_positions, watch_ids
-from flipproof.models.load import load_model, materialise, model_config, model_on_meta, skeleton
+from flipproof.models.load import held_as, load_model, materialise, model_config, model_on_meta, skeleton
 from flipproof.models.loss import fuse_loss
 from flipproof.models.parallelize import blocks, cast_to, mesh_of, parallelize, reach_each_other
-from flipproof.models.quantised import Part, check_spread, check_training, held_as, unshared, without_compilation
+from flipproof.models.quantised import Part, check_spread, check_training, unshared, without_compilation
 from flipproof.models.weights import KEY, own_dtype
 from flipproof.world import World, node_size
 
@@ -36,7 +36,7 @@ def check_length(config: RunConfig, tokenizer: Any) -> None:
 def check_use(config: RunConfig, processes: int) -> str | None:
     """The name of the format that the model's weights are held in, None of plain ones. Raises ConfigError where so many
     processes cannot have it so. Needs no weights."""
-    name = held_as(config.model, lambda: model_config(config.model, None))
+    name = held_as(config.model)
     check_spread(config.parallelism, processes, node_size(processes), name)
     return name
 
@@ -60,7 +60,7 @@ def with_trainable_weights(config: RunConfig) -> RunConfig:
     """The config of a training, with weights that can train: where they themselves do (lora.r = 0), those of a 16-bit
     checkpoint become float32, and the model computes, and flips bits, in the checkpoint's dtype."""
     training, path = config.training, config.model.hf_model_path
-    if name := held_as(config.model, lambda: model_config(config.model, None)):
+    if name := held_as(config.model):
         check_training(config, name)
         return config
     if config.lora.r or training.dtype is not None or path is None or config.model.init == "random":

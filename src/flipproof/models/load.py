@@ -83,6 +83,17 @@ def model_config(config: ModelConfig, tokenizer: Any) -> Any:
     return hf_config
 
 
+def held_as(config: ModelConfig) -> str | None:
+    """The name of the format that the model's weights are held in; None where they are not quantised. Needs no
+    weights. Raises ConfigError as ``model_config`` and ``checkpoint_of`` do."""
+    if (format := wanted_format(config)) is not None:
+        return format.name
+    if config.init == "random" or config.hf_model_path is None:
+        return None
+    found = checkpoint_of(config, model_config(config, None))
+    return found.format.name if found else None
+
+
 def skeleton(config: ModelConfig, tokenizer: Any, dtype: str | None) -> nn.Module:
     """The model on the meta device: shapes and names without memory; needs no weights. ``dtype`` by name; None is
     float32.

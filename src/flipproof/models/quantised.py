@@ -286,16 +286,6 @@ def _with_rest(model: Any, path: str, device: torch.device, finish: Callable[[An
     return result
 
 
-def held_as(config: ModelConfig, hf_config: Callable[[], Any]) -> str | None:
-    """The name of the format that the model's weights are held in; None where they are not quantised."""
-    if (format := wanted_format(config)) is not None:
-        return format.name
-    if config.init == "random" or config.hf_model_path is None:
-        return None
-    found = checkpoint_of(config, hf_config())
-    return found.format.name if found else None
-
-
 def check_spread(parallelism: ParallelismConfig, processes: int, on_a_node: int, name: str | None) -> None:
     """Raises ConfigError where weights in the format of this name, None where they are plain, would be spread over
     several processes, so many on each node, as FSDP alone does it."""

@@ -18,8 +18,8 @@ from flipproof.formats.spec import format_of
 from flipproof.log import logger
 from flipproof.measure.card import CARD
 from flipproof.models.build import build_model
-from flipproof.models.load import load_tokenizer, model_config
-from flipproof.models.quantised import held_as, save_quantised
+from flipproof.models.load import held_as, load_tokenizer
+from flipproof.models.quantised import save_quantised
 from flipproof.models.save import new_directory
 from flipproof.records import CONFIG, GUARDS
 from flipproof.train.checkpoint import list_checkpoints, load_trained_weights, step_of, whole_checkpoint
@@ -71,7 +71,7 @@ def export(
         raise ConfigError(
             [f"--quantize-inputs {quantize_inputs}: the weights are plain; name their format (--quantize)"]
         )
-    held = held_as(config.model, lambda: model_config(config.model, None))
+    held = held_as(config.model)
     if format is not None:
         quantization_config(format, inputs=inputs)
         if held is not None:

@@ -24,7 +24,7 @@ from flipproof.files import check_writable
 from flipproof.formats.linear import quantised_weights
 from flipproof.log import logger
 from flipproof.models.build import check_computed_bits, check_length, check_use, with_trainable_weights
-from flipproof.models.load import load_tokenizer, model_config, skeleton
+from flipproof.models.load import held_as, load_tokenizer, model_config, skeleton
 from flipproof.models.parallelize import cast_to
 from flipproof.models.quantised import check_training, quantise_as_said, without_compilation
 from flipproof.train.checkpoint import find_checkpoint
@@ -250,7 +250,7 @@ def check(config: RunConfig, resume: str | None = None) -> None:
 
 def _without_weights(config: RunConfig, tokenizer: Any) -> nn.Module:
     """The run's model on the meta device, with its faults and adapters, in the dtype that its config names."""
-    if name := check_use(config, 1):
+    if name := held_as(config.model):
         check_training(config, name)
     model = skeleton(config.model, tokenizer, held_dtype(config, tokenizer))
     quantise_as_said(model, config.model, model_config(config.model, tokenizer))
