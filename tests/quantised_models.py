@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import flipproof
 from flipproof.formats.config import quantization_config
 from flipproof.formats.fields import to_words
 from flipproof.formats.linear import QuantisedLinear
@@ -84,31 +83,3 @@ def quantised_inputs(model, directory, format, **changes):
     said = quantization_config(format_of(format))
     said["config_groups"]["group_0"]["input_activations"] = TOKENS | changes
     say(directory, said)
-
-
-def assert_a_cuda_graph_replays(root):
-    """A recorded pass of a model, whose first layer has adapters, gives at each tick what launching it gives."""
-    layer, x = root[0], torch.randn(3, 64, device="cuda")
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        root(x).sum().backward()
-    torch.cuda.synchronize()
-    root.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = root(x)
-        y.sum().backward()
-    flipproof.set_tick(root, 7)
-    replayed = []
-    for _ in range(3):
-        layer.lora_A.grad.zero_()
-        graph.replay()
-        replayed.append((y.detach().clone(), layer.lora_A.grad.clone()))
-    for tick, (value, grad) in enumerate(replayed, start=7):
-        flipproof.set_tick(root, tick)
-        layer.lora_A.grad = None
-        eager = root(x)
-        eager.sum().backward()
-        assert torch.equal(value.nan_to_num(), eager.nan_to_num())
-        assert torch.equal(grad.nan_to_num(), layer.lora_A.grad.nan_to_num())
-    assert not torch.equal(*(value.nan_to_num() for value, _ in replayed[:2]))

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guards_by_hand import guards_of, scales_of
-from quantised_models import GROUPS, assert_a_cuda_graph_replays, quantised
+from quantised_models import GROUPS, quantised
+from replayed import assert_a_cuda_graph_replays
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -244,7 +245,7 @@ def test_no_pass_looks_at_a_number_or_takes_one_to_the_device(name, g_idx):
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize(("name", "g_idx"), CASES)
 def test_a_cuda_graph_replays_the_layer(name, g_idx):
-    assert_a_cuda_graph_replays(trained(name, g_idx))
+    assert_a_cuda_graph_replays(trained(name, g_idx), 3, 64)
 
 
 # --- gradients, and models

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_models import assert_a_cuda_graph_replays, quantised
+from quantised_models import quantised
+from replayed import assert_a_cuda_graph_replays
 from scalar_flips import scalar_masks
 from scipy.stats import binomtest
 from torch import nn
@@ -409,7 +410,7 @@ def test_no_pass_looks_at_a_number_or_takes_one_to_the_device(name, checkpointed
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_cuda_graph_replays_the_layer(name, checkpointed):
-    assert_a_cuda_graph_replays(trained(name, checkpointed))
+    assert_a_cuda_graph_replays(trained(name, checkpointed), 3, 64)
 
 
 # --- refusals
